@@ -1,0 +1,56 @@
+# Works in .venv, where it installs the package as a user would: built, not linked to the source folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-all ## Install, then estimate learning coefficients whose true values are known
+	$(BIN)/llc-fast demo
+
+# Not `python -m pytest`: that would import llc_fast from this folder, where no native module has been built.
+test: $(VENV)/.installed-test ## Install, then run the tests, but for the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test ## Install, then run all tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-tools ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/.installed-tools ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean: ## Remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "llc_fast needs Python 3.10 or newer; $(PYTHON) is not. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# build/lib is setuptools' copy of the package; it would put modules that are gone by now into the wheel.
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(SOURCES) $(VENV)/.created
+	@echo "Installing llc_fast[$*] into $(VENV); the first time takes a few minutes."
+	rm -rf build/lib*
+	$(BIN)/pip install --quiet --constraint constraints.txt ".[$*]"
+	touch $@
+
+# The linters read the source folder, so a change of source is no reason to install again.
+$(VENV)/.installed-tools: pyproject.toml constraints.txt $(VENV)/.created
+	@echo "Installing llc_fast[dev] into $(VENV); the first time takes a few minutes."
+	$(BIN)/pip install --quiet --constraint constraints.txt ".[dev]"
+	touch $@

@@ -1,0 +1,15 @@
+"""llc_fast: fast, honest estimates of the local learning coefficient (LLC) of PyTorch models.
+
+    result = llc_fast.estimate_llc(model, (x, y), loss_fn)
+
+Start with :func:`estimate_llc`; :class:`SGLD` is a drop-in optimizer for a sampling loop of your own;
+:mod:`llc_fast.theory` holds learning coefficients known in closed form.
+"""
+
+from llc_fast import theory
+from llc_fast.estimate import default_nbeta, estimate_llc
+from llc_fast.optim import SGLD
+from llc_fast.result import LLCResult
+
+__version__ = "0.1.0"
+__all__ = ["SGLD", "LLCResult", "__version__", "default_nbeta", "estimate_llc", "theory"]

@@ -1,0 +1,31 @@
+def step(
+    dtype: str,
+    segments: int,
+    num_segments: int,
+    begin: int,
+    end: int,
+    num_chains: int,
+    lr: float,
+    nbeta: float,
+    localization: float,
+    weight_decay: float,
+    noise_level: float,
+    bounding_box: float,
+    seed: int,
+    step_index: int,
+    chain: int,
+    num_threads: int,
+    stream: int | None,
+) -> None: ...
+def normals(
+    dtype: str,
+    out: int,
+    begin: int,
+    length: int,
+    seed: int,
+    step_index: int,
+    chain: int,
+    stream_id: int,
+    stream: int | None,
+) -> None: ...
+def info() -> dict[str, object]: ...

@@ -1,0 +1,197 @@
+"""The command line: ``llc-fast demo | dln | info``."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Estimate the local learning coefficient (LLC) of PyTorch models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _network_row(
+    size: str, seed: int, *, chains: int, steps: int | None, device: str, progress: bool
+) -> tuple[dict[str, Any], Any]:
+    """Estimate one network of a class with the paper's SGLD settings; returns a table row and the result."""
+    import torch
+
+    from llc_fast.estimate import estimate_llc
+    from llc_fast.problems import deep_linear
+
+    problem = deep_linear.make_problem(size, seed, device)
+    settings = deep_linear.SIZE_CLASSES[size]
+    num_steps = settings.num_steps if steps is None else steps
+    num_draws = max(1, num_steps // 5)
+    result = estimate_llc(
+        problem.model,
+        problem.data,
+        torch.nn.functional.mse_loss,
+        lr=settings.lr,
+        localization=deep_linear.LOCALIZATION,
+        batch_size=deep_linear.BATCH_SIZE,
+        num_chains=chains,
+        num_draws=num_draws,
+        num_burnin=num_steps - num_draws,
+        seed=seed,
+        progress=progress,
+    )
+    known = problem.learning_coefficient
+    row = {
+        "size": size,
+        "seed": seed,
+        "parameters": problem.num_parameters,
+        "widths": list(problem.widths),
+        "rank": problem.rank,
+        "lambda_true": known,
+        "llc_mean": result.llc_mean,
+        "llc_stderr": result.llc_stderr,
+        "rel_error": (result.llc_mean - known) / known if known else math.nan,
+        "seconds": result.settings["seconds"],
+        "steps": chains * num_steps,
+        "warnings": result.warnings,
+    }
+    return row, result
+
+
+_HEADER = f"{'class':>6} {'parameters':>10} {'rank':>5} {'λ':>9} {'λ̂ ± error':>19} {'error':>8} {'seconds':>8}  widths"
+
+
+def _line(row: dict[str, Any]) -> str:
+    estimate = f"{row['llc_mean']:.2f} ± {row['llc_stderr']:.2f}"
+    text = (
+        f"{row['size']:>6} {row['parameters']:>10} {row['rank']:>5} {row['lambda_true']:>9.1f} {estimate:>18} "
+        f"{100 * row['rel_error']:>+7.1f}% {row['seconds']:>8.1f}  {'-'.join(map(str, row['widths']))}"
+    )
+    return "\n".join([text, *(f"       warning: {w}" for w in row["warnings"])])
+
+
+def _run_networks(
+    plan: list[tuple[str, int]], *, chains: int, steps: int | None, device: str, progress: bool
+) -> tuple[list[dict[str, Any]], Any]:
+    """Estimate the networks of `plan` (size, seed), printing a row as each is done; rows and the last result."""
+    typer.echo(_HEADER)
+    rows, result = [], None
+    for size, seed in plan:
+        row, result = _network_row(size, seed, chains=chains, steps=steps, device=device, progress=progress)
+        rows.append(row)
+        typer.echo(_line(row))
+    errors = sorted(abs(r["rel_error"]) for r in rows if math.isfinite(r["rel_error"]))
+    if errors:
+        middle = len(errors) // 2
+        median = errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+        typer.echo(f"median |λ̂ − λ| / λ over {len(errors)} networks: {100 * median:.1f} %")
+    return rows, result
+
+
+def _write(rows: list[dict[str, Any]], result: Any, json_path: Path | None, plot_path: Path | None) -> None:
+    if json_path is not None:
+        # NaN is not JSON: a lost estimate is written as null.
+        clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows]
+        json_path.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
+        typer.echo(f"rows written to {json_path}")
+    if plot_path is not None:
+        from llc_fast.plots import plot_known
+
+        plot_known(rows, result).savefig(plot_path, dpi=150)
+        typer.echo(f"picture written to {plot_path}")
+
+
+Seed = Annotated[int, typer.Option(min=0, help="First seed; network k uses seed + k.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.", dir_okay=False)]
+PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file.", dir_okay=False)]
+Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+
+@app.command()
+def demo(
+    seed: Seed = 0,
+    json_path: JsonPath = None,
+    plot_path: PlotPath = Path("llc_fast_demo.png"),
+    progress: Progress = True,
+) -> None:
+    """Estimate deep linear networks whose learning coefficient is known, and draw the comparison."""
+    typer.echo(
+        "The learning coefficient λ says how fast the volume of almost-as-good parameters grows around a trained\n"
+        "network: the smaller λ, the simpler the solution. For deep linear networks theory gives λ exactly, so they\n"
+        "show whether an estimator works. Each row is one random network; λ̂ comes from sampling near its weights.\n"
+    )
+    plan = [("1k", seed + k) for k in range(6)] + [("10k", seed + k) for k in range(3)]
+    rows, result = _run_networks(plan, chains=2, steps=None, device="cpu", progress=progress)
+    _write(rows, result, json_path, plot_path)
+
+
+@app.command()
+def dln(
+    size: Annotated[str, typer.Option(help="Class of networks: 1k, 10k, 1M, 10M, 30M or 100M parameters.")] = "1k",
+    networks: Annotated[int, typer.Option(min=1, help="How many networks.")] = 4,
+    seed: Seed = 0,
+    chains: Annotated[int, typer.Option(min=1, help="Chains for each network.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=10, help="Steps of a chain; default: the paper's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    json_path: JsonPath = None,
+    plot_path: PlotPath = None,
+    progress: Progress = True,
+) -> None:
+    """Estimate deep linear networks of one of the classes of Furman & Lau 2024, with that paper's settings."""
+    from llc_fast.problems.deep_linear import SIZE_CLASSES
+
+    if size not in SIZE_CLASSES:
+        raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZE_CLASSES)}", param_hint="--size")
+    plan = [(size, seed + k) for k in range(networks)]
+    rows, result = _run_networks(plan, chains=chains, steps=steps, device=device, progress=progress)
+    _write(rows, result, json_path, plot_path)
+
+
+def collect_info() -> dict[str, Any]:
+    """Versions, backends, instruction set, CUDA and threads: what belongs in a bug report."""
+    import torch
+
+    from llc_fast import __version__
+    from llc_fast.update import native_info
+
+    native = dict(native_info())
+    cuda_runs = native["cuda"] is not None and torch.cuda.is_available()
+    return {
+        "llc_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": f"cuda and cpu ({native['instruction_set']})" if cuda_runs else f"cpu ({native['instruction_set']})",
+        "threads": torch.get_num_threads(),
+        **native,
+        "torch_cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+    }
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what is installed and which code will run; paste this into bug reports."""
+    facts = collect_info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name:>20}  {', '.join(value) if isinstance(value, list) else value}")
+
+
+def main() -> None:
+    """Entry point: an error in what the user gave is a line, not a traceback."""
+    try:
+        app()
+    except (TypeError, ValueError, ModuleNotFoundError) as error:
+        typer.echo(f"llc-fast: {error}", err=True)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

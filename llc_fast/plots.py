@@ -1,0 +1,100 @@
+"""Pictures of results. Matplotlib is imported here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from llc_fast.result import LLCResult
+
+
+def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
+    # Not pyplot: no global state, no display, nothing to close.
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('plots need Matplotlib: pip install "llc_fast[plot]"') from error
+    figure = Figure(figsize=(5.2 * columns, 4.4), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+
+
+def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Means over consecutive windows, and where they lie."""
+    count = max(1, len(trace) // width)
+    means = trace[: count * width].reshape(count, -1).mean(axis=1)
+    return (np.arange(count) + 0.5) * (len(trace[: count * width]) / count), means
+
+
+def draw_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
+    """nβ·(L − L(w*)) along every chain: it rises from zero and must flatten before the draws begin."""
+    width = max(1, result.loss_trace.shape[1] // 200)
+    for row in result.nbeta * (result.loss_trace - result.init_loss):
+        axes.plot(*_smooth(row, width), lw=0.9, alpha=0.8)
+    axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)
+    axes.text(0.02, 0.97, "burn-in", transform=axes.transAxes, va="top", color="0.5")
+    if known is not None:
+        axes.axhline(known, color="k", ls="--", lw=1, label=f"known λ = {known:g}")
+        axes.legend(loc="lower right")
+    axes.set(xlabel="step", ylabel="nβ (L − L(w*)), window means", xlim=(0, result.loss_trace.shape[1]))
+
+
+def plot_result(result: LLCResult) -> Figure:
+    """Loss traces, and the running λ̂ of each chain with the final interval."""
+    figure, (left, right) = _figure(2)
+    draw_traces(left, result)
+    left.set_title("loss along the chains")
+    draws = np.arange(1, result.schedule.num_draws + 1)
+    for row in result.llc_trace:
+        right.plot(draws, np.cumsum(row) / draws, lw=0.9, alpha=0.8)
+    low, high = result.interval()
+    if np.isfinite([low, high]).all():
+        right.axhspan(low, high, color="C0", alpha=0.15, label="95 % interval")
+    right.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
+    right.legend()
+    right.set(title="running estimate", xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(1, len(draws)))
+    return figure
+
+
+def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None) -> Figure:
+    """λ̂ against known λ with error bars, one point a model; beside it the traces of one of them.
+
+    Args:
+        rows: dictionaries with ``lambda_true``, ``llc_mean``, ``llc_stderr`` and ``size`` (the class).
+        example: the result of the last row.
+    """
+    figure, axes = _figure(1 if example is None else 2)
+    known = np.array([r["lambda_true"] for r in rows])
+    low, high = 0.8 * max(known.min(), 0.5), 1.25 * known.max()
+    axes[0].plot([low, high], [low, high], color="k", lw=1, label="λ̂ = λ")
+    axes[0].fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color="0.9", label="± 10 %")
+    for size in dict.fromkeys(r["size"] for r in rows):
+        chosen = [r for r in rows if r["size"] == size]
+        axes[0].errorbar(
+            [r["lambda_true"] for r in chosen],
+            [r["llc_mean"] for r in chosen],
+            yerr=[2 * r["llc_stderr"] for r in chosen],
+            fmt="o",
+            ms=5,
+            capsize=3,
+            label=f"{size} networks (± 2 standard errors)",
+        )
+    axes[0].set(
+        xscale="log",
+        yscale="log",
+        xlim=(low, high),
+        ylim=(low, high),
+        xlabel="λ known in closed form",
+        ylabel="λ̂ estimated",
+        title="Deep linear networks",
+    )
+    axes[0].legend()
+    if example is not None:
+        draw_traces(axes[1], example, known=rows[-1]["lambda_true"])
+        axes[1].set_title("loss along the chains of the last network")
+    return figure

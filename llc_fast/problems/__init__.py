@@ -1,0 +1,1 @@
+"""Models whose learning coefficient or symmetry is known."""
