@@ -122,7 +122,9 @@ def demo(
     typer.echo(
         "The learning coefficient λ says how fast the volume of almost-as-good parameters grows around a trained\n"
         "network: the smaller λ, the simpler the solution. For deep linear networks theory gives λ exactly, so they\n"
-        "show whether an estimator works. Each row is one random network; λ̂ comes from sampling near its weights.\n"
+        "show whether an estimator works. Each row is one random network; λ̂ comes from sampling near its weights,\n"
+        "with the same settings for all. Deep networks of low rank come out low or uncertain: they have directions so\n"
+        "flat that chains of this length have not explored them.\n"
     )
     plan = [("1k", seed + k) for k in range(6)] + [("10k", seed + k) for k in range(3)]
     rows, result = _run_networks(plan, chains=2, steps=None, device="cpu", progress=progress)

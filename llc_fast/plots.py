@@ -69,8 +69,11 @@ def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None)
         example: the result of the last row.
     """
     figure, axes = _figure(1 if example is None else 2)
-    known = np.array([r["lambda_true"] for r in rows])
-    low, high = 0.8 * max(known.min(), 0.5), 1.25 * known.max()
+    from matplotlib.ticker import LogFormatter
+
+    values = np.array([[r["lambda_true"], r["llc_mean"]] for r in rows])
+    values = values[np.isfinite(values) & (values > 0)]
+    low, high = (0.8 * values.min(), 1.25 * values.max()) if len(values) else (1.0, 10.0)
     axes[0].plot([low, high], [low, high], color="k", lw=1, label="λ̂ = λ")
     axes[0].fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color="0.9", label="± 10 %")
     for size in dict.fromkeys(r["size"] for r in rows):
@@ -91,8 +94,11 @@ def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None)
         ylim=(low, high),
         xlabel="λ known in closed form",
         ylabel="λ̂ estimated",
-        title="Deep linear networks",
+        title="deep linear networks",
     )
+    for axis in (axes[0].xaxis, axes[0].yaxis):  # plain numbers, few of them; setting the scale undoes this
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 0.5)))
     axes[0].legend()
     if example is not None:
         draw_traces(axes[1], example, known=rows[-1]["lambda_true"])
