@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def estimate_llc(
     loss_fn: LossFunction,
     *,
     sampler: str | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
     lr: float | None = None,
     nbeta: float | None = None,
     localization: float | None = None,
@@ -69,7 +70,10 @@ def estimate_llc(
         data: a tuple of tensors (inputs…, target), a Dataset or a DataLoader of such pairs.
         loss_fn: ``loss_fn(output, target) -> scalar``, the mean over the batch.
         sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``.
-        lr: step size ε; None: 0.2 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w*.
+        sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
+            metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
+        lr: step size ε; None: 0.2 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the
+            sampler's metric.
         nbeta: nβ; None: n / log n with n the number of samples in `data`.
         localization: γ; None: 1.
         num_chains: independent chains.
@@ -107,7 +111,11 @@ def estimate_llc(
     num_draws = DEFAULT_NUM_DRAWS if num_draws is None else num_draws
     schedule = Schedule(num_draws, num_draws if num_burnin is None else num_burnin, num_steps_bw_draws)
     sampler = "sgld" if sampler is None else sampler
-    make_sampler(sampler, lr=lr or 1.0, nbeta=nbeta or 1.0, localization=localization)  # names and values, early
+    options: dict[str, Any] = {"localization": localization, **(sampler_options or {})}
+    # Names and values early, before any work: the step size and nβ may still be open.
+    prepared = make_sampler(sampler, lr=lr or 1.0, nbeta=nbeta or 1.0, **options)
+    if prepared.adaptive:
+        options.setdefault("adapt_steps", max(1, schedule.num_burnin))
 
     where = torch.device(device) if device is not None else _device_of(model)
     source = make_source(data, batch_size, where)
@@ -118,8 +126,11 @@ def estimate_llc(
     posterior = Posterior(model, loss_fn, source, device=where, params=params)
     warnings = _model_warnings(model, posterior)
     init_loss = posterior.full_loss()
-    chosen_lr = default_lr(posterior, nbeta=nbeta, localization=localization, seed=seed) if lr is None else float(lr)
-    chain_sampler = make_sampler(sampler, lr=chosen_lr, nbeta=nbeta, localization=localization)
+    if lr is None:
+        settings = vars(prepared)
+        lr = default_lr(posterior, type(prepared), settings, nbeta=nbeta, localization=localization, seed=seed)
+    chosen_lr = float(lr)
+    chain_sampler = make_sampler(sampler, lr=chosen_lr, nbeta=nbeta, **options)
 
     total = num_chains * schedule.num_steps
     with tqdm(total=total, disable=not progress, unit="step", desc="LLC", mininterval=0.2) as bar:
@@ -148,7 +159,7 @@ def estimate_llc(
         settings={
             "sampler": sampler,
             "lr": chosen_lr,
-            "localization": float(localization),
+            **{k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))},
             "num_chains": num_chains,
             "num_burnin": schedule.num_burnin,
             "num_draws": schedule.num_draws,

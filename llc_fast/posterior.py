@@ -53,6 +53,9 @@ class Posterior:
         for name, p in named.items():
             if name in sampled:
                 check_tensor(f"parameter {name!r}", p)
+        if len(dtypes := {named[name].dtype for name in sampled}) > 1:
+            found = ", ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
         self.anchor = {name: named[name].detach().to(device) for name in sampled}
         self._frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
