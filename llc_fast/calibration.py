@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def pilot_metric(posterior: Posterior, options: Mapping[str, Any], *, seed: int 
     for batch in batches:
         params = {name: p.clone().requires_grad_() for name, p in posterior.anchor.items()}
         with torch.enable_grad():
-            loss = posterior.loss(params, batch, posterior.fresh_buffers())
+            loss = posterior.loss(params, copy.deepcopy(batch), posterior.fresh_buffers())
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
         for square, grad in zip(squares.values(), grads, strict=True):
             square += grad.float() ** 2 / PILOT_BATCHES
@@ -70,7 +71,7 @@ def top_curvature(
             for name, d in zip(names, direction, strict=True)
         }
         with torch.enable_grad():
-            loss = posterior.loss(params, batch, posterior.fresh_buffers())
+            loss = posterior.loss(params, copy.deepcopy(batch), posterior.fresh_buffers())
             return list(torch.autograd.grad(loss, list(params.values()), materialize_grads=True))
 
     def norm(tensors: list[Tensor]) -> float:
@@ -88,7 +89,7 @@ def top_curvature(
         up, down = gradient(unit, 1.0), gradient(unit, -1.0)
         stretch = length / curvature
         direction = [
-            root * (u.float() - d.float()) * (stretch / (2 * delta)) for root, u, d in zip(roots, up, down, strict=True)
+            root * (u - d).float() * (stretch / (2 * delta)) for root, u, d in zip(roots, up, down, strict=True)
         ]
         curvature = norm(direction)
     return curvature

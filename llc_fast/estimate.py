@@ -101,7 +101,12 @@ def estimate_llc(
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
     ):
-        _check_integer(name, value, least)
+        _check_integer(name, value, least, optional=name in ("num_draws", "num_burnin", "batch_size"))
+    # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
+    num_chains, num_steps_bw_draws, seed = int(num_chains), int(num_steps_bw_draws), int(seed)
+    num_draws, num_burnin, batch_size = (None if v is None else int(v) for v in (num_draws, num_burnin, batch_size))
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
     for name, number in (("lr", lr), ("nbeta", nbeta)):
         if number is not None:
             check_number(name, number, minimum=0, exclusive=True)
@@ -117,18 +122,21 @@ def estimate_llc(
     if prepared.adaptive:
         options.setdefault("adapt_steps", max(1, schedule.num_burnin))
 
-    where = torch.device(device) if device is not None else _device_of(model)
+    where = check_device(device) if device is not None else _device_of(model)
     source = make_source(data, batch_size, where)
     if nbeta is None:
         if source.num_samples is None:
             raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
         nbeta = default_nbeta(source.num_samples)
-    posterior = Posterior(model, loss_fn, source, device=where, params=params)
-    warnings = _model_warnings(model, posterior)
-    init_loss = posterior.full_loss()
-    if lr is None:
-        settings = vars(prepared)
-        lr = default_lr(posterior, type(prepared), settings, nbeta=nbeta, localization=localization, seed=seed)
+    # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(seed)
+        posterior = Posterior(model, loss_fn, source, device=where, params=params)
+        warnings = _model_warnings(model, posterior)
+        init_loss = posterior.full_loss()
+        if lr is None:
+            settings = vars(prepared)
+            lr = default_lr(posterior, type(prepared), settings, nbeta=nbeta, localization=localization, seed=seed)
     chosen_lr = float(lr)
     chain_sampler = make_sampler(sampler, lr=chosen_lr, nbeta=nbeta, **options)
 
@@ -177,8 +185,18 @@ def estimate_llc(
     )
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if value is None:
+def check_device(device: torch.device | str) -> torch.device:
+    """`device` as a torch.device on which memory can be had; a ValueError that says why if not."""
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} can't be used: {error}") from None
+    return where
+
+
+def _check_integer(name: str, value: object, least: int, *, optional: bool) -> None:
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")

@@ -94,10 +94,6 @@ class LangevinOptimizer(torch.optim.Optimizer):
     ) -> None:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))  # follows torch.manual_seed
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int or None, got {seed!r}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
         if unknown := sorted(set(metrics or ()) - set(METRICS)):
             raise ValueError(f"metrics has no {', '.join(unknown)}; choose from: {', '.join(METRICS)}")
         if release_gradients and metrics:
@@ -172,6 +168,15 @@ class LangevinOptimizer(torch.optim.Optimizer):
     def _prepare(self, group: dict[str, Any]) -> None:
         sampler = self.sampler(**{k: v for k, v in group.items() if k in self.sampler.__dataclass_fields__})
         params: list[Tensor] = group["params"]
+        seed = group["seed"]
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int or None, got {seed!r}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+        for name in ("optimize_over", "preconditioner"):
+            given = group.get(name)
+            if isinstance(given, (list, tuple)) and len(given) != len(params):
+                raise ValueError(f"{name} holds {len(given)} entries for {len(params)} parameters: give one for each")
         for k, p in enumerate(params):
             check_tensor(f"parameter {k}", p)
             if p.device != params[0].device:
@@ -305,11 +310,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
         return cached[1]
 
     def _group_tables(self, index: int, group: dict[str, Any], live: list[int]) -> list[tuple[list[int], SegmentTable]]:
-        """A group's segments, a table for each dtype; rebuilt only when a parameter was moved or replaced.
+        """A group's segments, a table for each dtype; rebuilt only when a tensor or mask was replaced.
 
         Each comes with the positions of its parameters in `live`.
         """
-        identity = [group["params"][k].data_ptr() for k in live]
+        identity = self._identity(group, live)
         cached = self._tables.get((index, 0))
         if cached is not None and cached[0] == identity:
             return cached[1]
@@ -323,6 +328,14 @@ class LangevinOptimizer(torch.optim.Optimizer):
         ]
         self._tables[index, 0] = (identity, tables)
         return tables
+
+    def _identity(self, group: dict[str, Any], live: list[int]) -> _Identity:
+        """What a table was built from: equal as long as nothing was moved, replaced or switched on."""
+        params, masks = group["params"], group["optimize_over"]
+        objects = [*masks] if isinstance(masks, (list, tuple)) else [masks]
+        objects += [self.state[params[k]].get("initial_param") for k in live if params[k] in self.state]
+        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
+        return _Identity([anchored, *(params[k].data_ptr() for k in live)], objects)
 
     def _segments(self, group: dict[str, Any], live: list[int]) -> list[Segment]:
         anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
@@ -391,9 +404,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
             if self._measures(group):
                 raise ValueError("release_gradients can't be combined with a thermostat or relative_eps")
             cached = self._tables.get((index, k + 1))
-            if cached is None or cached[0] != p.data_ptr():
+            identity = self._identity(group, [k])
+            if cached is None or cached[0] != identity:
                 table = SegmentTable(self.sampler.name, self._segments(group, [k]))
-                cached = self._tables[index, k + 1] = (p.data_ptr(), [([0], table)])
+                cached = self._tables[index, k + 1] = (identity, [([0], table)])
             scalars, grad = self.sampler.scalars(group), p.grad
             assert grad is not None  # the hook runs right after it was accumulated
             cached[1][0][1].step([grad], scalars, NoiseKey(seed=group["seed"], step=int(group["step"])))
@@ -466,6 +480,23 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 return values[name]
             raise AttributeError(f"{name} was not measured: pass metrics=[{name!r}] and take a step first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Identity:
+    """Values that must be equal and objects that must be the same ones; kept alive, so that none is mistaken."""
+
+    def __init__(self, values: list[Any], objects: list[Any]) -> None:
+        self._values, self._objects = values, objects
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Identity)
+            and self._values == other._values
+            and len(self._objects) == len(other._objects)
+            and all(a is b for a, b in zip(self._objects, other._objects, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _offsets(group: dict[str, Any]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -98,7 +99,7 @@ class Posterior:
         batch = next(iter(self.source.minibatches(seed=0)))
         leaves = {name: p.clone().requires_grad_() for name, p in self.anchor.items()}
         with torch.enable_grad():
-            loss = self.loss(leaves, batch, self.fresh_buffers())
+            loss = self.loss(leaves, copy.deepcopy(batch), self.fresh_buffers())
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         if loss.numel() != 1 or loss.ndim != 0:
@@ -125,6 +126,9 @@ class Posterior:
             return
         twice = tuple(torch.cat([b, b]) for b in batch)
         with torch.no_grad():
+            again = float(self.loss(self.anchor, copy.deepcopy(batch), self.fresh_buffers()))
+            if abs(abs(again) - value) > 1e-3 * value:
+                return  # a random loss: two values say nothing
             repeated = abs(float(self.loss(self.anchor, twice, self.fresh_buffers())))
         if repeated > 1.8 * value:
             raise ValueError(
@@ -141,7 +145,11 @@ def _select(named: dict[str, nn.Parameter], params: Iterable[str] | None) -> lis
         if not chosen:
             raise ValueError("no parameter requires a gradient: nothing to sample; set requires_grad_(True)")
         return list(chosen)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must hold names or glob patterns, got {type(params).__name__}")
     patterns = [params] if isinstance(params, str) else list(params)
+    if not patterns:
+        raise ValueError("params is empty: nothing to sample")
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"params must hold names or glob patterns, got {type(pattern).__name__}")

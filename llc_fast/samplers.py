@@ -102,15 +102,14 @@ class Sampler:
         lr, nbeta = float(options["lr"]), float(options["nbeta"])
         localization, decay = float(options["localization"]), float(options["weight_decay"])
         noise, box = float(options["noise_level"]), options["bounding_box_size"]
-        # Sums carry NaN and infinity along: two comparisons see all five values. This runs at every step.
-        if not (
-            math.isfinite(lr + nbeta + localization + decay + noise) and min(lr, nbeta, localization, decay, noise) >= 0
-        ):
+        scalars = StepScalars(lr, nbeta, localization, decay, noise, math.inf if box is None else float(box))
+        # Sums carry NaN and infinity along: two comparisons see all values. This runs at every step.
+        if not (min(scalars[:5]) >= 0 and sum(scalars[:5]) < math.inf and scalars.bounding_box > 0):
             raise ValueError(
                 f"hyperparameters must be finite and not negative, got lr={lr}, nbeta={nbeta}, "
-                f"localization={localization}, weight_decay={decay}, noise_level={noise}"
+                f"localization={localization}, weight_decay={decay}, noise_level={noise}, bounding_box_size={box}"
             )
-        return StepScalars(lr, nbeta, localization, decay, noise, float(box) if box else math.inf)
+        return scalars
 
     @classmethod
     def initial_state(
@@ -348,7 +347,8 @@ class SGNHT(Sampler):
         ζ ← ζ + \overline{v²} − ε
 
     The friction ζ, one number a chain, absorbs gradient noise of unknown size by holding the kinetic energy at its
-    right value; it starts at A, and v at N(0, ε). Note that ε multiplies the whole drift here, not half of it.
+    right value; it starts at A, and v at N(0, ε). Note that ε multiplies the whole drift here, not half of it. With a
+    friction of ζ a step the positions are too cold by a factor 1 − ζ/2 in directions it overdamps: keep A small.
 
     Attributes:
         diffusion_factor: A > 0.
@@ -383,7 +383,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 def make_sampler(name: str, **options: Any) -> Sampler:
     """The sampler called `name`; unknown names and options raise a ValueError that lists the known ones."""
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"sampler={name!r} is unknown; choose one of: {', '.join(sorted(SAMPLERS))}")
     cls = SAMPLERS[name]
     known = [f.name for f in fields(cls)]

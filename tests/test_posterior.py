@@ -240,7 +240,9 @@ def _by_hand(
             noise = reference.normals(offset, p.numel(), key).reshape(p.shape)
             offset += p.numel()
             with torch.no_grad():
-                p.copy_(reference.sgld(p, grad, anchor, noise, scalars))
+                coordinates = reference.Coordinates(p, grad, anchor, noise)
+                reference.sgld(coordinates, scalars, step)
+                p.copy_(coordinates.w)
     return losses
 
 

@@ -34,7 +34,9 @@ OPTIONS = {
     "noise-free": StepScalars(lr=1e-3, nbeta=50.0, localization=7.0, noise_level=0.0),
     "half noise": StepScalars(lr=1e-3, nbeta=50.0, noise_level=0.5),
     "frozen": StepScalars(lr=1e-3, nbeta=50.0, adapt_steps=2.0),
-    "everything": StepScalars(lr=1e-2, nbeta=20.0, localization=2.0, weight_decay=1.0, noise_level=0.7, bounding_box=0.2),
+    "everything": StepScalars(
+        lr=1e-2, nbeta=20.0, localization=2.0, weight_decay=1.0, noise_level=0.7, bounding_box=0.2
+    ),
 }
 THERMOSTAT = 0.15
 
@@ -56,7 +58,9 @@ def _segment(rule: str, w: Tensor, offset: int, *, seed: int = 50, **fields: obj
     return Segment(w, offset, state=state, **fields)  # type: ignore[arg-type]
 
 
-def _step(rule: str, segments: list[Segment], grads: list[Tensor], s: StepScalars, key: NoiseKey = KEY, **table: int) -> Tensor:
+def _step(
+    rule: str, segments: list[Segment], grads: list[Tensor], s: StepScalars, key: NoiseKey = KEY, **table: int
+) -> Tensor:
     """One step, thermostat and metrics included; returns the metrics."""
     chains = table.get("num_chains", 1)
     metrics = torch.full((chains, NUM_METRICS), math.nan, dtype=torch.float64, device=grads[0].device)
@@ -492,7 +496,12 @@ def test_gpu_trajectory(rule: str) -> None:
         segment = Segment(w, 0, torch.zeros_like(w), state=[torch.zeros_like(w) for _ in range(NUM_STATES[rule])])
         table = SegmentTable(rule, [segment])
         for step in range(1000):
-            table.step([w.clone()], s, KEY._replace(step=step), thermostat=torch.full((1,), 0.1, dtype=torch.float64, device=device))
+            table.step(
+                [w.clone()],
+                s,
+                KEY._replace(step=step),
+                thermostat=torch.full((1,), 0.1, dtype=torch.float64, device=device),
+            )
         ends.append(w.cpu())
     assert torch.allclose(ends[0], ends[1], rtol=1e-9, atol=1e-9)
 
