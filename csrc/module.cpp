@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,31 +23,64 @@ DType dtype_named(const std::string& name) {
     throw std::invalid_argument("dtype must be float32 or float64, not " + name);
 }
 
+llc::Low low_named(const std::string& name) {
+    if (name.empty()) return llc::Low::none;
+    if (name == "bfloat16") return llc::Low::bfloat16;
+    if (name == "float16") return llc::Low::float16;
+    throw std::invalid_argument("low precision must be bfloat16, float16 or empty, not " + name);
+}
+
 #ifndef LLC_WITH_CUDA
 [[noreturn]] void no_cuda() {
     throw std::runtime_error("llc_fast was built without CUDA: " LLC_NO_CUDA_REASON);
 }
 #endif
 
+template <class T>
+T* pointer(std::optional<uintptr_t> address) {
+    return reinterpret_cast<T*>(address.value_or(0));
+}
+
+// A step with its table and scalars, prepared once and run many times: what changes from run to run is little.
 // `segments`: address of a table laid out as llc::Segment, in the memory of the device that runs the step.
 // `stream`: a cudaStream_t, or None to run on the CPU.
-void step(const std::string& dtype, uintptr_t segments, int64_t num_segments, int64_t begin, int64_t end,
-          int64_t num_chains, double lr, double nbeta, double localization, double weight_decay, double noise_level,
-          double bounding_box, uint64_t seed, uint64_t step_index, uint32_t chain, int num_threads,
-          std::optional<uintptr_t> stream) {
-    const llc::Step request{dtype_named(dtype),
-                            reinterpret_cast<const llc::Segment*>(segments),
-                            num_segments,
-                            begin,
-                            end,
-                            num_chains,
-                            {lr, nbeta, localization, weight_decay, noise_level, bounding_box},
-                            {seed, step_index, chain, 0}};
+void step(int rule, const std::string& dtype, const std::string& low, uintptr_t segments, int64_t num_segments,
+          int64_t begin, int64_t end, int64_t num_chains, const std::array<double, 11>& scalars, uint64_t seed,
+          uint64_t step_index, uint32_t chain, std::optional<uintptr_t> thermostat, std::optional<uintptr_t> metrics,
+          std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
+          std::optional<uintptr_t> device_step, int num_threads, std::optional<uintptr_t> stream) {
+    static_assert(sizeof(llc::Scalars) == sizeof(scalars), "Scalars and the tuple from Python must match");
+    llc::Step request{};
+    request.rule = llc::Rule(rule);
+    request.dtype = dtype_named(dtype);
+    request.low = low_named(low);
+    request.segments = reinterpret_cast<const llc::Segment*>(segments);
+    request.num_segments = num_segments;
+    request.begin = begin, request.end = end;
+    request.num_chains = num_chains;
+    std::memcpy(&request.scalars, scalars.data(), sizeof(scalars));
+    request.key = {seed, step_index, chain, 0};
+    request.thermostat = pointer<const double>(thermostat);
+    request.metrics = pointer<double>(metrics);
+    request.scratch = pointer<double>(scratch);
+    request.device_scalars = pointer<const llc::Scalars>(device_scalars);
+    request.device_step = pointer<const int64_t>(device_step);
     py::gil_scoped_release released;
     if (!stream) return llc::cpu_backend().step(request, num_threads);
 #ifdef LLC_WITH_CUDA
     llc::cuda_step(request, reinterpret_cast<void*>(*stream));
 #else
+    no_cuda();
+#endif
+}
+
+int64_t scratch_size(int64_t begin, int64_t end, int64_t num_chains) {
+#ifdef LLC_WITH_CUDA
+    llc::Step request{};
+    request.begin = begin, request.end = end, request.num_chains = num_chains;
+    return llc::cuda_scratch_size(request);
+#else
+    (void)begin, (void)end, (void)num_chains;
     no_cuda();
 #endif
 }
@@ -67,6 +102,11 @@ py::dict info() {
     py::dict d;
     d["instruction_set"] = llc::cpu_backend().name;
     d["philox_rounds"] = llc::kPhiloxRounds;
+    py::list rules;
+#define LLC_APPEND(type, name) rules.append(name);
+    LLC_RULES(LLC_APPEND)
+#undef LLC_APPEND
+    d["rules"] = rules;
 #ifdef LLC_NO_OPENMP
     d["openmp"] = false;
 #else
@@ -88,6 +128,7 @@ py::dict info() {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "The compiled part of llc_fast. Use llc_fast.update, which checks what it passes here.";
     m.def("step", &step);
+    m.def("scratch_size", &scratch_size);
     m.def("normals", &normals);
     m.def("info", &info);
 }

@@ -3,33 +3,46 @@
 #pragma once
 
 #include "langevin.h"
+#include "low_precision.h"
 
 namespace llc {
 
-// A contiguous run of parameters, present in every chain.
+// A contiguous run of parameters, present in every chain. Strides count elements from a chain to the next.
 struct Segment {
-    int64_t offset;    // index of its first element in the flat parameter vector; names its noise
-    int64_t length;    // elements
-    void* w;           // first element in the first chain
-    int64_t w_stride;  // elements from a chain to the next
+    int64_t offset;  // index of its first element in the flat parameter vector; names its noise
+    int64_t length;  // elements
+    void* w;         // first element in the first chain
+    int64_t stride;  // of w, the states and the copy
     const void* grad;
-    int64_t grad_stride;    // 0: all chains share one gradient
-    const void* anchor;     // shared by all chains; equal to w where a step needs none
-    int64_t anchor_stride;  // 0, or w_stride where anchor is w
-    const uint8_t* mask;    // 0: leave the element as it is; null: update all
+    int64_t grad_stride;         // 0: all chains share one gradient
+    const void* anchor;          // equal to w where a step needs none
+    int64_t anchor_stride;       // 0: shared by all chains; `stride` where anchor is w
+    const uint8_t* mask;         // 0: leave the element as it is; null: update all
+    void* state[2];              // what the rule keeps; null where it keeps less
+    const void* preconditioner;  // shared by all chains; null: preconditioner_scale alone
+    double preconditioner_scale;
+    void* copy;  // low-precision copy of w to write; null if none
 };
-static_assert(sizeof(Segment) == 9 * 8, "Segment must stay a row of nine 64-bit integers");
+static_assert(sizeof(Segment) == 14 * 8, "Segment must stay a row of fourteen 64-bit fields");
 
 enum class DType : int { float32 = 0, float64 = 1 };
 
 struct Step {
-    DType dtype;
+    Rule rule;
+    DType dtype;              // of w, anchors, states and preconditioners
+    Low low;                  // of gradients and copies, if not that of w
     const Segment* segments;  // sorted by offset, not overlapping; in the memory of the device that runs the step
     int64_t num_segments;
     int64_t begin, end;  // flat indices that the segments lie in
     int64_t num_chains;
     Scalars scalars;
-    NoiseKey key;  // of the first chain; chain c uses key.chain + c
+    NoiseKey key;              // of the first chain; chain c uses key.chain + c
+    const double* thermostat;  // one for each chain, or null
+    double* metrics;           // [chain][kNumMetrics], overwritten; null: not wanted
+    double* scratch;           // for the metrics: scratch_size() doubles (CUDA only)
+    // CUDA graphs replay a launch with the values it was captured with; these are read when it runs, if not null.
+    const Scalars* device_scalars;
+    const int64_t* device_step;
 };
 
 // Noise of flat elements [begin, begin + length), written to `out`.
@@ -52,6 +65,8 @@ struct CpuBackend {
 const CpuBackend& cpu_backend();
 
 #ifdef LLC_WITH_CUDA
+// Doubles that a step of this size needs in Step::scratch when metrics are wanted.
+int64_t cuda_scratch_size(const Step&);
 // Both launch on `stream` (a cudaStream_t) of the current device and do not wait. Throw std::runtime_error.
 void cuda_step(const Step&, void* stream);
 void cuda_normals(const Normals&, void* stream);

@@ -76,46 +76,134 @@ void fill_block(T* z, const NoiseKey& key, int64_t block) {
     }
 }
 
-// One rule over n elements of one segment in one chain. `anchor` may be `w`.
+// The operands of one segment inside one block, for one chain. `anchor` may be `w`.
+template <class T>
+struct Operands {
+    T* w;
+    T* state[2];
+    const T *grad, *anchor, *noise, *preconditioner;
+    T thermostat;
+    int64_t n;
+};
+
 template <class Rule, class T>
-void update(const Rule& rule, T* w, const T* grad, const T* anchor, const T* noise, int64_t n) {
+LLC_HD Coordinate<T> load(const Operands<T>& o, int64_t i) {
+    Coordinate<T> x;
+    x.grad = o.grad[i], x.anchor = o.anchor[i], x.noise = o.noise[i], x.w = o.w[i];
+    x.preconditioner = Rule::kPreconditioned ? o.preconditioner[i] : T(1);
+    x.thermostat = o.thermostat;
+    if constexpr (Rule::kStates > 0) x.state[0] = o.state[0][i];
+    if constexpr (Rule::kStates > 1) x.state[1] = o.state[1][i];
+    return x;
+}
+
+template <class Rule, class T>
+LLC_HD void store(const Operands<T>& o, int64_t i, const Coordinate<T>& x) {
+    o.w[i] = x.w;
+    if constexpr (Rule::kStates > 0) o.state[0][i] = x.state[0];
+    if constexpr (Rule::kStates > 1) o.state[1][i] = x.state[1];
+}
+
+template <class Rule, class T>
+void update(const Rule& rule, const Operands<T>& o) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        Coordinate<T> x{w[i], grad[i], anchor[i], noise[i]};
+    for (int64_t i = 0; i < o.n; ++i) {
+        Coordinate<T> x = load<Rule>(o, i);
         rule(x);
-        w[i] = x.w;
+        store<Rule>(o, i, x);
     }
 }
 
-// The part of `segment` inside [begin, end), in chain `chain`; `noise` belongs to `begin`'s block.
+// The same, adding up the metrics of the elements with a nonzero weight. Sums of at most a block in T, then double.
 template <class Rule, class T>
-void update_segment(const Rule& rule, const Segment& segment, int64_t chain, int64_t block, const T* noise) {
+void update_and_measure(const Rule& rule, const Operands<T>& o, const T* weight, double* metrics) {
+    T grad2 = 0, distance2 = 0, weight2 = 0, noise2 = 0, drift2 = 0, drift_noise = 0, momentum2 = 0;
+#pragma omp simd reduction(+ : grad2, distance2, weight2, noise2, drift2, drift_noise, momentum2)
+    for (int64_t i = 0; i < o.n; ++i) {
+        Coordinate<T> x = load<Rule>(o, i);
+        const T counted = weight[i], distance = x.w - x.anchor;
+        rule(x);
+        store<Rule>(o, i, x);
+        grad2 = fused(counted * x.grad, x.grad, grad2);
+        distance2 = fused(counted * distance, distance, distance2);
+        weight2 = fused(counted * x.w, x.w, weight2);
+        noise2 = fused(counted * x.noise, x.noise, noise2);
+        drift2 = fused(counted * x.scale * x.drift, x.drift, drift2);
+        drift_noise = fused(counted * root(x.scale) * x.drift, x.noise, drift_noise);
+        if constexpr (Rule::kStates > 0) momentum2 = fused(counted * x.state[0], x.state[0], momentum2);
+    }
+    metrics[kGradSquare] += grad2;
+    metrics[kDistanceSquare] += distance2;
+    metrics[kWeightSquare] += weight2;
+    metrics[kNoiseSquare] += noise2;
+    metrics[kDriftSquare] += drift2;
+    metrics[kDriftNoise] += drift_noise;
+    metrics[kMomentumSquare] += momentum2;
+}
+
+// What is not laid out as the loops want it is put into these first: a block of each fits the first-level cache.
+template <class T>
+struct Staging {
+    alignas(64) T noise[kBlock] = {};
+    alignas(64) T grad[kBlock];
+    alignas(64) T preconditioner[kBlock];
+    alignas(64) T kept[kBlock];
+    alignas(64) T weight[kBlock];
+};
+
+// The part of `segment` inside `block`, in chain `chain`; staging.noise is the block's.
+template <class Rule, class T>
+void update_segment(const Rule& rule, const Step& step, const Segment& segment, int64_t chain, int64_t block,
+                    Staging<T>& staging, double* metrics) {
     const int64_t begin = std::max(segment.offset, block * kBlock);
     const int64_t end = std::min(segment.offset + segment.length, (block + 1) * kBlock);
-    const int64_t n = end - begin, local = begin - segment.offset;
-    T* w = static_cast<T*>(segment.w) + chain * segment.w_stride + local;
-    const T* grad = static_cast<const T*>(segment.grad) + chain * segment.grad_stride + local;
-    const T* anchor = static_cast<const T*>(segment.anchor) + chain * segment.anchor_stride + local;
-    const T* z = noise + (begin - block * kBlock);
-    if (segment.mask == nullptr) {
-        update(rule, w, grad, anchor, z, n);
-        return;
+    const int64_t n = end - begin, local = begin - segment.offset, row = chain * segment.stride + local;
+    Operands<T> o;
+    o.n = n;
+    o.w = static_cast<T*>(segment.w) + row;
+    for (int k = 0; k < 2; ++k) o.state[k] = k < Rule::kStates ? static_cast<T*>(segment.state[k]) + row : nullptr;
+    o.anchor = static_cast<const T*>(segment.anchor) + chain * segment.anchor_stride + local;
+    o.noise = staging.noise + (begin - block * kBlock);
+    o.thermostat = step.thermostat ? T(step.thermostat[chain]) : T(0);
+    const int64_t grad_row = chain * segment.grad_stride + local;
+    if (step.low == Low::none) {
+        o.grad = static_cast<const T*>(segment.grad) + grad_row;
+    } else {
+        const uint16_t* low = static_cast<const uint16_t*>(segment.grad) + grad_row;
+        for (int64_t i = 0; i < n; ++i) staging.grad[i] = T(from_low(low[i], step.low));
+        o.grad = staging.grad;
     }
-    // Masked: keep the block's old values (in the first-level cache) and put back what must not move.
-    alignas(64) T kept[kBlock];
-    std::memcpy(kept, w, sizeof(T) * n);
-    update(rule, w, grad, anchor, z, n);
-    const uint8_t* mask = segment.mask + local;
-    for (int64_t i = 0; i < n; ++i) w[i] = mask[i] ? w[i] : kept[i];
+    if constexpr (Rule::kPreconditioned) {
+        const T scale = T(segment.preconditioner_scale);
+        const T* given = static_cast<const T*>(segment.preconditioner);
+        for (int64_t i = 0; i < n; ++i) staging.preconditioner[i] = given ? scale * given[local + i] : scale;
+        o.preconditioner = staging.preconditioner;
+    }
+    const uint8_t* mask = segment.mask ? segment.mask + local : nullptr;
+    if (mask) std::memcpy(staging.kept, o.w, sizeof(T) * n);
+
+    if (metrics) {
+        for (int64_t i = 0; i < n; ++i) staging.weight[i] = T(!mask || mask[i]);
+        update_and_measure(rule, o, staging.weight, metrics);
+    } else {
+        update(rule, o);
+    }
+    if (mask) {
+        for (int64_t i = 0; i < n; ++i) o.w[i] = mask[i] ? o.w[i] : staging.kept[i];
+    }
+    if (segment.copy) {
+        uint16_t* copy = static_cast<uint16_t*>(segment.copy) + row;
+        for (int64_t i = 0; i < n; ++i) copy[i] = to_low(float(o.w[i]), step.low);
+    }
 }
 
-// Blocks [first, last) of all chains. Chains are innermost: their common anchor is then read from memory
-// once.
+// Blocks [first, last) of all chains. Chains are innermost: their common anchor is then read from memory once.
+// `metrics`, if not null, is [chain][kNumMetrics] and is added to.
 template <class Rule, class T>
-void run_blocks(const Step& step, int64_t first, int64_t last) {
-    const Rule rule(step.scalars);
+void run_blocks(const Step& step, int64_t first, int64_t last, double* metrics) {
+    const Rule rule(step.scalars, step.key.step);
     const bool noisy = step.scalars.noise_level != 0;
-    alignas(64) T noise[kBlock] = {};
+    Staging<T> staging;
     const Segment *segment = step.segments, *const stop = segment + step.num_segments;
     segment =
         std::partition_point(segment, stop, [&](const Segment& s) { return s.offset + s.length <= first * kBlock; });
@@ -130,13 +218,18 @@ void run_blocks(const Step& step, int64_t first, int64_t last) {
         for (int64_t chain = 0; chain < step.num_chains; ++chain) {
             NoiseKey key = step.key;
             key.chain += uint32_t(chain);
-            if (noisy) fill_block(noise, key, block);
+            if (noisy) fill_block(staging.noise, key, block);
+            double* sums = metrics ? metrics + chain * kNumMetrics : nullptr;
             for (auto s = segment; s != stop && s->offset < (block + 1) * kBlock; ++s) {
-                update_segment(rule, *s, chain, block, noise);
+                update_segment(rule, step, *s, chain, block, staging, sums);
             }
         }
     }
 }
+
+// Metrics are summed over parts of this many blocks, then over the parts in order: the parts do not depend on the
+// number of threads, so neither do the bits of the sums.
+constexpr int64_t kPart = 64;
 
 template <class Rule, class T>
 void run(const Step& step, int num_threads) {
@@ -145,22 +238,46 @@ void run(const Step& step, int num_threads) {
     constexpr int64_t kBlocksPerThread = 32;
     const int64_t work = (last - first) * step.num_chains;
     const int threads = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, work / kBlocksPerThread)));
+    const int64_t parts = step.metrics ? (last - first + kPart - 1) / kPart : threads;
+    const int64_t per_part = step.metrics ? step.num_chains * kNumMetrics : 0;
+    double* sums = per_part ? new double[parts * per_part]() : nullptr;
+    const auto run_part = [&](int64_t part) {
+        const int64_t from = step.metrics ? first + part * kPart : first + (last - first) * part / parts;
+        const int64_t to = step.metrics ? std::min(last, from + kPart) : first + (last - first) * (part + 1) / parts;
+        run_blocks<Rule, T>(step, from, to, sums ? sums + part * per_part : nullptr);
+    };
     if (threads == 1) {  // not even an empty parallel region: small steps must stay cheap
-        run_blocks<Rule, T>(step, first, last);
-        return;
+        for (int64_t part = 0; part < parts; ++part) run_part(part);
+    } else {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t part = 0; part < parts; ++part) run_part(part);
     }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; ++t) {
-        run_blocks<Rule, T>(step, first + (last - first) * t / threads, first + (last - first) * (t + 1) / threads);
+    if (sums) {
+        for (int64_t k = 0; k < per_part; ++k) {
+            step.metrics[k] = 0;
+            for (int64_t part = 0; part < parts; ++part) step.metrics[k] += sums[part * per_part + k];
+        }
+        delete[] sums;
+    }
+}
+
+template <template <class> class Rule>
+void run_as(const Step& s, int num_threads) {
+    switch (s.dtype) {
+        case DType::float32:
+            return run<Rule<float>, float>(s, num_threads);
+        case DType::float64:
+            return run<Rule<double>, double>(s, num_threads);
     }
 }
 
 void step(const Step& s, int num_threads) {
-    switch (s.dtype) {
-        case DType::float32:
-            return run<SGLD<float>, float>(s, num_threads);
-        case DType::float64:
-            return run<SGLD<double>, double>(s, num_threads);
+    switch (s.rule) {
+#define LLC_CASE(type, name) \
+    case llc::Rule::type:    \
+        return run_as<type>(s, num_threads);
+        LLC_RULES(LLC_CASE)
+#undef LLC_CASE
     }
 }
 

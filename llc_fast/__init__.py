@@ -8,8 +8,20 @@ Start with :func:`estimate_llc`; :class:`SGLD` is a drop-in optimizer for a samp
 
 from llc_fast import theory
 from llc_fast.estimate import default_nbeta, estimate_llc
-from llc_fast.optim import SGLD
+from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
 from llc_fast.result import LLCResult
 
 __version__ = "0.1.0"
-__all__ = ["SGLD", "LLCResult", "__version__", "default_nbeta", "estimate_llc", "theory"]
+__all__ = [
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
+    "AdamSGLD",
+    "LLCResult",
+    "PreconditionedSGLD",
+    "RMSpropSGLD",
+    "__version__",
+    "default_nbeta",
+    "estimate_llc",
+    "theory",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from llc_fast.posterior import Posterior
 from llc_fast.reference import NoiseKey
-from llc_fast.samplers import SGLD
-from llc_fast.update import SegmentTable
+from llc_fast.samplers import Sampler
+from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision
 
 _ALIGN = 16  # elements: each tensor of a chain starts on a cache line
 
@@ -50,37 +51,81 @@ class Schedule:
 
 
 class ChainState:
-    """The parameters of one chain: a flat buffer, and the tensors the model sees as views of it."""
+    """One chain: its parameters in a flat buffer, what the model sees of them, and the sampler's state.
 
-    def __init__(self, anchor: dict[str, Tensor]) -> None:
-        starts, size = [], 0
-        for p in anchor.values():
-            starts.append(size)
-            size += -(-p.numel() // _ALIGN) * _ALIGN
+    A bfloat16 or float16 model sees copies in its own precision, which the step writes; the chain itself is float32.
+    """
+
+    def __init__(self, anchor: dict[str, Tensor], sampler: Sampler) -> None:
+        self._sampler, self._options = sampler, dict(vars(sampler))
         first = next(iter(anchor.values()))
-        self._anchor = anchor
-        flat = torch.zeros(size, dtype=first.dtype, device=first.device)
-        self._views = [flat[s : s + p.numel()].view(p.shape) for s, p in zip(starts, anchor.values(), strict=True)]
-        # Leaves share the buffer, so the update moves what autograd differentiates.
-        self.params = {name: v.detach().requires_grad_() for name, v in zip(anchor, self._views, strict=True)}
+        self._device = first.device
+        low = is_low_precision(first)
+        self._anchor = [p.float() if low else p for p in anchor.values()]
+        self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._anchor)]))[:-1]
+        self._views = self._flat(self._anchor)
+        seen = [v.to(first.dtype) for v in self._views] if low else self._views
+        # Leaves share memory with the buffer (or the copies), so the step moves what autograd differentiates.
+        self.params = {name: v.detach().requires_grad_() for name, v in zip(anchor, seen, strict=True)}
+        self.leaves = list(self.params.values())
+        self._states = [self._flat(self._anchor) for _ in range(NUM_STATES[sampler.name])]
+        given = getattr(sampler, "preconditioner", 1.0)
+        self._table = SegmentTable(
+            sampler.name,
+            [
+                Segment(
+                    w=view,
+                    offset=self._offsets[k],
+                    anchor=self._anchor[k],
+                    state=[state[k] for state in self._states],
+                    preconditioner=given[name] if isinstance(given, Mapping) else given,
+                    copy=seen[k] if low else None,
+                )
+                for k, (name, view) in enumerate(zip(anchor, self._views, strict=True))
+            ],
+        )
+        self._metrics = None
+        if sampler.measures(self._options):
+            self._metrics = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=self._device)
 
-    def reset(self) -> None:
-        """Back to w*."""
-        for view, p in zip(self._views, self._anchor.values(), strict=True):
+    @staticmethod
+    def _flat(like: list[Tensor]) -> list[Tensor]:
+        """Views into one new buffer, each of the shape of a tensor in `like` and starting on a cache line."""
+        sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in like]
+        flat = torch.zeros(sum(sizes), dtype=like[0].dtype, device=like[0].device)
+        return [part[: p.numel()].view(p.shape) for part, p in zip(torch.split(flat, sizes), like, strict=True)]
+
+    def start(self, chain: int, seed: int) -> None:
+        """Put the chain at w*, with the sampler's initial state."""
+        self._chain, self._seed = chain, seed
+        self._memory = self._sampler.initial_memory(self._options, self._device)
+        for k, (view, p) in enumerate(zip(self._views, self._anchor, strict=True)):
             view.copy_(p)
+            initial = self._sampler.initial_state(p, self._offsets[k], self._options, seed, chain)
+            for state, value in zip(self._states, initial, strict=True):
+                state[k].copy_(value)
+        with torch.no_grad():
+            for leaf, view in zip(self.leaves, self._views, strict=True):
+                leaf.copy_(view)
 
-    def table(self) -> SegmentTable:
-        """The segments of one fused step; noise is indexed by position in the concatenated parameters."""
-        offsets, total = [], 0
-        for p in self._anchor.values():
-            offsets.append(total)
-            total += p.numel()
-        return SegmentTable(self._views, offsets, list(self._anchor.values()))
+    def move(self, grads: Sequence[Tensor], step: int) -> None:
+        """One step of the sampler."""
+        scalars = self._sampler.adjusted(self._sampler.scalars(self._options), self._options, self._memory, step, grads)
+        self._table.step(
+            grads,
+            scalars,
+            NoiseKey(self._seed, step=step, chain=self._chain),
+            thermostat=self._memory.get("thermostat"),
+            metrics=self._metrics,
+        )
+        if self._metrics is not None:
+            count = sum(p.numel() for p in self._anchor)
+            self._sampler.follow(scalars, self._memory, step, self._metrics, count)
 
 
 def run_chains(
     posterior: Posterior,
-    sampler: SGLD,
+    sampler: Sampler,
     schedule: Schedule,
     *,
     num_chains: int,
@@ -90,7 +135,8 @@ def run_chains(
     """Run chains from w*, one after another, and return the minibatch loss of every step.
 
     A step evaluates loss and gradient on a minibatch, records the loss, then moves the parameters. Chains share
-    one parameter buffer; memory beyond the model is one copy of the parameters and one of the gradients.
+    one parameter buffer; memory beyond the model is one copy of the parameters, one of the gradients, and what the
+    sampler keeps.
 
     Args:
         posterior: what is sampled.
@@ -104,30 +150,23 @@ def run_chains(
         Losses, float64 on the CPU, shape ``[num_chains, num_steps]``. A chain whose loss turns non-finite stops;
         the rest of its row is NaN.
     """
-    state = ChainState(posterior.anchor)
-    table, scalars = state.table(), sampler.scalars()
-    leaves = list(state.params.values())
+    state = ChainState(posterior.anchor, sampler)
     traces = torch.full((num_chains, schedule.num_steps), torch.nan, dtype=torch.float64)
     cuda = [posterior.device] if posterior.device.type == "cuda" else []
     work = posterior.num_parameters * (posterior.source.batch_size or 1)
-    with (
-        torch.random.fork_rng(devices=cuda),
-        torch.enable_grad(),
-        _threads(1 if work < _SINGLE_THREAD_WORK else None),
-    ):
+    threads = 1 if work < _SINGLE_THREAD_WORK else None
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _threads(threads):
         for chain in range(num_chains):
             chain_seed = _mix(seed, chain)
             torch.manual_seed(chain_seed)
-            state.reset()
+            state.start(chain, seed)
             buffers = posterior.fresh_buffers()
             losses = torch.full((schedule.num_steps,), torch.nan, dtype=torch.float64, device=posterior.device)
             batches = posterior.source.minibatches(chain_seed)
             for step in range(schedule.num_steps):
-                batch = next(batches)
-                loss = posterior.loss(state.params, batch, buffers)
+                loss = posterior.loss(state.params, next(batches), buffers)
                 losses[step] = loss.detach()
-                grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-                table.step(grads, scalars, NoiseKey(seed, step=step, chain=chain))
+                state.move(torch.autograd.grad(loss, state.leaves, materialize_grads=True), step)
                 report(chain, step + 1, losses)
                 # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
                 if (step % 64 == 63 or not cuda) and not torch.isfinite(losses[step]):

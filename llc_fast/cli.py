@@ -78,6 +78,9 @@ def _run_networks(
     plan: list[tuple[str, int]], *, chains: int, steps: int | None, device: str, progress: bool
 ) -> tuple[list[dict[str, Any]], Any]:
     """Estimate the networks of `plan` (size, seed), printing a row as each is done; rows and the last result."""
+    from llc_fast.estimate import check_device
+
+    check_device(device)
     typer.echo(_HEADER)
     rows, result = [], None
     for size, seed in plan:
@@ -90,6 +93,12 @@ def _run_networks(
         median = errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
         typer.echo(f"median |λ̂ − λ| / λ over {len(errors)} networks: {100 * median:.1f} %")
     return rows, result
+
+
+def _writable(path: Path | None) -> Path | None:
+    if path is not None and not path.resolve().parent.is_dir():
+        raise typer.BadParameter(f"the folder of {path} does not exist")
+    return path
 
 
 def _write(rows: list[dict[str, Any]], result: Any, json_path: Path | None, plot_path: Path | None) -> None:
@@ -106,8 +115,12 @@ def _write(rows: list[dict[str, Any]], result: Any, json_path: Path | None, plot
 
 
 Seed = Annotated[int, typer.Option(min=0, help="First seed; network k uses seed + k.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.", dir_okay=False)]
-PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a picture to this file.", dir_okay=False)]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", help="Write the rows to this file.", dir_okay=False, callback=_writable)
+]
+PlotPath = Annotated[
+    Path | None, typer.Option("--plot", help="Write a picture to this file.", dir_okay=False, callback=_writable)
+]
 Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 

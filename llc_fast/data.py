@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
@@ -43,7 +45,18 @@ class IndexedBatches(Protocol):
 def _move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {k: _move(b, device) for k, b in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_move(b, device) for b in batch))
     return type(batch)(_move(b, device) for b in batch) if isinstance(batch, (tuple, list)) else batch
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def _as_batch(batch: Any, device: torch.device) -> Batch:
@@ -72,7 +85,7 @@ class _Indexed:
         if size == self._n:  # full batch: nothing to draw
             everything = _as_batch(self._dataset.batch(torch.arange(self._n)), self._device)
             while True:
-                yield everything
+                yield copy.deepcopy(everything)  # a model may work in place on its input
         while True:
             for indices in torch.split(torch.randperm(self._n, generator=generator), size):
                 if len(indices) == size:  # a short rest would be a noisier gradient
@@ -119,7 +132,7 @@ class _Loader:
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self._loader, self._device = loader, device
         dataset = getattr(loader, "dataset", None)
-        self.num_samples: int | None = len(dataset) if isinstance(dataset, Sized) else None
+        self.num_samples: int | None = _length(dataset)
         self.batch_size: int | None = getattr(loader, "batch_size", None)
 
     def minibatches(self, seed: int) -> Iterator[Batch]:
@@ -149,7 +162,7 @@ def make_source(data: Any, batch_size: int | None, device: torch.device) -> Data
     Raises:
         TypeError, ValueError: data of another kind, empty data, tensors of different lengths.
     """
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:
         data = data.tensors
     if isinstance(data, Tensor):
         raise TypeError("data must be (inputs, target), got one tensor: pass a tuple such as (x, y)")
@@ -162,10 +175,16 @@ def make_source(data: Any, batch_size: int | None, device: torch.device) -> Data
         if lengths[0] == 0:
             raise ValueError("data is empty: it has no samples")
         return _Indexed(_Tensors(tuple(data), device), batch_size or 512, device)
+    if isinstance(data, (str, bytes, Mapping)) or (
+        isinstance(data, tuple) and any(isinstance(t, (Tensor, np.ndarray)) for t in data)
+    ):
+        raise TypeError(
+            f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {data!r:.60}"
+        )
     if isinstance(data, DataLoader) or (isinstance(data, Iterable) and not hasattr(data, "__getitem__")):
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size} with a loader: the loader decides; leave batch_size out")
-        if isinstance(data, Sized) and len(data) == 0:
+        if _length(data) == 0:
             raise ValueError("data is empty: the loader has no batches")
         return _Loader(data, device)
     if hasattr(data, "__len__") and (isinstance(data, IndexedBatches) or hasattr(data, "__getitem__")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def estimate_llc(
     loss_fn: LossFunction,
     *,
     sampler: str | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
     lr: float | None = None,
     nbeta: float | None = None,
     localization: float | None = None,
@@ -69,7 +70,10 @@ def estimate_llc(
         data: a tuple of tensors (inputs…, target), a Dataset or a DataLoader of such pairs.
         loss_fn: ``loss_fn(output, target) -> scalar``, the mean over the batch.
         sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``.
-        lr: step size ε; None: 0.2 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w*.
+        sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
+            metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
+        lr: step size ε; None: 0.2 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the
+            sampler's metric.
         nbeta: nβ; None: n / log n with n the number of samples in `data`.
         localization: γ; None: 1.
         num_chains: independent chains.
@@ -97,7 +101,12 @@ def estimate_llc(
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
     ):
-        _check_integer(name, value, least)
+        _check_integer(name, value, least, optional=name in ("num_draws", "num_burnin", "batch_size"))
+    # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
+    num_chains, num_steps_bw_draws, seed = int(num_chains), int(num_steps_bw_draws), int(seed)
+    num_draws, num_burnin, batch_size = (None if v is None else int(v) for v in (num_draws, num_burnin, batch_size))
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
     for name, number in (("lr", lr), ("nbeta", nbeta)):
         if number is not None:
             check_number(name, number, minimum=0, exclusive=True)
@@ -107,19 +116,29 @@ def estimate_llc(
     num_draws = DEFAULT_NUM_DRAWS if num_draws is None else num_draws
     schedule = Schedule(num_draws, num_draws if num_burnin is None else num_burnin, num_steps_bw_draws)
     sampler = "sgld" if sampler is None else sampler
-    make_sampler(sampler, lr=lr or 1.0, nbeta=nbeta or 1.0, localization=localization)  # names and values, early
+    options: dict[str, Any] = {"localization": localization, **(sampler_options or {})}
+    # Names and values early, before any work: the step size and nβ may still be open.
+    prepared = make_sampler(sampler, lr=lr or 1.0, nbeta=nbeta or 1.0, **options)
+    if prepared.adaptive:
+        options.setdefault("adapt_steps", max(1, schedule.num_burnin))
 
-    where = torch.device(device) if device is not None else _device_of(model)
+    where = check_device(device) if device is not None else _device_of(model)
     source = make_source(data, batch_size, where)
     if nbeta is None:
         if source.num_samples is None:
             raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
         nbeta = default_nbeta(source.num_samples)
-    posterior = Posterior(model, loss_fn, source, device=where, params=params)
-    warnings = _model_warnings(model, posterior)
-    init_loss = posterior.full_loss()
-    chosen_lr = default_lr(posterior, nbeta=nbeta, localization=localization, seed=seed) if lr is None else float(lr)
-    chain_sampler = make_sampler(sampler, lr=chosen_lr, nbeta=nbeta, localization=localization)
+    # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(seed)
+        posterior = Posterior(model, loss_fn, source, device=where, params=params)
+        warnings = _model_warnings(model, posterior)
+        init_loss = posterior.full_loss()
+        if lr is None:
+            settings = vars(prepared)
+            lr = default_lr(posterior, type(prepared), settings, nbeta=nbeta, localization=localization, seed=seed)
+    chosen_lr = float(lr)
+    chain_sampler = make_sampler(sampler, lr=chosen_lr, nbeta=nbeta, **options)
 
     total = num_chains * schedule.num_steps
     with tqdm(total=total, disable=not progress, unit="step", desc="LLC", mininterval=0.2) as bar:
@@ -148,7 +167,7 @@ def estimate_llc(
         settings={
             "sampler": sampler,
             "lr": chosen_lr,
-            "localization": float(localization),
+            **{k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))},
             "num_chains": num_chains,
             "num_burnin": schedule.num_burnin,
             "num_draws": schedule.num_draws,
@@ -166,8 +185,18 @@ def estimate_llc(
     )
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if value is None:
+def check_device(device: torch.device | str) -> torch.device:
+    """`device` as a torch.device on which memory can be had; a ValueError that says why if not."""
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} can't be used: {error}") from None
+    return where
+
+
+def _check_integer(name: str, value: object, least: int, *, optional: bool) -> None:
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")

@@ -2,47 +2,157 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
-from llc_fast import samplers
-from llc_fast.reference import NoiseKey
-from llc_fast.samplers import scalars_from
-from llc_fast.update import SegmentTable, check_tensor
+from llc_fast import reference, samplers, update
+from llc_fast.reference import NoiseKey, StepScalars
+from llc_fast.update import Segment, SegmentTable, check_tensor, is_low_precision
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+_SUMMED = ("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss")
+_TENSORS = ("noise", "dws")
+METRICS = (*_TENSORS, *_SUMMED)
+"""What an optimizer can report of its last step, by devinterp's names."""
+
+
+_DOC = """
+{summary}
+
+Names, defaults and meaning follow devinterp 1.3.2 where it has the sampler; the noise is a function of (seed, step,
+element), so a run repeats bit for bit for any number of threads and any split into tensors.
+
+{sampler}
+
+The optimizer's other arguments:
+    params: parameters or parameter groups: float32 or float64; or bfloat16 or float16, whose chains are then kept in
+        float32 beside the model. Groups may override every option.
+    optimize_over: boolean mask, True where a parameter may move: one tensor that broadcasts to every parameter of the
+        group, or a list with one tensor or None for each.
+    metrics: what to measure on the way, see :attr:`metrics`; norms are summed in the same pass.
+    seed: of the noise; None takes it from torch's global generator.
+    release_gradients: move each parameter during the backward pass, as soon as its gradient is complete, and free the
+        gradient: the same bits, without memory for all gradients at once. One backward pass a step.
+    capturable: keep step count and scalars on the GPU, so that a step captured in a CUDA graph can be replayed.
+
+Raises:
+    TypeError, ValueError: an option that is unknown, not finite or out of range; parameters that are not dense
+        floating-point tensors with data.
+"""
 
 
 class LangevinOptimizer(torch.optim.Optimizer):
-    """What the sampling optimizers share: anchors, noise bookkeeping, the fused step.
+    """What the sampling optimizers share: w*, noise bookkeeping, the fused step, metrics.
 
     Everything that a step depends on lives in ``param_groups`` and ``state``, so that ``load_state_dict``
     continues a run bit for bit: each group carries its ``seed``, its ``step`` count and the ``offset`` of its
-    first element in the noise; each parameter's state carries ``initial_param``, its w*.
+    first element in the noise; each parameter's state carries ``initial_param``, its w*, where the rule needs it, what
+    the rule keeps (``state0``, ``state1``), and ``master``, the float32 parameters of a bfloat16 or float16 model.
+
+    A subclass names its sampler; options, defaults, signature and documentation come from there.
     """
 
-    sampler: type[samplers.SGLD]
+    sampler: ClassVar[type[samplers.Sampler]]
 
-    def __init__(self, params: Any, defaults: dict[str, Any], seed: int | None) -> None:
+    def __init_subclass__(cls, sampler: type[samplers.Sampler], **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.sampler = sampler
+        parts = {"summary": cls.__doc__, "sampler": inspect.cleandoc(sampler.__doc__ or "")}
+        cls.__doc__ = _DOC.format(**parts)
+        shared = list(inspect.signature(LangevinOptimizer.__init__).parameters.values())[1:-1]
+        named = {p.name for p in shared}
+        own = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+            for f in fields(sampler)
+            if f.name not in named
+        ]
+        cls.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.01,
+        nbeta: float = 1.0,
+        localization: float = 0.0,
+        weight_decay: float = 0.0,
+        noise_level: float = 1.0,
+        bounding_box_size: float | None = None,
+        optimize_over: Tensor | Sequence[Tensor | None] | None = None,
+        metrics: Sequence[str] | None = None,
+        *,
+        seed: int | None = None,
+        release_gradients: bool = False,
+        capturable: bool = False,
+        **options: Any,
+    ) -> None:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))  # follows torch.manual_seed
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int or None, got {seed!r}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
-        self._tables: dict[int, tuple[object, SegmentTable]] = {}
-        super().__init__(params, defaults | {"seed": seed, "step": 0, "offset": 0})
+        if unknown := sorted(set(metrics or ()) - set(METRICS)):
+            raise ValueError(f"metrics has no {', '.join(unknown)}; choose from: {', '.join(METRICS)}")
+        if release_gradients and metrics:
+            raise ValueError("release_gradients frees each gradient before a whole step exists: leave metrics out")
+        given = dict(
+            lr=lr,
+            nbeta=nbeta,
+            localization=localization,
+            weight_decay=weight_decay,
+            noise_level=noise_level,
+            bounding_box_size=bounding_box_size,
+            **options,
+        )
+        defaults = {f.name: f.default for f in fields(self.sampler) if f.default is not MISSING}
+        if unknown := sorted(set(given) - {f.name for f in fields(self.sampler)}):
+            raise TypeError(
+                f"{type(self).__name__} has no option {', '.join(unknown)}; see help({type(self).__name__})"
+            )
+        self._wanted = frozenset(metrics or ())
+        self._release, self._capturable = release_gradients, capturable
+        self._values: dict[str, Any] = {}
+        self._tables: dict[tuple[int, int], tuple[object, list[tuple[list[int], SegmentTable]]]] = {}
+        self._device_scalars: dict[int, tuple[StepScalars, Tensor]] = {}
+        self._hooks: list[Any] = []
+        # A tensor, as in torch's own optimizers: torch.compile would build a new graph for each value of an int.
+        bookkeeping = {"optimize_over": optimize_over, "seed": seed, "step": torch.tensor(0), "offset": 0}
+        super().__init__(params, defaults | given | bookkeeping)
+
+    # ---- groups and state ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_wanted", "_release", "_capturable")
+        return super().__getstate__() | {k: self.__dict__[k] for k in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables = {}
+        self._tables, self._device_scalars, self._values = {}, {}, {}
+        if "_hooks" not in self.__dict__:
+            self._hooks = []
+            if self._release:
+                self._register_release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._tables = {}
+        # torch casts floating-point state to the parameter's dtype; a float32 chain must not go through bfloat16.
+        saved = state_dict["state"]
+        ids = (k for group in state_dict["param_groups"] for k in group["params"])
+        for k, p in zip(ids, (p for g in self.param_groups for p in g["params"]), strict=True):
+            if is_low_precision(p):
+                for name, value in saved.get(k, {}).items():
+                    self.state[p][name] = value.to(p.device) if isinstance(value, Tensor) else value
+        self._tables, self._device_scalars = {}, {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; a group that is refused leaves no trace.
+
+        Raises:
+            TypeError, ValueError: as for the constructor.
+        """
         unknown = sorted(set(param_group) - set(self.defaults) - {"params", "param_names"})
         if unknown:
             known = ", ".join(k for k in self.defaults if k not in ("step", "offset"))
@@ -52,21 +162,53 @@ class LangevinOptimizer(torch.optim.Optimizer):
         try:
             self._prepare(group)
         except BaseException:
-            self.param_groups.pop()  # a rejected group leaves no trace
+            self.param_groups.pop()
             raise
 
     def _prepare(self, group: dict[str, Any]) -> None:
-        hyperparameters = {k: group[k] for k in self._hyperparameters()}
-        sampler = self.sampler(**hyperparameters)
-        for k, p in enumerate(group["params"]):
+        sampler = self.sampler(**{k: v for k, v in group.items() if k in self.sampler.__dataclass_fields__})
+        params: list[Tensor] = group["params"]
+        seed = group["seed"]
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int or None, got {seed!r}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+        for name in ("optimize_over", "preconditioner"):
+            given = group.get(name)
+            if isinstance(given, (list, tuple)) and len(given) != len(params):
+                raise ValueError(f"{name} holds {len(given)} entries for {len(params)} parameters: give one for each")
+        for k, p in enumerate(params):
             check_tensor(f"parameter {k}", p)
+            if p.device != params[0].device:
+                raise ValueError(
+                    f"parameter {k} is on {p.device}, parameter 0 on {params[0].device}: use a group for each device"
+                )
+        if self._capturable and params and params[0].device.type != "cuda":
+            raise ValueError(f"capturable=True is for CUDA graphs; the parameters are on {params[0].device}")
+        if self._capturable and group.get("relative_eps"):
+            raise ValueError("relative_eps=True reads a sum back to the host at every step: it can't be capturable")
         group["offset"] = sum(p.numel() for g in self.param_groups[:-1] for p in g["params"])
-        if sampler.needs_anchor():
-            for p in group["params"]:
-                self.state[p]["initial_param"] = p.detach().clone(memory_format=torch.contiguous_format)
+        if self._capturable:
+            group["step"] = torch.zeros((), dtype=torch.int64, device=params[0].device)
+        if params:
+            group |= self.sampler.initial_memory(group, params[0].device)
+        states = {}
+        for p, offset in zip(params, _offsets(group), strict=True):
+            state = {}
+            w = p.detach()
+            if is_low_precision(p):
+                state["master"] = w = w.float().contiguous()
+            if sampler.needs_anchor() or self._wanted & {"distance", "localization_loss"}:
+                state["initial_param"] = w.clone(memory_format=torch.contiguous_format)
+            for j, kept in enumerate(self.sampler.initial_state(w, offset, group, group["seed"])):
+                state[f"state{j}"] = kept
+            states[p] = state
+        for p, state in states.items():  # only now: nothing above may fail half-way
+            self.state[p].update(state)
+        if self._release:
+            self._register_release()
 
-    def _hyperparameters(self) -> list[str]:
-        return [k for k in self.defaults if k in self.sampler.__dataclass_fields__]
+    # ---- the step ------------------------------------------------------------------------------------------
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -78,6 +220,9 @@ class LangevinOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient, in one fused pass per group.
 
+        With ``release_gradients`` the parameters were already moved during the backward pass; the call then ends
+        the step.
+
         Args:
             closure: evaluates the loss and its gradients first, as for any torch optimizer.
 
@@ -88,98 +233,304 @@ class LangevinOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._wanted:
+            self._values = {"noise": defaultdict(list), "dws": []}
+        sums = []
         for index, group in enumerate(self.param_groups):
-            live = [(k, p) for k, p in enumerate(group["params"]) if p.grad is not None]
+            live = [k for k, p in enumerate(group["params"]) if p.grad is not None]
             if live:
-                table = self._table(index, group, live)
-                key = NoiseKey(seed=group["seed"], step=group["step"])
-                table.step([p.grad for _, p in live], scalars_from(group), key)
-            group["step"] += 1
+                sums.append((group, self._step_group(index, group, live)))
+            if self._capturable:
+                group["step"] += 1
+            else:  # not in place: a state_dict taken before must not move on
+                group["step"] = group["step"] + 1
+        self._report(sums)
         return loss
 
-    def _table(self, index: int, group: dict[str, Any], live: list[tuple[int, Tensor]]) -> SegmentTable:
-        """The segments of a group's live parameters; rebuilt only when one was moved or replaced."""
-        identity = [p.data_ptr() for _, p in live]
-        cached = self._tables.get(index)
-        if cached is not None and cached[0] == identity:
-            return cached[1]
-        offsets, total = [], group["offset"]
-        for p in group["params"]:
-            offsets.append(total)
-            total += p.numel()
-        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
-        if anchored and any("initial_param" not in self.state[p] for _, p in live):
-            raise ValueError(
-                "localization or bounding_box_size was switched on after construction, when w* was not kept: "
-                "construct the optimizer with it"
+    def _step_group(self, index: int, group: dict[str, Any], live: list[int]) -> Tensor | None:
+        params: list[Tensor] = group["params"]
+        grads: list[Any] = [params[k].grad for k in live]
+        if torch.compiler.is_compiling():
+            self._step_compiled(group, live, grads)
+            return None
+        step = 0 if self._capturable else int(group["step"])
+        scalars = self.sampler.adjusted(self.sampler.scalars(group), group, group, step, grads)
+        measured = self._measures(group)
+        metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device) if measured else None
+        if not self._wanted.isdisjoint(_TENSORS):
+            self._keep_tensors(index, group, live)
+        key = NoiseKey(seed=group["seed"], step=step)
+        tables = self._group_tables(index, group, live)
+        for position, table in tables:
+            part = metrics if metrics is None or len(tables) == 1 else torch.zeros_like(metrics)
+            table.step(
+                [grads[j] for j in position],
+                scalars,
+                key,
+                thermostat=group.get("thermostat"),
+                metrics=part,
+                device_scalars=self._scalars_on_device(index, scalars, params[0].device),
+                device_step=group["step"] if self._capturable else None,
             )
-        table = SegmentTable(
-            [p.detach() for _, p in live],
-            [offsets[k] for k, _ in live],
-            [self.state[p].get("initial_param") for _, p in live],
-            [self._mask(group, k) for k, _ in live],
-        )
-        self._tables[index] = (identity, table)
-        return table
+            if part is not metrics and metrics is not None and part is not None:
+                metrics += part
+        if metrics is not None and self.sampler.measures(group):
+            self.sampler.follow(scalars, group, step, metrics, self._count(group, live))
+        return metrics
 
     @staticmethod
-    def _mask(group: dict[str, Any], k: int) -> Tensor | None:
-        masks: Tensor | Sequence[Tensor | None] | None = group["optimize_over"]
-        return masks[k] if isinstance(masks, (list, tuple)) else masks  # type: ignore[return-value]
+    def _count(group: dict[str, Any], live: list[int]) -> int:
+        """Elements that may move."""
+        masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
+        return sum(p.numel() if m is None else int(m.expand(p.shape).sum()) for p, m in masks)
 
+    @property
+    def _sums(self) -> bool:
+        return not self._wanted.isdisjoint(_SUMMED)
 
-class SGLD(LangevinOptimizer):
-    r"""Stochastic gradient Langevin dynamics as an optimizer, one fused pass per step.
+    def _measures(self, group: dict[str, Any]) -> bool:
+        return self._sums or self.sampler.measures(group)
 
-    .. math:: w ← w − \tfrac{ε}{2}\,[nβ\,g + γ(w − w_0) + μ\,w] + σ\sqrt{ε}\,ξ
+    def refresh_scalars(self) -> None:
+        """With ``capturable``: hand the groups' present hyperparameters to the next replay of a captured graph."""
+        for index, group in enumerate(self.param_groups):
+            self._scalars_on_device(index, self.sampler.scalars(group), group["params"][0].device)
 
-    with g the gradient of the mean minibatch loss and w₀ the parameters at construction (Welling & Teh 2011;
-    Lau et al. 2023). Names, defaults and meaning follow devinterp 1.3.2; the noise is a function of
-    (seed, step, element), so a run repeats bit for bit for any number of threads.
+    def _scalars_on_device(self, index: int, scalars: StepScalars, device: torch.device) -> Tensor | None:
+        """The scalars where a captured graph reads them; written again only when they change."""
+        if not self._capturable:
+            return None
+        cached = self._device_scalars.get(index)
+        if cached is None:
+            cached = (scalars, torch.tensor(scalars, dtype=torch.float64, device=device))
+        elif cached[0] != scalars:
+            cached[1].copy_(torch.tensor(scalars, dtype=torch.float64))
+            cached = (scalars, cached[1])
+        self._device_scalars[index] = cached
+        return cached[1]
 
-    Example:
-        >>> sampler = llc_fast.SGLD(model.parameters(), lr=1e-5, nbeta=1000.0, localization=100.0)
-        >>> loss_fn(model(x), y).backward(); sampler.step(); sampler.zero_grad()
+    def _group_tables(self, index: int, group: dict[str, Any], live: list[int]) -> list[tuple[list[int], SegmentTable]]:
+        """A group's segments, a table for each dtype; rebuilt only when a tensor or mask was replaced.
 
-    Args:
-        params: parameters or parameter groups (float32 or float64); groups may override every option.
-        lr: step size ε.
-        nbeta: inverse temperature nβ.
-        localization: γ, the pull towards the parameters at construction.
-        weight_decay: μ, the pull towards zero.
-        noise_level: σ.
-        bounding_box_size: elementwise bound on \|w − w₀\|; None for no box.
-        optimize_over: boolean mask, True where a parameter may move: one tensor that broadcasts to every
-            parameter of the group, or a list with one tensor or None for each.
-        seed: of the noise; None takes it from torch's global generator.
+        Each comes with the positions of its parameters in `live`.
+        """
+        identity = self._identity(group, live)
+        cached = self._tables.get((index, 0))
+        if cached is not None and cached[0] == identity:
+            return cached[1]
+        buckets: dict[torch.dtype, list[int]] = defaultdict(list)
+        for j, k in enumerate(live):
+            buckets[group["params"][k].dtype].append(j)
+        segments = self._segments(group, live)
+        tables = [
+            (position, SegmentTable(self.sampler.name, [segments[j] for j in position]))
+            for position in buckets.values()
+        ]
+        self._tables[index, 0] = (identity, tables)
+        return tables
 
-    Raises:
-        TypeError, ValueError: an option that is unknown, not finite or out of range; parameters that are not
-            dense floating-point tensors with data.
-    """
+    def _identity(self, group: dict[str, Any], live: list[int]) -> _Identity:
+        """What a table was built from: equal as long as nothing was moved, replaced or switched on."""
+        params, masks = group["params"], group["optimize_over"]
+        objects = [*masks] if isinstance(masks, (list, tuple)) else [masks]
+        objects += [self.state[params[k]].get("initial_param") for k in live if params[k] in self.state]
+        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
+        return _Identity([anchored, *(params[k].data_ptr() for k in live)], objects)
 
-    sampler = samplers.SGLD
+    def _segments(self, group: dict[str, Any], live: list[int]) -> list[Segment]:
+        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
+        offsets, segments = _offsets(group), []
+        for k in live:
+            p = group["params"][k]
+            state = self.state[p]
+            if anchored and "initial_param" not in state:
+                raise ValueError(
+                    "localization or bounding_box_size was switched on after construction, when w* was not kept: "
+                    "construct the optimizer with it"
+                )
+            segments.append(
+                Segment(
+                    w=state.get("master", p.detach()),
+                    offset=offsets[k],
+                    anchor=state.get("initial_param"),
+                    mask=_entry(group["optimize_over"], k),
+                    state=[state[f"state{j}"] for j in range(update.NUM_STATES[self.sampler.name])],
+                    preconditioner=_entry(group.get("preconditioner", 1.0), k),
+                    copy=p.detach() if "master" in state else None,
+                )
+            )
+        return segments
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 0.01,
-        nbeta: float = 1.0,
-        localization: float = 0.0,
-        weight_decay: float = 0.0,
-        noise_level: float = 1.0,
-        bounding_box_size: float | None = None,
-        optimize_over: Tensor | list[Tensor | None] | None = None,
-        *,
-        seed: int | None = None,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "nbeta": nbeta,
-            "localization": localization,
-            "weight_decay": weight_decay,
-            "noise_level": noise_level,
-            "bounding_box_size": bounding_box_size,
-            "optimize_over": optimize_over,
+    def _step_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
+        """The same step as one opaque operation that torch.compile can keep in its graph."""
+        if self._measures(group) or self._wanted or self._capturable:
+            raise ValueError(
+                "under torch.compile a step can have neither metrics, thermostat, relative_eps nor capturable"
+            )
+        segments = self._segments(group, live)
+        torch.ops.llc_fast.step(
+            [s.w for s in segments],
+            grads,
+            [s.anchor for s in segments],
+            [s.mask for s in segments],
+            [t for s in segments for t in s.state],
+            [s.preconditioner if isinstance(s.preconditioner, Tensor) else None for s in segments],
+            [1.0 if isinstance(s.preconditioner, Tensor) else float(s.preconditioner) for s in segments],
+            [s.copy for s in segments if s.copy is not None],
+            self.sampler.name,
+            [s.offset for s in segments],
+            list(self.sampler.scalars(group)),
+            group["seed"],
+            group["step"],
+        )
+
+    # ---- gradient release ----------------------------------------------------------------------------------
+
+    def _register_release(self) -> None:
+        """Step each parameter as soon as its gradient is complete, and free the gradient at once."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._released(index, k))
+            for index, group in enumerate(self.param_groups)
+            for k, p in enumerate(group["params"])
+            if p.requires_grad
+        ]
+
+    def _released(self, index: int, k: int) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def move(p: Tensor) -> None:
+            group = self.param_groups[index]
+            if self._measures(group):
+                raise ValueError("release_gradients can't be combined with a thermostat or relative_eps")
+            cached = self._tables.get((index, k + 1))
+            identity = self._identity(group, [k])
+            if cached is None or cached[0] != identity:
+                table = SegmentTable(self.sampler.name, self._segments(group, [k]))
+                cached = self._tables[index, k + 1] = (identity, [([0], table)])
+            scalars, grad = self.sampler.scalars(group), p.grad
+            assert grad is not None  # the hook runs right after it was accumulated
+            cached[1][0][1].step([grad], scalars, NoiseKey(seed=group["seed"], step=int(group["step"])))
+            p.grad = None
+
+        return move
+
+    # ---- freezing, metrics ---------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Stop adapting the metric: from the next step on, draws come from a fixed one.
+
+        Raises:
+            TypeError: the sampler's metric does not adapt.
+        """
+        if not self.sampler.adaptive:
+            raise TypeError(f"{type(self).__name__} has no metric that adapts")
+        for group in self.param_groups:
+            group["adapt_steps"] = int(group["step"])
+
+    def _keep_tensors(self, index: int, group: dict[str, Any], live: list[int]) -> None:
+        """The noise and the drift of the step to come, remade outside the kernel for callbacks that want tensors."""
+        offsets = _offsets(group)
+        for k in live:
+            p = group["params"][k]
+            state = self.state[p]
+            w = state.get("master", p.detach())
+            if "noise" in self._wanted:
+                key = NoiseKey(seed=group["seed"], step=int(group["step"]))
+                noise = update.normals(offsets[k], p.numel(), key, dtype=w.dtype, device=p.device)
+                self._values["noise"][index].append(group["noise_level"] * noise.view(p.shape))
+            if "dws" in self._wanted:
+                drift = group["nbeta"] * p.grad.to(w.dtype) + group["weight_decay"] * w
+                if group["localization"]:
+                    drift += group["localization"] * (w - state["initial_param"])
+                self._values["dws"].append(drift)
+
+    def _report(self, sums: list[tuple[dict[str, Any], Tensor | None]]) -> None:
+        """The norms of the last step over all groups, as devinterp defines them."""
+        if not self._sums:
+            return
+        columns = {name: k for k, name in enumerate(reference.METRICS)}
+
+        def total(name: str, factor: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> Tensor:
+            zero = torch.zeros((), dtype=torch.float64)
+            return sum((factor(g) * m[0, columns[name]] for g, m in sums if m is not None), zero)
+
+        self._values |= {
+            "noise_norm": total("noise", lambda g: g["noise_level"] ** 2).sqrt(),
+            "grad_norm": total("grad", lambda g: (0.5 * g["lr"] * g["nbeta"]) ** 2).sqrt(),
+            "weight_norm": total("weight").sqrt(),
+            "distance": total("distance").sqrt(),
+            "localization_loss": total("distance", lambda g: 0.5 * g["localization"]),
         }
-        super().__init__(params, defaults, seed)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What was asked for with ``metrics=``, of the last step.
+
+        ``noise_norm`` ‖σξ‖; ``grad_norm`` ‖(ε/2)·nβ·g‖; ``weight_norm`` ‖w‖ after the step; ``distance`` ‖w − w*‖ and
+        ``localization_loss`` γ/2·‖w − w*‖² before it; ``noise`` σξ as tensors, by group; ``dws`` the drift nβ·g +
+        γ(w − w*) + μw as a list of tensors. Each can also be read as an attribute of that name.
+        """
+        return {name: self._values[name] for name in METRICS if name in self._wanted and name in self._values}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in METRICS:
+            values = self.__dict__.get("_values", {})
+            if name in self.__dict__.get("_wanted", ()) and name in values:
+                return values[name]
+            raise AttributeError(f"{name} was not measured: pass metrics=[{name!r}] and take a step first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Identity:
+    """Values that must be equal and objects that must be the same ones; kept alive, so that none is mistaken."""
+
+    def __init__(self, values: list[Any], objects: list[Any]) -> None:
+        self._values, self._objects = values, objects
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Identity)
+            and self._values == other._values
+            and len(self._objects) == len(other._objects)
+            and all(a is b for a, b in zip(self._objects, other._objects, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _offsets(group: dict[str, Any]) -> list[int]:
+    offsets, total = [], group["offset"]
+    for p in group["params"]:
+        offsets.append(total)
+        total += p.numel()
+    return offsets
+
+
+def _entry(value: Any, k: int) -> Any:
+    """Options that may be given once for a group or once for each of its parameters."""
+    return value[k] if isinstance(value, (list, tuple)) else value
+
+
+class SGLD(LangevinOptimizer, sampler=samplers.SGLD):
+    """SGLD as an optimizer, one fused pass per step."""
+
+
+class PreconditionedSGLD(LangevinOptimizer, sampler=samplers.PreconditionedSGLD):
+    """SGLD in a fixed diagonal metric as an optimizer, one fused pass per step."""
+
+
+class RMSpropSGLD(LangevinOptimizer, sampler=samplers.RMSpropSGLD):
+    """RMSprop-SGLD as an optimizer, one fused pass per step; :meth:`freeze` fixes its metric."""
+
+
+class AdamSGLD(LangevinOptimizer, sampler=samplers.AdamSGLD):
+    """Adam-SGLD as an optimizer, one fused pass per step; :meth:`freeze` fixes its metric."""
+
+
+class SGHMC(LangevinOptimizer, sampler=samplers.SGHMC):
+    """SGHMC as an optimizer, one fused pass per step."""
+
+
+class SGNHT(LangevinOptimizer, sampler=samplers.SGNHT):
+    """SGNHT as an optimizer, one fused pass per step and one sum for the thermostat."""

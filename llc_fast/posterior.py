@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -53,6 +54,9 @@ class Posterior:
         for name, p in named.items():
             if name in sampled:
                 check_tensor(f"parameter {name!r}", p)
+        if len(dtypes := {named[name].dtype for name in sampled}) > 1:
+            found = ", ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
         self.anchor = {name: named[name].detach().to(device) for name in sampled}
         self._frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
@@ -95,7 +99,7 @@ class Posterior:
         batch = next(iter(self.source.minibatches(seed=0)))
         leaves = {name: p.clone().requires_grad_() for name, p in self.anchor.items()}
         with torch.enable_grad():
-            loss = self.loss(leaves, batch, self.fresh_buffers())
+            loss = self.loss(leaves, copy.deepcopy(batch), self.fresh_buffers())
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         if loss.numel() != 1 or loss.ndim != 0:
@@ -122,6 +126,9 @@ class Posterior:
             return
         twice = tuple(torch.cat([b, b]) for b in batch)
         with torch.no_grad():
+            again = float(self.loss(self.anchor, copy.deepcopy(batch), self.fresh_buffers()))
+            if abs(abs(again) - value) > 1e-3 * value:
+                return  # a random loss: two values say nothing
             repeated = abs(float(self.loss(self.anchor, twice, self.fresh_buffers())))
         if repeated > 1.8 * value:
             raise ValueError(
@@ -138,7 +145,11 @@ def _select(named: dict[str, nn.Parameter], params: Iterable[str] | None) -> lis
         if not chosen:
             raise ValueError("no parameter requires a gradient: nothing to sample; set requires_grad_(True)")
         return list(chosen)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must hold names or glob patterns, got {type(params).__name__}")
     patterns = [params] if isinstance(params, str) else list(params)
+    if not patterns:
+        raise ValueError("params is empty: nothing to sample")
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"params must hold names or glob patterns, got {type(pattern).__name__}")

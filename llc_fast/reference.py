@@ -7,6 +7,8 @@ Slow, obvious, and able to run in float64 on any device. The tests hold the nati
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ class NoiseKey(NamedTuple):
 
 
 class StepScalars(NamedTuple):
-    """The hyperparameters of one step.
+    """The hyperparameters of one step; each rule reads those it needs.
 
     Attributes:
         lr: step size ε.
@@ -44,6 +46,11 @@ class StepScalars(NamedTuple):
         weight_decay: μ, the pull towards zero.
         noise_level: σ; 1 samples the posterior.
         bounding_box: b in \\|w − w*\\| ≤ b, elementwise; infinity means no box.
+        decay: α, of the running mean of squared gradients.
+        momentum_decay: β₁, of the running mean of gradients.
+        eps: added to the root of the mean squared gradient.
+        friction: SGHMC's α; SGNHT's diffusion factor A.
+        adapt_steps: steps whose gradients enter the running mean of squares; later ones leave it as it is.
     """
 
     lr: float
@@ -52,6 +59,11 @@ class StepScalars(NamedTuple):
     weight_decay: float = 0.0
     noise_level: float = 1.0
     bounding_box: float = math.inf
+    decay: float = 0.0
+    momentum_decay: float = 0.0
+    eps: float = 0.0
+    friction: float = 0.0
+    adapt_steps: float = math.inf
 
 
 def philox(counter: Tensor, key: NoiseKey) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,20 +119,130 @@ def normals(
     return z[start : start + length]
 
 
-def drift(w: Tensor, grad: Tensor, anchor: Tensor, s: StepScalars) -> Tensor:
+@dataclass
+class Coordinates:
+    """What a rule works on: tensors of one shape and dtype. It moves `w` and `state`, and leaves `drift` and `scale`.
+
+    Attributes:
+        w: parameters.
+        grad: gradient of the mean minibatch loss.
+        anchor: w*.
+        noise: standard normals ξ.
+        state: what the rule keeps between steps, see its docstring.
+        preconditioner: a given diagonal, for the rule that takes one.
+        thermostat: of the chain, for SGNHT.
+        drift: nβ·g + γ(w − w*) + μ·w, set by the rule.
+        scale: the preconditioner p that the rule used.
+    """
+
+    w: Tensor
+    grad: Tensor
+    anchor: Tensor
+    noise: Tensor
+    state: list[Tensor] = field(default_factory=list)
+    preconditioner: Tensor | float = 1.0
+    thermostat: Tensor | float = 0.0
+    drift: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
+
+
+def _drift(x: Coordinates, grad: Tensor, s: StepScalars) -> Tensor:
     """∇ of the localized tempered potential: nβ·g + γ(w − w*) + μ·w."""
-    return s.nbeta * grad + s.localization * (w - anchor) + s.weight_decay * w
+    return s.nbeta * grad + s.localization * (x.w - x.anchor) + s.weight_decay * x.w
 
 
-def clamp_to_box(w: Tensor, anchor: Tensor, s: StepScalars) -> Tensor:
+def _clamp_to_box(w: Tensor, anchor: Tensor, s: StepScalars) -> Tensor:
     """Elementwise projection onto \\|w − w*\\| ≤ b."""
     return w if math.isinf(s.bounding_box) else w.clamp(anchor - s.bounding_box, anchor + s.bounding_box)
 
 
-def sgld(w: Tensor, grad: Tensor, anchor: Tensor, noise: Tensor, s: StepScalars) -> Tensor:
-    """One step of SGLD (Welling & Teh 2011, localized as in Lau et al. 2023); returns the new w.
+def _langevin(x: Coordinates, grad: Tensor, p: Tensor | float, s: StepScalars) -> None:
+    """w ← w − (ε/2)·p·drift + σ·√(ε p)·ξ, then the box."""
+    x.drift, x.scale = _drift(x, grad, s), p
+    x.w = _clamp_to_box(
+        x.w - 0.5 * s.lr * p * x.drift + s.noise_level * math.sqrt(s.lr) * p**0.5 * x.noise, x.anchor, s
+    )
 
-    w ← w − (ε/2)·drift + σ√ε·ξ
+
+def _adapt(mean: Tensor, grad: Tensor, s: StepScalars, step: int) -> Tensor:
+    return s.decay * mean + (1 - s.decay) * grad**2 if step < s.adapt_steps else mean
+
+
+def _move_with_momentum(x: Coordinates, momentum: Tensor, s: StepScalars) -> None:
+    """w ← w + v; where the box ends, w stays on it and v turns back."""
+    w = x.w + momentum
+    x.w = _clamp_to_box(w, x.anchor, s)
+    x.state[0] = torch.where((w - x.anchor).abs() > s.bounding_box, -momentum, momentum)
+
+
+def sgld(x: Coordinates, s: StepScalars, step: int) -> None:
+    """SGLD (Welling & Teh 2011, localized as in Lau et al. 2023): p = 1."""
+    _langevin(x, x.grad, 1.0, s)
+
+
+def preconditioned_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
+    """SGLD in a fixed diagonal metric: p is given."""
+    _langevin(x, x.grad, x.preconditioner, s)
+
+
+def rmsprop_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
+    """RMSprop-SGLD (Li et al. 2016): V ← αV + (1 − α)g² (state 0), p = 1/(√V + eps)."""
+    x.state[0] = _adapt(x.state[0], x.grad, s, step)
+    _langevin(x, x.grad, 1 / (x.state[0].sqrt() + s.eps), s)
+
+
+def adam_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
+    """Adam-SGLD: RMSprop's metric, and m ← β₁m + (1 − β₁)g (state 1) for the gradient, both bias-corrected."""
+    x.state[0] = _adapt(x.state[0], x.grad, s, step)
+    x.state[1] = s.momentum_decay * x.state[1] + (1 - s.momentum_decay) * x.grad
+    squares = x.state[0] / (1 - s.decay ** min(step + 1, s.adapt_steps))
+    _langevin(x, x.state[1] / (1 - s.momentum_decay ** (step + 1)), 1 / (squares.sqrt() + s.eps), s)
+
+
+def sghmc(x: Coordinates, s: StepScalars, step: int) -> None:
+    """SGHMC (Chen et al. 2014, eq. 15, η = ε/2): v ← (1 − α)v − (ε/2)·drift + σ√(εα)·ξ (state 0), w ← w + v."""
+    x.drift = _drift(x, x.grad, s)
+    noise = s.noise_level * math.sqrt(s.lr * s.friction) * x.noise
+    _move_with_momentum(x, (1 - s.friction) * x.state[0] - 0.5 * s.lr * x.drift + noise, s)
+
+
+def sgnht(x: Coordinates, s: StepScalars, step: int) -> None:
+    """SGNHT (Ding et al. 2014, devinterp's units): v ← v − ε·drift − ζv + σ√(2Aε)·ξ (state 0), w ← w + v.
+
+    ζ is the chain's thermostat; whoever drives the chain moves it by mean(v²) − ε after the step.
     """
-    increment = -0.5 * s.lr * drift(w, grad, anchor, s) + s.noise_level * math.sqrt(s.lr) * noise
-    return clamp_to_box(w + increment, anchor, s)
+    x.drift = _drift(x, x.grad, s)
+    noise = s.noise_level * math.sqrt(2 * s.friction * s.lr) * x.noise
+    _move_with_momentum(x, (1 - x.thermostat) * x.state[0] - s.lr * x.drift + noise, s)
+
+
+RULES: dict[str, Callable[[Coordinates, StepScalars, int], None]] = {
+    "sgld": sgld,
+    "preconditioned-sgld": preconditioned_sgld,
+    "rmsprop-sgld": rmsprop_sgld,
+    "adam-sgld": adam_sgld,
+    "sghmc": sghmc,
+    "sgnht": sgnht,
+}
+"""Every rule by name; the native module knows the same ones."""
+
+METRICS = ("grad", "distance", "weight", "noise", "drift", "drift_noise", "momentum")
+"""What a step can sum up: Σg², Σ(w − w*)² before the step, Σw² after it, Σξ², Σp·drift², Σ√p·drift·ξ, Σv²."""
+
+
+def apply(rule: str, x: Coordinates, s: StepScalars, step: int) -> Tensor:
+    """Run one rule on `x` and return the seven sums of `METRICS`, float64."""
+    before = x.w
+    RULES[rule](x, s, step)
+    momentum = x.state[0] if x.state else torch.zeros_like(x.w)
+    drift, scale = torch.as_tensor(x.drift), torch.as_tensor(x.scale)
+    terms = [
+        x.grad**2,
+        (before - x.anchor) ** 2,
+        x.w**2,
+        x.noise**2,
+        scale * drift**2,
+        scale.sqrt() * drift * x.noise,
+        momentum**2,
+    ]
+    return torch.stack([term.double().sum() for term in terms])

@@ -195,10 +195,10 @@ class LLCResult:
         try:
             with np.load(path, allow_pickle=False) as file:
                 trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
+            if meta.pop("format") == _FORMAT:
+                return cls(loss_trace=trace, schedule=Schedule(**meta.pop("schedule")), **meta)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is not a file that LLCResult.save wrote, or is damaged") from error
-        if meta.pop("format") != _FORMAT:
-            raise ValueError(f"{os.fspath(path)!r} was written by another version of llc_fast")
-        return cls(loss_trace=trace, schedule=Schedule(**meta.pop("schedule")), **meta)
+        raise ValueError(f"{os.fspath(path)!r} was written by another version of llc_fast")

@@ -7,9 +7,11 @@ chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fas
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ from llc_fast import _native, reference
 from llc_fast.reference import NoiseKey, StepScalars
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_RULES = {name: k for k, name in enumerate(_native.info()["rules"])}  # type: ignore[arg-type, var-annotated]
+NUM_METRICS = len(reference.METRICS)
 
 
 @functools.cache
@@ -44,226 +49,333 @@ def has_native_backend(device_type: str) -> bool:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` is a dense float32 or float64 tensor that holds data."""
+    """Raise TypeError or ValueError unless `tensor` is a dense floating-point tensor that holds data."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; only dense tensors can be sampled: use .to_dense()")
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and holds no data: materialize the model first")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; supported are float32 and float64: convert the model")
+    if tensor.dtype not in _DTYPES and tensor.dtype not in _LOW:
+        known = ", ".join(str(d).removeprefix("torch.") for d in (*_DTYPES, *_LOW))
+        raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {known}: convert the model")
+
+
+def is_low_precision(tensor: Tensor) -> bool:
+    """Whether chains of this parameter keep float32 and write it a copy: steps would be lost in its own precision."""
+    return tensor.dtype in _LOW
+
+
+@dataclass
+class Segment:
+    """One tensor of a step.
+
+    Attributes:
+        w: float32 or float64, updated in place; holds chain 0, chain c lies ``c * chain_stride`` elements behind.
+        offset: index of its first element in the flat parameter vector; names its noise, so that the noise of an
+            element does not depend on how the vector is split into tensors.
+        anchor: w*, shared by all chains; None where neither localization nor box is used.
+        mask: boolean, broadcasts to w's shape; elements where it is False never move.
+        state: what the rule keeps, as many tensors like w as it needs, with the same chain stride.
+        preconditioner: of the rule that takes one: a number, or a tensor that broadcasts to w's shape.
+        copy: bfloat16 or float16 tensor that receives the new w; its gradients are then of that dtype too.
+    """
+
+    w: Tensor
+    offset: int
+    anchor: Tensor | None = None
+    mask: Tensor | None = None
+    state: Sequence[Tensor] = ()
+    preconditioner: Tensor | float = 1.0
+    copy: Tensor | None = None
 
 
 class SegmentTable:
     """The tensors that one step updates, laid out for the native kernel; build once, step many times.
 
     Args:
-        params: updated in place; tensor k holds chain 0, chain c lies ``c * chain_stride`` elements behind.
-        offsets: index of each tensor's first element in the flat parameter vector; names its noise, so that
-            the noise of an element does not depend on how the vector is split into tensors.
-        anchors: w* of each tensor, shared by all chains; None where neither localization nor box is used.
-        masks: per tensor None or a boolean tensor of its shape; elements where it is False never move.
+        rule: name of the update rule, a key of ``reference.RULES``.
+        segments: the tensors; all on one device, with one dtype of w and one of the copies.
         num_chains: rows that one step updates.
-        chain_stride: elements from a chain to the next in `params` (not used with one chain).
+        chain_stride: elements from a chain to the next (not used with one chain).
 
     Raises:
         TypeError, ValueError: integer, complex, sparse or meta tensors, mixed devices or dtypes, shapes that
             do not match.
     """
 
-    _GRAD, _GRAD_STRIDE = 4, 5
+    _GRAD, _GRAD_STRIDE = 4, 5  # columns of the native table, see csrc/step.h
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        offsets: Sequence[int],
-        anchors: Sequence[Tensor | None],
-        masks: Sequence[Tensor | None] | None = None,
-        *,
-        num_chains: int = 1,
-        chain_stride: int = 0,
-    ) -> None:
-        if not params:
+    def __init__(self, rule: str, segments: Sequence[Segment], *, num_chains: int = 1, chain_stride: int = 0) -> None:
+        if rule not in _RULES:
+            raise ValueError(f"rule={rule!r} is unknown; choose one of: {', '.join(_RULES)}")
+        if not segments:
             raise ValueError("params is empty: nothing to update")
-        for k, param in enumerate(params):
-            check_tensor(f"parameter {k}", param)
-        masks = masks if masks is not None else [None] * len(params)
-        order = sorted(range(len(params)), key=lambda k: offsets[k])
-        self._params = [params[k] for k in order]
-        self._order = order
-        self._offsets = [offsets[k] for k in order]
-        self._anchors = [anchors[k] for k in order]
-        self._masks = [self._prepare_mask(params[k], masks[k]) for k in order]
-        self._num_chains, self._chain_stride = num_chains, chain_stride
-        self.device, self.dtype = params[0].device, params[0].dtype
-        self._check()
+        for k, segment in enumerate(segments):
+            check_tensor(f"parameter {k}", segment.w)
+        self._order = sorted(range(len(segments)), key=lambda k: segments[k].offset)
+        self._segments = [_prepare(segments[k], k, rule) for k in self._order]
+        self._rule, self._num_chains, self._chain_stride = rule, num_chains, chain_stride
+        first = self._segments[0]
+        self.device, self.dtype = first.w.device, first.w.dtype
+        self._grad_dtype = self.dtype if first.copy is None else first.copy.dtype
+        self._check_uniform()
         # Only dense rows can be segments: anything else is stepped in a contiguous copy.
-        self._work = [
-            p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in self._params
+        self._work = [_dense_like(s.w) for s in self._segments]
+        self._copies = [None if s.copy is None else _dense_like(s.copy) for s in self._segments]
+        self._numel = [s.w.numel() for s in self._segments]
+        self._begin = first.offset
+        self._end = max(s.offset + n for s, n in zip(self._segments, self._numel, strict=True))
+        self._moves = [
+            (work, original)
+            for work, original in (
+                *zip(self._work, [s.w for s in self._segments], strict=True),
+                *zip(self._copies, [s.copy for s in self._segments], strict=True),
+            )
+            if work is not None and original is not None and work is not original
         ]
         self._native = has_native_backend(self.device.type)
         if self._native:
-            self._build_rows()
+            self._rows = np.array([self._row(k) for k in range(len(self._segments))], dtype=np.int64)
+            self._constants = (_RULES[rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, ""))
+            self._host_address = int(self._rows.ctypes.data)
+            self._device_rows: Tensor | None = None
+            self._addresses: list[int] = []
+            self._scratch: Tensor | None = None
 
-    @staticmethod
-    def _prepare_mask(param: Tensor, mask: Tensor | None) -> Tensor | None:
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"a mask must be a tensor of dtype torch.bool, got {kind}")
-        try:
-            return mask.to(param.device).expand(param.shape).contiguous()
-        except RuntimeError as error:
-            raise ValueError(
-                f"a mask of shape {tuple(mask.shape)} does not fit its parameter of shape {tuple(param.shape)}"
-            ) from error
-
-    def _check(self) -> None:
-        for k, (param, anchor) in enumerate(zip(self._params, self._anchors, strict=True)):
-            if param.device != self.device or param.dtype != self.dtype:
+    def _check_uniform(self) -> None:
+        for k, segment in zip(self._order, self._segments, strict=True):
+            w, grad_dtype = segment.w, segment.w.dtype if segment.copy is None else segment.copy.dtype
+            if w.device != self.device or w.dtype != self.dtype or grad_dtype != self._grad_dtype:
                 raise ValueError(
-                    f"parameter {self._order[k]} is {param.dtype} on {param.device}, others are {self.dtype} on "
-                    f"{self.device}: one step needs one dtype and one device (use a parameter group for each)"
-                )
-            if anchor is not None and (anchor.shape, anchor.dtype, anchor.device) != (
-                param.shape,
-                param.dtype,
-                param.device,
-            ):
-                raise ValueError(
-                    f"the anchor of parameter {self._order[k]} is {anchor.dtype} {tuple(anchor.shape)} on "
-                    f"{anchor.device}, the parameter {param.dtype} {tuple(param.shape)} on {param.device}"
+                    f"parameter {k} is {w.dtype} ({grad_dtype} in the model) on {w.device}, others are {self.dtype} "
+                    f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
                 )
 
-    def _build_rows(self) -> None:
-        rows = []
-        self._dense_anchors = [None if a is None else a.detach().contiguous() for a in self._anchors]
-        for work, offset, anchor, mask in zip(self._work, self._offsets, self._dense_anchors, self._masks, strict=True):
-            address = work.data_ptr()
-            rows.append(
-                [
-                    offset,
-                    work.numel(),
-                    address,
-                    self._chain_stride,
-                    0,
-                    0,
-                    address if anchor is None else anchor.data_ptr(),
-                    self._chain_stride if anchor is None else 0,
-                    0 if mask is None else mask.data_ptr(),
-                ]
-            )
-        self._rows = np.array(rows, dtype=np.int64)
-        self._begin = self._offsets[0]
-        self._end = max(o + p.numel() for o, p in zip(self._offsets, self._params, strict=True))
-        self._device_rows: Tensor | None = None
-        self._grad_key: tuple[list[int], list[int]] = ([], [])
+    def _row(self, k: int) -> list[int]:
+        s, work, copy = self._segments[k], self._work[k], self._copies[k]
+        address, given = work.data_ptr(), s.preconditioner
+        states = [t.data_ptr() for t in s.state] + [0] * (2 - len(s.state))
+        scale = np.float64(1.0 if isinstance(given, Tensor) else given).view(np.int64)
+        return [
+            s.offset,
+            self._numel[k],
+            address,
+            self._chain_stride,
+            0,
+            0,
+            address if s.anchor is None else s.anchor.data_ptr(),
+            self._chain_stride if s.anchor is None else 0,
+            0 if s.mask is None else s.mask.data_ptr(),
+            *states,
+            given.data_ptr() if isinstance(given, Tensor) else 0,
+            int(scale),
+            0 if copy is None else copy.data_ptr(),
+        ]
 
-    def _gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients in table order, checked and contiguous."""
-        dense = []
-        for k, param in zip(self._order, self._params, strict=True):
-            grad = grads[k]
-            if grad.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of parameter {k} has layout {grad.layout}; only dense gradients can be used: "
-                    "build the embedding with sparse=False"
-                )
-            if grad.dtype != self.dtype or grad.device != self.device:
-                raise TypeError(
-                    f"the gradient of parameter {k} is {grad.dtype} on {grad.device}, the parameter {self.dtype} on "
-                    f"{self.device}"
-                )
-            if grad.numel() not in (param.numel(), param.numel() * self._num_chains):
-                raise ValueError(
-                    f"the gradient of parameter {k} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}"
-                )
-            dense.append(grad if grad.is_contiguous() else grad.contiguous())
-        return dense
-
-    def step(self, grads: Sequence[Tensor], scalars: StepScalars, key: NoiseKey) -> None:
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        scalars: StepScalars,
+        key: NoiseKey,
+        *,
+        thermostat: Tensor | None = None,
+        metrics: Tensor | None = None,
+        device_scalars: Tensor | None = None,
+        device_step: Tensor | None = None,
+    ) -> None:
         """Update all tensors of all chains in place.
 
         Args:
-            grads: gradient of the mean minibatch loss for each tensor, in the order of `params`: of the
-                parameter's shape (shared by the chains) or with a leading dimension ``num_chains``.
+            grads: gradient of the mean minibatch loss for each segment, in the order given: of w's shape (shared by
+                the chains) or with a leading dimension ``num_chains``; in the model's precision.
             scalars: hyperparameters.
             key: names the noise; chain c of the table uses ``key.chain + c``.
+            thermostat: float64, one value for each chain, read by SGNHT.
+            metrics: float64 ``[num_chains, 7]``, receives the sums named in ``reference.METRICS``; the same bits for
+                any number of threads. None: not computed.
+            device_scalars, device_step: on a CUDA device, the scalars (float64) and the step (int64) to read when the
+                kernel runs, instead of those given here: a captured CUDA graph then follows them.
 
         Raises:
             TypeError, ValueError: a gradient that is sparse, of another dtype, device or size.
         """
         gradients = self._gradients(grads)
-        copies = [(w, p) for w, p in zip(self._work, self._params, strict=True) if w is not p]
-        for work, param in copies:
-            work.copy_(param)
+        for work, original in self._moves:
+            work.copy_(original)
         if self._native:
-            self._native_step(gradients, scalars, key)
+            self._native_step(gradients, scalars, key, thermostat, metrics, device_scalars, device_step)
         else:
-            self._reference_step(gradients, scalars, key)
-        for work, param in copies:
-            param.copy_(work)
+            self._reference_step(gradients, scalars, key, thermostat, metrics)
+        for work, original in self._moves:
+            original.copy_(work)
 
-    def _native_step(self, grads: list[Tensor], scalars: StepScalars, key: NoiseKey) -> None:
-        addresses = [g.data_ptr() for g in grads]
-        if addresses != self._grad_key[0]:
-            strides = [p.numel() if g.numel() != p.numel() else 0 for g, p in zip(grads, self._params, strict=True)]
-            self._rows[:, self._GRAD] = addresses
-            self._rows[:, self._GRAD_STRIDE] = strides
-            self._grad_key = (addresses, strides)
-            self._device_rows = None
-        stream: int | None = None
-        rows = self._rows.ctypes.data
-        if self.device.type == "cuda":
-            if self._device_rows is None:
-                self._device_rows = torch.from_numpy(self._rows.copy()).to(self.device)
-            rows = self._device_rows.data_ptr()
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-        with _device_guard(self.device):
-            _native.step(
-                _DTYPES[self.dtype],
-                rows,
-                len(self._params),
-                self._begin,
-                self._end,
-                self._num_chains,
-                *scalars,
-                key.seed,
-                key.step,
-                key.chain,
-                torch.get_num_threads(),
-                stream,
-            )
-
-    def _reference_step(self, grads: list[Tensor], scalars: StepScalars, key: NoiseKey) -> None:
-        rows = zip(self._work, grads, self._offsets, self._anchors, self._masks, strict=True)
-        for work, grad, offset, anchor, mask in rows:
-            n = work.numel()
-            for chain in range(self._num_chains):
-                w = work.as_strided((n,), (1,), work.storage_offset() + chain * self._chain_stride)
-                g = grad.reshape(-1, n)[chain if grad.numel() != n else 0]
-                a = w if anchor is None else anchor.reshape(-1)
-                z = reference.normals(
-                    offset, n, key._replace(chain=key.chain + chain), dtype=self.dtype, device=self.device
+    def _gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in table order, checked and contiguous."""
+        dense = []
+        for k, numel in zip(self._order, self._numel, strict=True):
+            grad = grads[k]
+            if grad.dtype != self._grad_dtype or grad.device != self.device:
+                raise TypeError(
+                    f"the gradient of parameter {k} is {grad.dtype} on {grad.device}, the parameter "
+                    f"{self._grad_dtype} on {self.device}"
                 )
-                new = reference.sgld(w, g, a, z, scalars)
-                w.copy_(new if mask is None else torch.where(mask.reshape(-1), new, w))
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of parameter {k} has layout {grad.layout}; only dense gradients can be used: "
+                    "build the embedding with sparse=False"
+                )
+            if (size := grad.numel()) != numel and size != numel * self._num_chains:
+                raise ValueError(
+                    f"the gradient of parameter {k} has shape {tuple(grad.shape)}: {size} elements, not {numel}"
+                )
+            dense.append(grad if grad.is_contiguous() else grad.contiguous())
+        return dense
+
+    def _native_step(
+        self,
+        grads: list[Tensor],
+        scalars: StepScalars,
+        key: NoiseKey,
+        thermostat: Tensor | None,
+        metrics: Tensor | None,
+        device_scalars: Tensor | None,
+        device_step: Tensor | None,
+    ) -> None:
+        addresses = [g.data_ptr() for g in grads]
+        if addresses != self._addresses:
+            self._rows[:, self._GRAD] = addresses
+            if self._num_chains > 1:
+                strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
+                self._rows[:, self._GRAD_STRIDE] = strides
+            self._addresses, self._device_rows = addresses, None
+        arguments = (
+            *self._constants,
+            self._table_address(),
+            len(addresses),
+            self._begin,
+            self._end,
+            self._num_chains,
+            scalars,
+            key.seed,
+            key.step,
+            key.chain,
+            None if thermostat is None else thermostat.data_ptr(),
+            None if metrics is None else metrics.data_ptr(),
+            None if metrics is None else self._scratch_address(),
+            None if device_scalars is None else device_scalars.data_ptr(),
+            None if device_step is None else device_step.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if self.device.type == "cpu":
+            _native.step(*arguments, None)
+        else:
+            with torch.cuda.device(self.device):
+                _native.step(*arguments, torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _table_address(self) -> int:
+        if self.device.type == "cpu":
+            return self._host_address
+        if self._device_rows is None:
+            self._device_rows = torch.from_numpy(self._rows.copy()).to(self.device)
+        return self._device_rows.data_ptr()
+
+    def _scratch_address(self) -> int | None:
+        """Where a GPU leaves partial sums: allocated once, when metrics are first wanted."""
+        if self.device.type == "cpu":
+            return None
+        if self._scratch is None:
+            size = _native.scratch_size(self._begin, self._end, self._num_chains)
+            self._scratch = torch.empty(size, dtype=torch.float64, device=self.device)
+        return self._scratch.data_ptr()
+
+    def _reference_step(
+        self,
+        grads: list[Tensor],
+        scalars: StepScalars,
+        key: NoiseKey,
+        thermostat: Tensor | None,
+        metrics: Tensor | None,
+    ) -> None:
+        if metrics is not None:
+            metrics.zero_()
+        for k, (s, work, copy, grad) in enumerate(zip(self._segments, self._work, self._copies, grads, strict=True)):
+            n = self._numel[k]
+            for chain in range(self._num_chains):
+                w, *state = (_row_of(t, chain * self._chain_stride, n) for t in (work, *s.state))
+                mask = slice(None) if s.mask is None else s.mask.reshape(-1)
+                z = reference.normals(
+                    s.offset, n, key._replace(chain=key.chain + chain), dtype=self.dtype, device=self.device
+                )
+                given = s.preconditioner
+                x = reference.Coordinates(
+                    w=w[mask].clone(),
+                    grad=grad.reshape(-1, n)[chain if grad.numel() != n else 0].to(self.dtype)[mask],
+                    anchor=(w if s.anchor is None else s.anchor.reshape(-1))[mask],
+                    noise=z[mask] * (scalars.noise_level != 0),
+                    state=[t[mask].clone() for t in state],
+                    preconditioner=given.reshape(-1)[mask] if isinstance(given, Tensor) else given,
+                    thermostat=0.0 if thermostat is None else thermostat[chain].to(self.dtype),
+                )
+                sums = reference.apply(self._rule, x, scalars, key.step)
+                w[mask] = x.w
+                for row, new in zip(state, x.state, strict=True):
+                    row[mask] = new
+                if metrics is not None:
+                    metrics[chain] += sums
+                if copy is not None:
+                    _row_of(copy, chain * self._chain_stride, n).copy_(w)
 
 
-class _NoGuard:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+def _row_of(tensor: Tensor, start: int, length: int) -> Tensor:
+    return tensor.as_strided((length,), (1,), tensor.storage_offset() + start)
 
 
-_NO_GUARD = _NoGuard()
+def _dense_like(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _device_guard(device: torch.device) -> torch.cuda.device | _NoGuard:
-    """Make `device` the current CUDA device for a launch; nothing to do (and no cost) elsewhere."""
-    return torch.cuda.device(device) if device.type == "cuda" else _NO_GUARD
+def _broadcast(name: str, tensor: Tensor, w: Tensor) -> Tensor:
+    try:
+        return tensor.to(w.device).expand(w.shape).contiguous()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} does not fit its parameter of shape {tuple(w.shape)}"
+        ) from error
+
+
+def _prepare(segment: Segment, k: int, rule: str) -> Segment:
+    """The segment with its tensors checked, broadcast and contiguous."""
+    w, anchor, mask, given = segment.w, segment.anchor, segment.mask, segment.preconditioner
+    if w.dtype not in _DTYPES:
+        raise TypeError(f"parameter {k} has dtype {w.dtype}; chains are kept in float32 or float64")
+    for name, like in [("anchor", anchor), *(("state", t) for t in segment.state)]:
+        if like is not None and (like.shape, like.dtype, like.device) != (w.shape, w.dtype, w.device):
+            raise ValueError(
+                f"the {name} of parameter {k} is {like.dtype} {tuple(like.shape)} on {like.device}, the parameter "
+                f"{w.dtype} {tuple(w.shape)} on {w.device}"
+            )
+    if len(segment.state) != NUM_STATES[rule]:
+        raise ValueError(f"rule {rule!r} keeps {NUM_STATES[rule]} states, parameter {k} has {len(segment.state)}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"a mask must be a tensor of dtype torch.bool, got {kind}")
+        mask = _broadcast("a mask", mask, w)
+    if isinstance(given, Tensor):
+        given = _broadcast("a preconditioner", given.detach().to(w.dtype), w)
+    return replace(
+        segment,
+        w=w.detach(),
+        anchor=None if anchor is None else anchor.detach().contiguous(),
+        mask=mask,
+        preconditioner=given,
+        copy=None if segment.copy is None else segment.copy.detach(),
+    )
+
+
+NUM_STATES = {"sgld": 0, "preconditioned-sgld": 0, "rmsprop-sgld": 1, "adam-sgld": 2, "sghmc": 1, "sgnht": 1}
+"""Tensors like w that each rule keeps between steps."""
 
 
 def normals(
@@ -291,8 +403,52 @@ def normals(
         return reference.normals(begin, length, key, dtype=dtype, device=device)
     out = torch.empty(length, dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    with _device_guard(device):
+    with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
         _native.normals(
             _DTYPES[dtype], out.data_ptr(), begin, length, key.seed, key.step, key.chain, key.stream, stream
         )
     return out
+
+
+# The step as one operation of torch, for torch.compile (see LangevinOptimizer): tensors in flat lists, one chain.
+_library = torch.library.Library("llc_fast", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "step(Tensor(a!)[] params, Tensor[] grads, Tensor?[] anchors, Tensor?[] masks, Tensor(b!)[] states, "
+    "Tensor?[] preconditioners, float[] preconditioner_scales, Tensor(c!)[] copies, str rule, int[] offsets, "
+    "float[] scalars, int seed, Tensor step) -> ()"
+)
+
+
+def _step_operation(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    preconditioners: Sequence[Tensor | None],
+    preconditioner_scales: Sequence[float],
+    copies: Sequence[Tensor],
+    rule: str,
+    offsets: Sequence[int],
+    scalars: Sequence[float],
+    seed: int,
+    step: Tensor,
+) -> None:
+    kept = NUM_STATES[rule]
+    segments = [
+        Segment(
+            w=w,
+            offset=offsets[k],
+            anchor=anchors[k],
+            mask=masks[k],
+            state=states[k * kept : (k + 1) * kept],
+            preconditioner=preconditioner_scales[k] if (given := preconditioners[k]) is None else given,
+            copy=copies[k] if copies else None,
+        )
+        for k, w in enumerate(params)
+    ]
+    SegmentTable(rule, segments).step(grads, StepScalars(*scalars), NoiseKey(seed, int(step)))
+
+
+_library.impl("step", _step_operation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("llc_fast::step", lambda *_: None, lib=_library)

@@ -29,9 +29,7 @@ def test_regular_model() -> None:
     torch.manual_seed(0)
     d, nbeta, localization, lr = 400, 1000.0, 1.0, 2e-5
     curvature = torch.logspace(-0.5, 1, d)
-    result = run(
-        Quadratic(curvature), lr=lr, nbeta=nbeta, localization=localization, num_draws=8000, num_burnin=2000
-    )
+    result = run(Quadratic(curvature), lr=lr, nbeta=nbeta, localization=localization, num_draws=8000, num_burnin=2000)
     stiffness = nbeta * curvature.double() + localization
     exact = float((0.5 * nbeta * curvature.double() / (stiffness * (1 - lr * stiffness / 4))).sum())
     _assert_agrees(result.llc_mean, result.llc_stderr, exact, precision=0.01)

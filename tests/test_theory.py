@@ -54,9 +54,7 @@ def by_rank_chains(widths: tuple[int, ...], rank: int) -> tuple[float, int]:
     return (regular_part + best) / 2, max(longest.values())
 
 
-def assert_asymptotics(
-    log_z: Callable[[float], float], expected: tuple[float, int], start: float = 40.0
-) -> None:
+def assert_asymptotics(log_z: Callable[[float], float], expected: tuple[float, int], start: float = 40.0) -> None:
     """Check z(t) = e^(−λt) (c_0 + … + c_(m−1) t^(m−1)), c_(m−1) > 0, up to exponentially smaller terms.
 
     That is the form of the volume at ε = e^−t, and of the Laplace integral E exp(−n K) at n = e^t.
@@ -259,16 +257,12 @@ def test_normal_crossing_in_one_dimension(k: int) -> None:
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (1, 2), (2, 2), (3, 1), (4, 3)])
 def test_normal_crossing_in_two_dimensions(a: int, b: int) -> None:
     t = 3.0
-    numeric, _ = quad(
-        lambda x: min(1.0, math.exp(-t / (2 * b)) * x ** (-a / b)), 0, 1, points=[math.exp(-t / 2 / a)]
-    )
+    numeric, _ = quad(lambda x: min(1.0, math.exp(-t / (2 * b)) * x ** (-a / b)), 0, 1, points=[math.exp(-t / 2 / a)])
     assert volume_2d(a, b, t) == pytest.approx(numeric)
     assert_asymptotics(lambda u: math.log(volume_2d(a, b, u)), theory.normal_crossing((a, b)), start=500.0)
 
 
-@given(
-    st.lists(st.integers(0, 9), min_size=1).filter(any), st.integers(1, 9), st.randoms(use_true_random=False)
-)
+@given(st.lists(st.integers(0, 9), min_size=1).filter(any), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_normal_crossing_properties(exponents, power, random) -> None:
     value, multiplicity = theory.normal_crossing(exponents)
     assert 1 <= multiplicity <= len(exponents)

@@ -1,0 +1,359 @@
+"""Sources of minibatches: every kind of data gives each sample once an epoch, in an order set by the seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from llc_fast.data import Batch, make_source
+
+CPU = torch.device("cpu")
+N = 23
+
+
+def _tensors(n: int = N) -> tuple[Tensor, Tensor]:
+    """Sample i has input (i, 10 i) and target −i: a batch shows which samples it holds."""
+    index = torch.arange(n, dtype=torch.float32)
+    return torch.stack([index, 10 * index], dim=1), -index
+
+
+class _MapStyle(Dataset[Any]):
+    def __init__(self, n: int = N) -> None:
+        self._x, self._y = _tensors(n)
+
+    def __len__(self) -> int:
+        return len(self._y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._x[index], self._y[index]
+
+
+class _MakesBatches:
+    """Nothing but a length and batches of its own making."""
+
+    def __init__(self, n: int = N) -> None:
+        self._x, self._y = _tensors(n)
+
+    def __len__(self) -> int:
+        return len(self._y)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._x[indices], self._y[indices]
+
+
+class _Stream(IterableDataset[Any]):
+    """Samples one after another, without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(*_tensors(), strict=True))
+
+
+INDEXED: dict[str, Callable[[], Any]] = {
+    "tuple": _tensors,
+    "list": lambda: list(_tensors()),
+    "TensorDataset": lambda: TensorDataset(*_tensors()),
+    "map-style": _MapStyle,
+    "list of pairs": lambda: list(zip(*_tensors(), strict=True)),
+    "subset": lambda: Subset(_MapStyle(2 * N), range(N)),
+    "makes batches": _MakesBatches,
+}
+LOADERS: dict[str, Callable[[], Any]] = {
+    "DataLoader": lambda: DataLoader(_MapStyle(), batch_size=5),
+    "shuffling DataLoader": lambda: DataLoader(_MapStyle(), batch_size=5, shuffle=True),
+    "DataLoader of a stream": lambda: DataLoader(_Stream(), batch_size=5),
+    "list of batches behind iter": lambda: _Batches(),
+}
+
+
+class _Batches:
+    """Any iterable of batches."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (list(pair) for pair in zip(*(t.split(5) for t in _tensors()), strict=True))
+
+
+def _samples(batch: Batch) -> list[int]:
+    """The samples that a batch holds; inputs and targets must belong together."""
+    x, y = batch
+    assert torch.equal(x, torch.stack([-y, -10 * y], dim=1))
+    return (-y).int().tolist()
+
+
+def _take(source: Any, count: int, seed: int = 0) -> list[list[int]]:
+    return [_samples(batch) for batch in itertools.islice(source.minibatches(seed), count)]
+
+
+@pytest.mark.parametrize("kind", INDEXED)
+def test_equal_seeds_equal_batches_of_every_kind(kind: str) -> None:
+    """The batches are a function of seed, n and batch size: the same for every way to hold the data."""
+    source, tensors = make_source(INDEXED[kind](), 4, CPU), make_source(_tensors(), 4, CPU)
+    assert (source.num_samples, source.batch_size) == (N, 4)
+    batches = _take(source, 12, seed=3)
+    assert batches == _take(source, 12, seed=3) == _take(tensors, 12, seed=3)
+    assert batches != _take(source, 12, seed=4)
+
+
+@pytest.mark.parametrize("kind", INDEXED)
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 22])
+def test_epochs_are_without_replacement(kind: str, batch_size: int) -> None:
+    """Batches are full; in an epoch of n // size batches no sample comes twice; epochs differ in order."""
+    source = make_source(INDEXED[kind](), batch_size, CPU)
+    per_epoch = N // batch_size
+    batches = _take(source, 3 * per_epoch)
+    assert all(len(b) == batch_size for b in batches)
+    epochs = [list(itertools.chain(*batches[k * per_epoch : (k + 1) * per_epoch])) for k in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(N))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_every_sample_is_drawn_equally_often() -> None:
+    """With a rest left out each epoch, still no sample is left out more than chance has it."""
+    n, size, epochs = 10, 4, 3000
+    source = make_source(_tensors(n), size, CPU)
+    drawn = torch.tensor(_take(source, epochs * (n // size))).flatten().bincount(minlength=n).double()
+    expected, deviation = epochs * 0.8, (epochs * 0.8 * 0.2) ** 0.5
+    assert ((drawn - expected).abs() < 5 * deviation).all()
+
+
+@pytest.mark.parametrize("kind", INDEXED)
+@pytest.mark.parametrize("batch_size", [N, N + 1, 10**6, None])
+def test_batch_as_large_as_the_data(kind: str, batch_size: int | None) -> None:
+    """A batch of n or more is the whole data set, every time; so is the default with n ≤ 512."""
+    source = make_source(INDEXED[kind](), batch_size, CPU)
+    assert source.batch_size == N
+    for batch in _take(source, 3):
+        assert sorted(batch) == list(range(N))
+
+
+def test_default_batch_size() -> None:
+    """min(512, n)."""
+    for n, size in ((511, 511), (512, 512), (513, 512), (5000, 512)):
+        source = make_source(_tensors(n), None, CPU)
+        assert source.batch_size == size and len(_take(source, 1)[0]) == size
+
+
+@pytest.mark.parametrize("kind", INDEXED | LOADERS)
+def test_full_covers_every_sample_once(kind: str) -> None:
+    """A pass over everything gives each sample once and tells the size of each piece; it can be repeated."""
+    source = make_source((INDEXED | LOADERS)[kind](), None, CPU)
+    for _ in range(2):
+        pieces = list(source.full())
+        assert sorted(itertools.chain(*(_samples(batch) for batch, _ in pieces))) == list(range(N))
+        assert [size for _, size in pieces] == [len(batch[-1]) for batch, _ in pieces]
+
+
+@pytest.mark.parametrize("n", [1, 4096, 10_000])
+def test_full_of_large_data_comes_in_pieces(n: int) -> None:
+    """No piece grows with n; the sizes add up to n."""
+    pieces = list(make_source(_tensors(n), 7, CPU).full())
+    sizes = [size for _, size in pieces]
+    assert sum(sizes) == n and max(sizes) <= 4096
+    assert torch.equal(torch.cat([batch[-1] for batch, _ in pieces]), _tensors(n)[1])
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_loaders_decide(kind: str) -> None:
+    """A loader's batches come as it gives them, epoch after epoch, each epoch holding every sample once."""
+    source = make_source(LOADERS[kind](), None, CPU)
+    batches = _take(source, 15)
+    assert [len(b) for b in batches] == [5, 5, 5, 5, 3] * 3
+    for epoch in (batches[:5], batches[5:10], batches[10:]):
+        assert sorted(itertools.chain(*epoch)) == list(range(N))
+    if kind == "shuffling DataLoader":
+        assert batches[:5] != batches[5:10]
+
+
+def test_what_loaders_tell_about_themselves() -> None:
+    """n and the batch size are a DataLoader's, and None where nothing tells them."""
+    source = make_source(LOADERS["DataLoader"](), None, CPU)
+    assert (source.num_samples, source.batch_size) == (N, 5)
+    source = make_source(_Batches(), None, CPU)
+    assert (source.num_samples, source.batch_size) == (None, None)
+
+
+def test_data_loader_over_a_stream() -> None:
+    """A DataLoader over an IterableDataset works though neither knows its length."""
+    source = make_source(DataLoader(_Stream(), batch_size=5), None, CPU)
+    assert (source.num_samples, source.batch_size) == (None, 5)
+
+
+def test_shuffling_loader_follows_the_seed() -> None:
+    """A DataLoader that shuffles by torch's global generator gives the same batches for the same seed."""
+    source = make_source(LOADERS["shuffling DataLoader"](), None, CPU)
+    with torch.random.fork_rng():
+        first = _take(source, 7, seed=3)
+        torch.rand(5)
+        assert _take(source, 7, seed=3) == first != _take(source, 7, seed=4)
+
+
+def test_several_inputs() -> None:
+    """All tensors but the last are inputs; all are cut alike."""
+    x, y = _tensors()
+    source = make_source((x, 2 * x, y), 4, CPU)
+    first, second, target = next(iter(source.minibatches(0)))
+    assert torch.equal(second, 2 * first) and torch.equal(first[:, 0], -target)
+
+
+class _Nested(Dataset[Any]):
+    """Samples whose input is itself a structure, as default_collate allows."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        self._make = make
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        x, y = _tensors()
+        return self._make(x[index]), y[index]
+
+
+class _Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (lambda x: (x, 2 * x), lambda inputs: inputs[1]),
+        (lambda x: _Pair(x, 2 * x), lambda inputs: inputs.right),
+        (lambda x: {"left": x, "right": 2 * x}, lambda inputs: inputs["right"]),
+    ],
+    ids=["tuple", "named tuple", "dictionary"],
+)
+def test_structured_inputs_keep_their_structure(
+    make: Callable[[Tensor], Any],
+    read: Callable[[Any], Tensor],
+) -> None:
+    """Tuples, named tuples and dictionaries of tensors reach the model as such, on the device of the run."""
+    for data, size in ((_Nested(make), 4), (DataLoader(_Nested(make), batch_size=4), None)):
+        inputs, target = next(iter(make_source(data, size, CPU).minibatches(0)))
+        assert torch.equal(read(inputs)[:, 0], -2 * target)
+        # The meta device plays a GPU: whatever is not moved stays behind on the CPU.
+        inputs, target = next(iter(make_source(data, size, torch.device("meta")).minibatches(0)))
+        assert read(inputs).device.type == target.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", INDEXED | LOADERS)
+def test_batches_come_on_the_device(kind: str) -> None:
+    """Minibatches and passes over everything are on the device that was asked for (here meta plays a GPU)."""
+    source = make_source((INDEXED | LOADERS)[kind](), None, torch.device("meta"))
+    batches = [next(iter(source.minibatches(0))), *(batch for batch, _ in source.full())]
+    assert all(t.device.type == "meta" for batch in batches for t in batch)
+
+
+def test_a_data_set_says_itself_what_its_samples_are() -> None:
+    """A TensorDataset whose __getitem__ was overridden (to augment, say) gives what that returns."""
+
+    class Doubled(TensorDataset):
+        def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+            x, y = super().__getitem__(index)
+            return 2 * x, 2 * y
+
+    batch = next(iter(make_source(Doubled(*_tensors()), None, CPU).minibatches(0)))
+    assert torch.equal(batch[-1], 2 * _tensors()[1])
+
+
+@pytest.mark.parametrize("batch_size", [4, N])
+def test_models_may_write_to_their_batch(batch_size: int) -> None:
+    """A model that works in place on its input changes neither the user's tensors nor later batches."""
+    x, y = _tensors()
+    source = make_source((x, y), batch_size, CPU)
+    for batch in itertools.islice(source.minibatches(0), 3):
+        assert len(set(_samples(batch))) == batch_size
+        for t in batch:
+            t.zero_()
+    for batch, _ in source.full():
+        batch[0].zero_()
+    assert all(torch.equal(a, b) for a, b in zip((x, y), _tensors(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (torch.zeros(5, 2), TypeError, r"one tensor.*\(x, y\)"),
+        ((torch.zeros(5, 2),), TypeError, r"tuple of one tensor.*\(x, y\)"),
+        ((torch.zeros(5, 2), torch.zeros(4)), ValueError, r"number of samples: \[5, 4\]"),
+        ((torch.zeros(5, 2), torch.tensor(1.0)), ValueError, r"number of samples: \[5, 0\]"),
+        ((torch.zeros(0, 2), torch.zeros(0)), ValueError, "data is empty"),
+        (TensorDataset(torch.zeros(0, 2), torch.zeros(0)), ValueError, "data is empty"),
+        ((), ValueError, "data is empty"),
+        ([], ValueError, "data is empty"),
+        (_MapStyle(0), ValueError, "data is empty"),
+        (_MakesBatches(0), ValueError, "data is empty"),
+        (DataLoader(_MapStyle(3), batch_size=5, drop_last=True), ValueError, "data is empty"),
+        (None, TypeError, "data must be .*NoneType"),
+        (5, TypeError, "data must be .*int"),
+    ],
+    ids=[
+        "one tensor",
+        "tuple of one tensor",
+        "different lengths",
+        "a scalar",
+        "empty tensors",
+        "empty TensorDataset",
+        "empty tuple",
+        "empty list",
+        "empty map-style",
+        "empty maker of batches",
+        "loader without batches",
+        "None",
+        "number",
+    ],
+)
+def test_wrong_data(data: Any, error: type[Exception], message: str) -> None:
+    """Data that cannot serve are refused when the source is made; the message says what was given."""
+    with pytest.raises(error, match=message):
+        make_source(data, None, CPU)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tuple(t.numpy() for t in _tensors()),
+        (_tensors()[0], _tensors()[1].numpy()),
+        (_tensors()[0].numpy(), _tensors()[0].numpy()),
+        "data.csv",
+        {"x": _tensors()[0], "y": _tensors()[1]},
+    ],
+    ids=["arrays", "tensor and array", "arrays of one shape", "a string", "a dictionary"],
+)
+def test_data_of_another_kind(data: Any) -> None:
+    """What merely looks like a data set is refused with the first batch at the latest."""
+    with pytest.raises((TypeError, ValueError), match="data must"):
+        next(iter(make_source(data, None, CPU).minibatches(0)))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: [torch.zeros(2)] * 5, lambda: [{"x": torch.zeros(2), "y": torch.zeros(1)}] * 5]
+)
+def test_samples_that_are_not_pairs(make: Callable[[], Any]) -> None:
+    """A data set whose samples are not (input, target) pairs: the message says how a batch must look."""
+    wrapped = DataLoader(make(), batch_size=2)
+    for source in (make_source(Subset(make(), range(5)), 2, CPU), make_source(wrapped, None, CPU)):
+        with pytest.raises(TypeError, match=r"\(inputs, target\) pairs"):
+            next(iter(source.minibatches(0)))
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "list of batches behind iter"])
+def test_loader_with_batch_size(kind: str) -> None:
+    """A loader decides about the batch size: giving one as well is an error that names it."""
+    with pytest.raises(ValueError, match="batch_size=7"):
+        make_source(LOADERS[kind](), 7, CPU)
+
+
+def test_exhausted_iterator() -> None:
+    """An iterator that can be read once is not enough: the message says so, instead of an endless wait."""
+    source = make_source(iter([_tensors()]), None, CPU)
+    batches = source.minibatches(0)
+    next(batches)
+    with pytest.raises(ValueError, match="exhausted iterator"):
+        next(batches)

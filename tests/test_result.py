@@ -1,0 +1,456 @@
+"""LLCResult: the estimate, its error bars and what they promise, files, pictures, exports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llc_fast.chains import Schedule
+from llc_fast.result import LLCResult
+
+
+def _result(draws: Any, **fields: Any) -> LLCResult:
+    """A result whose draws of λ̂ are these: nβ = 1, L(w*) = 0, no burn-in."""
+    draws = np.asarray(draws, dtype=np.float64)
+    return LLCResult(
+        **{
+            "loss_trace": draws,
+            "init_loss": 0.0,
+            "nbeta": 1.0,
+            "schedule": Schedule(draws.shape[1], 0),
+        }
+        | fields
+    )
+
+
+def _rich(chains: int = 3, lost: int = 0) -> LLCResult:
+    """A result with everything in it that a run may leave."""
+    schedule = Schedule(num_draws=40, num_burnin=10, num_steps_bw_draws=2)
+    trace = 0.5 + 0.01 * np.random.default_rng(0).standard_normal((chains, schedule.num_steps))
+    for c in range(lost):
+        trace[c, 7 + c :] = np.nan
+    return LLCResult(
+        loss_trace=trace,
+        init_loss=0.25,
+        nbeta=144.3,
+        schedule=schedule,
+        settings={
+            "sampler": "sgld",
+            "lr": 1.25e-5,
+            "batch_size": None,
+            "num_samples": 1000,
+            "training_mode": False,
+        },
+        warnings=["the step size is too large, try lr=1e-06", "λ̂ ist unzuverlässig"],
+        diagnostics={"chains_lost": lost, "figures": [1.5, 2]},
+    )
+
+
+# --- The numbers --------------------------------------------------------------------------------------------
+
+
+def test_estimate_of_each_chain() -> None:
+    """λ̂ = nβ·(mean L over draws − L(w*)), for a chain over its draws, for all over all draws."""
+    result = _result([[0.5, 0.75, 1.0], [0.5, 0.5, 0.125]], init_loss=0.25, nbeta=8.0)
+    assert result.llc_trace.tolist() == [[2.0, 4.0, 6.0], [2.0, 2.0, -1.0]]
+    assert result.llc_per_chain.tolist() == [4.0, 1.0]
+    assert result.llc_mean == 2.5
+    assert result.llc_std == pytest.approx(math.sqrt(4.5))  # over the chains' 4 and 1
+
+
+def test_draws_are_the_last_steps_of_their_stretches() -> None:
+    """Burn-in is left out, and between draws lie num_steps_bw_draws − 1 steps that don't count."""
+    schedule = Schedule(num_draws=4, num_burnin=3, num_steps_bw_draws=5)
+    assert schedule.num_steps == 23
+    result = _result(np.arange(46).reshape(2, 23), schedule=schedule)
+    assert result.llc_trace.tolist() == [[7, 12, 17, 22], [30, 35, 40, 45]]
+    every = _result(np.arange(7).reshape(1, 7), schedule=Schedule(num_draws=5, num_burnin=2))
+    assert every.llc_trace.tolist() == [[2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("burnin", [0, 1, 10])
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("draws", [1, 2, 13])
+def test_every_schedule_yields_its_number_of_draws(draws: int, every: int, burnin: int) -> None:
+    """The slice of draws ends with the last step and has num_draws elements, all behind the burn-in."""
+    schedule = Schedule(draws, burnin, every)
+    steps = list(range(schedule.num_steps))[schedule.draws]
+    assert len(steps) == draws and steps[-1] == schedule.num_steps - 1 and steps[0] >= burnin
+    assert set(np.diff(steps)) <= {every}
+
+
+def test_standard_error_within_chains() -> None:
+    """Four draws make two batches a chain: means 1 and 7 have variance 18, over four batches: √(18/4)."""
+    result = _result([[1, 1, 7, 7], [1, 1, 7, 7]])
+    assert result.llc_stderr == pytest.approx(math.sqrt(18 / 4))
+    low, high = result.interval()
+    half = 4.302653 * math.sqrt(18 / 4)  # Student's t with two degrees of freedom
+    assert (low, high) == pytest.approx((4 - half, 4 + half), rel=1e-6)
+
+
+def test_standard_error_between_chains() -> None:
+    """Where chains disagree more than their draws, the chains' variance counts, with chains − 1 degrees."""
+    result = _result([[1, 3, 5, 7], [1, 1, 1, 1]])
+    assert result.llc_stderr == pytest.approx(math.sqrt(4.5 / 2))  # means 4 and 1; within: √(4/4) = 1
+    low, high = result.interval()
+    assert (low, high) == pytest.approx((2.5 - 12.706205 * 1.5, 2.5 + 12.706205 * 1.5), rel=1e-6)
+
+
+def test_standard_error_of_one_chain() -> None:
+    """Ten draws: three batches of three, the first draw left over; means 2, 5, 11 have variance 21."""
+    result = _result([[99, 1, 2, 3, 4, 5, 6, 10, 11, 12]])
+    assert result.llc_stderr == pytest.approx(math.sqrt(21 / 3))
+    assert math.isnan(result.llc_std)
+
+
+@pytest.mark.parametrize("draws", [[[5.0]], [[5.0, 6.0, 7.0]]])
+def test_no_standard_error_from_too_few_draws(draws: Any) -> None:
+    """One chain of fewer than four draws says nothing about its error: NaN, not a small number."""
+    result = _result(draws)
+    assert math.isfinite(result.llc_mean)
+    assert math.isnan(result.llc_stderr) and all(map(math.isnan, result.interval()))
+
+
+def test_intervals_of_other_probabilities() -> None:
+    """A wider probability, a wider interval, around the estimate; Student's t for four degrees of freedom."""
+    result = _result([[0, 2, 0, 2, 1, 3, 4, 2, 2], [1, 1, 0, 2, 3, 1, 2, 2, 3]])
+    widths = []
+    for prob in (0.5, 0.9, 0.95, 0.99):
+        low, high = result.interval(prob)
+        assert (low + high) / 2 == pytest.approx(result.llc_mean)
+        widths.append((high - low) / 2 / result.llc_stderr)
+    assert widths == pytest.approx([0.740697, 2.131847, 2.776445, 4.604095], rel=1e-5)
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0, -0.5, 95, math.nan])
+def test_interval_wants_a_probability(prob: float) -> None:
+    """95 is not a probability; the message says what was given."""
+    with pytest.raises(ValueError, match=f"prob must be between 0 and 1, got {prob}"):
+        _rich().interval(prob)
+
+
+def test_lost_chains_are_left_out() -> None:
+    """NaN rows count for nothing: the estimate and its errors are those of the chains that are left."""
+    rng = np.random.default_rng(1)
+    good = rng.standard_normal((3, 50))
+    lost = np.full((2, 50), np.nan)
+    lost[1, :20] = 1e6
+    with_lost = _result(np.concatenate([lost[:1], good, lost[1:]]))
+    alone = _result(good)
+    assert with_lost.llc_mean == alone.llc_mean and with_lost.llc_std == alone.llc_std
+    assert with_lost.llc_stderr == alone.llc_stderr and with_lost.interval() == alone.interval()
+    assert np.isnan(with_lost.llc_per_chain).tolist() == [True, False, False, False, True]
+
+
+def test_nothing_left() -> None:
+    """With every chain lost all numbers are NaN, without an exception or a warning of NumPy's."""
+    result = _rich(lost=3)
+    numbers = [result.llc_mean, result.llc_std, result.llc_stderr, *result.interval(), *result.llc_per_chain]
+    assert all(map(math.isnan, numbers))
+    assert "nan" in result.summary()
+
+
+def test_results_can_not_be_changed() -> None:
+    """A result is a record: its fields can't be assigned."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        _rich().nbeta = 2.0  # type: ignore[misc]
+
+
+# --- Coverage -----------------------------------------------------------------------------------------------
+
+
+def _autoregressive(rng: np.random.Generator, phi: float, shape: tuple[int, int, int]) -> NDArray[np.float64]:
+    """AR(1) with mean 0 and variance 1, stationary from the first value on, along the last axis."""
+    noise = rng.standard_normal(shape)
+    noise[..., 1:] *= math.sqrt(1 - phi**2)
+    for k in range(1, shape[-1]):
+        noise[..., k] += phi * noise[..., k - 1]
+    return noise
+
+
+@pytest.mark.parametrize("chains", [1, 2, 4, 10])
+@pytest.mark.parametrize(("phi", "draws"), [(0.0, 100), (0.0, 1000), (0.5, 400), (0.9, 2000)])
+def test_intervals_cover(phi: float, draws: int, chains: int) -> None:
+    """A 95 % interval holds the truth in 90 to 99 % of 1000 runs, with independent or correlated draws."""
+    truth, repetitions = 3.0, 1000
+    rng = np.random.default_rng([int(100 * phi), draws, chains])
+    covered = 0
+    for run in truth + _autoregressive(rng, phi, (repetitions, chains, draws)):
+        low, high = _result(run).interval()
+        covered += low <= truth <= high
+    assert 0.90 <= covered / repetitions <= 0.99
+
+
+def test_interval_sees_chains_that_settled_in_different_places() -> None:
+    """Chains that scatter by more than their draws explain: the interval still holds the common mean."""
+    rng = np.random.default_rng(5)
+    chains, draws, repetitions = 4, 400, 1000
+    places = rng.standard_normal((repetitions, chains, 1))
+    covered = 0
+    for run in places + 0.1 * rng.standard_normal((repetitions, chains, draws)):
+        low, high = _result(run).interval()
+        covered += low <= 0 <= high
+    assert 0.92 <= covered / repetitions <= 0.98
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def _assert_same(a: LLCResult, b: LLCResult) -> None:
+    assert a.loss_trace.tobytes() == b.loss_trace.tobytes() and a.loss_trace.shape == b.loss_trace.shape
+    for name in ("init_loss", "nbeta", "schedule", "settings", "warnings", "diagnostics"):
+        assert getattr(a, name) == getattr(b, name), name
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("name", ["result.npz", "result", "λ̂ of a network.llc"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_round_trip(tmp_path: Path, kind: Any, name: str, lost: int) -> None:
+    """What was saved is what is loaded, bit for bit, NaN included, under exactly the name that was given."""
+    path, result = tmp_path / name, _rich(lost=lost)
+    result.save(kind(path))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    loaded = LLCResult.load(kind(path))
+    _assert_same(loaded, result)
+    assert loaded.loss_trace.dtype == np.float64
+    assert loaded.summary() == result.summary()
+
+
+def test_numbers_survive_exactly(tmp_path: Path) -> None:
+    """Floats keep every bit, and infinities and NaN in the settings stay what they are."""
+    settings = {"lr": 0.1 + 0.2, "tiny": 5e-324, "box": math.inf, "missing": math.nan}
+    _result([[1.0]], init_loss=1 / 3, nbeta=math.pi, settings=settings).save(tmp_path / "r")
+    loaded = LLCResult.load(tmp_path / "r")
+    assert (loaded.init_loss, loaded.nbeta) == (1 / 3, math.pi)
+    assert math.isnan(loaded.settings.pop("missing"))
+    assert loaded.settings == {"lr": 0.1 + 0.2, "tiny": 5e-324, "box": math.inf}
+
+
+def test_saving_replaces(tmp_path: Path) -> None:
+    """Saving over an older result replaces it."""
+    path = tmp_path / "result.npz"
+    _rich(chains=5).save(path)
+    _rich(chains=2).save(path)
+    _assert_same(LLCResult.load(path), _rich(chains=2))
+
+
+@pytest.mark.parametrize("when", ["while writing", "before replacing"])
+@pytest.mark.parametrize("there_before", [True, False])
+def test_a_failed_save_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool, when: str
+) -> None:
+    """A full disk half-way: the error comes out, the old file is intact, and nothing half-written stays."""
+    path, old = tmp_path / "result.npz", _rich(chains=5)
+    if there_before:
+        old.save(path)
+
+    def full(file: Any, *args: Any, **arrays: Any) -> None:
+        if when == "while writing":
+            file.write(b"PK\x03\x04 the first half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("numpy.savez" if when == "while writing" else "os.replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        _rich(chains=2).save(path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [path] * there_before
+    if there_before:
+        _assert_same(LLCResult.load(path), old)
+
+
+def test_settings_that_no_file_can_hold(tmp_path: Path) -> None:
+    """What can't be written is an error at saving, which leaves the old file as it is."""
+    path = tmp_path / "result.npz"
+    _rich().save(path)
+    with pytest.raises(TypeError):
+        dataclasses.replace(_rich(), settings={"model": object()}).save(path)
+    assert list(tmp_path.iterdir()) == [path]
+    _assert_same(LLCResult.load(path), _rich())
+
+
+def _meta(**changes: Any) -> str:
+    fields = {"format": 1, "init_loss": 0.0, "nbeta": 1.0, "schedule": {"num_draws": 2, "num_burnin": 0}}
+    return json.dumps({k: v for k, v in (fields | changes).items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"weights": np.zeros(3)},
+        {"loss_trace": np.zeros((1, 2))},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.zeros(3)},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.array("{}")},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.array("[1, 2]")},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.array(_meta(format=99))},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.array(_meta(schedule=None))},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.array(_meta(nbeta=None))},
+        {"loss_trace": np.zeros((1, 2)), "meta": np.array(_meta(extra=1))},
+        {"loss_trace": np.array([{"a": 1}], dtype=object), "meta": np.array(_meta())},
+    ],
+    ids=[
+        "other arrays",
+        "no meta",
+        "meta is numbers",
+        "meta is empty",
+        "meta is a list",
+        "another version",
+        "no schedule",
+        "no nbeta",
+        "unknown field",
+        "pickled objects",
+    ],
+)
+def test_foreign_archives_are_refused(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    """Somebody else's npz is a ValueError that names the file, whatever is in it; pickles are never run."""
+    path = tmp_path / "foreign.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"foreign\.npz"):
+        LLCResult.load(path)
+
+
+def test_the_archive_that_foreign_ones_are_made_from_is_read(tmp_path: Path) -> None:
+    """The fields that the foreign archives above spoil are enough, unspoiled."""
+    np.savez(tmp_path / "own.npz", loss_trace=np.array([[1.0, 3.0]]), meta=np.array(_meta()))
+    assert LLCResult.load(tmp_path / "own.npz").llc_mean == 2.0
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut in half", "a byte changed", "text", "an array", "a pickle"])
+def test_damaged_files_are_refused(tmp_path: Path, damage: str) -> None:
+    """Torn, altered or altogether different files are a ValueError that names the file."""
+    path = tmp_path / "damaged.npz"
+    _rich(chains=20).save(path)
+    content = bytearray(path.read_bytes())
+    if damage == "a byte changed":
+        content[len(content) // 2] ^= 1  # in the middle of the losses
+    elif damage == "an array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros((2, 3)))
+        content = bytearray(path.read_bytes())
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut in half": content[: len(content) // 2],
+            "text": b"loss,step\n0.5,1\n",
+            "a pickle": b"\x80\x04K\x01.",
+        }.get(damage, bytes(content))
+    )
+    with pytest.raises(ValueError, match=r"damaged\.npz"):
+        LLCResult.load(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A file that isn't there is a FileNotFoundError, not a damaged file."""
+    with pytest.raises(FileNotFoundError):
+        LLCResult.load(tmp_path / "nothing.npz")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    """Saving into a folder that isn't there is an OSError."""
+    with pytest.raises(OSError, match="nowhere"):
+        _rich().save(tmp_path / "nowhere" / "result.npz")
+
+
+# --- For people ---------------------------------------------------------------------------------------------
+
+
+def test_summary() -> None:
+    """The estimate, its error and interval, chains and draws, settings, every warning; str() is the same."""
+    result = _rich(chains=4, lost=1)
+    text = result.summary()
+    low, high = result.interval()
+    for words in (
+        f"λ̂ = {result.llc_mean:.4g} ± {result.llc_stderr:.2g}",
+        f"95 % interval {low:.4g} to {high:.4g}",
+        "3 chains × 40 draws (1 chains lost)",
+        "L(w*) = 0.25",
+        "nβ = 144.3",
+        "lr = 1.25e-05",
+        "sampler = sgld",
+        *(f"WARNING: {w}" for w in result.warnings),
+    ):
+        assert words in text
+    assert str(result) == text
+    assert "lost" not in _rich().summary().split("WARNING")[0]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_plot(tmp_path: Path, lost: int) -> None:
+    """A figure with two panels, as a PNG file if a path is given, with chains lost too."""
+    pytest.importorskip("matplotlib")
+    figure = _rich(lost=lost).plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(figure.axes) == 2
+    assert len(_rich(lost=lost).plot().axes) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_plot_shows_the_estimate() -> None:
+    """The running means end at each chain's λ̂; a level line is at the estimate, which the legend names."""
+    pytest.importorskip("matplotlib")
+    result = _rich()
+    _, right = result.plot().axes
+    ends = [line.get_ydata()[-1] for line in right.lines[:3]]
+    np.testing.assert_allclose(ends, result.llc_per_chain)
+    assert set(right.lines[3].get_ydata()) == {result.llc_mean}
+    assert any(f"{result.llc_mean:.4g}" in t.get_text() for t in right.get_legend().get_texts())
+
+
+def test_plot_of_a_single_draw(tmp_path: Path) -> None:
+    """The smallest result there is can be drawn."""
+    pytest.importorskip("matplotlib")
+    _result([[2.0]]).plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install \"llc_fast\[plot\]\""):
+        _rich().plot()
+
+
+# --- Exports ------------------------------------------------------------------------------------------------
+
+
+def test_to_xarray() -> None:
+    """Losses by (chain, step), draws by (chain, draw) with the step of each, settings as attributes."""
+    pytest.importorskip("xarray")
+    result = _rich(lost=1)
+    data = result.to_xarray()
+    assert data["loss"].dims == ("chain", "step") and data["llc"].dims == ("chain", "draw")
+    np.testing.assert_array_equal(data["loss"].values, result.loss_trace)
+    np.testing.assert_array_equal(data["llc"].values, result.llc_trace)
+    np.testing.assert_array_equal(data["llc_per_chain"].values, result.llc_per_chain)
+    at_draws = data["loss"].sel(step=data["draw_step"].values).values
+    np.testing.assert_array_equal(result.nbeta * (at_draws - result.init_loss), data["llc"].values)
+    assert data.attrs["llc_mean"] == result.llc_mean and data.attrs["llc_stderr"] == result.llc_stderr
+    assert data.attrs["init_loss"] == result.init_loss and data.attrs["nbeta"] == result.nbeta
+    assert json.loads(data.attrs["settings"]) == result.settings
+    assert json.loads(data.attrs["warnings"]) == result.warnings
+
+
+def test_to_arviz() -> None:
+    """Inference data whose posterior is the draws of λ̂ of the chains that were not lost."""
+    pytest.importorskip("arviz")
+    result = _rich(chains=4, lost=1)
+    posterior = result.to_arviz().posterior
+    assert posterior["llc"].dims == ("chain", "draw")
+    np.testing.assert_array_equal(posterior["llc"].values, result.llc_trace[1:])
+
+
+@pytest.mark.parametrize(("module", "export"), [("xarray", "to_xarray"), ("arviz", "to_arviz")])
+def test_exports_without_their_packages(module: str, export: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the optional package an export is a ModuleNotFoundError; everything else works."""
+    monkeypatch.setitem(sys.modules, module, None)
+    result = _rich()
+    with pytest.raises(ModuleNotFoundError, match=module):
+        getattr(result, export)()
+    assert math.isfinite(result.llc_mean)

@@ -1,0 +1,336 @@
+"""Every sampler: its stationary law, its λ̂, and what it owes to torch; parametrized over `SAMPLERS`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from closed_forms import NormalCrossing, Quadratic, run
+from scipy.linalg import solve_discrete_lyapunov
+from torch import nn
+
+import llc_fast
+from llc_fast import optim, theory
+from llc_fast.reference import METRICS
+from llc_fast.samplers import SAMPLERS
+from llc_fast.update import NUM_STATES
+
+OPTIMIZERS: dict[str, type[optim.LangevinOptimizer]] = {
+    cls.sampler.name: cls for cls in optim.LangevinOptimizer.__subclasses__()
+}
+COPIES = 40_000  # independent chains for each curvature, in one tensor
+CURVATURES = torch.tensor([1.0, 100.0])
+NBETA, LOCALIZATION = 2.0, 0.5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgld": {},
+    "preconditioned-sgld": {"preconditioner": torch.tensor([[2.0], [0.05]])},
+    "rmsprop-sgld": {"eps": 1.0, "alpha": 0.5, "adapt_steps": 1},
+    "adam-sgld": {"eps": 1.0, "betas": (0.5, 0.5), "adapt_steps": 1},
+    "sghmc": {"momentum_decay": 0.2},
+    "sgnht": {"diffusion_factor": 0.2},
+}
+
+
+def test_every_sampler_is_an_optimizer() -> None:
+    assert list(OPTIMIZERS) == list(SAMPLERS) == list(OPTIONS) == list(NUM_STATES)
+
+
+def _dynamics(name: str, lr: float, curvature: float, p: float, friction: float) -> tuple[np.ndarray, np.ndarray]:
+    """x ← F x + G ξ for x = (w, what the rule keeps), once metric and thermostat stand still."""
+    a = NBETA * curvature + LOCALIZATION
+    if name == "sghmc":
+        keep, pull, kick = 1 - friction, 0.5 * lr * a, math.sqrt(lr * friction)
+    elif name == "sgnht":
+        keep, pull, kick = 1 - friction, lr * a, math.sqrt(2 * OPTIONS[name]["diffusion_factor"] * lr)
+    elif name == "adam-sgld":  # the gradient comes through m ← β m + (1 − β) h w
+        beta, step = OPTIONS[name]["betas"][0], 0.5 * lr * p
+        mean = np.array([(1 - beta) * curvature, beta])
+        w = np.array([1 - step * LOCALIZATION, 0.0]) - step * NBETA * mean
+        return np.stack([w, mean]), np.array([[math.sqrt(lr * p)], [0.0]])
+    else:
+        return np.array([[1 - 0.5 * lr * p * a]]), np.array([[math.sqrt(lr * p)]])
+    return np.array([[1 - pull, keep], [-pull, keep]]), np.array([[kick], [kick]])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
+    """Mean, variance and fourth moment in a stiff and in a soft direction, against the exact discrete-time law."""
+    start = 0.01
+    w = nn.Parameter(torch.full((2, COPIES), start))
+    curvature = CURVATURES[:, None]
+    lr = {"preconditioned-sgld": 0.05, "rmsprop-sgld": 0.003, "adam-sgld": 0.002}.get(name, 0.005)
+    optimizer = OPTIMIZERS[name]([w], lr=lr, nbeta=NBETA, localization=LOCALIZATION, seed=7, **OPTIONS[name])
+    optimizer.state[w]["initial_param"].zero_()  # the anchor at the minimum, the start beside it
+    for _ in range(6000):
+        w.grad = curvature * w.detach()
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    for row, h in zip(w.detach().double(), CURVATURES.tolist(), strict=True):
+        p, friction = 1.0, group.get("momentum_decay", 0.0)
+        if name == "preconditioned-sgld":
+            p = float(OPTIONS[name]["preconditioner"][CURVATURES.tolist().index(h), 0])
+        elif SAMPLERS[name].adaptive:  # frozen after the first gradient, which all copies share
+            decay = group["alpha"] if name == "rmsprop-sgld" else 0.0  # Adam corrects for it
+            p = 1 / (math.sqrt(1 - decay) * h * start + group["eps"])
+        elif name == "sgnht":
+            friction = float(group["thermostat"])
+        f, g = _dynamics(name, lr, h, p, friction)
+        assert max(abs(np.linalg.eigvals(f))) ** 6000 < 1e-4, "the start must be forgotten"
+        exact = solve_discrete_lyapunov(f, g @ g.T)[0, 0]
+        assert abs(float(row.mean())) < 5 * math.sqrt(exact / COPIES)
+        # The thermostat is shared, and its fluctuation moves all variances a little: about as much again.
+        errors = 5 * math.sqrt(2 / COPIES) * (2 if name == "sgnht" else 1)
+        assert abs(float(row.var()) / exact - 1) < errors
+        assert abs(float((row**4).mean()) / (3 * exact**2) - 1) < 5 * math.sqrt(96 / 9 / COPIES) + 2 * errors
+        # And the exact discrete law is near the target's.
+        assert exact * (NBETA * h + LOCALIZATION) == pytest.approx(1, abs=0.35)
+    if name == "sgnht":
+        kinetic = float(optimizer.state[w]["state0"].double().square().mean())
+        assert kinetic / lr == pytest.approx(1, abs=10 * math.sqrt(2 / (2 * COPIES)))
+
+
+@pytest.mark.parametrize("model", ["regular", "quartic"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_known_learning_coefficients(name: str, model: str) -> None:
+    """λ̂ of d/2 and of 1/4 per copy, at a fifth of the default step size: 1 % for its bias, and the error bar."""
+    copies = 1000
+    module = Quadratic(torch.logspace(0, 1, copies)) if model == "regular" else NormalCrossing((2,), copies)
+    known = theory.regular(copies).value if model == "regular" else copies * theory.normal_crossing([2]).value
+    lr = {"regular": None, "quartic": 4e-5}[model]
+    options: dict[str, Any] = {"nbeta": 1000.0, "localization": 0.01, "sampler": name}
+    given = {k: v for k, v in OPTIONS[name].items() if k == "momentum_decay"}
+    if SAMPLERS[name].adaptive:  # w* is the minimum, so all that is learned from gradients is their noise: none
+        given = {"eps": 1.0}
+    if lr is None:
+        lr = run(module, num_draws=1, num_burnin=1, sampler_options=given, **options).settings["lr"] / 5
+    result = run(module, lr=lr, num_draws=6000, num_burnin=4000, sampler_options=given, **options)
+    assert result.llc_stderr < 0.02 * known
+    assert abs(result.llc_mean - known) < 4 * result.llc_stderr + 0.01 * known, f"{result} λ = {known}"
+
+
+@pytest.mark.parametrize("name", ["rmsprop-sgld", "adam-sgld"])
+def test_freezing(name: str) -> None:
+    """After freeze() the metric's statistics stay as they are, and the optimizer says what it can't freeze."""
+    w = nn.Parameter(torch.ones(50))
+    optimizer = OPTIMIZERS[name]([w], lr=1e-3, nbeta=10.0, seed=1)
+    for step in range(6):
+        w.grad = torch.full_like(w, 1.0 + step)
+        if step == 3:
+            optimizer.freeze()
+            kept = optimizer.state[w]["state0"].clone()
+        optimizer.step()
+    assert torch.equal(optimizer.state[w]["state0"], kept)
+    with pytest.raises(TypeError, match="no metric that adapts"):
+        llc_fast.SGLD([w]).freeze()
+
+
+@pytest.mark.parametrize("name", ["rmsprop-sgld", "adam-sgld"])
+def test_relative_eps_makes_the_metric_follow_the_loss_scale(name: str) -> None:
+    """Loss × 4, nβ / 4 is the same potential: with ε / 4⁻¹ for p's own scale the chain is the same."""
+    ends = []
+    for scale in (1.0, 4.0):
+        w = nn.Parameter(torch.linspace(-1, 1, 400))
+        optimizer = OPTIMIZERS[name](
+            [w], lr=1e-3 * scale, nbeta=100.0 / scale, localization=1.0, seed=1, eps=0.3, relative_eps=True
+        )
+        for _ in range(40):
+            w.grad = scale * (w.detach() + 0.1)
+            optimizer.step()
+        ends.append(w.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_state_dict_continues_bit_for_bit(name: str) -> None:
+    def steps(w: nn.Parameter, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            w.grad = 3 * w.detach() + 1
+            optimizer.step()
+
+    options = {
+        "lr": 1e-3,
+        "nbeta": 10.0,
+        "localization": 1.0,
+        **{k: v for k, v in OPTIONS[name].items() if k != "preconditioner"},
+    }
+    w = nn.Parameter(torch.linspace(-1, 1, 333).to(torch.bfloat16 if name == "sghmc" else torch.float32))
+    optimizer = OPTIMIZERS[name]([w], seed=5, **options)
+    steps(w, optimizer, 5)
+    saved, other = copy.deepcopy(optimizer.state_dict()), nn.Parameter(w.detach().clone())
+    resumed = OPTIMIZERS[name]([other], seed=99, **options)
+    resumed.load_state_dict(saved)
+    duplicate_w, duplicate = copy.deepcopy((w, optimizer))
+    steps(w, optimizer, 5)
+    steps(other, resumed, 5)
+    steps(duplicate_w, duplicate, 5)
+    assert torch.equal(w, other) and torch.equal(w, duplicate_w)
+
+
+def _model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 2)).to(dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if not SAMPLERS[n].thermostatted])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_release(name: str, dtype: torch.dtype) -> None:
+    """The same bits as the ordinary step, and no gradient left behind; through load_state_dict and deepcopy too."""
+    x, models = torch.randn(8, 6).to(dtype), []
+    for release in (False, True):
+        model = _model(dtype)
+        options = {k: v for k, v in OPTIONS[name].items() if k != "preconditioner"}
+        optimizer = OPTIMIZERS[name](
+            model.parameters(), lr=1e-3, nbeta=20.0, localization=1.0, seed=2, release_gradients=release, **options
+        )
+        for _ in range(4):
+            model(x).square().mean().backward()
+            assert release == all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_release_refuses_what_needs_the_whole_step() -> None:
+    with pytest.raises(ValueError, match="metrics"):
+        llc_fast.SGLD(_model().parameters(), release_gradients=True, metrics=["distance"])
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_tiny_steps_survive_in_a_low_precision_model(low: torch.dtype) -> None:
+    """Steps of 10⁻⁶ on a weight of 1: lost one by one in the model's precision, kept in the chain's."""
+    w = nn.Parameter(torch.ones(100, dtype=low))
+    optimizer = llc_fast.SGLD([w], lr=2e-6, nbeta=1.0, noise_level=0.0)
+    plain = torch.ones(100, dtype=low)
+    for _ in range(10_000):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        plain -= 1e-6
+    assert torch.equal(plain, torch.ones_like(plain))
+    expected = torch.full((100,), 0.99)
+    # Each step is rounded to a multiple of float32's spacing below 1, 2⁻²⁴: by up to half of it, 3 % of the step.
+    torch.testing.assert_close(optimizer.state[w]["master"], expected, rtol=0, atol=10_000 * 2.0**-25)
+    assert torch.equal(w.detach(), optimizer.state[w]["master"].to(low))
+
+
+def test_estimate_of_a_bfloat16_model() -> None:
+    """The chain of a bfloat16 model is close to that of the float32 model with the same weights."""
+    x = torch.randn(300, 6).bfloat16()
+    model = _model(torch.bfloat16)
+    y = model(x).detach() + 0.5 * torch.randn(300, 2).bfloat16()
+    settings: dict[str, Any] = {"lr": 1e-5, "num_draws": 1500, "num_burnin": 1500, "progress": False, "num_chains": 2}
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(output.float(), target.float())
+
+    low = llc_fast.estimate_llc(model, (x, y), loss, **settings)
+    high = llc_fast.estimate_llc(copy.deepcopy(model).float(), (x.float(), y.float()), loss, **settings)
+    assert abs(low.llc_mean - high.llc_mean) < 4 * math.hypot(low.llc_stderr, high.llc_stderr)
+    assert low.llc_mean > 0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_metrics_are_what_they_say(name: str) -> None:
+    """Norms against torch's own, over two groups with a mask in one."""
+    torch.manual_seed(1)
+    a, b = nn.Parameter(torch.randn(40, 3)), nn.Parameter(torch.randn(77))
+    mask = torch.rand(77) > 0.5
+    options = {k: v for k, v in OPTIONS[name].items() if k != "preconditioner"}
+    groups = [{"params": [a]}, {"params": [b], "optimize_over": mask, "lr": 2e-3}]
+    optimizer = OPTIMIZERS[name](
+        groups, lr=1e-3, nbeta=20.0, localization=3.0, noise_level=0.8, seed=2, metrics=optim.METRICS, **options
+    )
+    starts = [p.detach().clone() for p in (a, b)]
+    for _ in range(3):
+        before = [p.detach().clone() for p in (a, b)]
+        a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+        optimizer.step()
+    away = [(p - s).double() for p, s in zip(before, starts, strict=True)]
+    square = float(away[0].square().sum() + away[1][mask].square().sum())
+    values = optimizer.metrics
+    assert set(values) == set(optim.METRICS)
+    assert float(values["distance"]) == pytest.approx(math.sqrt(square), rel=1e-5)
+    assert float(optimizer.localization_loss) == pytest.approx(1.5 * square, rel=1e-5)
+    weight = float(a.detach().double().square().sum() + b.detach().double()[mask].square().sum())
+    assert float(values["weight_norm"]) == pytest.approx(math.sqrt(weight), rel=1e-5)
+    noise = [optimizer.noise[0][0], optimizer.noise[1][0]]
+    assert [n.shape for n in noise] == [a.shape, b.shape]
+    expected = float(noise[0].double().square().sum() + noise[1].double()[mask].square().sum())
+    assert float(values["noise_norm"]) == pytest.approx(math.sqrt(expected), rel=1e-5)
+    grads = [(g["lr"] / 2 * 20 * p.grad).double() for g, p in zip(optimizer.param_groups, (a, b), strict=True)]
+    expected = float(grads[0].square().sum() + grads[1][mask].square().sum())
+    assert float(values["grad_norm"]) == pytest.approx(math.sqrt(expected), rel=1e-5)
+    drift = 20 * a.grad + 3 * (before[0] - starts[0])
+    torch.testing.assert_close(optimizer.dws[0], drift)
+    with pytest.raises(AttributeError, match="was not measured"):
+        _ = llc_fast.SGLD([a]).distance
+    assert len(METRICS) == 7
+
+
+def test_sgld_moves_by_its_reported_drift_and_noise() -> None:
+    w = nn.Parameter(torch.randn(500))
+    optimizer = llc_fast.SGLD([w], lr=1e-3, nbeta=5.0, localization=2.0, seed=1, metrics=["noise", "dws"])
+    w.grad, before = torch.randn_like(w), w.detach().clone()
+    optimizer.step()
+    expected = before - 0.5e-3 * optimizer.dws[0] + math.sqrt(1e-3) * optimizer.noise[0][0]
+    torch.testing.assert_close(w.detach(), expected)
+
+
+# ---- torch's own expectations ------------------------------------------------------------------------------------
+
+
+def _operation_arguments(name: str, low: bool = False) -> tuple[Any, ...]:
+    w = [torch.randn(7), torch.randn(3, 4)]
+    grads = [torch.randn_like(t).to(torch.bfloat16 if low else torch.float32) for t in w]
+    copies = [torch.zeros_like(g) for g in grads] if low else []
+    states = [torch.rand_like(t) for t in w for _ in range(NUM_STATES[name])]
+    scalars = [1e-3, 10.0, 1.0, 0.0, 1.0, math.inf, 0.9, 0.9, 0.1, 0.1, math.inf]
+    anchors, masks = [w[0].clone(), None], [None, torch.rand(3, 4) > 0.5]
+    return (
+        w,
+        grads,
+        anchors,
+        masks,
+        states,
+        [None, None],
+        [1.0, 0.5],
+        copies,
+        name,
+        [0, 7],
+        scalars,
+        3,
+        torch.tensor(2),
+    )
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_opcheck(name: str, low: bool) -> None:
+    torch.library.opcheck(torch.ops.llc_fast.step.default, _operation_arguments(name, low))
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if not SAMPLERS[n].thermostatted])
+def test_torch_compile_without_graph_breaks(name: str) -> None:
+    """fullgraph=True refuses any break; six steps, one graph, the same bits as eager."""
+    torch._dynamo.reset()
+    x, ends = torch.randn(8, 6), []
+    options = {k: v for k, v in OPTIONS[name].items() if k != "preconditioner"}
+    for backend in (None, "aot_eager"):
+        model = _model()
+        optimizer = OPTIMIZERS[name](model.parameters(), lr=1e-3, nbeta=20.0, localization=1.0, seed=2, **options)
+
+        def step(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+
+        run_step = step if backend is None else torch.compile(step, fullgraph=True, backend=backend)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            run_step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(ends[0], ends[1])
