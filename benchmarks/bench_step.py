@@ -89,7 +89,9 @@ def main() -> None:
 
     total, ours, floor = side * arguments.tensors, "llc_fast SGLD", "llc_fast SGLD, no noise"
     info = collect_info()
-    print(f"{total:.3g} float32 parameters in {arguments.tensors} tensors, {info['threads']} threads, {info['backend']}")
+    print(
+        f"{total:.3g} float32 parameters in {arguments.tensors} tensors, {info['threads']} threads, {info['backend']}"
+    )
     print(f"{'':26} {'ns per parameter':>16} {'times llc_fast':>15} {'times its floor':>16}")
     rows = []
     for name, times in seconds.items():

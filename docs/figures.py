@@ -1,6 +1,6 @@
 """Draws docs/images/llc.png, the README's picture of what the learning coefficient measures.
 
-    python docs/figures.py
+python docs/figures.py
 """
 
 from __future__ import annotations
