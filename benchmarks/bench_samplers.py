@@ -22,10 +22,11 @@ from harness import median, print_table, ratio, time_in_turn, write_json
 
 import llc_fast
 from llc_fast import optim
+from llc_fast.samplers import SAMPLERS
 from llc_fast.update import NUM_STATES
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
-OPTIMIZERS = {cls.sampler.name: cls for cls in optim.LangevinOptimizer.__subclasses__()}
+OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 METRICS = ["noise_norm", "grad_norm", "weight_norm", "distance"]
 TENSORS = 100
 

@@ -102,10 +102,10 @@ py::dict info() {
     py::dict d;
     d["instruction_set"] = llc::cpu_backend().name;
     d["philox_rounds"] = llc::kPhiloxRounds;
-    py::list rules;
-#define LLC_APPEND(type, name) rules.append(name);
-    LLC_RULES(LLC_APPEND)
-#undef LLC_APPEND
+    py::dict rules;  // name -> tensors like w that the rule keeps between steps; in the order of llc::Rule
+#define LLC_DESCRIBE(type, name) rules[name] = int(llc::type<float>::kStates);
+    LLC_RULES(LLC_DESCRIBE)
+#undef LLC_DESCRIBE
     d["rules"] = rules;
 #ifdef LLC_NO_OPENMP
     d["openmp"] = false;

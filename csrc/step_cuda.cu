@@ -137,8 +137,9 @@ __device__ inline void update_quad(const Rule& rule, const Step& step, const Seg
 
 // Thread block `blockIdx.x` takes every gridDim.x-th tile. With kMeasure it handles one chain (blockIdx.y) and leaves
 // that tile's sums in step.scratch[chain][tile][metric]; without, it handles all chains, so that they share w*.
+// The bound's 1 tells ptxas to take the registers it needs: left to itself it spills a few to round occupancy up.
 template <class Rule, class T, bool kMeasure>
-__global__ void __launch_bounds__(kThreads) step_kernel(const Step step) {
+__global__ void __launch_bounds__(kThreads, 1) step_kernel(const Step step) {
     const Scalars scalars = step.device_scalars ? *step.device_scalars : step.scalars;
     NoiseKey key = step.key;
     if (step.device_step) key.step = uint64_t(*step.device_step);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -510,6 +511,17 @@ def _offsets(group: dict[str, Any]) -> list[int]:
 def _entry(value: Any, k: int) -> Any:
     """Options that may be given once for a group or once for each of its parameters."""
     return value[k] if isinstance(value, (list, tuple)) else value
+
+
+def optimizer_for(sampler: type[samplers.Sampler]) -> type[LangevinOptimizer]:
+    """The optimizer of a sampler: one of those below, or, for a sampler that has none there, a new class."""
+    for cls in LangevinOptimizer.__subclasses__():
+        if cls.sampler is sampler:
+            return cls
+    namespace = {"__doc__": f"{sampler.__name__} as an optimizer, one fused pass per step.", "__module__": __name__}
+    return types.new_class(
+        sampler.__name__, (LangevinOptimizer,), {"sampler": sampler}, lambda ns: ns.update(namespace)
+    )
 
 
 class SGLD(LangevinOptimizer, sampler=samplers.SGLD):

@@ -22,7 +22,9 @@ from llc_fast.reference import NoiseKey, StepScalars
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_RULES = {name: k for k, name in enumerate(_native.info()["rules"])}  # type: ignore[arg-type, var-annotated]
+NUM_STATES: dict[str, int] = _native.info()["rules"]  # type: ignore[assignment]
+"""Tensors like w that each rule keeps between steps, by the rule's name."""
+_RULES = {name: k for k, name in enumerate(NUM_STATES)}
 NUM_METRICS = len(reference.METRICS)
 
 
@@ -372,10 +374,6 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
         preconditioner=given,
         copy=None if segment.copy is None else segment.copy.detach(),
     )
-
-
-NUM_STATES = {"sgld": 0, "preconditioned-sgld": 0, "rmsprop-sgld": 1, "adam-sgld": 2, "sghmc": 1, "sgnht": 1}
-"""Tensors like w that each rule keeps between steps."""
 
 
 def normals(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -19,9 +20,7 @@ from llc_fast.reference import METRICS
 from llc_fast.samplers import SAMPLERS
 from llc_fast.update import NUM_STATES
 
-OPTIMIZERS: dict[str, type[optim.LangevinOptimizer]] = {
-    cls.sampler.name: cls for cls in optim.LangevinOptimizer.__subclasses__()
-}
+OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 COPIES = 40_000  # independent chains for each curvature, in one tensor
 CURVATURES = torch.tensor([1.0, 100.0])
 NBETA, LOCALIZATION = 2.0, 0.5
@@ -35,8 +34,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_sampler_is_an_optimizer() -> None:
-    assert list(OPTIMIZERS) == list(SAMPLERS) == list(OPTIONS) == list(NUM_STATES)
+def test_every_sampler_has_a_rule_and_an_optimizer() -> None:
+    assert list(SAMPLERS) == list(OPTIONS) == list(NUM_STATES)
+    assert OPTIMIZERS["sgld"] is llc_fast.SGLD and OPTIMIZERS["sgnht"] is llc_fast.SGNHT
+
+    @dataclasses.dataclass(frozen=True)
+    class Warm(SAMPLERS["sgld"]):  # type: ignore[misc, name-defined]
+        """SGLD by another name."""
+
+    w = nn.Parameter(torch.zeros(5))
+    w.grad = torch.ones(5)
+    optimizer = optim.optimizer_for(Warm)([w], lr=1e-3, seed=1)
+    optimizer.step()
+    assert type(optimizer).__name__ == "Warm" and (w != 0).all()
 
 
 def _dynamics(name: str, lr: float, curvature: float, p: float, friction: float) -> tuple[np.ndarray, np.ndarray]:
