@@ -34,7 +34,8 @@ element), so a run repeats bit for bit for any number of threads and any split i
 
 The optimizer's other arguments:
     params: parameters or parameter groups: float32 or float64; or bfloat16 or float16, whose chains are then kept in
-        float32 beside the model. Groups may override every option.
+        float32 beside the model (and written over whatever else changes the model in between). Groups may override
+        every option.
     optimize_over: boolean mask, True where a parameter may move: one tensor that broadcasts to every parameter of the
         group, or a list with one tensor or None for each.
     metrics: what to measure on the way, see :attr:`metrics`; norms are summed in the same pass.

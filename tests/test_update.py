@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,25 +411,30 @@ print(native_info()["instruction_set"], w.double().sum().item(), (w.double() * g
 """
 
 
+def _run_step(folder: Path, isa: str | None) -> subprocess.CompletedProcess[str]:
+    """`_STEP` in a process of its own, in a folder without a package of ours in it."""
+    env = {k: v for k, v in os.environ.items() if k != "LLC_FAST_ISA"} | ({} if isa is None else {"LLC_FAST_ISA": isa})
+    return subprocess.run(
+        [sys.executable, "-c", _STEP], capture_output=True, text=True, check=False, cwd=folder, env=env
+    )
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_agrees(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_instruction_set_agrees(isa: str, tmp_path: Path) -> None:
     """The copies that this machine can run give the same step, to rounding where they lack a fused multiply-add."""
-    monkeypatch.setenv("LLC_FAST_ISA", isa)
-    done = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True, check=False)
+    done = _run_step(tmp_path, isa)
     if done.returncode and ("lacks these instructions" in done.stderr or "is not one of" in done.stderr):
         pytest.skip(f"no {isa} here")
     name, *values = done.stdout.split()
     assert name == isa
-    monkeypatch.delenv("LLC_FAST_ISA")
-    best = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True, check=True).stdout.split()
+    best = _run_step(tmp_path, None).stdout.split()
     tolerance = 1e-4 if isa == "baseline" else 0.0
     for value, reference_value in zip(values, best[1:], strict=True):
         assert float(value) == pytest.approx(float(reference_value), abs=tolerance, rel=0)
 
 
-def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLC_FAST_ISA", "sse9")
-    done = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True, check=False)
+def test_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
+    done = _run_step(tmp_path, "sse9")
     assert done.returncode != 0 and "LLC_FAST_ISA=sse9 is not one of" in done.stderr
 
 
