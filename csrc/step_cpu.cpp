@@ -104,9 +104,17 @@ LLC_HD void store(const Operands<T>& o, int64_t i, const Coordinate<T>& x) {
     if constexpr (Rule::kStates > 1) o.state[1][i] = x.state[1];
 }
 
+// Iterations are independent (where `anchor` is `w`, each reads its own). Not `omp simd` here: GCC 12 would keep an
+// array of Coordinates for it, and then not vectorize the rules that have state.
+#if defined(__clang__)
+#define LLC_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LLC_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 template <class Rule, class T>
 void update(const Rule& rule, const Operands<T>& o) {
-#pragma omp simd
+    LLC_INDEPENDENT
     for (int64_t i = 0; i < o.n; ++i) {
         Coordinate<T> x = load<Rule>(o, i);
         rule(x);
@@ -114,31 +122,38 @@ void update(const Rule& rule, const Operands<T>& o) {
     }
 }
 
-// The same, adding up the metrics of the elements with a nonzero weight. Sums of at most a block in T, then double.
-template <class Rule, class T>
-void update_and_measure(const Rule& rule, const Operands<T>& o, const T* weight, double* metrics) {
-    T grad2 = 0, distance2 = 0, weight2 = 0, noise2 = 0, drift2 = 0, drift_noise = 0, momentum2 = 0;
-#pragma omp simd reduction(+ : grad2, distance2, weight2, noise2, drift2, drift_noise, momentum2)
-    for (int64_t i = 0; i < o.n; ++i) {
+// The same, adding up the metrics of the elements with a nonzero mask. Sums go lane by lane, at most a block in T, then
+// on in double: the order is fixed, and compilers vectorize the inner loop without being asked to reorder.
+template <bool kMasked, class Rule, class T>
+void update_and_measure(const Rule& rule, const Operands<T>& o, const uint8_t* mask, double* metrics) {
+    constexpr int kWide = 16;
+    alignas(64) T sums[kNumMetrics][kWide] = {};
+    const auto one = [&](int64_t i, int lane) __attribute__((always_inline)) {
         Coordinate<T> x = load<Rule>(o, i);
-        const T counted = weight[i], distance = x.w - x.anchor;
+        const T distance = x.w - x.anchor;
         rule(x);
         store<Rule>(o, i, x);
-        grad2 = fused(counted * x.grad, x.grad, grad2);
-        distance2 = fused(counted * distance, distance, distance2);
-        weight2 = fused(counted * x.w, x.w, weight2);
-        noise2 = fused(counted * x.noise, x.noise, noise2);
-        drift2 = fused(counted * x.scale * x.drift, x.drift, drift2);
-        drift_noise = fused(counted * root(x.scale) * x.drift, x.noise, drift_noise);
-        if constexpr (Rule::kStates > 0) momentum2 = fused(counted * x.state[0], x.state[0], momentum2);
+        const T counted = kMasked ? T(mask[i] != 0) : T(1);
+        sums[kGradSquare][lane] += counted * x.grad * x.grad;
+        sums[kDistanceSquare][lane] += counted * distance * distance;
+        sums[kWeightSquare][lane] += counted * x.w * x.w;
+        sums[kNoiseSquare][lane] += counted * x.noise * x.noise;
+        sums[kDriftSquare][lane] += counted * x.scale * x.drift * x.drift;
+        sums[kDriftNoise][lane] += counted * root(x.scale) * x.drift * x.noise;
+        if constexpr (Rule::kStates > 0) sums[kMomentumSquare][lane] += counted * x.state[0] * x.state[0];
+    };
+    const int64_t whole = o.n / kWide * kWide;
+    for (int64_t i = 0; i < whole; i += kWide) {
+        LLC_INDEPENDENT
+        for (int lane = 0; lane < kWide; ++lane) one(i + lane, lane);
     }
-    metrics[kGradSquare] += grad2;
-    metrics[kDistanceSquare] += distance2;
-    metrics[kWeightSquare] += weight2;
-    metrics[kNoiseSquare] += noise2;
-    metrics[kDriftSquare] += drift2;
-    metrics[kDriftNoise] += drift_noise;
-    metrics[kMomentumSquare] += momentum2;
+    for (int64_t i = whole; i < o.n; ++i) one(i, int(i - whole));
+    for (int width = kWide / 2; width > 0; width /= 2) {
+        for (int metric = 0; metric < kNumMetrics; ++metric) {
+            for (int lane = 0; lane < width; ++lane) sums[metric][lane] += sums[metric][lane + width];
+        }
+    }
+    for (int metric = 0; metric < kNumMetrics; ++metric) metrics[metric] += double(sums[metric][0]);
 }
 
 // What is not laid out as the loops want it is put into these first: a block of each fits the first-level cache.
@@ -147,8 +162,7 @@ struct Staging {
     alignas(64) T noise[kBlock] = {};
     alignas(64) T grad[kBlock];
     alignas(64) T preconditioner[kBlock];
-    alignas(64) T kept[kBlock];
-    alignas(64) T weight[kBlock];
+    alignas(64) T before[kBlock];
 };
 
 // The part of `segment` inside `block`, in chain `chain`; staging.noise is the block's.
@@ -180,16 +194,17 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
         o.preconditioner = staging.preconditioner;
     }
     const uint8_t* mask = segment.mask ? segment.mask + local : nullptr;
-    if (mask) std::memcpy(staging.kept, o.w, sizeof(T) * n);
+    if (mask) std::memcpy(staging.before, o.w, sizeof(T) * n);
 
-    if (metrics) {
-        for (int64_t i = 0; i < n; ++i) staging.weight[i] = T(!mask || mask[i]);
-        update_and_measure(rule, o, staging.weight, metrics);
+    if (metrics && mask) {
+        update_and_measure<true>(rule, o, mask, metrics);
+    } else if (metrics) {
+        update_and_measure<false>(rule, o, mask, metrics);
     } else {
         update(rule, o);
     }
     if (mask) {
-        for (int64_t i = 0; i < n; ++i) o.w[i] = mask[i] ? o.w[i] : staging.kept[i];
+        for (int64_t i = 0; i < n; ++i) o.w[i] = mask[i] ? o.w[i] : staging.before[i];
     }
     if (segment.copy) {
         uint16_t* copy = static_cast<uint16_t*>(segment.copy) + row;
