@@ -185,6 +185,8 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameter {k} is on {p.device}, parameter 0 on {params[0].device}: use a group for each device"
                 )
+        if self._release and self.sampler.measures(group):
+            raise ValueError("release_gradients frees each gradient early: no thermostat and no relative_eps with it")
         if self._capturable and params and params[0].device.type != "cuda":
             raise ValueError(f"capturable=True is for CUDA graphs; the parameters are on {params[0].device}")
         if self._capturable and group.get("relative_eps"):
@@ -250,11 +252,18 @@ class LangevinOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, index: int, group: dict[str, Any], live: list[int]) -> Tensor | None:
-        params: list[Tensor] = group["params"]
-        grads: list[Any] = [params[k].grad for k in live]
+        grads: list[Any] = [group["params"][k].grad for k in live]
         if torch.compiler.is_compiling():
-            self._step_compiled(group, live, grads)
-            return None
+            if not (self._wanted or self._capturable or group.get("relative_eps")):
+                self._step_compiled(group, live, grads)
+                return None
+            # What reports to the host breaks the graph.
+            outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
+            return outside(index, group, live, grads)
+        return self._step_eagerly(index, group, live, grads)
+
+    def _step_eagerly(self, index: int, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> Tensor | None:
+        params: list[Tensor] = group["params"]
         step = 0 if self._capturable else int(group["step"])
         scalars = self.sampler.adjusted(self.sampler.scalars(group), group, group, step, grads)
         measured = self._measures(group)
@@ -365,10 +374,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _step_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
         """The same step as one opaque operation that torch.compile can keep in its graph."""
-        if self._measures(group) or self._wanted or self._capturable:
-            raise ValueError(
-                "under torch.compile a step can have neither metrics, thermostat, relative_eps nor capturable"
-            )
+        device, scalars = group["params"][0].device, self.sampler.scalars(group)
+        metrics = None
+        if self.sampler.thermostatted:
+            metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=device)
         segments = self._segments(group, live)
         torch.ops.llc_fast.step(
             [s.w for s in segments],
@@ -381,10 +390,14 @@ class LangevinOptimizer(torch.optim.Optimizer):
             [s.copy for s in segments if s.copy is not None],
             self.sampler.name,
             [s.offset for s in segments],
-            list(self.sampler.scalars(group)),
+            list(scalars),
             group["seed"],
             group["step"],
+            group.get("thermostat"),
+            metrics,
         )
+        if metrics is not None:
+            self.sampler.follow(scalars, group, 0, metrics, self._count(group, live))
 
     # ---- gradient release ----------------------------------------------------------------------------------
 
@@ -403,8 +416,6 @@ class LangevinOptimizer(torch.optim.Optimizer):
         @torch.no_grad()
         def move(p: Tensor) -> None:
             group = self.param_groups[index]
-            if self._measures(group):
-                raise ValueError("release_gradients can't be combined with a thermostat or relative_eps")
             cached = self._tables.get((index, k + 1))
             identity = self._identity(group, [k])
             if cached is None or cached[0] != identity:

@@ -413,7 +413,7 @@ _library = torch.library.Library("llc_fast", "DEF")  # type: ignore[no-untyped-c
 _library.define(  # type: ignore[no-untyped-call]
     "step(Tensor(a!)[] params, Tensor[] grads, Tensor?[] anchors, Tensor?[] masks, Tensor(b!)[] states, "
     "Tensor?[] preconditioners, float[] preconditioner_scales, Tensor(c!)[] copies, str rule, int[] offsets, "
-    "float[] scalars, int seed, Tensor step) -> ()"
+    "float[] scalars, int seed, Tensor step, Tensor? thermostat, Tensor(d!)? metrics) -> ()"
 )
 
 
@@ -431,6 +431,8 @@ def _step_operation(
     scalars: Sequence[float],
     seed: int,
     step: Tensor,
+    thermostat: Tensor | None,
+    metrics: Tensor | None,
 ) -> None:
     kept = NUM_STATES[rule]
     segments = [
@@ -445,7 +447,8 @@ def _step_operation(
         )
         for k, w in enumerate(params)
     ]
-    SegmentTable(rule, segments).step(grads, StepScalars(*scalars), NoiseKey(seed, int(step)))
+    table, key = SegmentTable(rule, segments), NoiseKey(seed, int(step))
+    table.step(grads, StepScalars(*scalars), key, thermostat=thermostat, metrics=metrics)
 
 
 _library.impl("step", _step_operation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -209,6 +209,10 @@ def test_gradient_release(name: str, dtype: torch.dtype) -> None:
 def test_gradient_release_refuses_what_needs_the_whole_step() -> None:
     with pytest.raises(ValueError, match="metrics"):
         llc_fast.SGLD(_model().parameters(), release_gradients=True, metrics=["distance"])
+    with pytest.raises(ValueError, match="thermostat"):
+        llc_fast.SGNHT(_model().parameters(), release_gradients=True)
+    with pytest.raises(ValueError, match="relative_eps"):
+        llc_fast.RMSpropSGLD(_model().parameters(), release_gradients=True, relative_eps=True)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
@@ -315,6 +319,8 @@ def _operation_arguments(name: str, low: bool = False) -> tuple[Any, ...]:
         scalars,
         3,
         torch.tensor(2),
+        torch.full((1,), 0.2, dtype=torch.float64),
+        torch.zeros(1, len(METRICS), dtype=torch.float64) if SAMPLERS[name].thermostatted else None,
     )
 
 
@@ -324,7 +330,7 @@ def test_opcheck(name: str, low: bool) -> None:
     torch.library.opcheck(torch.ops.llc_fast.step.default, _operation_arguments(name, low))
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if not SAMPLERS[n].thermostatted])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_torch_compile_without_graph_breaks(name: str) -> None:
     """fullgraph=True refuses any break; six steps, one graph, the same bits as eager."""
     torch._dynamo.reset()
@@ -344,3 +350,16 @@ def test_torch_compile_without_graph_breaks(name: str) -> None:
             run_step()
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(ends[0], ends[1])
+
+
+def test_torch_compile_breaks_its_graph_around_metrics() -> None:
+    """What reports to the host still works under torch.compile, outside the graph."""
+    torch._dynamo.reset()
+    w = nn.Parameter(torch.ones(50))
+    optimizer = llc_fast.SGLD([w], lr=1e-3, nbeta=5.0, localization=1.0, seed=1, metrics=["distance", "noise"])
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    for _ in range(3):
+        w.grad, before = torch.ones_like(w), w.detach().clone()
+        step()
+        assert float(optimizer.distance) == pytest.approx(float((before - 1).norm()), abs=1e-5)
+        assert optimizer.noise[0][0].shape == (50,)
