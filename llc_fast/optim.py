@@ -11,6 +11,8 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from llc_fast import reference, samplers, update
 from llc_fast.reference import NoiseKey, StepScalars
@@ -220,7 +222,6 @@ class LangevinOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient, in one fused pass per group.
 
@@ -233,6 +234,16 @@ class LangevinOptimizer(torch.optim.Optimizer):
         Returns:
             The closure's value, or None.
         """
+        # torch wraps every optimizer's step for hooks and profiler, at more than this step's own cost: enter the
+        # wrapper only when somebody is listening.
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _listening():
+            return _HOOKED_STEP(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -523,6 +534,16 @@ def _offsets(group: dict[str, Any]) -> list[int]:
 def _entry(value: Any, k: int) -> Any:
     """Options that may be given once for a group or once for each of its parameters."""
     return value[k] if isinstance(value, (list, tuple)) else value
+
+
+def _listening() -> bool:
+    """Whether hooks for all optimizers are registered, or a profiler runs."""
+    if torch.compiler.is_compiling():  # it can't look at the profiler
+        return False
+    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
+
+
+_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(LangevinOptimizer._step)
 
 
 def optimizer_for(sampler: type[samplers.Sampler]) -> type[LangevinOptimizer]:
