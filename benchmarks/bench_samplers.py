@@ -123,7 +123,7 @@ def overhead_table(device: str) -> list[dict[str, Any]]:
     w.grad = torch.randn_like(w)
     fused = llc_fast.SGLD([w], seed=0, **OPTIONS)
     fused.step()
-    table = fused._group_tables(0, fused.param_groups[0], [0])[0][1]
+    table = fused._group_tables((0, 0), fused.param_groups[0], [0])[0][1]
     scalars, key = fused.sampler.scalars(fused.param_groups[0]), llc_fast.reference.NoiseKey(0)
     plain = torch.optim.SGD([w], lr=1e-6)
     for name, step in {

@@ -70,6 +70,13 @@ LLC_HD T root(T x) {
 #endif
 }
 
+// The box. Comparisons, not min and max: a NaN must stay a NaN, so that somebody notices.
+template <class T>
+LLC_HD T clamp_to_box(T w, T anchor, T box) {
+    const T low = anchor - box, high = anchor + box;
+    return w < low ? low : (w > high ? high : w);
+}
+
 // First-order Langevin step in the metric 1/p:  w <- w - (lr/2) p drift + sigma sqrt(lr p) noise, then the box.
 template <class T>
 struct Langevin {
@@ -82,10 +89,8 @@ struct Langevin {
         x.drift = potential.drift(x, grad);
         x.scale = p;
         // The increment first, then one addition: w is rounded once.
-        const T w = x.w + fused(-half_lr * p, x.drift, noise_scale * root_p * x.noise);
-        // Comparisons, not min and max: a NaN must stay a NaN, so that somebody notices.
-        const T low = x.anchor - box, high = x.anchor + box;
-        x.w = w < low ? low : (w > high ? high : w);
+        const T increment = fused(-half_lr * p, x.drift, noise_scale * root_p * x.noise);
+        x.w = clamp_to_box(x.w + increment, x.anchor, box);
     }
 };
 
@@ -103,9 +108,8 @@ struct SquareMean {
 template <class T>
 LLC_HD void move_with_momentum(Coordinate<T>& x, T momentum, T box) {
     const T w = x.w + momentum;
-    const T low = x.anchor - box, high = x.anchor + box;
-    const bool outside = w < low || w > high;
-    x.w = w < low ? low : (w > high ? high : w);
+    x.w = clamp_to_box(w, x.anchor, box);
+    const bool outside = x.w < w || x.w > w;  // clamped; false for a NaN
     x.state[0] = outside ? -momentum : momentum;
 }
 

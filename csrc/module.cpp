@@ -41,7 +41,6 @@ T* pointer(std::optional<uintptr_t> address) {
     return reinterpret_cast<T*>(address.value_or(0));
 }
 
-// A step with its table and scalars, prepared once and run many times: what changes from run to run is little.
 // `segments`: address of a table laid out as llc::Segment, in the memory of the device that runs the step.
 // `stream`: a cudaStream_t, or None to run on the CPU.
 void step(int rule, const std::string& dtype, const std::string& low, uintptr_t segments, int64_t num_segments,

@@ -45,7 +45,7 @@ __device__ inline int64_t find_segment(const Segment* segments, int64_t count, i
     return low;
 }
 
-// Four elements of one operand; `count` of them exist. Whole, aligned quads are one load.
+// Four elements of one operand, of which [from, to) exist. Whole, aligned quads are one load.
 template <class T>
 __device__ inline void load_quad(T (&out)[kQuad], const T* p, int from, int to) {
     if (from == 0 && to == kQuad && aligned(p)) {
@@ -74,10 +74,10 @@ __device__ inline void store_quad(T* p, const T (&in)[kQuad], int from, int to) 
 }
 
 // Elements [from, to) of the quad at flat index i, which lie in segment s, for one chain. `anchor` holds the quad's
-// w* across chains that share it. Adds to `sums` if metrics are wanted.
+// w* across chains that share it: it is loaded for the `first` of them. Adds to `sums` if metrics are wanted.
 template <class Rule, class T, bool kMeasure>
 __device__ inline void update_quad(const Rule& rule, const Step& step, const Segment& s, int64_t i, int from, int to,
-                                   int64_t chain, const T (&noise)[kQuad], T (&anchor)[kQuad], T* sums) {
+                                   int64_t chain, bool first, const T (&noise)[kQuad], T (&anchor)[kQuad], T* sums) {
     const int64_t local = i - s.offset, row = chain * s.stride + local;
     T w[kQuad], grad[kQuad], state[2][kQuad], given[kQuad];
     load_quad(w, static_cast<const T*>(s.w) + row, from, to);
@@ -89,7 +89,7 @@ __device__ inline void update_quad(const Rule& rule, const Step& step, const Seg
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) grad[k] = T(from_low(bits[k], step.low));
     }
-    if (chain == 0 || s.anchor_stride != 0) {
+    if (first || s.anchor_stride != 0) {
         load_quad(anchor, static_cast<const T*>(s.anchor) + chain * s.anchor_stride + local, from, to);
     }
 #pragma unroll
@@ -135,6 +135,20 @@ __device__ inline void update_quad(const Rule& rule, const Step& step, const Seg
     }
 }
 
+// The sum over the thread block, in thread 0 (0 in the others): a tree, so that the order, and with it the bits, are
+// fixed.
+__device__ inline double block_sum(double value) {
+    __shared__ double shared[kThreads];
+    shared[threadIdx.x] = value;
+    for (int width = kThreads / 2; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
+    }
+    const double sum = threadIdx.x == 0 ? shared[0] : 0.0;  // only the thread that wrote it last may read it
+    __syncthreads();                                        // before the next sum overwrites it
+    return sum;
+}
+
 // Thread block `blockIdx.x` takes every gridDim.x-th tile. With kMeasure it handles one chain (blockIdx.y) and leaves
 // that tile's sums in step.scratch[chain][tile][metric]; without, it handles all chains, so that they share w*.
 // The bound's 1 tells ptxas to take the registers it needs: left to itself it spills a few to round occupancy up.
@@ -167,26 +181,17 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const Step step) {
                     chain_key.chain += uint32_t(chain);
                     T noise[kQuad] = {};
                     if (noisy) normals4(chain_key, uint64_t(i) / kQuad, noise);
-                    if (kMeasure && s.anchor_stride == 0) {
-                        load_quad(anchor, static_cast<const T*>(s.anchor) + (i - s.offset), from, to);
-                    }
-                    update_quad<Rule, T, kMeasure>(rule, step, s, i, from, to, chain, noise, anchor, sums);
+                    update_quad<Rule, T, kMeasure>(rule, step, s, i, from, to, chain, chain == first_chain, noise,
+                                                   anchor, sums);
                 }
             }
         }
         if (kMeasure) {
-            // A tree over the block's threads: the order, and so the bits, are fixed.
-            __shared__ double shared[kThreads];
             double* out = step.scratch + (blockIdx.y * (last_tile - first_tile) + tile - first_tile) * kNumMetrics;
 #pragma unroll
             for (int metric = 0; metric < kNumMetrics; ++metric) {
-                shared[threadIdx.x] = sums[metric];
-                for (int width = kThreads / 2; width > 0; width /= 2) {
-                    __syncthreads();
-                    if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
-                }
-                if (threadIdx.x == 0) out[metric] = shared[0];
-                __syncthreads();
+                const double sum = block_sum(sums[metric]);
+                if (threadIdx.x == 0) out[metric] = sum;
             }
         }
     }
@@ -194,20 +199,14 @@ __global__ void __launch_bounds__(kThreads, 1) step_kernel(const Step step) {
 
 // Adds the tiles' sums, one thread block a chain: a thread adds every kThreads-th tile, then a tree adds the threads.
 __global__ void __launch_bounds__(kThreads) sum_metrics(const double* scratch, int64_t tiles, double* metrics) {
-    __shared__ double shared[kThreads];
     const int64_t chain = blockIdx.x;
     for (int metric = 0; metric < kNumMetrics; ++metric) {
         double sum = 0;
         for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) {
             sum += scratch[(chain * tiles + tile) * kNumMetrics + metric];
         }
-        shared[threadIdx.x] = sum;
-        for (int width = kThreads / 2; width > 0; width /= 2) {
-            __syncthreads();
-            if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
-        }
-        if (threadIdx.x == 0) metrics[chain * kNumMetrics + metric] = shared[0];
-        __syncthreads();
+        sum = block_sum(sum);
+        if (threadIdx.x == 0) metrics[chain * kNumMetrics + metric] = sum;
     }
 }
 

@@ -58,6 +58,7 @@ class ChainState:
 
     def __init__(self, anchor: dict[str, Tensor], sampler: Sampler) -> None:
         self._sampler, self._options = sampler, dict(vars(sampler))
+        self._scalars = sampler.scalars(self._options)
         first = next(iter(anchor.values()))
         self._device = first.device
         low = is_low_precision(first)
@@ -110,7 +111,7 @@ class ChainState:
 
     def move(self, grads: Sequence[Tensor], step: int) -> None:
         """One step of the sampler."""
-        scalars = self._sampler.adjusted(self._sampler.scalars(self._options), self._options, self._memory, step, grads)
+        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads)
         self._table.step(
             grads,
             scalars,

@@ -282,8 +282,9 @@ class LangevinOptimizer(torch.optim.Optimizer):
         if not self._wanted.isdisjoint(_TENSORS):
             self._keep_tensors(index, group, live)
         key = NoiseKey(seed=group["seed"], step=step)
-        tables = self._group_tables(index, group, live)
+        tables = self._group_tables((index, 0), group, live)
         for position, table in tables:
+            # A table overwrites what it is given.
             part = metrics if metrics is None or len(tables) == 1 else torch.zeros_like(metrics)
             table.step(
                 [grads[j] for j in position],
@@ -294,7 +295,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 device_scalars=self._scalars_on_device(index, scalars, params[0].device),
                 device_step=group["step"] if self._capturable else None,
             )
-            if part is not metrics and metrics is not None and part is not None:
+            if metrics is not None and part is not None and part is not metrics:
                 metrics += part
         if metrics is not None and self.sampler.measures(group):
             self.sampler.follow(scalars, group, step, metrics, self._count(group, live))
@@ -331,13 +332,16 @@ class LangevinOptimizer(torch.optim.Optimizer):
         self._device_scalars[index] = cached
         return cached[1]
 
-    def _group_tables(self, index: int, group: dict[str, Any], live: list[int]) -> list[tuple[list[int], SegmentTable]]:
+    def _group_tables(
+        self, slot: tuple[int, int], group: dict[str, Any], live: list[int]
+    ) -> list[tuple[list[int], SegmentTable]]:
         """A group's segments, a table for each dtype; rebuilt only when a tensor or mask was replaced.
 
-        Each comes with the positions of its parameters in `live`.
+        Each comes with the positions of its parameters in `live`. `slot` names the cache: (group, 0) for the whole
+        group, (group, 1 + k) for its parameter k alone.
         """
         identity = self._identity(group, live)
-        cached = self._tables.get((index, 0))
+        cached = self._tables.get(slot)
         if cached is not None and cached[0] == identity:
             return cached[1]
         buckets: dict[torch.dtype, list[int]] = defaultdict(list)
@@ -348,7 +352,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             (position, SegmentTable(self.sampler.name, [segments[j] for j in position]))
             for position in buckets.values()
         ]
-        self._tables[index, 0] = (identity, tables)
+        self._tables[slot] = (identity, tables)
         return tables
 
     def _identity(self, group: dict[str, Any], live: list[int]) -> _Identity:
@@ -427,14 +431,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
         @torch.no_grad()
         def move(p: Tensor) -> None:
             group = self.param_groups[index]
-            cached = self._tables.get((index, k + 1))
-            identity = self._identity(group, [k])
-            if cached is None or cached[0] != identity:
-                table = SegmentTable(self.sampler.name, self._segments(group, [k]))
-                cached = self._tables[index, k + 1] = (identity, [([0], table)])
+            [(_, table)] = self._group_tables((index, 1 + k), group, [k])
             scalars, grad = self.sampler.scalars(group), p.grad
             assert grad is not None  # the hook runs right after it was accumulated
-            cached[1][0][1].step([grad], scalars, NoiseKey(seed=group["seed"], step=int(group["step"])))
+            table.step([grad], scalars, NoiseKey(seed=group["seed"], step=int(group["step"])))
             p.grad = None
 
         return move

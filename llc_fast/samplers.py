@@ -45,6 +45,16 @@ def _check_decay(name: str, value: object) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def _adaptation(options: Mapping[str, Any], decay: float) -> dict[str, float]:
+    """The scalars of a running mean of squared gradients."""
+    steps = options["adapt_steps"]
+    return {
+        "decay": float(decay),
+        "eps": float(options["eps"]),
+        "adapt_steps": math.inf if steps is None else steps,
+    }
+
+
 def _check_adaptation(eps: object, adapt_steps: object) -> None:
     check_number("eps", eps, minimum=0, exclusive=True)
     if adapt_steps is not None:
@@ -252,16 +262,7 @@ class RMSpropSGLD(Sampler):
 
     @classmethod
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
-        steps = options["adapt_steps"]
-        return (
-            super()
-            .scalars(options)
-            ._replace(
-                decay=float(options["alpha"]),
-                eps=float(options["eps"]),
-                adapt_steps=math.inf if steps is None else steps,
-            )
-        )
+        return super().scalars(options)._replace(**_adaptation(options, options["alpha"]))
 
 
 @dataclass(frozen=True)
@@ -299,17 +300,8 @@ class AdamSGLD(Sampler):
 
     @classmethod
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
-        steps = options["adapt_steps"]
-        return (
-            super()
-            .scalars(options)
-            ._replace(
-                momentum_decay=float(options["betas"][0]),
-                decay=float(options["betas"][1]),
-                eps=float(options["eps"]),
-                adapt_steps=math.inf if steps is None else steps,
-            )
-        )
+        first, second = options["betas"]
+        return super().scalars(options)._replace(momentum_decay=float(first), **_adaptation(options, second))
 
 
 @dataclass(frozen=True)
