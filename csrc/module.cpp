@@ -97,6 +97,24 @@ void normals(const std::string& dtype, uintptr_t out, int64_t begin, int64_t len
 #endif
 }
 
+void minibatch(uintptr_t out, int64_t num_samples, int64_t batch_size, int64_t num_chains, uint64_t seed,
+               uint64_t step_index, uint32_t chain, std::optional<uintptr_t> device_step,
+               std::optional<uintptr_t> stream) {
+    const llc::Minibatch request{reinterpret_cast<int64_t*>(out),
+                                 num_samples,
+                                 batch_size,
+                                 num_chains,
+                                 {seed, step_index, chain, llc::kMinibatchStream},
+                                 pointer<const int64_t>(device_step)};
+    py::gil_scoped_release released;
+    if (!stream) return llc::cpu_backend().minibatch(request);
+#ifdef LLC_WITH_CUDA
+    llc::cuda_minibatch(request, reinterpret_cast<void*>(*stream));
+#else
+    no_cuda();
+#endif
+}
+
 py::dict info() {
     py::dict d;
     d["instruction_set"] = llc::cpu_backend().name;
@@ -129,5 +147,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("step", &step);
     m.def("scratch_size", &scratch_size);
     m.def("normals", &normals);
+    m.def("minibatch", &minibatch);
     m.def("info", &info);
 }

@@ -4,6 +4,7 @@
 
 #include "langevin.h"
 #include "low_precision.h"
+#include "minibatch.h"
 
 namespace llc {
 
@@ -58,6 +59,7 @@ struct CpuBackend {
     const char* name;
     void (*step)(const Step&, int num_threads);
     void (*normals)(const Normals&);
+    void (*minibatch)(const Minibatch&);
 };
 
 // The best of those compiled that this machine runs, or the one LLC_FAST_ISA names. Throws
@@ -67,9 +69,10 @@ const CpuBackend& cpu_backend();
 #ifdef LLC_WITH_CUDA
 // Doubles that a step of this size needs in Step::scratch when metrics are wanted.
 int64_t cuda_scratch_size(const Step&);
-// Both launch on `stream` (a cudaStream_t) of the current device and do not wait. Throw std::runtime_error.
+// These launch on `stream` (a cudaStream_t) of the current device and do not wait. Throw std::runtime_error.
 void cuda_step(const Step&, void* stream);
 void cuda_normals(const Normals&, void* stream);
+void cuda_minibatch(const Minibatch&, void* stream);
 int cuda_device_count();
 #endif
 

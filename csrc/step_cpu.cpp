@@ -317,6 +317,18 @@ void normals(const Normals& request) {
     }
 }
 
+void minibatch(const Minibatch& batch) {
+    for (int64_t chain = 0; chain < batch.num_chains; ++chain) {
+        int64_t* out = batch.out + chain * batch.batch_size;
+        uint64_t first;
+        const Permutation order = minibatch_order(batch, batch.key.step, chain, first);
+        // Apart, because the compiler vectorizes the first loop and can't the second, which has little to do.
+#pragma GCC ivdep
+        for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.once(first + uint64_t(k)));
+        for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.walk(uint64_t(out[k])));
+    }
+}
+
 }  // namespace
 }  // namespace LLC_ISA
 
@@ -325,6 +337,6 @@ void normals(const Normals& request) {
 #define LLC_CONCAT(a, b) a##b
 #define LLC_BACKEND(isa) LLC_CONCAT(cpu_backend_, isa)
 extern const CpuBackend LLC_BACKEND(LLC_ISA);
-const CpuBackend LLC_BACKEND(LLC_ISA) = {LLC_NAME(LLC_ISA), step, normals};
+const CpuBackend LLC_BACKEND(LLC_ISA) = {LLC_NAME(LLC_ISA), step, normals, minibatch};
 
 }  // namespace llc

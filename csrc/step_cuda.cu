@@ -226,6 +226,17 @@ __global__ void __launch_bounds__(kThreads) normals_kernel(const Normals request
     }
 }
 
+__global__ void __launch_bounds__(kThreads) minibatch_kernel(const Minibatch batch) {
+    const uint64_t step = batch.device_step ? uint64_t(*batch.device_step) : batch.key.step;
+    const int64_t chain = blockIdx.y;
+    uint64_t first;
+    const Permutation order = minibatch_order(batch, step, chain, first);
+    for (int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x; k < batch.batch_size;
+         k += int64_t(gridDim.x) * kThreads) {
+        batch.out[chain * batch.batch_size + k] = int64_t(order.walk(order.once(first + uint64_t(k))));
+    }
+}
+
 // As many thread blocks as the device holds at once, and no more than there is work for.
 template <class Kernel>
 int grid_size(Kernel kernel, int64_t tiles) {
@@ -299,6 +310,13 @@ void cuda_normals(const Normals& request, void* stream) {
         case DType::float64:
             return launch_normals<double>(request, s);
     }
+}
+
+void cuda_minibatch(const Minibatch& batch, void* stream) {
+    const int64_t blocks = std::min<int64_t>((batch.batch_size + kThreads - 1) / kThreads, 1024);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(batch.num_chains));
+    minibatch_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch);
+    check(cudaGetLastError(), "launching minibatch indices");
 }
 
 int cuda_device_count() {

@@ -31,4 +31,15 @@ def normals(
     stream_id: int,
     stream: int | None,
 ) -> None: ...
+def minibatch(
+    out: int,
+    num_samples: int,
+    batch_size: int,
+    num_chains: int,
+    seed: int,
+    step_index: int,
+    chain: int,
+    device_step: int | None,
+    stream: int | None,
+) -> None: ...
 def info() -> dict[str, object]: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llc_fast.posterior import Posterior
+from llc_fast.posterior import Posterior, leaves_of
 from llc_fast.samplers import Sampler
 
 STIFFNESS = 0.2
@@ -28,14 +27,14 @@ PILOT_BATCHES = 20
 def pilot_metric(posterior: Posterior, options: Mapping[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
     """The preconditioner p of an adaptive sampler near w*: 1/(√V + eps), V the mean of g² over a few minibatches."""
     squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in posterior.anchor.items()}
-    batches = itertools.islice(posterior.source.minibatches(seed), PILOT_BATCHES)
-    for batch in batches:
-        params = {name: p.clone().requires_grad_() for name, p in posterior.anchor.items()}
-        with torch.enable_grad():
-            loss = posterior.loss(params, copy.deepcopy(batch), posterior.fresh_buffers())
-            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-        for square, grad in zip(squares.values(), grads, strict=True):
-            square += grad.float() ** 2 / PILOT_BATCHES
+    gradient = {name: torch.zeros_like(v) for name, v in squares.items()}
+    params = leaves_of(posterior.anchor)
+    for batch in itertools.islice(posterior.source.minibatches(seed), PILOT_BATCHES):
+        # Microbatches add up, so the square has to wait for the last.
+        posterior.gradient_at(params, batch, lambda name, grad: gradient[name].add_(grad))
+        for name, square in squares.items():
+            square.addcmul_(gradient[name], gradient[name], value=1 / PILOT_BATCHES)
+            gradient[name].zero_()
     eps = float(options["eps"])
     if options["relative_eps"]:
         total = sum(float(v.double().sum()) for v in squares.values())
@@ -43,13 +42,15 @@ def pilot_metric(posterior: Posterior, options: Mapping[str, Any], *, seed: int 
     return {name: 1 / (v.sqrt() + eps) for name, v in squares.items()}
 
 
+@torch.no_grad()
 def top_curvature(
     posterior: Posterior, *, metric: Mapping[str, Tensor | float] | None = None, seed: int = 0, iterations: int = 12
 ) -> float:
     """The largest curvature of the minibatch loss at w*, that is the top eigenvalue of √p·H·√p in the metric 1/p.
 
     Power iteration on Hessian-vector products, which are central differences of gradients, so that any model that
-    trains works; the result is a few percent below the true value, which is precise enough for a step size.
+    trains works; the result is a few percent below the true value, which is precise enough for a step size. Memory
+    beside the model: two vectors like w*, and the gradient of one parameter at a time.
 
     Args:
         posterior: the model, its loss and data.
@@ -57,41 +58,42 @@ def top_curvature(
         seed: of the starting direction and the minibatch.
         iterations: of the power method, two gradients each.
     """
-    names = list(posterior.anchor)
     generator = torch.Generator().manual_seed(seed)
     batch = next(iter(posterior.source.minibatches(seed)))
-    scale = math.sqrt(sum(float(p.double().square().sum()) for p in posterior.anchor.values()))
-    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in posterior.anchor.values())
+    anchor = posterior.anchor
+    scale = math.sqrt(sum(float(p.double().square().sum()) for p in anchor.values()))
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in anchor.values())
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
-    roots = [torch.as_tensor(1.0 if metric is None else metric[name]).sqrt() for name in names]
+    roots = {name: torch.as_tensor(1.0 if metric is None else metric[name]).sqrt() for name in anchor}
+    for name, mask in posterior.masks.items():
+        roots[name] = roots[name] * mask  # elements that can't move have no curvature
+    displaced = {name: p.clone() for name, p in anchor.items()}
+    params = leaves_of(displaced)
+    vector = {
+        name: torch.randn(p.shape, generator=generator).to(p.device, p.dtype if p.dtype == torch.float64 else None)
+        for name, p in anchor.items()
+    }
 
-    def gradient(direction: list[Tensor], sign: float) -> list[Tensor]:
-        params = {
-            name: (posterior.anchor[name] + (sign * delta * d).to(posterior.anchor[name].dtype)).requires_grad_()
-            for name, d in zip(names, direction, strict=True)
-        }
-        with torch.enable_grad():
-            loss = posterior.loss(params, copy.deepcopy(batch), posterior.fresh_buffers())
-            return list(torch.autograd.grad(loss, list(params.values()), materialize_grads=True))
+    def norm() -> float:
+        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in vector.values()])))
 
-    def norm(tensors: list[Tensor]) -> float:
-        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.float()) for t in tensors])))
-
-    direction = [torch.randn(p.shape, generator=generator).to(p.device) for p in posterior.anchor.values()]
-    curvature = norm(direction)
+    curvature = norm()
     for _ in range(iterations):
         if not 0 < curvature < math.inf:
             break
-        # Steps of length delta in w, whatever the metric's scale.
-        moved = [root * d for root, d in zip(roots, direction, strict=True)]
-        length = norm(moved)
-        unit = [m / length for m in moved]
-        up, down = gradient(unit, 1.0), gradient(unit, -1.0)
-        stretch = length / curvature
-        direction = [
-            root * (u - d).float() * (stretch / (2 * delta)) for root, u, d in zip(roots, up, down, strict=True)
-        ]
-        curvature = norm(direction)
+        for name, v in vector.items():
+            v.mul_(roots[name])  # steps of length delta in w, whatever the metric's scale
+        length = norm()
+        for name, v in vector.items():
+            displaced[name].copy_(anchor[name] + (v * (delta / length)).to(anchor[name].dtype))
+            v.zero_()
+        posterior.gradient_at(params, batch, lambda name, grad: vector[name].add_(grad))
+        for name, w in displaced.items():  # to the other side of w*
+            w.neg_().add_(anchor[name], alpha=2)
+        posterior.gradient_at(params, batch, lambda name, grad: vector[name].sub_(grad))
+        for name, v in vector.items():
+            v.mul_(roots[name] * (length / curvature / (2 * delta)))
+        curvature = norm()
     return curvature
 
 

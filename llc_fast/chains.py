@@ -1,29 +1,27 @@
-"""Runs chains: batches, gradients, fused updates, loss traces."""
+"""Runs chains: minibatches, gradients, fused updates, loss traces, until they are done or somebody stops them."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from llc_fast.posterior import Posterior
-from llc_fast.reference import NoiseKey
+from llc_fast.data import map_tensors, mix
+from llc_fast.gradients import Feed, Plan, make_gradient, make_plan
+from llc_fast.posterior import Evaluation, Posterior
 from llc_fast.samplers import Sampler
-from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision
-
-_ALIGN = 16  # elements: each tensor of a chain starts on a cache line
-
-_SINGLE_THREAD_WORK = 2e7
-"""Parameters × batch size below which one thread is used on a CPU.
-
-A gradient of that size takes about a millisecond. Below, handing work to other threads costs more than it saves,
-and on a busy machine it can cost ten times the step. A fixed rule, not a measurement, so that equal seeds give
-equal bits: matrix products round differently with another number of threads.
-"""
+from llc_fast.state import ChainState
 
 
 @dataclass(frozen=True)
@@ -49,79 +47,292 @@ class Schedule:
         """The steps that are draws: the last of each stretch of `num_steps_bw_draws`."""
         return slice(self.num_burnin + self.num_steps_bw_draws - 1, self.num_steps, self.num_steps_bw_draws)
 
+    def draw_at(self, step: int) -> int | None:
+        """Which draw a step is; None if it is none."""
+        draw, rest = divmod(step - self.num_burnin + 1, self.num_steps_bw_draws)
+        return draw - 1 if draw >= 1 and rest == 0 else None
 
-class ChainState:
-    """One chain: its parameters in a flat buffer, what the model sees of them, and the sampler's state.
 
-    A bfloat16 or float16 model sees copies in its own precision, which the step writes; the chain itself is float32.
+@dataclass(frozen=True)
+class Draw:
+    """What an observable sees: one draw of one chain, before the chain moves on.
+
+    Attributes:
+        chain, draw, step: which.
+        loss: of the minibatch, a scalar tensor.
+        sample_losses: the loss of each sample of the minibatch, ``[batch]``, if the loss function returns one for each
+            sample; else None.
+        params: the chain's parameters by name, at which the loss was evaluated. They are the chain's own memory: copy
+            what must outlive the call, and write to none.
+        batch: the minibatch.
     """
 
-    def __init__(self, anchor: dict[str, Tensor], sampler: Sampler) -> None:
-        self._sampler, self._options = sampler, dict(vars(sampler))
-        self._scalars = sampler.scalars(self._options)
-        first = next(iter(anchor.values()))
-        self._device = first.device
-        low = is_low_precision(first)
-        self._anchor = [p.float() if low else p for p in anchor.values()]
-        self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._anchor)]))[:-1]
-        self._views = self._flat(self._anchor)
-        seen = [v.to(first.dtype) for v in self._views] if low else self._views
-        # Leaves share memory with the buffer (or the copies), so the step moves what autograd differentiates.
-        self.params = {name: v.detach().requires_grad_() for name, v in zip(anchor, seen, strict=True)}
-        self.leaves = list(self.params.values())
-        self._states = [self._flat(self._anchor) for _ in range(NUM_STATES[sampler.name])]
-        given = getattr(sampler, "preconditioner", 1.0)
-        self._table = SegmentTable(
-            sampler.name,
-            [
-                Segment(
-                    w=view,
-                    offset=self._offsets[k],
-                    anchor=self._anchor[k],
-                    state=[state[k] for state in self._states],
-                    preconditioner=given[name] if isinstance(given, Mapping) else given,
-                    copy=seen[k] if low else None,
-                )
-                for k, (name, view) in enumerate(zip(anchor, self._views, strict=True))
-            ],
-        )
-        self._metrics = None
-        if sampler.measures(self._options):
-            self._metrics = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=self._device)
+    chain: int
+    draw: int
+    step: int
+    loss: Tensor
+    sample_losses: Tensor | None
+    params: Mapping[str, Tensor]
+    batch: Any
+
+
+Observable = Callable[[Draw], Any]
+"""A function of a draw whose value, a number or a tensor of fixed shape, is recorded for every draw."""
+
+
+@dataclass
+class ChainRecord:
+    """What a group of chains has done so far.
+
+    Attributes:
+        first_chain: the chains are ``first_chain … first_chain + len(losses) − 1``.
+        step: steps that are done.
+        losses: float64 ``[chain, step]``; later columns hold nothing yet.
+        observables: by name, float64 ``[chain, draw, …]``.
+        arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
+    """
+
+    first_chain: int
+    step: int
+    losses: NDArray[np.float64]
+    observables: dict[str, NDArray[np.float64]]
+    arrays: dict[str, NDArray[Any]] | None
+
+    @property
+    def chains(self) -> range:
+        return range(self.first_chain, self.first_chain + len(self.losses))
+
+    def row(self, chain: int) -> ChainRecord:
+        """The record of one chain."""
+        k = chain - self.first_chain
+        arrays = None if self.arrays is None else {name: a[k : k + 1] for name, a in self.arrays.items()}
+        observables = {name: a[k : k + 1] for name, a in self.observables.items()}
+        return ChainRecord(chain, self.step, self.losses[k : k + 1], observables, arrays)
 
     @staticmethod
-    def _flat(like: list[Tensor]) -> list[Tensor]:
-        """Views into one new buffer, each of the shape of a tensor in `like` and starting on a cache line."""
-        sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in like]
-        flat = torch.zeros(sum(sizes), dtype=like[0].dtype, device=like[0].device)
-        return [part[: p.numel()].view(p.shape) for part, p in zip(torch.split(flat, sizes), like, strict=True)]
-
-    def start(self, chain: int, seed: int) -> None:
-        """Put the chain at w*, with the sampler's initial state."""
-        self._chain, self._seed = chain, seed
-        self._memory = self._sampler.initial_memory(self._options, self._device)
-        for k, (view, p) in enumerate(zip(self._views, self._anchor, strict=True)):
-            view.copy_(p)
-            initial = self._sampler.initial_state(p, self._offsets[k], self._options, seed, chain)
-            for state, value in zip(self._states, initial, strict=True):
-                state[k].copy_(value)
-        with torch.no_grad():
-            for leaf, view in zip(self.leaves, self._views, strict=True):
-                leaf.copy_(view)
-
-    def move(self, grads: Sequence[Tensor], step: int) -> None:
-        """One step of the sampler."""
-        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads)
-        self._table.step(
-            grads,
-            scalars,
-            NoiseKey(self._seed, step=step, chain=self._chain),
-            thermostat=self._memory.get("thermostat"),
-            metrics=self._metrics,
+    def stack(records: Sequence[ChainRecord]) -> ChainRecord:
+        """Consecutive chains with equally many steps as one group."""
+        first = records[0]
+        if len(records) == 1:
+            return first
+        arrays = None
+        if first.arrays is not None:
+            arrays = {k: np.concatenate([r.arrays[k] for r in records if r.arrays is not None]) for k in first.arrays}
+        return ChainRecord(
+            first.first_chain,
+            first.step,
+            np.concatenate([r.losses for r in records]),
+            {k: np.concatenate([r.observables[k] for r in records]) for k in first.observables},
+            arrays,
         )
-        if self._metrics is not None:
-            count = sum(p.numel() for p in self._anchor)
-            self._sampler.follow(scalars, self._memory, step, self._metrics, count)
+
+
+class _Group:
+    """Chains that step together."""
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        sampler: Sampler,
+        schedule: Schedule,
+        plan: Plan,
+        seed: int,
+        chains: range,
+        observables: Mapping[str, Observable],
+        resumed: ChainRecord | None,
+    ) -> None:
+        self._posterior, self._sampler, self._schedule, self._plan = posterior, sampler, schedule, plan
+        self._seed, self._functions, self._resumed = seed, observables, resumed
+        self.chains = chains
+        self.step = 0 if resumed is None else resumed.step
+        self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
+        self._observables: dict[str, NDArray[np.float64]] = {}
+        self._state: ChainState | None = None
+        if resumed is not None:
+            self.losses[:, : self.step] = torch.from_numpy(resumed.losses[:, : self.step])
+            self._observables = {k: a.copy() for k, a in resumed.observables.items()}
+        self.is_done = self.step == schedule.num_steps
+        self.note = ""
+
+    def prepare(self, memory: ChainState | None = None) -> ChainState:
+        """Put the chains where they were, in new memory or that of a group that is done."""
+        posterior, first = self._posterior, self.chains[0]
+        self._state = memory or ChainState(posterior, self._sampler, len(self.chains))
+        torch.manual_seed(mix(self._seed, first))  # what a model with dropout draws from
+        self._buffers = posterior.fresh_buffers()
+        self._feed = Feed(posterior, self._seed, first, len(self.chains), self.step)
+        self._state.start(first, self._seed)
+        self._gradient, self.note = make_gradient(
+            self._plan, posterior, self._state, self._buffers, self._feed, self.step
+        )
+        self._state.start(first, self._seed)
+        if self._resumed is not None and self._resumed.arrays is not None:
+            self._restore(self._resumed.arrays)
+        self._resumed = None
+        if posterior.device.type == "cuda":
+            self.losses = self.losses.to(posterior.device)
+        if self._plan.strategy == "cuda-graph":
+            self._graph = _CapturedStep(self._state, self._feed, self._gradient, self.losses, self.step)
+        return self._state
+
+    def advance(self) -> None:
+        """One step: evaluate, record, observe, move."""
+        step = self.step
+        if self._plan.strategy == "cuda-graph":
+            self._graph.replay()
+        else:
+            batch = self._feed(step)
+            evaluation = self._gradient.evaluate(batch)
+            self.losses[:, step].copy_(evaluation.loss)
+            if self._functions and (draw := self._schedule.draw_at(step)) is not None:
+                self._observe(draw, evaluation, batch)
+            self._gradient.move(step)
+        self.step += 1
+        # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
+        if self.step % 64 == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):
+            self.step = self._schedule.num_steps
+        self.is_done = self.step == self._schedule.num_steps
+
+    def finish(self) -> ChainState | None:
+        """Keep the record, give the memory to whoever comes next."""
+        self.losses = self.losses.cpu()
+        memory, self._state = self._state, None
+        for name in ("_gradient", "_feed", "_buffers", "_graph"):
+            self.__dict__.pop(name, None)
+        return memory
+
+    @torch.no_grad()
+    def _observe(self, draw: int, evaluation: Evaluation, batch: Any) -> None:
+        assert self._state is not None
+        shared = self._feed.is_shared or len(self.chains) == 1
+        for row, chain in enumerate(self.chains):
+            seen = Draw(
+                chain,
+                draw,
+                self.step,
+                evaluation.loss[row],
+                None if evaluation.samples is None else evaluation.samples[row],
+                {name: p.detach() for name, p in self._state.single(row).items()},
+                batch if shared else _row(batch, row),
+            )
+            for name, function in self._functions.items():
+                value = np.asarray(torch.as_tensor(function(seen)).detach().cpu(), dtype=np.float64)
+                if name not in self._observables:
+                    shape = (len(self.chains), self._schedule.num_draws, *value.shape)
+                    self._observables[name] = np.full(shape, np.nan)
+                room = self._observables[name]
+                if room.shape[2:] != value.shape:
+                    raise ValueError(
+                        f"observable {name!r} gave shape {value.shape} after {room.shape[2:]}: it must not change"
+                    )
+                room[row, draw] = value
+
+    # ---- snapshots -----------------------------------------------------------------------------------------
+
+    def record(self, *, copy: bool = False) -> ChainRecord:
+        """What is done so far; with ``copy``, apart from the memory that the chains go on to write to."""
+        arrays = None
+        if self._state is not None and not self.is_done:
+            tensors = self._state.arrays() | {f"buffer.{k}": b[None] for k, b in self._changing_buffers().items()}
+            if self._posterior.is_random:
+                tensors["generator"] = torch.get_rng_state()[None]
+                if self._posterior.device.type == "cuda":
+                    tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device)[None]
+            arrays = {k: _numpy(t, copy) for k, t in tensors.items()}
+        elif self._resumed is not None:
+            arrays = self._resumed.arrays
+        losses = self.losses.cpu().numpy()
+        observables = {k: a.copy() if copy else a for k, a in self._observables.items()}
+        return ChainRecord(self.chains[0], self.step, losses.copy() if copy else losses, observables, arrays)
+
+    def _changing_buffers(self) -> dict[str, Tensor]:
+        return self._buffers if self._posterior.writes_buffers else {}
+
+    def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        assert self._state is not None
+        tensors = {k: torch.from_numpy(np.array(a)) for k, a in arrays.items()}
+        if "generator" in tensors:
+            torch.set_rng_state(tensors.pop("generator")[0])
+        if "cuda_generator" in tensors:
+            torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._posterior.device)
+        for name in [k for k in tensors if k.startswith("buffer.")]:
+            self._buffers[name.removeprefix("buffer.")].copy_(tensors.pop(name)[0])
+        self._state.restore(tensors)
+
+
+def _row(batch: Any, row: int) -> Any:
+    return map_tensors(lambda t: t[row], batch)
+
+
+def _numpy(tensor: Tensor, copy: bool) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array.copy() if copy and tensor.device.type == "cpu" else array
+
+
+class _CapturedStep:
+    """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet."""
+
+    def __init__(self, state: ChainState, feed: Feed, gradient: Any, losses: Tensor, start: int) -> None:
+        self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
+        arrays = {k: t.clone() for k, t in state.arrays().items()}
+
+        def body() -> None:
+            evaluation = gradient.evaluate(feed(0, self._step))
+            losses.index_copy_(1, self._step.reshape(1), evaluation.loss.to(losses.dtype).reshape(-1, 1))
+            gradient.move(0, self._step)
+            self._step += 1
+
+        side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(losses.device))
+        with torch.cuda.stream(side):
+            body()  # libraries allocate their workspaces outside the graph
+        torch.cuda.current_stream(losses.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            body()
+        self._step.fill_(start)
+        losses[:, start:] = torch.nan
+        state.restore(arrays)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ChainRun:
+    """Chains that have been run.
+
+    Attributes:
+        records: what each group did, in the order of the chains.
+        interrupted: whether somebody stopped them early.
+        plan: how they were run.
+        note: why kernels were not recorded, if they should have been.
+    """
+
+    records: list[ChainRecord]
+    interrupted: bool
+    plan: Plan
+    note: str
+
+
+class Monitor:
+    """What `run_chains` tells others while it runs; this one does nothing."""
+
+    interval = 0.2
+    """Seconds between reports."""
+
+    def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
+        """Called every `interval` seconds with the steps done so far, over all chains."""
+
+    def wants_snapshot(self) -> bool:
+        """Whether chains should hand in their state."""
+        return False
+
+    def snapshot(self, records: list[ChainRecord]) -> None:
+        """Called with the state of all chains after :meth:`wants_snapshot`, at interruption and at the end."""
 
 
 def run_chains(
@@ -129,52 +340,193 @@ def run_chains(
     sampler: Sampler,
     schedule: Schedule,
     *,
-    num_chains: int,
+    chains: range,
     seed: int,
-    report: Callable[[int, int, Tensor], None] = lambda chain, step, losses: None,
-) -> Tensor:
-    """Run chains from w*, one after another, and return the minibatch loss of every step.
+    plan: Plan | None = None,
+    observables: Mapping[str, Observable] | None = None,
+    resumed: Sequence[ChainRecord] = (),
+    monitor: Monitor | None = None,
+) -> ChainRun:
+    """Run chains from w*, or from where they were, and record the minibatch loss of every step.
 
-    A step evaluates loss and gradient on a minibatch, records the loss, then moves the parameters. Chains share
-    one parameter buffer; memory beyond the model is one copy of the parameters, one of the gradients, and what the
-    sampler keeps.
+    A step evaluates loss and gradient on a minibatch, records the loss, then moves the parameters. Chain c's noise and
+    minibatches are functions of (seed, c) alone, so it is the same chain, to rounding, whichever others run beside it,
+    in this process or another.
+
+    SIGINT (Ctrl-C) ends the run after the present step and returns what there is; a second one raises
+    KeyboardInterrupt.
 
     Args:
         posterior: what is sampled.
         sampler: how.
         schedule: how long.
-        num_chains: independent chains; chain c's noise and batches are functions of (seed, c) alone.
+        chains: which.
         seed: of noise, batch order and whatever the model itself draws.
-        report: called after every step with the chain, the number of its finished steps, and its losses.
-
-    Returns:
-        Losses, float64 on the CPU, shape ``[num_chains, num_steps]``. A chain whose loss turns non-finite stops;
-        the rest of its row is NaN.
+        plan: the strategy, see :func:`llc_fast.gradients.make_plan`; None: chosen.
+        observables: functions of every draw, by name.
+        resumed: records of earlier runs, one for each chain in any grouping.
+        monitor: told of progress and snapshots.
     """
-    state = ChainState(posterior.anchor, sampler)
-    traces = torch.full((num_chains, schedule.num_steps), torch.nan, dtype=torch.float64)
+    observables, monitor = observables or {}, monitor or Monitor()
+    plan = plan or make_plan(posterior, sampler, len(chains), has_observables=bool(observables))
     cuda = [posterior.device] if posterior.device.type == "cuda" else []
-    work = posterior.num_parameters * (posterior.source.batch_size or 1)
-    threads = 1 if work < _SINGLE_THREAD_WORK else None
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _threads(threads):
-        for chain in range(num_chains):
-            chain_seed = _mix(seed, chain)
-            torch.manual_seed(chain_seed)
-            state.start(chain, seed)
-            buffers = posterior.fresh_buffers()
-            losses = torch.full((schedule.num_steps,), torch.nan, dtype=torch.float64, device=posterior.device)
-            batches = posterior.source.minibatches(chain_seed)
-            for step in range(schedule.num_steps):
-                loss = posterior.loss(state.params, next(batches), buffers)
-                losses[step] = loss.detach()
-                state.move(torch.autograd.grad(loss, state.leaves, materialize_grads=True), step)
-                report(chain, step + 1, losses)
-                # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
-                if (step % 64 == 63 or not cuda) and not torch.isfinite(losses[step]):
-                    break
-            traces[chain] = losses.cpu()
-    lost = (~torch.isfinite(traces)).cumsum(dim=1) > 0
-    return traces.masked_fill(lost, torch.nan)
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _threads(plan.num_threads), _stoppable() as stop:
+
+        def build(plan: Plan) -> list[_Group]:
+            return [
+                _Group(posterior, sampler, schedule, plan, seed, members, observables, record)
+                for members, record in _grouped(chains, plan.group_size, resumed)
+            ]
+
+        groups = build(plan)
+        waiting = [g for g in groups if not g.is_done]
+        if waiting:
+            try:
+                memory = waiting[0].prepare()
+            except Exception as error:
+                if plan.strategy != "batched" or plan.reason == "asked for":
+                    raise
+                # Not every model can be batched; one after another, all can.
+                plan = make_plan(
+                    posterior, sampler, len(chains), strategy="sequential", has_observables=bool(observables)
+                )
+                plan = dataclasses.replace(plan, reason=f"batching failed: {str(error).splitlines()[0]}")
+                groups = build(plan)
+                waiting = [g for g in groups if not g.is_done]
+                memory = waiting[0].prepare()
+            _Driver(groups, waiting, memory, plan, monitor, stop).run()
+        records = [g.record() for g in groups]
+        monitor.snapshot(records)
+        notes = [g.note for g in groups if g.note]
+        interrupted = stop.is_set() and not all(g.is_done for g in groups)
+    return ChainRun(records, interrupted, plan, notes[0] if notes else "")
+
+
+class _Driver:
+    """Takes groups through their steps, one after another or side by side."""
+
+    def __init__(
+        self,
+        groups: list[_Group],
+        waiting: list[_Group],
+        memory: ChainState,
+        plan: Plan,
+        monitor: Monitor,
+        stop: threading.Event,
+    ) -> None:
+        self._groups, self._waiting, self._plan, self._monitor, self._stop = groups, waiting, plan, monitor, stop
+        self._first, self._lock = (waiting[0], memory), threading.Lock()
+        self._model = threading.Lock()  # functional_call writes to the module while it runs
+        self._records: dict[int, ChainRecord] = {}
+        self._failed = threading.Event()
+        self._generation, self._seen = 0, dict.fromkeys(range(len(groups)), 0)
+        self._reported = time.monotonic()
+
+    def run(self) -> None:
+        workers = min(self._plan.num_workers, len(self._waiting))
+        if workers == 1:
+            return self._work(alone=True)
+        # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.
+        with ThreadPoolExecutor(workers, thread_name_prefix="llc_fast") as pool:
+            futures = {pool.submit(self._enter) for _ in range(workers)}
+            try:
+                while futures:
+                    done, futures = wait(futures, timeout=self._monitor.interval)
+                    for future in done:
+                        future.result()
+                    self._tell()
+            except BaseException:
+                self._failed.set()
+                raise
+
+    def _enter(self) -> None:
+        torch.set_num_threads(self._plan.num_threads or 1)  # a setting of each thread
+        with torch.enable_grad():
+            self._work(alone=False)
+
+    def _work(self, alone: bool) -> None:
+        memory: ChainState | None = None
+        while not self._ended():
+            with self._lock:
+                if not self._waiting:
+                    return
+                group = self._waiting.pop(0)
+            if group is self._first[0]:
+                memory = self._first[1]
+            else:
+                fits = memory is not None and memory.num_chains == len(group.chains)
+                with self._model:
+                    memory = group.prepare(memory if fits else None)
+            while not group.is_done and not self._ended():
+                with self._model if group.note else contextlib.nullcontext():
+                    group.advance()
+                if alone:
+                    self._tell()
+                if self._generation:
+                    self._hand_in(group)
+            if group.is_done:
+                memory = group.finish()
+
+    def _ended(self) -> bool:
+        return self._stop.is_set() or self._failed.is_set()
+
+    def _tell(self) -> None:
+        """Progress, and the call for a snapshot, every now and then."""
+        now = time.monotonic()
+        if now - self._reported < self._monitor.interval:
+            return
+        self._reported = now
+        self._monitor.report(self._losses_so_far, sum(g.step * len(g.chains) for g in self._groups))
+        if self._monitor.wants_snapshot():
+            with self._lock:
+                self._generation += 1
+
+    def _losses_so_far(self) -> list[ChainRecord]:
+        return [ChainRecord(g.chains[0], g.step, g.losses.cpu().numpy(), {}, None) for g in self._groups]
+
+    def _hand_in(self, group: _Group) -> None:
+        """Keep a record of the group; whoever is the last of those running hands in all."""
+        index = self._groups.index(group)
+        if self._seen[index] == self._generation:
+            return
+        alone = self._plan.num_workers == 1
+        record = group.record(copy=not alone)
+        with self._lock:
+            self._seen[index], self._records[index] = self._generation, record
+            running = [k for k, g in enumerate(self._groups) if not g.is_done and g not in self._waiting]
+            if any(self._seen[k] != self._generation for k in running):
+                return
+            self._generation = 0
+            self._seen = dict.fromkeys(self._seen, 0)
+            records = [self._records[k] if k in running else g.record() for k, g in enumerate(self._groups)]
+            self._monitor.snapshot(records)
+
+
+def _grouped(chains: range, size: int, resumed: Sequence[ChainRecord]) -> Iterator[tuple[range, ChainRecord | None]]:
+    """Consecutive chains with equally many steps done, at most `size` together."""
+    best: dict[int, ChainRecord] = {}
+    for record in resumed:
+        for chain in record.chains:
+            if chain in chains and (chain not in best or record.step > best[chain].step):
+                best[chain] = record
+    group: list[int] = []
+
+    def progress(chain: int) -> int:
+        return best[chain].step if chain in best else 0
+
+    def close() -> tuple[range, ChainRecord | None]:
+        members = range(group[0], group[-1] + 1)
+        if progress(group[0]) == 0:
+            return members, None
+        return members, ChainRecord.stack([best[c].row(c) for c in members])
+
+    for chain in chains:
+        if group and (len(group) == size or progress(chain) != progress(group[0])):
+            yield close()
+            group = []
+        group.append(chain)
+    if group:
+        yield close()
 
 
 @contextlib.contextmanager
@@ -188,9 +540,24 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _mix(seed: int, chain: int) -> int:
-    """A 63-bit seed for (seed, chain): SplitMix64's finalizer, so that neighbours are unrelated."""
-    z = (seed + (chain + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1
+@contextlib.contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """An event that the first SIGINT sets; the second raises KeyboardInterrupt, as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals belong to the main thread
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield stop  # somebody else takes care of Ctrl-C
+        return
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
 from llc_fast.calibration import default_lr
-from llc_fast.chains import Schedule, run_chains
-from llc_fast.data import make_source
-from llc_fast.posterior import LossFunction, Posterior
+from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains
+from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
+from llc_fast.data import DataSource, LoaderSource, make_source
+from llc_fast.distributed import Team, join
+from llc_fast.gradients import make_plan
+from llc_fast.memory import check_memory
+from llc_fast.posterior import LossFunction, Posterior, takes_model
 from llc_fast.result import LLCResult
 from llc_fast.samplers import check_number, make_sampler
 
@@ -41,7 +47,7 @@ def default_nbeta(n: int) -> float:
 def estimate_llc(
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     *,
     sampler: str | None = None,
     sampler_options: Mapping[str, Any] | None = None,
@@ -53,9 +59,17 @@ def estimate_llc(
     num_burnin: int | None = None,
     num_steps_bw_draws: int = 1,
     batch_size: int | None = None,
-    params: Iterable[str] | None = None,
+    microbatch_size: int | None = None,
+    params: Any = None,
+    observables: Mapping[str, Observable] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    strategy: str | None = None,
+    release_gradients: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_interval: float = INTERVAL,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -65,10 +79,15 @@ def estimate_llc(
     2308.12108; Watanabe 2013). The model is left exactly as it was. It is evaluated in the mode it is in:
     call ``model.eval()`` first unless dropout or batch statistics are meant to be part of the loss.
 
+    Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises.
+
     Args:
-        model: the trained model, float32 or float64.
-        data: a tuple of tensors (inputs…, target), a Dataset or a DataLoader of such pairs.
-        loss_fn: ``loss_fn(output, target) -> scalar``, the mean over the batch.
+        model: the trained model, float32 or float64, or bfloat16 or float16 with chains in float32.
+        data: tensors with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a Dataset;
+            or a DataLoader of such batches.
+        loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, told by its first parameter being called
+            `model`; or None for models that return their own loss, ``model(**batch).loss``. It gives the mean over the
+            batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
         sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``.
         sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
             metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
@@ -81,16 +100,36 @@ def estimate_llc(
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         batch_size: samples in a minibatch; None: min(512, n), or what the loader gives.
-        params: names or glob patterns of the parameters to sample; None: all that require a gradient.
+        microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
+            of the pieces are added up. None: the whole minibatch.
+        params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
+            these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
+        observables: functions of a :class:`llc_fast.Draw` by name; what they return at every draw is recorded in
+            ``result.observables``.
         seed: equal seeds give equal results on the same machine.
         device: where to compute; None: where the model's parameters are.
+        autocast: dtype of forward passes under ``torch.autocast``, such as ``torch.bfloat16``; None: no autocast.
+        strategy: how gradients are computed: ``"sequential"``, ``"batched"``, ``"compiled"`` (torch.compile) or
+            ``"cuda-graph"``; None: chosen by what a trial gradient was measured to need. The draws are the same to
+            rounding.
+        release_gradients: consume and free each gradient during the backward pass: the same bits, and no memory for
+            all gradients at once. None: above ten million parameters.
+        checkpoint: file that the state is written to at intervals. The same call resumes from it and ends with the
+            same bits as if it had never stopped; once done, it returns the result at once.
+        checkpoint_interval: seconds between writes.
+        distributed: spread the chains over processes. None: over those of ``torchrun`` or of an initialized
+            torch.distributed, if there are several; False: never. Any number of processes gives the same chains, and
+            each gets the whole result.
         progress: show a bar with λ̂ so far.
 
     Returns:
         An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of range, before any sampling.
+        TypeError, ValueError: an argument of the wrong kind or out of range, before any sampling; a checkpoint that
+            is damaged or belongs to another run.
+        MemoryError: the run can't fit the memory; says what it needs and what would make it fit.
+        llc_fast.distributed.ProcessFailedError: another process of a distributed run failed or died.
     """
     started = time.perf_counter()
     for name, value, least in (
@@ -99,20 +138,28 @@ def estimate_llc(
         ("num_burnin", num_burnin, 0),
         ("num_steps_bw_draws", num_steps_bw_draws, 1),
         ("batch_size", batch_size, 1),
+        ("microbatch_size", microbatch_size, 1),
         ("seed", seed, 0),
     ):
-        _check_integer(name, value, least, optional=name in ("num_draws", "num_burnin", "batch_size"))
+        optional = name in ("num_draws", "num_burnin", "batch_size", "microbatch_size")
+        _check_integer(name, value, least, optional=optional)
     # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
     num_chains, num_steps_bw_draws, seed = int(num_chains), int(num_steps_bw_draws), int(seed)
-    num_draws, num_burnin, batch_size = (None if v is None else int(v) for v in (num_draws, num_burnin, batch_size))
+    num_draws, num_burnin, batch_size, microbatch_size = (
+        None if v is None else int(v) for v in (num_draws, num_burnin, batch_size, microbatch_size)
+    )
     if seed >= 2**64:
         raise ValueError(f"seed must be below 2**64, got {seed}")
     for name, number in (("lr", lr), ("nbeta", nbeta)):
         if number is not None:
             check_number(name, number, minimum=0, exclusive=True)
+    check_number("checkpoint_interval", checkpoint_interval, minimum=0)
     localization = (
         DEFAULT_LOCALIZATION if localization is None else check_number("localization", localization, minimum=0)
     )
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+        raise TypeError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast!r}")
+    observables = _check_observables(observables)
     num_draws = DEFAULT_NUM_DRAWS if num_draws is None else num_draws
     schedule = Schedule(num_draws, num_draws if num_burnin is None else num_burnin, num_steps_bw_draws)
     sampler = "sgld" if sampler is None else sampler
@@ -123,50 +170,108 @@ def estimate_llc(
         options.setdefault("adapt_steps", max(1, schedule.num_burnin))
 
     where = check_device(device) if device is not None else _device_of(model)
-    source = make_source(data, batch_size, where)
+    team = join(distributed)
+    keeper = None
+    if checkpoint is not None:
+        keeper = Checkpoint(checkpoint, rank=team.rank, interval=checkpoint_interval)
+    source = make_source(
+        data,
+        batch_size,
+        where,
+        pairs=not takes_model(loss_fn),
+        num_wanted=num_chains * schedule.num_steps * (batch_size or 512),
+        max_batches=schedule.num_steps,
+    )
+    requested = {
+        "sampler": sampler,
+        **{k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))},
+        "lr": None if lr is None else float(lr),
+        "nbeta": None if nbeta is None else float(nbeta),
+        "schedule": vars(schedule),
+        "num_chains": num_chains,
+        "microbatch_size": microbatch_size,
+        "autocast": None if autocast is None else str(autocast),
+        "observables": sorted(observables),
+        "strategy": strategy,
+        "seed": seed,
+    }
     if nbeta is None:
         if source.num_samples is None:
             raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
         nbeta = default_nbeta(source.num_samples)
     # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    with team.working(), torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
-        posterior = Posterior(model, loss_fn, source, device=where, params=params)
-        warnings = _model_warnings(model, posterior)
-        init_loss = posterior.full_loss()
-        if lr is None:
-            settings = vars(prepared)
-            lr = default_lr(posterior, type(prepared), settings, nbeta=nbeta, localization=localization, seed=seed)
-    chosen_lr = float(lr)
-    chain_sampler = make_sampler(sampler, lr=chosen_lr, nbeta=nbeta, **options)
-
-    total = num_chains * schedule.num_steps
-    with tqdm(total=total, disable=not progress, unit="step", desc="LLC", mininterval=0.2) as bar:
-        means: dict[int, float] = {}
-
-        def report(chain: int, step: int, losses: torch.Tensor) -> None:
-            shown = bar.update(1)
-            if step == schedule.num_steps or (shown and step > schedule.num_burnin):
-                draws = losses[schedule.num_burnin : step]
-                means[chain] = nbeta * (float(draws.mean()) - init_loss)
-                bar.set_postfix_str(f"λ̂ ≈ {np.mean(list(means.values())):.4g}", refresh=False)
-
-        trace = run_chains(posterior, chain_sampler, schedule, num_chains=num_chains, seed=seed, report=report)
-
-    lost = int((~torch.isfinite(trace).all(dim=1)).sum())
-    if lost:
-        warnings.append(
-            f"{lost} of {num_chains} chains became non-finite and were left out: the step size is too large, "
-            f"try lr={chosen_lr / 10:.2g}"
+        posterior = Posterior(
+            model,
+            loss_fn,
+            source,
+            device=where,
+            params=params,
+            autocast=autocast,
+            microbatch_size=microbatch_size,
         )
-    return LLCResult(
-        loss_trace=trace.numpy(),
+        plan = make_plan(
+            posterior,
+            prepared,
+            len(team.share(num_chains)) or 1,
+            strategy=strategy,
+            release_gradients=release_gradients,
+            has_observables=bool(observables),
+        )
+        check_memory(posterior, prepared, plan)
+        identity, saved = {}, None
+        if keeper is not None:
+            identity = {**requested, **model_identity(posterior), **data_identity(source)}
+            saved = keeper.load(identity)
+        init_loss = posterior.full_loss()
+        if saved is not None:
+            chosen = saved.chosen
+            if abs(chosen["init_loss"] - init_loss) > 1e-5 * abs(init_loss):
+                raise ValueError(
+                    f"checkpoint={str(checkpoint)!r} belongs to another run: the loss at w* was "
+                    f"{chosen['init_loss']:.6g}, is {init_loss:.6g}. Other data or another loss_fn?"
+                )
+        else:
+            if lr is None:
+                kind, settings = type(prepared), vars(prepared)
+                lr = default_lr(posterior, kind, settings, nbeta=nbeta, localization=localization, seed=seed)
+            chosen = {"init_loss": init_loss, "lr": float(lr), "nbeta": float(nbeta)}
+        # One process's numbers for all: another number of threads may round differently.
+        chosen = team.gather(chosen)[0]
+        init_loss, lr = chosen["init_loss"], chosen["lr"]
+        setup = time.perf_counter() - started
+        with _Observer(schedule, team, num_chains, chosen, keeper, identity, progress) as observer:
+            run = run_chains(
+                posterior,
+                make_sampler(sampler, lr=lr, nbeta=nbeta, **options),
+                schedule,
+                chains=team.share(num_chains),
+                seed=seed,
+                plan=plan,
+                observables=observables,
+                resumed=saved.records if saved is not None else (),
+                monitor=observer,
+            )
+        runs = team.gather((run.records, run.interrupted))
+    records = [record for found, _ in runs for record in found]
+    interrupted = any(stopped for _, stopped in runs)
+    if keeper is not None and team.rank == 0 and team.size > 1:
+        keeper.merge(Saved(identity, chosen, records))
+
+    losses = np.concatenate([r.losses for r in records])
+    broken = (~np.isfinite(losses)).cumsum(axis=1) > 0
+    losses[broken] = np.nan
+    steps = [r.step for r in records for _ in r.chains]
+    names = {name: None for r in records for name in r.observables}
+    result = LLCResult(
+        loss_trace=losses,
         init_loss=init_loss,
         nbeta=float(nbeta),
         schedule=schedule,
         settings={
             "sampler": sampler,
-            "lr": chosen_lr,
+            "lr": lr,
             **{k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))},
             "num_chains": num_chains,
             "num_burnin": schedule.num_burnin,
@@ -177,12 +282,116 @@ def estimate_llc(
             "num_parameters": posterior.num_parameters,
             "training_mode": model.training,
             "device": str(where),
+            "strategy": run.plan.strategy,
             "seed": seed,
             "seconds": time.perf_counter() - started,
         },
-        warnings=warnings,
-        diagnostics={"chains_lost": lost},
+        warnings=_model_warnings(model, posterior),
+        observables={name: _joined(name, records, schedule.num_draws) for name in names},
+        steps_done=steps if interrupted else None,
     )
+    result.diagnostics.update(
+        chains_lost=len(result.lost_chains),
+        strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
+        chains_per_group=run.plan.group_size,
+        workers=run.plan.num_workers,
+        seconds_of_setup=setup,
+        resumed_steps=0 if saved is None else sum(r.step * len(r.losses) for r in saved.records),
+    )
+    result.warnings.extend(_run_warnings(result, keeper, source))
+    return result
+
+
+class _Observer(Monitor):
+    """The progress bar and the checkpoint of a run."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        team: Team,
+        num_chains: int,
+        chosen: Mapping[str, Any],
+        keeper: Checkpoint | None,
+        identity: Mapping[str, Any],
+        progress: bool,
+    ) -> None:
+        self._schedule, self._chosen, self._keeper, self._identity = schedule, chosen, keeper, identity
+        self._bar = tqdm(
+            total=len(team.share(num_chains)) * schedule.num_steps,
+            disable=not progress or team.rank != 0,
+            unit="step",
+            desc="LLC" if team.size == 1 else f"LLC (1 of {team.size} processes)",
+            mininterval=0.2,
+        )
+
+    def __enter__(self) -> _Observer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
+        if self._bar.disable:
+            return
+        self._bar.update(steps - self._bar.n)
+        means = [r.losses[:, self._schedule.num_burnin : r.step] for r in records()]
+        values = [m.mean() for m in means if m.size]
+        if values:
+            estimate = self._chosen["nbeta"] * (float(np.mean(values)) - self._chosen["init_loss"])
+            self._bar.set_postfix_str(f"λ̂ ≈ {estimate:.4g}", refresh=False)
+
+    def wants_snapshot(self) -> bool:
+        return self._keeper is not None and self._keeper.is_due
+
+    def snapshot(self, records: list[ChainRecord]) -> None:
+        if not self._bar.disable:
+            self.report(lambda: records, sum(r.step * len(r.losses) for r in records))
+        if self._keeper is not None:
+            self._keeper.save(Saved(dict(self._identity), dict(self._chosen), records))
+
+
+def _joined(name: str, records: list[ChainRecord], num_draws: int) -> NDArray[np.float64]:
+    """An observable of all chains; NaN where a group has made no draw yet."""
+    shape = next(r.observables[name].shape[2:] for r in records if name in r.observables)
+    empty = [np.full((len(r.losses), num_draws, *shape), np.nan) for r in records]
+    return np.concatenate([r.observables.get(name, e) for r, e in zip(records, empty, strict=True)])
+
+
+def _check_observables(observables: Mapping[str, Observable] | None) -> dict[str, Observable]:
+    if observables is None:
+        return {}
+    if not isinstance(observables, Mapping):
+        raise TypeError(f"observables must be a mapping from names to functions, got {type(observables).__name__}")
+    for name, function in observables.items():
+        if not isinstance(name, str) or not callable(function):
+            raise TypeError(f"observables must map names to functions of a draw, got {name!r}: {function!r:.60}")
+    return dict(observables)
+
+
+def _run_warnings(result: LLCResult, keeper: Checkpoint | None, source: DataSource) -> list[str]:
+    """What happened on the way."""
+    warnings = []
+    lost, lr = len(result.lost_chains), result.settings["lr"]
+    if lost:
+        few = "too few are left for an estimate; " if not len(result._good) else ""
+        warnings.append(
+            f"{lost} of {len(result.loss_trace)} chains became non-finite and were left out: {few}the step size is "
+            f"too large, try lr={lr / 10:.2g}"
+        )
+    if result.is_partial:
+        warnings.append(
+            f"the run was interrupted after {sum(result.steps_done or [])} of {result.loss_trace.size} steps: "
+            + ("λ̂ comes from the draws so far" if len(result._good) else "there is no draw yet")
+            + ("" if keeper is None else "; the same call resumes it")
+        )
+    if keeper is not None and keeper.problem:
+        warnings.append(f"the checkpoint could not be written: {keeper.problem}; the last good one was kept")
+    if isinstance(source, LoaderSource) and source.truncated:
+        warnings.append(
+            "the data tell no length: L(w*) was taken over the first "
+            f"{result.schedule.num_steps} batches; pass a loader with a length, or tensors"
+        )
+    return warnings
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llc_fast.data import Batch, DataSource
+from llc_fast.data import Batch, DataSource, batch_length, leaves, map_tensors, split_batch
+from llc_fast.recording import FlopCounter
 from llc_fast.update import check_tensor
 
 LossFunction = Callable[[Any, Any], Tensor]
+"""``loss_fn(output, target)`` or ``loss_fn(model, batch)``: the mean loss of a batch, or one loss for each sample."""
+
+Selection = str | nn.Module | Tensor
+
+
+class Evaluation(NamedTuple):
+    """The loss of a minibatch.
+
+    Attributes:
+        loss: its mean, a scalar (with several chains: one for each).
+        samples: the loss of each sample, where the loss function gives them.
+    """
+
+    loss: Tensor
+    samples: Tensor | None
+
+
+def takes_model(loss_fn: object) -> bool:
+    """Whether a loss function is to be called as ``loss_fn(model, batch)``: its first parameter is called `model`.
+
+    None stands for a model that returns its own loss: ``model(**batch).loss``, as Hugging Face's do.
+    """
+    if loss_fn is None:
+        return True
+    try:
+        first = next(iter(inspect.signature(loss_fn).parameters), "")  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+    return first == "model"
+
+
+class _Evaluated(nn.Module):
+    """Model and loss as one module, so that ``functional_call`` can give parameters to either form of the loss."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction | None) -> None:
+        super().__init__()
+        self.model, self._loss_fn, self._takes_model = model, loss_fn, takes_model(loss_fn)
+
+    @property
+    def uses_own_loss(self) -> bool:
+        return self._loss_fn is None
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self._loss_fn is None:
+            output = self.model(**batch)
+            return output["loss"] if isinstance(output, Mapping) else output.loss  # type: ignore[no-any-return]
+        if self._takes_model:
+            return self._loss_fn(self.model, batch)
+        return self._loss_fn(self.model(*batch[:-1]), batch[-1])
 
 
 class Posterior:
@@ -25,10 +78,23 @@ class Posterior:
 
     Args:
         model: the trained model, in the mode (train or eval) it is to be judged in.
-        loss_fn: ``loss_fn(output, target) -> scalar``, the mean loss of a batch.
+        loss_fn: ``loss_fn(output, target)`` or ``loss_fn(model, batch)``, see :data:`LossFunction`.
         source: the data.
         device: where to compute; parameters elsewhere are copied there.
-        params: names or glob patterns of the parameters to sample; None: all that require a gradient.
+        params: which parameters to sample; None: all that require a gradient. See :func:`select`.
+        autocast: dtype of the forward pass under ``torch.autocast``; None: no autocast.
+        microbatch_size: samples that pass the model at a time; None: the whole minibatch.
+
+    Attributes:
+        anchor: w* by name, of the parameters that are sampled.
+        masks: for those of which only a part is sampled, True where an element may move.
+        unused: names of parameters that the loss does not depend on.
+        flops: floating-point operations of one gradient, counted.
+        per_sample: whether the loss function gives one loss for each sample.
+        activation_bytes: what autograd keeps of one forward pass.
+        has_tensor_batches: whether a batch holds nothing but tensors.
+        is_random: whether the loss draws random numbers (dropout).
+        writes_buffers, writes_batch: whether a forward pass changes the model's buffers, or its input.
 
     Raises:
         TypeError, ValueError: nothing to sample, unknown names, unsupported tensors, a loss that is not a finite
@@ -38,42 +104,54 @@ class Posterior:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | None,
         source: DataSource,
         *,
         device: torch.device,
-        params: Iterable[str] | None = None,
+        params: Any = None,
+        autocast: torch.dtype | None = None,
+        microbatch_size: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not callable(loss_fn):
+        if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
-        self.model, self.loss_fn, self.source, self.device = model, loss_fn, source, device
+        self.model, self.source, self.device = model, source, device
+        self.microbatch_size, self._autocast = microbatch_size, autocast
+        self._module = _Evaluated(model, loss_fn)
         named = dict(model.named_parameters())  # tied parameters once
-        sampled = _select(named, params)
-        for name, p in named.items():
-            if name in sampled:
-                check_tensor(f"parameter {name!r}", p)
+        sampled = select(model, params)
+        for name in sampled:
+            check_tensor(f"parameter {name!r}", named[name])
         if len(dtypes := {named[name].dtype for name in sampled}) > 1:
             found = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
         self.anchor = {name: named[name].detach().to(device) for name in sampled}
-        self._frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
+        self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
+        self._frozen = {f"model.{name}": p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
-        self.unused = self._check_loss()
+        self._inspect()
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.anchor.values())
+        """Elements that are sampled."""
+        return sum(int(self.masks[k].sum()) if k in self.masks else p.numel() for k, p in self.anchor.items())
+
+    @property
+    def frozen(self) -> Mapping[str, Tensor]:
+        """Parameters that are not sampled, by name."""
+        return {name.removeprefix("model."): p for name, p in self._frozen.items()}
 
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
         return {name: b.clone() for name, b in self._buffers.items()}
 
-    def loss(self, params: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
-        """Mean loss of one minibatch at the given parameters."""
-        output = functional_call(self.model, (params, self._frozen, buffers), batch[:-1])
-        return self.loss_fn(output, batch[-1])
+    def evaluate(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Evaluation:
+        """The loss of one batch at the given parameters."""
+        tensors = {f"model.{name}": t for name, t in (*params.items(), *buffers.items())}
+        with self._precision():
+            loss = functional_call(self._module, (tensors, self._frozen), (batch,))
+        return Evaluation(loss.mean(), loss) if self.per_sample else Evaluation(loss, None)
 
     def full_loss(self) -> float:
         """L(w*), the mean over the whole data set, accumulated in float64.
@@ -84,52 +162,124 @@ class Posterior:
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         buffers = self.fresh_buffers()
         with torch.no_grad():
-            for batch, size in self.source.full():
-                total += self.loss(self.anchor, batch, buffers).to(torch.float64) * size
-                count += size
+            for batch, _ in self.source.full():
+                for piece, size in split_batch(batch, self.microbatch_size):
+                    total += self.evaluate(self.anchor, piece, buffers).loss.to(torch.float64) * size
+                    count += size
         if count == 0:
             raise ValueError("data is empty: it has no samples")
         value = float(total) / count
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
         return value
 
-    def _check_loss(self) -> list[str]:
-        """One forward and backward pass at w*; returns the names of parameters that the loss never uses."""
+    def gradient_at(
+        self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]
+    ) -> Evaluation:
+        """Loss and gradient of a batch; each gradient is handed to `take` and freed as soon as it is complete.
+
+        `params` are leaves (see :func:`leaves_of`). With microbatches `take` is called for each: gradients add up.
+        """
+        pieces = split_batch(copy.deepcopy(batch) if self.writes_batch else batch, self.microbatch_size)
+        length, buffers = sum(size for _, size in pieces), self.fresh_buffers()
+        losses, samples = [], []
+        for piece, size in pieces:
+            with torch.enable_grad():
+                evaluation = self.evaluate(params, piece, buffers)
+                loss = evaluation.loss * (size / length) if len(pieces) > 1 else evaluation.loss
+            backward(loss, params, take)
+            losses.append(loss.detach())
+            samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
+        return Evaluation(torch.stack(losses).sum(), torch.cat(samples) if samples else None)
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast)
+
+    def _inspect(self) -> None:
+        """One forward and backward pass at w*: does the loss make sense, and what does a gradient cost?"""
         batch = next(iter(self.source.minibatches(seed=0)))
-        leaves = {name: p.clone().requires_grad_() for name, p in self.anchor.items()}
-        with torch.enable_grad():
-            loss = self.loss(leaves, copy.deepcopy(batch), self.fresh_buffers())
+        if self._module.uses_own_loss and not isinstance(batch, Mapping):
+            raise TypeError(
+                "loss_fn must be callable as loss_fn(output, target), got None, which is for models that return their "
+                f"own loss from batches that are dictionaries; these are {type(batch).__name__}"
+            )
+        self.has_tensor_batches = all(isinstance(t, Tensor) and t.ndim for t in leaves(batch))
+        piece, size = split_batch(batch, self.microbatch_size)[0]
+        kept = copy.deepcopy(piece)
+        params, buffers = leaves_of(self.anchor), self.fresh_buffers()
+        watched = [*(t for t in leaves(piece) if isinstance(t, Tensor)), *buffers.values()]
+        versions, generator = [t._version for t in watched], torch.get_rng_state()
+        cuda_generator = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
+        self.per_sample = False
+        saved = _SavedBytes(exclude=[*self.anchor.values(), *self._frozen.values(), *watched])
+        # A compiled model does not run under a dispatch mode.
+        compiled = any(type(m).__name__ == "OptimizedModule" for m in self.model.modules())
+        counter = FlopCounter()  # type: ignore[no-untyped-call]
+        with contextlib.nullcontext() if compiled else counter:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+                loss = self._first_loss(params, piece, buffers)
+                self._check_value(loss, size)
+                mean = loss.mean()
+            used: set[str] = set()
+            backward(mean, params, lambda name, _: used.add(name))
+        if not used:
+            raise ValueError("the loss does not depend on the parameters to sample (it has no gradient)")
+        self.unused = [name for name in self.anchor if name not in used]
+        self.activation_bytes = saved.total
+        self.flops = math.inf if compiled else counter.flops * -(-batch_length(batch) // size)
+        changed = [t._version != v for t, v in zip(watched, versions, strict=True)]
+        self.writes_buffers = any(changed[len(changed) - len(buffers) :])
+        self.writes_batch = any(changed[: len(changed) - len(buffers)])
+        self.is_random = not torch.equal(generator, torch.get_rng_state()) or (
+            self.device.type == "cuda" and not torch.equal(cuda_generator, torch.cuda.get_rng_state(self.device))
+        )
+        if not self.per_sample:
+            self._check_mean(loss, kept)
+
+    def _first_loss(self, params: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
+        """The first call of the user's functions; what goes wrong may be how they are called."""
+        try:
+            return self.evaluate(params, batch, buffers).loss
+        except Exception as error:
+            if hasattr(error, "add_note"):
+                called = "loss_fn(model, batch)" if self._module._takes_model else "loss_fn(model(*inputs), target)"
+                error.add_note(
+                    f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
+                    "whose first parameter is called `model` gets (model, batch), any other (output, target)"
+                )
+            raise
+
+    def _check_value(self, loss: object, size: int) -> None:
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
-        if loss.numel() != 1 or loss.ndim != 0:
-            raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: use reduction='mean'")
-        if not torch.isfinite(loss):
-            raise ValueError(f"loss_fn returned {loss.item()} at w*: check the model and the data")
+        self.per_sample = loss.ndim == 1 and len(loss) == size
+        if loss.ndim != 0 and not self.per_sample:
+            raise ValueError(
+                f"loss_fn must return a scalar, or one loss for each of {size} samples, got shape "
+                f"{tuple(loss.shape)}: use reduction='mean'"
+            )
+        if not torch.isfinite(loss).all():
+            raise ValueError(f"loss_fn returned {float(loss.detach().mean())} at w*: check the model and the data")
         if not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on the parameters to sample (it has no gradient): does the model or "
                 "loss_fn use .detach(), torch.no_grad() or .item()?"
             )
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
-        if len(unused) == len(leaves):
-            raise ValueError("the loss does not depend on the parameters to sample (it has no gradient)")
-        self._check_mean(loss, batch)
-        return unused
 
     def _check_mean(self, loss: Tensor, batch: Batch) -> None:
         """A loss that is a sum over the batch would make λ̂ wrong by the batch size; a mean ignores repetition."""
-        tensors = all(isinstance(b, Tensor) and b.ndim > 0 for b in batch)
+        tensors, length = leaves(batch), batch_length(batch)
         value = abs(float(loss.detach()))
-        if not tensors or value == 0:
+        if value == 0 or not all(isinstance(t, Tensor) and t.ndim and len(t) == length for t in tensors):
             return
-        twice = tuple(torch.cat([b, b]) for b in batch)
+        twice = map_tensors(lambda t: torch.cat([t, t]), batch)
         with torch.no_grad():
-            again = float(self.loss(self.anchor, copy.deepcopy(batch), self.fresh_buffers()))
+            again = float(self.evaluate(self.anchor, copy.deepcopy(batch), self.fresh_buffers()).loss)
             if abs(abs(again) - value) > 1e-3 * value:
                 return  # a random loss: two values say nothing
-            repeated = abs(float(self.loss(self.anchor, twice, self.fresh_buffers())))
+            repeated = abs(float(self.evaluate(self.anchor, twice, self.fresh_buffers()).loss))
         if repeated > 1.8 * value:
             raise ValueError(
                 "loss_fn sums over the batch (repeating a batch doubles it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
@@ -137,22 +287,113 @@ class Posterior:
             )
 
 
-def _select(named: dict[str, nn.Parameter], params: Iterable[str] | None) -> list[str]:
+class _SavedBytes:
+    """Counts the memory that autograd keeps for the backward pass."""
+
+    def __init__(self, exclude: Sequence[Tensor]) -> None:
+        self._seen = {t.untyped_storage().data_ptr() for t in exclude}
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def leaves_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as tensors that gradients are taken with respect to, each with a version counter of its own."""
+    # `.data`, because detach() would share the counter, and moving one tensor would make autograd distrust all.
+    return {name: t.data.requires_grad_() for name, t in tensors.items()}
+
+
+def backward(loss: Tensor, params: Mapping[str, Tensor], take: Callable[[str, Tensor], object]) -> None:
+    """The gradients of `loss`, each handed to `take` with its name, and freed, as soon as it is complete."""
+
+    def receive(name: str) -> Callable[[Tensor], None]:
+        def hook(p: Tensor) -> None:
+            grad, p.grad = p.grad, None
+            assert grad is not None
+            take(name, grad)
+
+        return hook
+
+    handles = [
+        p.register_post_accumulate_grad_hook(receive(name))  # type: ignore[no-untyped-call]
+        for name, p in params.items()
+    ]
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- which parameters --------------------------------------------------------------------------------------
+
+
+def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
+    """The parameters to sample by name, each with the mask of its elements that may move, or None for all of them.
+
+    Args:
+        model: whose parameters.
+        params: None for all that require a gradient; a name, glob pattern (``"layers.0.*"``), module or parameter of
+            the model, or several of these; or a mapping from such to a boolean mask that broadcasts to the parameter
+            (weight-refined LLC: one attention head, say), or to True for all of it.
+
+    Raises:
+        TypeError, ValueError: nothing to sample, something that is not the model's, a mask that does not fit.
+    """
+    named = dict(model.named_parameters())
     if not named:
         raise ValueError("the model has no parameters: nothing to sample")
     if params is None:
-        chosen: Sequence[str] = [name for name, p in named.items() if p.requires_grad]
+        chosen: dict[str, Tensor | None] = {name: None for name, p in named.items() if p.requires_grad}
         if not chosen:
             raise ValueError("no parameter requires a gradient: nothing to sample; set requires_grad_(True)")
-        return list(chosen)
+        return chosen
+    if isinstance(params, (str, nn.Module, Tensor)):
+        params = [params]
     if not isinstance(params, Iterable):
-        raise TypeError(f"params must hold names or glob patterns, got {type(params).__name__}")
-    patterns = [params] if isinstance(params, str) else list(params)
-    if not patterns:
+        raise TypeError(f"params must hold names, glob patterns, modules or parameters, got {type(params).__name__}")
+    entries = list(params.items()) if isinstance(params, Mapping) else [(entry, True) for entry in params]
+    if not entries:
         raise ValueError("params is empty: nothing to sample")
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"params must hold names or glob patterns, got {type(pattern).__name__}")
-        if not fnmatch.filter(named, pattern):
-            raise ValueError(f"params={pattern!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
-    return [name for name in named if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    masks: dict[str, Tensor | None] = {}
+    for entry, mask in entries:
+        for name in _matching(model, named, entry):
+            masks[name] = _mask(name, named[name], mask)
+    return {name: masks[name] for name in named if name in masks}
+
+
+def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> Iterator[str]:
+    if isinstance(entry, str):
+        found = fnmatch.filter(named, entry)
+        if not found:
+            raise ValueError(f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
+    elif isinstance(entry, (nn.Module, Tensor)):
+        wanted = {id(p) for p in (entry.parameters() if isinstance(entry, nn.Module) else [entry])}
+        found = [name for name, p in named.items() if id(p) in wanted]
+        if not found:
+            raise ValueError(f"params holds a {type(entry).__name__} with no parameter of the model")
+    else:
+        raise TypeError(f"params must hold names, glob patterns, modules or parameters, got {type(entry).__name__}")
+    yield from found
+
+
+def _mask(name: str, p: Tensor, mask: object) -> Tensor | None:
+    if mask is True or mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"the mask of parameter {name!r} must be a tensor of dtype torch.bool, got {kind}")
+    try:
+        full = mask.expand(p.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the mask of parameter {name!r} has shape {tuple(mask.shape)}, which does not fit {tuple(p.shape)}"
+        ) from None
+    if not full.any():
+        raise ValueError(f"the mask of parameter {name!r} is False everywhere: leave the parameter out")
+    return full.contiguous()

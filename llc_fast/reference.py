@@ -82,6 +82,47 @@ def philox(counter: Tensor, key: NoiseKey) -> tuple[Tensor, Tensor, Tensor, Tens
     return c0, c1, c2, c3
 
 
+MINIBATCH_STREAM = 2
+_FEISTEL_ROUNDS, _FEISTEL_MIN_BITS = 6, 8
+
+
+def _murmur(x: Tensor, key: Tensor) -> Tensor:
+    """Murmur3's finalizer of 32-bit words held as int64."""
+    x = ((x ^ key) * 0x9E3779B1) & _LOW
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)
+
+
+def minibatch_indices(num_samples: int, batch_size: int, num_chains: int, key: NoiseKey) -> Tensor:
+    """The samples of each chain's minibatch at step ``key.step``, int64 ``[num_chains, batch_size]``.
+
+    The order of an epoch of n // batch_size steps is a Feistel network on the smallest power of two above n, applied
+    again to whatever lies beyond n (Black & Rogaway 2002).
+    """
+    epoch, place = divmod(key.step, num_samples // batch_size)
+    bits = max(_FEISTEL_MIN_BITS, (num_samples - 1).bit_length())
+    right_bits = bits // 2
+    left_mask, right_mask = (1 << bits - right_bits) - 1, (1 << right_bits) - 1
+
+    def once(x: Tensor, keys: Tensor) -> Tensor:
+        left, right = x >> right_bits, x & right_mask
+        for k in range(0, _FEISTEL_ROUNDS, 2):
+            left = left ^ (_murmur(right, keys[k]) & left_mask)
+            right = right ^ (_murmur(left, keys[k + 1]) & right_mask)
+        return left << right_bits | right
+
+    rows = []
+    for chain in range(num_chains):
+        words = philox(torch.arange(2), NoiseKey(key.seed, epoch, key.chain + chain, MINIBATCH_STREAM))
+        keys = torch.stack(words, dim=1).reshape(-1)
+        x = once(torch.arange(place * batch_size, (place + 1) * batch_size), keys)
+        while (beyond := x >= num_samples).any():
+            x = torch.where(beyond, once(x, keys), x)
+        rows.append(x)
+    return torch.stack(rows)
+
+
 def _box_muller(radius_word: Tensor, angle_word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two words → two independent standard normals.
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from llc_fast import diagnostics
 from llc_fast.chains import Schedule
+from llc_fast.files import atomic_write
 
 if TYPE_CHECKING:
     import xarray
     from matplotlib.figure import Figure
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LLCResult:
         settings: everything that was used, chosen values included.
         warnings: reasons not to trust the estimate, each with what to do about it.
         diagnostics: further figures by name.
+        observables: what the functions of ``estimate_llc(observables=…)`` gave, by name, float64 ``[chain, draw, …]``.
+        steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
     """
 
     loss_trace: NDArray[np.float64]
@@ -44,6 +47,13 @@ class LLCResult:
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    observables: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    steps_done: list[int] | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the run was interrupted; the numbers are then those of the draws it had made."""
+        return self.steps_done is not None
 
     @property
     def llc_trace(self) -> NDArray[np.float64]:
@@ -53,19 +63,45 @@ class LLCResult:
 
     @property
     def llc_per_chain(self) -> NDArray[np.float64]:
-        """λ̂ of each chain, ``[chain]``; NaN for a lost one."""
-        means: NDArray[np.float64] = self.llc_trace.mean(axis=1)
-        return means
+        """λ̂ of each chain, ``[chain]``, from the draws it has made; NaN for a lost one, or one without draws."""
+        trace, lost = self.llc_trace, self.lost_chains
+        means = [
+            math.nan if chain in lost or not count else float(trace[chain, :count].mean())
+            for chain, count in enumerate(self._draws_done)
+        ]
+        return np.array(means)
+
+    @property
+    def lost_chains(self) -> list[int]:
+        """Chains whose loss became non-finite."""
+        done = self.steps_done or [self.loss_trace.shape[1]] * len(self.loss_trace)
+        return [c for c, steps in enumerate(done) if not np.isfinite(self.loss_trace[c, :steps]).all()]
+
+    @property
+    def _draws_done(self) -> list[int]:
+        steps = np.arange(self.loss_trace.shape[1])[self.schedule.draws]
+        done = self.steps_done or [self.loss_trace.shape[1]] * len(self.loss_trace)
+        return [int((steps < count).sum()) for count in done]
 
     @property
     def _good(self) -> NDArray[np.float64]:
-        trace = self.llc_trace
-        good: NDArray[np.float64] = trace[np.isfinite(trace).all(axis=1)]
+        """The draws that λ̂ is made from ``[chain, draw]``: equally many from each chain that was not lost.
+
+        None if fewer than half of the chains are left. Of an interrupted run, as many draws of as many chains as
+        makes the most in all.
+        """
+        trace, lost, counts = self.llc_trace, set(self.lost_chains), self._draws_done
+        started = [c for c, count in enumerate(counts) if count or c in lost]
+        kept = [c for c in started if c not in lost]
+        if 2 * len(kept) < len(started) or not kept:
+            return trace[:0]
+        length = max({counts[c] for c in kept}, key=lambda n: n * sum(counts[c] >= n for c in kept))
+        good: NDArray[np.float64] = trace[[c for c in kept if counts[c] >= length], :length]
         return good
 
     @property
     def llc_mean(self) -> float:
-        """λ̂: the mean over all draws of all chains that were not lost; NaN if there is none."""
+        """λ̂: the mean over all draws of all chains not lost; NaN if fewer than half of the chains are left."""
         return float(self._good.mean()) if len(self._good) else math.nan
 
     @property
@@ -95,11 +131,12 @@ class LLCResult:
     def summary(self) -> str:
         """A few lines for people."""
         low, high = self.interval()
-        lost = len(self.loss_trace) - len(self._good)
+        lost, good = len(self.lost_chains), self._good
         lines = [
             f"λ̂ = {self.llc_mean:.4g} ± {self.llc_stderr:.2g} (standard error; 95 % interval {low:.4g} to {high:.4g})",
-            f"  {len(self._good)} chains × {self.schedule.num_draws} draws"
+            f"  {len(good)} chains × {good.shape[1] if len(good) else 0} draws"
             + (f" ({lost} chains lost)" if lost else "")
+            + (" (interrupted)" if self.is_partial else "")
             + f", L(w*) = {self.init_loss:.6g}, nβ = {self.nbeta:.6g}",
             "  "
             + ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.settings.items()),
@@ -136,6 +173,10 @@ class LLCResult:
                 "loss": (("chain", "step"), self.loss_trace),
                 "llc": (("chain", "draw"), self.llc_trace),
                 "llc_per_chain": ("chain", self.llc_per_chain),
+            }
+            | {
+                name: (("chain", "draw", *(f"{name}_{k}" for k in range(values.ndim - 2))), values)
+                for name, values in self.observables.items()
             },
             coords={
                 "chain": np.arange(len(self.loss_trace)),
@@ -165,7 +206,6 @@ class LLCResult:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one."""
-        path = Path(path)
         meta = {
             "format": _FORMAT,
             "init_loss": self.init_loss,
@@ -174,16 +214,11 @@ class LLCResult:
             "settings": self.settings,
             "warnings": self.warnings,
             "diagnostics": self.diagnostics,
+            "steps_done": self.steps_done,
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        observables: dict[str, Any] = {f"observable.{name}": values for name, values in self.observables.items()}
+        with atomic_write(Path(path)) as file:
+            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **observables)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LLCResult:
@@ -195,8 +230,11 @@ class LLCResult:
         try:
             with np.load(path, allow_pickle=False) as file:
                 trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
+                prefix = "observable."
+                observables = {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
             if meta.pop("format") == _FORMAT:
-                return cls(loss_trace=trace, schedule=Schedule(**meta.pop("schedule")), **meta)
+                schedule = Schedule(**meta.pop("schedule"))
+                return cls(loss_trace=trace, schedule=schedule, observables=observables, **meta)
         except FileNotFoundError:
             raise
         except Exception as error:

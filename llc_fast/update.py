@@ -408,6 +408,42 @@ def normals(
     return out
 
 
+def minibatch_indices(num_samples: int, key: NoiseKey, out: Tensor, *, device_step: Tensor | None = None) -> Tensor:
+    """Which samples chains see at step ``key.step``; a pure function of the key, see ``csrc/minibatch.h``.
+
+    Within an epoch of n // batch_size steps a chain sees no sample twice, and each epoch has an order of its own.
+
+    Args:
+        num_samples: n.
+        key: names the draw; row c of `out` uses ``key.chain + c``.
+        out: int64 ``[num_chains, batch_size]``, contiguous, overwritten; batch_size at most n.
+        device_step: on a CUDA device, the step (int64) to read when the kernel runs, instead of ``key.step``.
+
+    Returns:
+        `out`; equal to :func:`llc_fast.reference.minibatch_indices`.
+    """
+    num_chains, batch_size = out.shape
+    if out.dtype != torch.int64 or not out.is_contiguous() or not 1 <= batch_size <= num_samples:
+        raise ValueError(f"out must be contiguous int64 [num_chains, batch_size ≤ {num_samples}], got {out.dtype} "
+                         f"{tuple(out.shape)}")  # fmt: skip
+    if not has_native_backend(out.device.type):
+        return out.copy_(reference.minibatch_indices(num_samples, batch_size, num_chains, key))
+    stream = torch.cuda.current_stream(out.device).cuda_stream if out.device.type == "cuda" else None
+    with torch.cuda.device(out.device) if stream is not None else contextlib.nullcontext():
+        _native.minibatch(
+            out.data_ptr(),
+            num_samples,
+            batch_size,
+            num_chains,
+            key.seed,
+            key.step,
+            key.chain,
+            None if device_step is None else device_step.data_ptr(),
+            stream,
+        )
+    return out
+
+
 # The step as one operation of torch, for torch.compile (see LangevinOptimizer): tensors in flat lists, one chain.
 _library = torch.library.Library("llc_fast", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]

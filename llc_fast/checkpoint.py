@@ -1,0 +1,222 @@
+"""Runs that survive: the state of all chains in one file, written beside and renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llc_fast.chains import ChainRecord
+from llc_fast.data import DataSource, IndexedSource, leaves
+from llc_fast.files import atomic_write, remove_partial
+from llc_fast.posterior import Posterior
+
+_FORMAT = 1
+INTERVAL = 60.0
+"""Seconds between snapshots."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds.
+
+    Attributes:
+        identity: what names the run; a checkpoint of another one is refused.
+        chosen: what was chosen for settings left open, so that a resumed run goes on with them.
+        records: the chains.
+    """
+
+    identity: dict[str, Any]
+    chosen: dict[str, Any]
+    records: list[ChainRecord]
+
+
+class Checkpoint:
+    """The checkpoint of a run at `path`; process `rank` of several writes to ``path.rank<rank>``, the first to `path`.
+
+    Args:
+        path: of the file.
+        rank: of this process.
+        interval: seconds between snapshots.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, rank: int = 0, interval: float = INTERVAL) -> None:
+        self.path, self._interval, self._written = Path(path), interval, time.monotonic()
+        self._file = self.path if rank == 0 else self.path.with_name(f"{self.path.name}.rank{rank}")
+        self.problem = ""
+        """Why the last snapshot could not be written; the one before is still there."""
+        if not self.path.absolute().parent.is_dir():
+            raise ValueError(f"checkpoint={str(path)!r}: the folder {self.path.absolute().parent} does not exist")
+        if self.path.is_dir():
+            raise ValueError(f"checkpoint={str(path)!r} is a folder: give the name of a file")
+        remove_partial(self._file)
+
+    def load(self, identity: Mapping[str, Any]) -> Saved | None:
+        """What this run, in whatever processes, has saved; None if nothing.
+
+        Raises:
+            ValueError: a file is damaged, or belongs to another run; the differences are named.
+        """
+        others = sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
+        found = [read(p) for p in (self.path, *others) if p.exists()]
+        for saved in found:
+            compare(self.path, saved.identity, identity)
+        if not found:
+            return None
+        return Saved(found[0].identity, found[0].chosen, [r for saved in found for r in saved.records])
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._written >= self._interval
+
+    def save(self, saved: Saved) -> None:
+        """Replace the file; a failure leaves the old one and is told in :attr:`problem`."""
+        started = time.monotonic()
+        try:
+            write(self._file, saved)
+            self.problem = ""
+        except OSError as error:
+            self.problem = f"{error.strerror or error} ({self._file})"
+        # Writing takes no more than a twentieth of the time, however large the chains.
+        self._interval = max(self._interval, 20 * (time.monotonic() - started))
+        self._written = time.monotonic()
+
+    def merge(self, saved: Saved) -> None:
+        """Replace the files of all processes by one."""
+        self.save(saved)
+        if not self.problem:
+            for other in self.path.parent.glob(f"{self.path.name}.rank*"):
+                other.unlink(missing_ok=True)
+
+
+def write(path: Path, saved: Saved) -> None:
+    """Write a checkpoint: NumPy's npz, whose members carry checksums.
+
+    Raises:
+        OSError: it can't be written; what was at `path` before is still there.
+    """
+    arrays: dict[str, Any] = {}
+    groups = []
+    for k, record in enumerate(saved.records):
+        named = {f"observable.{n}": a for n, a in record.observables.items()}
+        named |= {f"state.{n}": a for n, a in (record.arrays or {}).items()}
+        arrays |= {f"{k}/{n}": a for n, a in ({"losses": record.losses[:, : record.step]} | named).items()}
+        groups.append(
+            {
+                "first_chain": record.first_chain,
+                "step": record.step,
+                "num_steps": record.losses.shape[1],
+                "has_state": record.arrays is not None,
+            }
+        )
+    meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
+    with atomic_write(path) as file:
+        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+
+
+def read(path: Path) -> Saved:
+    """Read what :func:`write` wrote.
+
+    Raises:
+        ValueError: the file is no checkpoint, or is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+            if meta["format"] != _FORMAT:
+                raise ValueError(f"checkpoint={str(path)!r} was written by another version of llc_fast: delete it")
+            arrays = {name: file[name] for name in file.files if name != "meta"}
+        records = []
+        for k, group in enumerate(meta["groups"]):
+            mine = {n.removeprefix(f"{k}/"): a for n, a in arrays.items() if n.startswith(f"{k}/")}
+            done = mine["losses"]
+            losses = np.full((len(done), group["num_steps"]), np.nan)
+            losses[:, : done.shape[1]] = done
+
+            def part(prefix: str, mine: dict[str, Any] = mine) -> dict[str, Any]:
+                return {n.removeprefix(prefix): a for n, a in mine.items() if n.startswith(prefix)}
+
+            state = part("state.") if group["has_state"] else None
+            records.append(ChainRecord(group["first_chain"], group["step"], losses, part("observable."), state))
+        return Saved(meta["identity"], meta["chosen"], records)
+    except ValueError as error:
+        if "another version" in str(error):
+            raise
+        raise _damaged(path) from error
+    except OSError as error:
+        if isinstance(error, (PermissionError, IsADirectoryError)):
+            raise
+        raise _damaged(path) from error
+    except Exception as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: delete it to start again"
+    )
+
+
+def compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, unless both identities are the same run's."""
+    differences = [
+        f"{name} was {_short(saved.get(name))}, is {_short(wanted.get(name))}"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"checkpoint={str(path)!r} belongs to another run: {'; '.join(differences)}. "
+            "Give another path, or delete the file to start again"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# ---- what names a run --------------------------------------------------------------------------------------
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A fingerprint of names, shapes, dtypes and values."""
+    total = hashlib.blake2b(digest_size=12)
+    for name, tensor in tensors:
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().reshape(-1)
+        for piece in torch.split(flat, 2**22):  # a GPU's tensors come over in pieces
+            total.update(piece.contiguous().view(torch.uint8).cpu().numpy().data)
+    return total.hexdigest()
+
+
+def model_identity(posterior: Posterior) -> dict[str, Any]:
+    """What names w*: the values of what is sampled, of what is not, and of the buffers."""
+    fixed = [*posterior.frozen.items(), *posterior.fresh_buffers().items()]
+    return {
+        "model": digest(posterior.anchor.items()),
+        "frozen parameters and buffers": digest(fixed),
+        "masks": digest(posterior.masks.items()),
+    }
+
+
+def data_identity(source: DataSource) -> dict[str, Any]:
+    """What names the data: their number, and the values of a few samples if they are addressed by index."""
+    identity: dict[str, Any] = {"num_samples": source.num_samples, "batch_size": source.batch_size}
+    if isinstance(source, IndexedSource) and source.num_samples:
+        some = torch.linspace(0, source.num_samples - 1, min(64, source.num_samples)).round().long()
+        found = leaves(source.gather(some.to(source.index_buffer(1).device)))
+        identity["data"] = digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))
+    return identity

@@ -1,0 +1,41 @@
+"""Files that a crash leaves whole: the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write to; it takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: it can't be written (no space left, say); what was at `path` before is still there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        with contextlib.suppress(OSError):  # not every file system can; the rename itself is atomic
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Delete what writers of `path` left behind when they were killed."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(OSError):
+            partial.unlink()

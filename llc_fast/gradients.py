@@ -1,0 +1,348 @@
+"""How the gradients of chains are computed: strategies behind one interface, and the rule that chooses one.
+
+Each strategy gives the same losses and gradients up to rounding. What differs is what lies between the kernels: for a
+network of a thousand parameters nearly all of the time, for one of a hundred million nearly all of the memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from llc_fast.data import Batch, IndexedSource, leaves, map_tensors, split_batch
+from llc_fast.posterior import Evaluation, Posterior, backward
+from llc_fast.recording import NotReplayableError, Recording
+from llc_fast.reference import NoiseKey
+from llc_fast.samplers import Sampler
+from llc_fast.state import ChainState
+
+STRATEGIES = ("sequential", "batched", "compiled", "cuda-graph")
+
+_BATCHED_FLOPS = 1.5e7
+"""Floating-point operations of one chain's gradient below which chains are batched on a CPU: a kernel then takes no
+longer than it takes to get to the next."""
+_REPLAYED_FLOPS = 1e9
+"""Below which a CPU replays recorded kernels; above, what is saved does not show and all intermediates are kept."""
+_SINGLE_THREAD_FLOPS = 1.2e8
+"""Below which a single chain runs on one thread. A gradient of that size takes about a millisecond; handing work to
+other threads costs more than it saves, and on a busy machine it can cost ten times the step."""
+_MAX_GROUP = 16
+_WORKER_PARAMETERS = 5_000_000
+"""Above which chains share one buffer, one after another, instead of running side by side."""
+_RELEASED_PARAMETERS = 10_000_000
+"""Above which gradients are consumed during the backward pass, so that they are never all in memory."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How chains are run.
+
+    Attributes:
+        strategy: one of :data:`STRATEGIES`.
+        group_size: chains that step together.
+        num_workers: groups that run side by side, each in a thread.
+        num_threads: threads inside one worker's kernels; None: as many as torch is set to use.
+        replay: whether kernels are recorded and replayed.
+        release: whether each gradient is consumed and freed during the backward pass.
+        reason: why, in words.
+    """
+
+    strategy: str
+    group_size: int
+    num_workers: int
+    num_threads: int | None
+    replay: bool
+    release: bool
+    reason: str
+
+
+def make_plan(
+    posterior: Posterior,
+    sampler: Sampler,
+    num_chains: int,
+    *,
+    strategy: str | None = None,
+    release_gradients: bool | None = None,
+    has_observables: bool = False,
+) -> Plan:
+    """Choose a strategy, or complete the one that was asked for.
+
+    The choice is a rule on what a trial gradient was measured to be: its floating-point operations, its memory, what
+    it reads and writes. It looks at no clock, so that equal seeds give equal bits on a busy machine and an idle one.
+
+    Raises:
+        ValueError: the strategy is unknown or can't run this model, these data or this sampler; the message says why.
+    """
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is unknown; choose one of: {', '.join(STRATEGIES)}, or None")
+    cuda = posterior.device.type == "cuda"
+    apart = _why_apart(posterior, sampler)
+    asked = strategy
+    if strategy is None:
+        small = posterior.flops <= _BATCHED_FLOPS and posterior.num_parameters <= _WORKER_PARAMETERS
+        if cuda and not apart and not has_observables and posterior.num_parameters <= _WORKER_PARAMETERS:
+            strategy = "cuda-graph"
+        else:
+            strategy = "batched" if small and not apart and num_chains > 1 else "sequential"
+    elif strategy in ("batched", "cuda-graph") and apart:
+        raise ValueError(f'strategy={strategy!r} is not possible here: {apart}; use strategy="sequential"')
+    if strategy == "cuda-graph" and not cuda:
+        raise ValueError(f'strategy="cuda-graph" needs a CUDA device, got device={str(posterior.device)!r}')
+    if strategy == "cuda-graph" and has_observables:
+        raise ValueError('strategy="cuda-graph" can\'t stop for observables; use strategy="batched"')
+
+    measured = sampler.measures(vars(sampler))
+    can_release = not measured and strategy == "sequential"
+    if release_gradients and not can_release:
+        why = f"{type(sampler).__name__} needs the whole gradient" if measured else f"strategy={strategy!r} keeps it"
+        raise ValueError(f"release_gradients=True is not possible: {why}")
+    release = can_release and (
+        posterior.num_parameters > _RELEASED_PARAMETERS if release_gradients is None else release_gradients
+    )
+    group = 1
+    if strategy in ("batched", "cuda-graph") or (strategy == "compiled" and not apart):
+        group = min(num_chains, _MAX_GROUP if strategy == "batched" and asked is None else num_chains)
+    replay = (
+        not cuda
+        and strategy in ("sequential", "batched")
+        and not release
+        and not _why_not_replayed(posterior)
+        and posterior.flops * group <= _REPLAYED_FLOPS
+    )
+    workers, threads = 1, None
+    if not cuda:
+        # Side by side only without the model: functional_call writes to the module while it runs.
+        if replay and posterior.num_parameters <= _WORKER_PARAMETERS:
+            workers = min(-(-num_chains // group), torch.get_num_threads())
+        idle = torch.get_num_threads() // workers
+        threads = 1 if posterior.flops * group < _SINGLE_THREAD_FLOPS else max(1, idle)
+    size = f"{posterior.flops / 1e6:.3g} MFLOP a gradient"
+    reason = "asked for" if asked else f"{size}, {apart}" if apart else size
+    return Plan(strategy, group, workers, threads, replay, release, reason)
+
+
+def _why_apart(posterior: Posterior, sampler: Sampler) -> str:
+    """Why chains can't be batched; empty if they can."""
+    if not isinstance(posterior.source, IndexedSource):
+        return "a loader gives one minibatch at a time"
+    if not posterior.has_tensor_batches:
+        return "batches hold more than tensors"
+    if posterior.is_random:
+        return "the model draws random numbers"
+    if posterior.writes_buffers or posterior.writes_batch:
+        return "the model writes to its buffers or its input"
+    if posterior.microbatch_size is not None:
+        return "microbatches are for models that fill the memory"
+    if getattr(sampler, "relative_eps", False):
+        return "relative_eps follows one chain's gradients"
+    return ""
+
+
+def _why_not_replayed(posterior: Posterior) -> str:
+    source = posterior.source
+    if not (isinstance(source, IndexedSource) and source.is_thread_safe and posterior.has_tensor_batches):
+        return "minibatches do not stay in one place"
+    if posterior.is_random or posterior.writes_buffers or posterior.writes_batch:
+        return "the model is not a function of its parameters and its input alone"
+    return ""
+
+
+# ---- minibatches -------------------------------------------------------------------------------------------
+
+
+class Feed:
+    """The minibatches of a group of chains, in memory that stays where it is if the data are addressed by index.
+
+    Batches have a leading dimension for the chains, except for a single chain, and for a batch that is the whole data
+    set, which all chains share.
+    """
+
+    def __init__(self, posterior: Posterior, seed: int, first_chain: int, num_chains: int, start: int) -> None:
+        self._source, self._copies = posterior.source, posterior.writes_batch
+        self._key = NoiseKey(seed, chain=first_chain)
+        self._iterator: Iterator[Batch] | None = None
+        self.is_shared = False
+        if not isinstance(self._source, IndexedSource) or not posterior.has_tensor_batches:
+            self._iterator = self._source.minibatches(seed, first_chain, start)
+            return
+        self._indices = self._source.index_buffer(num_chains)
+        self.is_shared = self._source.is_full_batch
+        if self.is_shared:
+            self._batch = self._source.gather(self._indices[0])
+            return
+        flat = self._source.gather(self._source.draw(self._key._replace(step=start), self._indices))
+        self._flat = leaves(flat)
+        shape = (num_chains, -1) if num_chains > 1 else (-1,)
+        self._batch = map_tensors(lambda t: t.view(*shape, *t.shape[1:]), flat)
+
+    def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
+        """The minibatch of this step; a new one overwrites the one before."""
+        if self._iterator is not None:
+            batch = next(self._iterator)
+        else:
+            batch = self._batch
+            if not self.is_shared:
+                assert isinstance(self._source, IndexedSource)
+                indices = self._source.draw(self._key._replace(step=step), self._indices, device_step)
+                self._source.gather(indices, out=self._flat)
+        return copy.deepcopy(batch) if self._copies else batch
+
+
+# ---- strategies --------------------------------------------------------------------------------------------
+
+
+class Gradient(Protocol):
+    """Evaluates a minibatch, then moves the chains by its gradient."""
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Losses ``[num_chains]``, and per sample ``[num_chains, batch]`` if the loss function gives them."""
+        ...
+
+    def move(self, step: int, device_step: Tensor | None = None) -> None:
+        """One step of the sampler by the gradient of the last evaluation."""
+        ...
+
+
+class EagerGradient:
+    """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
+
+    def __init__(self, posterior: Posterior, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
+        self._posterior, self._state, self._buffers, self._release = posterior, state, buffers, release
+        self._params = state.leaves()
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        pieces = split_batch(batch, self._posterior.microbatch_size)
+        length = sum(size for _, size in pieces)
+        losses, samples = [], []
+        for k, (piece, size) in enumerate(pieces):
+            evaluation = self._posterior.evaluate(self._params, piece, self._buffers)
+            self._last = evaluation.loss * (size / length) if len(pieces) > 1 else evaluation.loss
+            if k + 1 < len(pieces):
+                self._last.backward()  # type: ignore[no-untyped-call]
+            losses.append(self._last.detach())
+            samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
+        self._accumulates = len(pieces) > 1
+        loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        return Evaluation(loss.reshape(1), torch.cat(samples)[None] if samples else None)
+
+    def gradients(self) -> list[Tensor]:
+        params = list(self._params.values())
+        if not self._accumulates:
+            return list(torch.autograd.grad(self._last, params, materialize_grads=True))
+        self._last.backward()  # type: ignore[no-untyped-call]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        for p in params:
+            p.grad = None
+        return grads
+
+    def move(self, step: int, device_step: Tensor | None = None) -> None:
+        if not self._release:
+            return self._state.move(self.gradients(), step, device_step)
+        waiting = set(self._params)
+
+        def take(name: str, grad: Tensor) -> None:
+            waiting.discard(name)
+            self._state.move_one(name, grad, step)
+            # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
+            torch.autograd.graph.increment_version(self._params[name])
+
+        backward(self._last, self._params, take)
+        for name in waiting:  # what the loss did not use still feels noise and localization
+            self._state.move_one(name, torch.zeros_like(self._params[name]), step)
+
+
+class BatchedGradient:
+    """All chains of a group at once, by ``torch.func``."""
+
+    def __init__(
+        self, posterior: Posterior, state: ChainState, buffers: dict[str, Tensor], shared_batch: bool, compiled: bool
+    ) -> None:
+        self._state = state
+        self._params = state.params() if state.num_chains > 1 else state.single()
+
+        def value(params: dict[str, Tensor], batch: Batch) -> Any:
+            loss, samples = posterior.evaluate(params, batch, buffers)
+            return loss, loss if samples is None else samples  # vmap returns tensors only
+
+        self._has_samples = posterior.per_sample
+        function: Callable[..., Any] = grad_and_value(value, has_aux=True)
+        if state.num_chains > 1:
+            function = vmap(function, in_dims=(0, None if shared_batch else 0))
+        self._function = torch.compile(function, dynamic=False) if compiled else function
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Evaluation:
+        grads, (loss, samples) = self._function(self._params, batch)
+        self._grads = list(grads.values())
+        chains = self._state.num_chains
+        return Evaluation(loss.reshape(chains), samples.reshape(chains, -1) if self._has_samples else None)
+
+    def gradients(self) -> list[Tensor]:
+        return self._grads
+
+    def move(self, step: int, device_step: Tensor | None = None) -> None:
+        self._state.move(self._grads, step, device_step)
+
+
+class ReplayedGradient:
+    """The kernels of another strategy, recorded once; see :mod:`llc_fast.recording`.
+
+    Raises:
+        NotReplayableError: the model can't be recorded, or a replay does not give what it should.
+    """
+
+    def __init__(self, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int) -> None:
+        batch = feed(step)
+
+        def both() -> tuple[Evaluation, list[Tensor]]:
+            return inner.evaluate(batch), inner.gradients()
+
+        self._recording, self._state = Recording(both), state
+        self._evaluation: Evaluation = self._recording.result[0]
+        self._grads: list[Tensor] = self._recording.result[1]
+        self._check(both, feed, step)
+
+    def _check(self, both: Callable[[], tuple[Evaluation, list[Tensor]]], feed: Feed, step: int) -> None:
+        """A replay elsewhere must agree with the function itself: the model may not do the same each time."""
+        feed(step + 1)
+        self._state.displace()
+        try:
+            self._recording.replay()
+        except RuntimeError as error:
+            raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
+        evaluation, grads = both()
+        for replayed, fresh in zip((self._evaluation.loss, *self._grads), (evaluation.loss, *grads), strict=True):
+            slack = 1e-5 * float(fresh.detach().nan_to_num().abs().max())
+            if not torch.allclose(replayed, fresh.detach(), rtol=1e-3, atol=slack, equal_nan=True):
+                raise NotReplayableError("a replay differs from the model")
+        feed(step)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        self._recording.replay()
+        return self._evaluation
+
+    def move(self, step: int, device_step: Tensor | None = None) -> None:
+        self._state.move(self._grads, step, device_step)
+
+
+def make_gradient(
+    plan: Plan, posterior: Posterior, state: ChainState, buffers: dict[str, Tensor], feed: Feed, step: int
+) -> tuple[Gradient, str]:
+    """The strategy of a plan for a group of chains, and why it could not be recorded, if it should have been."""
+    inner: EagerGradient | BatchedGradient
+    if plan.strategy == "sequential" or (plan.strategy == "batched" and state.num_chains == 1):
+        inner = EagerGradient(posterior, state, buffers, plan.release)
+    else:
+        inner = BatchedGradient(posterior, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    if plan.replay:
+        try:
+            return ReplayedGradient(inner, state, feed, step), ""
+        except NotReplayableError as error:
+            return inner, str(error)
+    return inner, ""

@@ -1,0 +1,153 @@
+"""The memory of chains: their parameters in flat rows, what the model sees of them, and what the sampler keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llc_fast.posterior import Posterior, leaves_of
+from llc_fast.reference import NoiseKey
+from llc_fast.samplers import Sampler
+from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision
+
+_ALIGN = 16  # elements: each tensor of a chain starts on a cache line
+
+
+class ChainState:
+    """Chains that step together, as rows of flat buffers ``[num_chains, P]``.
+
+    A bfloat16 or float16 model sees copies in its own precision, which the step writes; the chains are float32.
+
+    Args:
+        posterior: what is sampled; gives w* and masks.
+        sampler: how.
+        num_chains: rows.
+    """
+
+    def __init__(self, posterior: Posterior, sampler: Sampler, num_chains: int) -> None:
+        self._sampler, self._options = sampler, dict(vars(sampler))
+        self._scalars = sampler.scalars(self._options)
+        self.num_chains, self._names = num_chains, list(posterior.anchor)
+        self._num_moving = posterior.num_parameters
+        first = next(iter(posterior.anchor.values()))
+        self._device, low = first.device, is_low_precision(first)
+        # Contiguous, because that is how the elements' noise is numbered.
+        self._anchor = [(p.float() if low else p).contiguous() for p in posterior.anchor.values()]
+        self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._anchor)]))[:-1]
+        self._starts = list(itertools.accumulate([0, *(-(-p.numel() // _ALIGN) * _ALIGN for p in self._anchor)]))
+        self.w = self._rows(self._anchor[0].dtype)
+        self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.name])]
+        self._seen = self._rows(first.dtype) if low else self.w
+        given = getattr(sampler, "preconditioner", 1.0)
+        self._segments = [
+            Segment(
+                w=self._view(self.w, k)[0],
+                offset=self._offsets[k],
+                anchor=self._anchor[k],
+                mask=posterior.masks.get(name),
+                state=[self._view(state, k)[0] for state in self.states],
+                preconditioner=given[name] if isinstance(given, Mapping) else given,
+                copy=self._view(self._seen, k)[0] if low else None,
+            )
+            for k, name in enumerate(self._names)
+        ]
+        self._table = SegmentTable(sampler.name, self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
+        self._single_tables: dict[str, SegmentTable] = {}
+        self._metrics = None
+        if sampler.measures(self._options):
+            self._metrics = torch.zeros(num_chains, NUM_METRICS, dtype=torch.float64, device=self._device)
+
+    def _rows(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.num_chains, self._starts[-1], dtype=dtype, device=self._device)
+
+    def _view(self, rows: Tensor, k: int) -> Tensor:
+        """The k-th tensor of all chains, ``[num_chains, *shape]``."""
+        p = self._anchor[k]
+        return rows[:, self._starts[k] : self._starts[k] + p.numel()].view(-1, *p.shape)
+
+    # ---- what the model sees -------------------------------------------------------------------------------
+
+    def params(self) -> dict[str, Tensor]:
+        """The parameters of all chains, ``[num_chains, *shape]`` each; views, so they follow every step."""
+        return {name: self._view(self._seen, k) for k, name in enumerate(self._names)}
+
+    def single(self, row: int = 0) -> dict[str, Tensor]:
+        """The parameters of one chain."""
+        return {name: t[row] for name, t in self.params().items()}
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The parameters of the first chain as tensors that gradients are taken with respect to."""
+        return leaves_of(self.single())
+
+    # ---- where they are ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self, first_chain: int, seed: int) -> None:
+        """Put all chains at w*, with the sampler's initial state; row r is chain ``first_chain + r``."""
+        self._first_chain, self._seed = first_chain, seed
+        self._memory = self._sampler.initial_memory(self._options, self._device)
+        if "thermostat" in self._memory:
+            self._memory["thermostat"] = self._memory["thermostat"].repeat(self.num_chains)
+        for k, p in enumerate(self._anchor):
+            self._view(self.w, k).copy_(p.expand(self.num_chains, *p.shape))
+            for row in range(self.num_chains if self.states else 0):
+                initial = self._sampler.initial_state(p, self._offsets[k], self._options, seed, first_chain + row)
+                for state, value in zip(self.states, initial, strict=True):
+                    self._view(state, k)[row].copy_(value)
+        self._show()
+
+    def _show(self) -> None:
+        if self._seen is not self.w:
+            self._seen.copy_(self.w)
+
+    @torch.no_grad()
+    def displace(self) -> None:
+        """Move the parameters a little, to see whether something depends on them."""
+        self.w.mul_(1.01)
+        self._show()
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Everything that changes from step to step: the state of a chain row by row, ``[num_chains, …]``."""
+        arrays = {"w": self.w} | {f"state{j}": t for j, t in enumerate(self.states)}
+        for name, value in self._memory.items():
+            value = torch.as_tensor(value, dtype=torch.float64)
+            arrays[name] = value if value.ndim else value.repeat(self.num_chains)
+        return arrays
+
+    @torch.no_grad()
+    def restore(self, arrays: Mapping[str, Tensor]) -> None:
+        """Continue from what :meth:`arrays` gave; call :meth:`start` first."""
+        self.w.copy_(arrays["w"])
+        for j, state in enumerate(self.states):
+            state.copy_(arrays[f"state{j}"])
+        for name in arrays.keys() - {"w", *(f"state{j}" for j in range(len(self.states)))}:
+            value = arrays[name]
+            self._memory[name] = value.to(self._device) if name == "thermostat" else float(value[0])
+        self._show()
+
+    # ---- steps ---------------------------------------------------------------------------------------------
+
+    def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
+        """One step of the sampler for all chains; `grads` in the order of the parameters."""
+        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads)
+        self._table.step(
+            grads,
+            scalars,
+            NoiseKey(self._seed, step=step, chain=self._first_chain),
+            thermostat=self._memory.get("thermostat"),
+            metrics=self._metrics,
+            device_step=device_step,
+        )
+        if self._metrics is not None:
+            self._sampler.follow(scalars, self._memory, step, self._metrics, self._num_moving)
+
+    def move_one(self, name: str, grad: Tensor, step: int) -> None:
+        """The part of a step that moves one parameter: the same bits as the whole step."""
+        table = self._single_tables.get(name)
+        if table is None:
+            k = self._names.index(name)
+            table = self._single_tables[name] = SegmentTable(self._sampler.name, [self._segments[k]])
+        table.step([grad], self._scalars, NoiseKey(self._seed, step=step, chain=self._first_chain))
