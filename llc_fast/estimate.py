@@ -19,8 +19,8 @@ from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chai
 from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
 from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, join
-from llc_fast.gradients import make_plan
-from llc_fast.memory import check_memory
+from llc_fast.gradients import LARGE_MODEL, make_plan
+from llc_fast.memory import check_memory, large_blocks_apart
 from llc_fast.posterior import LossFunction, Posterior, takes_model
 from llc_fast.result import LLCResult
 from llc_fast.samplers import check_number, make_sampler
@@ -200,7 +200,9 @@ def estimate_llc(
             raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
         nbeta = default_nbeta(source.num_samples)
     # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
-    with team.working(), torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
+    is_large = where.type == "cpu" and isinstance(model, nn.Module) and _num_elements(model) > LARGE_MODEL
+    with team.working(), generators, large_blocks_apart(is_large):
         torch.manual_seed(seed)
         posterior = Posterior(
             model,
@@ -421,6 +423,10 @@ def _device_of(model: nn.Module) -> torch.device:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the model's parameters lie on several devices ({names}): pass device to compute on one")
     return devices.pop() if devices else torch.device("cpu")
+
+
+def _num_elements(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _model_warnings(model: nn.Module, posterior: Posterior) -> list[str]:

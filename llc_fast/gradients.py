@@ -35,8 +35,9 @@ other threads costs more than it saves, and on a busy machine it can cost ten ti
 _MAX_GROUP = 16
 _WORKER_PARAMETERS = 5_000_000
 """Above which chains share one buffer, one after another, instead of running side by side."""
-_RELEASED_PARAMETERS = 10_000_000
-"""Above which gradients are consumed during the backward pass, so that they are never all in memory."""
+LARGE_MODEL = 10_000_000
+"""Parameters above which memory counts more than time: gradients are consumed during the backward pass, so that they
+are never all in memory."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def make_plan(
         why = f"{type(sampler).__name__} needs the whole gradient" if measured else f"strategy={strategy!r} keeps it"
         raise ValueError(f"release_gradients=True is not possible: {why}")
     release = can_release and (
-        posterior.num_parameters > _RELEASED_PARAMETERS if release_gradients is None else release_gradients
+        posterior.num_parameters > LARGE_MODEL if release_gradients is None else release_gradients
     )
     group = 1
     if strategy in ("batched", "cuda-graph") or (strategy == "compiled" and not apart):

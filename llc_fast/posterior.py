@@ -121,6 +121,13 @@ class Posterior:
         self._module = _Evaluated(model, loss_fn)
         named = dict(model.named_parameters())  # tied parameters once
         sampled = select(model, params)
+        for name, p in named.items():
+            if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+                raise TypeError(
+                    f"parameter {name!r} is a DTensor, one of several shards; estimate_llc spreads whole chains over "
+                    "processes. For a model that fits no single device write the loop with llc_fast.SGLD, whose noise "
+                    "names elements by their index in the whole tensor"
+                )
         for name in sampled:
             check_tensor(f"parameter {name!r}", named[name])
         if len(dtypes := {named[name].dtype for name in sampled}) > 1:
