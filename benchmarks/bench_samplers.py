@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import median, print_table, ratio, time_in_turn, write_json
+from harness import median, peak_memory, print_table, ratio, time_in_turn, write_json
 
 import llc_fast
 from llc_fast import optim
@@ -140,14 +140,6 @@ def overhead_table(device: str) -> list[dict[str, Any]]:
             times.append((time.perf_counter() - started) / count)
         rows.append({"step on 1,000 parameters": name, "µs": 1e6 * min(times)})
     return rows
-
-
-def peak_memory(*, reset: bool = False) -> int:
-    """The largest resident set so far, in bytes (Linux); with `reset`, forget it first."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def memory_table(total: int) -> list[dict[str, Any]]:

@@ -1,17 +1,23 @@
-"""What the benchmarks share: contenders timed in turn, medians, ratios round by round, a table, a JSON file."""
+"""What the benchmarks share: contenders timed in turn, medians, ratios round by round, a table, a JSON file.
+
+Also measurements that need a process of their own. Importing this module does not import llc_fast: a process that
+measures a rival holds nothing of ours.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from llc_fast.cli import collect_info
 
 Times = dict[str, list[float]]
 
@@ -67,5 +73,42 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 def write_json(path: Path | None, tables: dict[str, Any]) -> None:
     """The tables with a description of the machine they were measured on."""
     if path is not None:
+        from llc_fast.cli import collect_info
+
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"info": collect_info(), **tables}, indent=1) + "\n")
+
+
+def in_fresh_process(script: str, spec: Mapping[str, Any], cache: str | None = None) -> dict[str, Any]:
+    """What ``python script --worker SPEC`` prints as JSON on its last line; ``{"error": …}`` if it fails.
+
+    Args:
+        script: path of a script that knows ``--worker``.
+        spec: what it is to do, given to it as JSON.
+        cache: folder of torch.compile's cache; None: an empty one, deleted afterwards.
+    """
+    if cache is None:
+        with tempfile.TemporaryDirectory() as empty:
+            return in_fresh_process(script, spec, empty)
+    done = subprocess.run(
+        [sys.executable, script, "--worker", json.dumps(spec)],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"error": f"exit status {done.returncode}: {last}"}
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def peak_memory(*, reset: bool = False) -> int:
+    """This process's largest resident set so far, in bytes (Linux); with `reset`, forget it first.
+
+    It is what ``getrusage`` calls ru_maxrss, but for one thing: ru_maxrss is inherited from the process that started
+    this one, and would hide anything smaller than that.
+    """
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

@@ -1,0 +1,283 @@
+"""Whole estimates: llc_fast against devinterp and canonical-interp, wall time and λ̂ of the same statistical work.
+
+    python benchmarks/bench_estimate.py [--sizes 1024 10000 102400] [--repeats 1] [--steps 2000] [--json PATH]
+                                        [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
+    python benchmarks/bench_estimate.py --scaling [--growing chains parameters batch]
+                                        [--strategies default batched …] [--budget SECONDS]
+
+The work: a 4-layer square bias-free linear network at its true parameter, 10,000 samples of its own, mean squared
+error, batches of 500, SGLD with one ε, nβ = n / log n and γ for everybody, 4 chains × 2,000 steps, of which the second
+half are draws. λ̂ stands beside the seconds, so that one sees that the work is the same; λ̂ of a chain this short is not
+yet the theory's λ.
+
+The seconds: every measurement has a process of its own with an empty torch.compile cache. The clock starts when torch
+and the contender are imported and the model and the tensors exist, for all alike, and stops when λ̂ is there; tracing,
+compiling and what a library imports on first use are inside. The step size is given to all: nobody calibrates.
+Two rows of canonical-interp are exceptions, which show compilation's share: "cached" finds the cache that an earlier
+process left on disk, "warm" is the second estimate in one process.
+
+contenders.py says how the rivals are called, and which defaults of theirs would not be the same work. Rivals that are
+not installed are left out, with a note.
+
+`--scaling` measures llc_fast alone: seconds per step as chains, parameters and batches grow, from the difference of a
+long and a short estimate, so without what an estimate costs once ("set-up": the first estimate of two steps). On a busy
+machine such differences can come out wrong, even negative: raise --budget.
+
+Neighbours matter: on two busy cores what runs on two threads was seen to take ten times as long, which flatters
+llc_fast where it runs on one. Measure on an idle machine, and look at --threads 1 as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import (
+    Estimate,
+    Work,
+    installed,
+    make_problem,
+    offers,
+    rival_title,
+    with_canonical,
+    with_devinterp,
+    with_llc_fast,
+)
+from harness import in_fresh_process, median, print_table, ratio, write_json
+
+LAYERS, SAMPLES, BATCH, CHAINS, STEPS = 4, 10_000, 500, 4, 2000
+LR, NBETA, LOCALIZATION = 2e-6, SAMPLES / math.log(SAMPLES), 1.0
+SIZES = [1024, 10_000, 102_400]
+ASKED = {"devinterp": {1024: 15.0, 10_000: 10.0, 102_400: 4.0}, "canonical": {1024: 5.0, 10_000: 3.5, 102_400: 2.0}}
+"""How many times faster than a rival llc_fast is to be, by number of parameters."""
+
+DISTRIBUTIONS = {
+    "devinterp": "devinterp",
+    "canonical": "canonical-interp",
+    "canonical-cached": "canonical-interp",
+    "canonical-warm": "canonical-interp",
+}
+STRATEGIES = [None, "sequential", "batched", "compiled"]
+GROWING = ["chains", "parameters", "batch"]
+CHAIN_COUNTS, SCALING_SIZES, BATCHES = [1, 2, 4, 8, 16, 32, 64], [1024, 10_000, 102_400, 10**6], [20, 100, 500, 2500]
+
+
+def make_estimate(contender: str) -> Estimate:
+    """The contender's estimate, its library imported."""
+    name, _, strategy = contender.partition(":")
+    if name == "llc_fast":
+        return with_llc_fast(**({"strategy": strategy} if strategy else {}))
+    return with_devinterp() if name == "devinterp" else with_canonical()
+
+
+def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
+    """What a worker does: one whole estimate, or with a "budget" the slope of many steps."""
+    warnings.simplefilter("ignore")
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    estimate = make_estimate(spec["contender"])
+    model, data = make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
+    draws = max(1, spec["steps"] // 2)
+    work = Work(
+        spec["lr"],
+        NBETA,
+        LOCALIZATION,
+        batch=spec["batch"],
+        chains=spec["chains"],
+        burnin=spec["steps"] - draws,
+        draws=draws,
+        seed=spec["seed"],
+    )
+    if spec.get("budget"):
+        return slope(lambda steps: estimate(model, data, replace(work, burnin=steps - 1, draws=1)), spec["budget"])
+    if spec["contender"].endswith("-warm"):
+        estimate(model, data, replace(work, burnin=2, draws=2))
+    started = time.perf_counter()
+    found = estimate(model, data, work)
+    return {"seconds": time.perf_counter() - started, "threads": torch.get_num_threads(), **found}
+
+
+def slope(run: Callable[[int], dict[str, Any]], budget: float) -> dict[str, Any]:
+    """Seconds per step: the median of three differences between a long and a short run, `budget` seconds in all."""
+
+    def timed(steps: int) -> tuple[float, dict[str, Any]]:
+        started = time.perf_counter()
+        found = run(steps)
+        return time.perf_counter() - started, found
+
+    first, found = timed(2)
+    more, elapsed = 4, 0.0
+    while elapsed < budget / 10 and more < 20_000:
+        more *= 2
+        elapsed = timed(2 + more)[0] - timed(2)[0]
+    more = max(int(more * min(budget / 3 / elapsed, 4)), 10)
+    differences = [timed(2 + more)[0] - timed(2)[0] for _ in range(3)]
+    return {"seconds": median(differences) / more, "set-up": first, "strategy": found.get("strategy")}
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    what = f"{spec['contender']}, {spec['parameters']:,} parameters, {spec['chains']} chains, batch {spec['batch']}"
+    print(f"… {what}", file=sys.stderr, flush=True)
+    if spec["contender"].endswith("-cached"):
+        with tempfile.TemporaryDirectory() as cache:
+            in_fresh_process(__file__, spec | {"steps": 4}, cache)
+            found = in_fresh_process(__file__, spec, cache)
+    else:
+        found = in_fresh_process(__file__, spec)
+    if "error" in found:
+        print(f"{what}: {found['error']}", file=sys.stderr)
+    return found
+
+
+def estimates_table(
+    parameters: int, options: argparse.Namespace, versions: dict[str, str | None]
+) -> list[dict[str, Any]]:
+    """One size: every contender in turn, round after round."""
+    found: dict[str, list[dict[str, Any]]] = {contender: [] for contender in options.contenders}
+    for round_ in range(options.repeats):
+        for contender, results in found.items():
+            if versions.get(DISTRIBUTIONS.get(contender, ""), "") is None:
+                continue
+            spec = {"contender": contender, "parameters": parameters, "steps": options.steps, "seed": round_}
+            spec |= {"batch": BATCH, "chains": CHAINS, "lr": LR, "threads": options.threads}
+            results.append(measure(spec))
+    base = next((results for contender, results in found.items() if contender.startswith("llc_fast")), None)
+    rows = []
+    for contender, results in found.items():
+        row: dict[str, Any] = {"contender": title(contender, versions, (results or [{}])[0].get("strategy"))}
+        rows.append(row)
+        if not results or any("error" in r for r in results):
+            row["seconds"] = "failed" if results else "not installed"
+            continue
+        seconds = [r["seconds"] for r in results]
+        llc = torch.tensor([r["llc"] for r in results])
+        row |= {"seconds": median(seconds), "λ̂": float(llc.mean()), "std over chains": float(llc.std(dim=1).mean())}
+        if base and results is not base and not any("error" in r for r in base):
+            row["llc_fast is faster"] = ratio(seconds, [r["seconds"] for r in base])
+        asked = ASKED.get(contender.partition("-")[0], {}).get(parameters)
+        row |= {"asked": asked, "every run": seconds, "threads": results[0]["threads"]}
+    return rows
+
+
+def title(contender: str, versions: dict[str, str | None], strategy: str | None) -> str:
+    """A row's name; for llc_fast with the strategy that it chose."""
+    if contender in DISTRIBUTIONS:
+        return rival_title(contender, DISTRIBUTIONS[contender], versions[DISTRIBUTIONS[contender]])
+    return contender + (f" ({strategy})" if strategy and ":" not in contender else "")
+
+
+def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
+    from llc_fast.theory import deep_linear
+
+    versions = installed(DISTRIBUTIONS[c] for c in options.contenders if c in DISTRIBUTIONS)
+    tables: dict[str, Any] = {"work": {"steps": options.steps, "chains": CHAINS, "lr": LR, "nbeta": NBETA}}
+    columns = ["contender", "seconds", "llc_fast is faster", "asked", "λ̂", "std over chains"]
+    for parameters in options.sizes:
+        rows = tables[str(parameters)] = estimates_table(parameters, options, versions)
+        width = math.isqrt(parameters // LAYERS)
+        known = deep_linear((width,) * (LAYERS + 1), width).value
+        heading = f"{parameters:,} parameters, {CHAINS} chains × {options.steps:,} steps, λ of the theory {known:g}"
+        print_table(heading, [{c: times(row.get(c), c) for c in columns} for row in rows])
+        sys.stdout.flush()
+    if options.steps != STEPS:
+        print(f"\nThe asked ratios are for {STEPS:,} steps.")
+    return tables
+
+
+def times(value: Any, column: str) -> Any:
+    """Ratios as "12.3×", large estimates without an exponent."""
+    if value is None or isinstance(value, str):
+        return value
+    if column in ("llc_fast is faster", "asked"):
+        return f"{'≥ ' if column == 'asked' else ''}{value:.3g}×"
+    return f"{value:.1f}" if column == "λ̂" else value
+
+
+def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
+    plans: dict[str, list[tuple[int, int, int]]] = {
+        "chains": [(10_000, BATCH, chains) for chains in CHAIN_COUNTS],
+        "parameters": [(size, BATCH, CHAINS) for size in SCALING_SIZES],
+        "batch": [(10_000, batch, CHAINS) for batch in BATCHES],
+    }
+    tables: dict[str, Any] = {}
+    for growing in options.growing:
+        plan = plans[growing]
+        rows = tables[growing] = []
+        for strategy in options.strategies:
+            base = None
+            for k, (parameters, batch, chains) in enumerate(plan):
+                name = f"llc_fast:{strategy}" if strategy else "llc_fast"
+                spec = {"contender": name, "parameters": parameters, "batch": batch}
+                # So small a step that no chain can be lost.
+                spec |= {"chains": chains, "lr": 1e-9, "seed": 0, "threads": options.threads}
+                spec |= {"steps": STEPS, "budget": options.budget}
+                found = measure(spec)
+                used, seconds = found.get("strategy"), found.get("seconds")
+                base = seconds if k == 0 else base
+                row = {
+                    "strategy": (strategy or "default") + (f" ({used})" if used and strategy is None else ""),
+                    "parameters": parameters,
+                    "batch": batch,
+                    "chains": chains,
+                    "ms per step": seconds and 1e3 * seconds,
+                    "for each chain": seconds and 1e3 * seconds / chains,
+                    "× the first row's step": seconds / base if seconds and base else None,
+                    "set-up, s": found.get("set-up"),
+                }
+                rows.append(row)
+        print_table(f"llc_fast as the {growing} grow{'s' if growing == 'batch' else ''}", rows)
+        sys.stdout.flush()
+    return tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="parameters: 4 × a square")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=["llc_fast", *DISTRIBUTIONS],
+        help="llc_fast, llc_fast:STRATEGY, devinterp, canonical, canonical-cached, canonical-warm; "
+        "the first llc_fast is the base",
+    )
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="torch threads of every contender; default: torch's own choice")
+    parser.add_argument("--scaling", action="store_true", help="llc_fast alone: how a step's time grows")
+    parser.add_argument("--strategies", nargs="+", help="with --scaling: default, sequential, batched, compiled")
+    parser.add_argument(
+        "--growing", nargs="+", default=list(GROWING), choices=GROWING, help="with --scaling: what grows"
+    )
+    parser.add_argument("--budget", type=float, default=2.0, help="with --scaling: seconds for each row")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work_in_this_process(json.loads(options.worker))))
+        return
+    has_strategies = offers("strategy")
+    wanted = [None if s == "default" else s for s in options.strategies or ["default"]]
+    options.strategies = STRATEGIES if has_strategies and not options.strategies else wanted
+    for contender in options.contenders:
+        if contender not in DISTRIBUTIONS and contender.partition(":")[0] != "llc_fast":
+            parser.error(f"unknown contender {contender!r}")
+    if not has_strategies and (any(wanted) or any(":" in c for c in options.contenders)):
+        parser.error("this version's estimate_llc has no parameter strategy")
+    if options.steps < 2 or any(LAYERS * math.isqrt(s // LAYERS) ** 2 != s for s in options.sizes):
+        parser.error(f"--steps must be at least 2, and each of --sizes {LAYERS} times a square")
+    tables = run_scaling(options) if options.scaling else run_estimates(options)
+    write_json(options.json, tables)
+
+
+if __name__ == "__main__":
+    main()
