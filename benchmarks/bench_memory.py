@@ -4,15 +4,15 @@
                                       [--chains 2] [--steps 3] [--json PATH]
 
 The network: 25 bias-free linear layers of 2000×2000, built without a second copy. Each contender has a process of its
-own, and its peak resident set is read when torch and the contender are imported ("imports"), and when the estimate is
-done ("peak"). "activations" are reckoned, not measured: the layers' outputs that the backward pass needs,
+own, and its peak resident set is read when torch and the contender are imported and have made an estimate of 128
+parameters, so that what they load at first use is loaded ("imports"), and when the estimate is done ("peak").
+"activations" are reckoned, not measured: the layers' outputs that the backward pass needs,
 batch × width × layers × 4 bytes. "besides" is the peak without these two, so parameters, chains, gradients, the
 sampler's state, and the data (1,000 samples, 0.16 bytes per parameter at full size); the asked figures are for it. With
-gradient release the largest layer is allowed on top. "loaded later" is the part of "besides" that is no matter of size:
-what an estimate of 128 parameters, made first, adds to the imports.
+gradient release the largest layer is allowed on top.
 
-Part of a peak is the C library's: glibc does not give freed tensors of this size back at once. With
-MALLOC_MMAP_THRESHOLD_=65536 in the environment it does, for every contender alike.
+Part of a rival's peak is the C library's: glibc does not give freed tensors of this size back at once. llc_fast makes
+it while it runs; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does for every contender alike.
 
 λ̂ means nothing after three steps; the step size is so small that no chain is lost. For a quick try: --width 500.
 Rivals (contenders.py says how they are called) that are not installed are left out, with a note.
@@ -44,9 +44,9 @@ from harness import in_fresh_process, peak_memory, print_table, write_json
 
 SAMPLES, BATCH, LR, LOCALIZATION = 1000, 500, 1e-12, 1.0
 OURS: dict[str, dict[str, Any]] = {
-    "sgld": {"sampler": "sgld"},
+    "sgld": {"sampler": "sgld", "release_gradients": False},
     "sgld-released": {"sampler": "sgld", "release_gradients": True},
-    "rmsprop-sgld": {"sampler": "rmsprop-sgld"},
+    "rmsprop-sgld": {"sampler": "rmsprop-sgld", "release_gradients": False},
     "rmsprop-sgld-released": {"sampler": "rmsprop-sgld", "release_gradients": True},
     "sgld-batched": {"sampler": "sgld", "strategy": "batched"},
 }
@@ -72,18 +72,17 @@ def make_estimate(contender: str) -> Estimate:
 def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     estimate = make_estimate(spec["contender"])
-    imports = peak_memory()
     nbeta, draws = SAMPLES / math.log(SAMPLES), max(1, spec["steps"] - 1)
     work = Work(LR, nbeta, LOCALIZATION, BATCH, chains=spec["chains"], burnin=spec["steps"] - draws, draws=draws)
     estimate(*make_problem(8, 2, BATCH), work)
-    loaded = peak_memory()
+    imports = peak_memory()
     model, data = make_problem(spec["width"], spec["layers"], SAMPLES)
     started = time.perf_counter()
     found = estimate(model, data, work)
     if not all(map(math.isfinite, found["llc"])):
         raise RuntimeError(f"a chain was lost, so not all steps were made: {found['llc']}")
     seconds = time.perf_counter() - started
-    return {"imports": imports, "loaded": loaded, "peak": peak_memory(), "seconds": seconds, **found}
+    return {"imports": imports, "peak": peak_memory(), "seconds": seconds, **found}
 
 
 def row_of(contender: str, options: argparse.Namespace, version: str | None) -> dict[str, Any]:
@@ -109,8 +108,7 @@ def row_of(contender: str, options: argparse.Namespace, version: str | None) -> 
     if asked and contender.endswith("-released"):
         asked += 4 / options.layers
     row |= {"peak": peak, "imports": imports, "activations": activations, "besides": peak - imports - activations}
-    row |= {"asked": asked and f"≤ {asked:.2f}", "loaded later": (found["loaded"] - found["imports"]) / parameters}
-    return row | {"seconds": found["seconds"]}
+    return row | {"asked": asked and f"≤ {asked:.2f}", "seconds": found["seconds"]}
 
 
 def main() -> None:
@@ -131,7 +129,7 @@ def main() -> None:
     versions = installed(RIVALS[c] for c in options.contenders if c in RIVALS)
     rows = [row_of(c, options, versions.get(RIVALS.get(c, ""))) for c in options.contenders]
     parameters = options.width**2 * options.layers
-    columns = ["contender", "peak", "imports", "activations", "besides", "asked", "loaded later", "seconds"]
+    columns = ["contender", "peak", "imports", "activations", "besides", "asked", "seconds"]
     print_table(
         f"Bytes per parameter: {parameters:.3g} parameters in {options.layers} layers, {options.chains} chains × "
         f"{options.steps} steps, batch {BATCH}",

@@ -370,7 +370,7 @@ def run_chains(
     observables, monitor = observables or {}, monitor or Monitor()
     plan = plan or make_plan(posterior, sampler, len(chains), has_observables=bool(observables))
     cuda = [posterior.device] if posterior.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _threads(plan.num_threads), _stoppable() as stop:
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(plan.num_threads), _stoppable() as stop:
 
         def build(plan: Plan) -> list[_Group]:
             return [
@@ -530,7 +530,7 @@ def _grouped(chains: range, size: int, resumed: Sequence[ChainRecord]) -> Iterat
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Run with `count` intra-op threads; None: as many as torch is set to use."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

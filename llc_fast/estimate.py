@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from llc_fast.calibration import default_lr
-from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains
+from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, threads
 from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
 from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, join
@@ -27,6 +27,8 @@ from llc_fast.samplers import check_number, make_sampler
 
 DEFAULT_NUM_DRAWS = 2000
 DEFAULT_LOCALIZATION = 1.0
+_SMALL = 2e7
+"""Parameters × batch size below which the first look at a model uses one thread; what it counts decides from there."""
 
 
 def default_nbeta(n: int) -> float:
@@ -201,18 +203,19 @@ def estimate_llc(
         nbeta = default_nbeta(source.num_samples)
     # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
     generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
-    is_large = where.type == "cpu" and isinstance(model, nn.Module) and _num_elements(model) > LARGE_MODEL
+    is_large = where.type == "cpu" and _num_elements(model) > LARGE_MODEL
     with team.working(), generators, large_blocks_apart(is_large):
         torch.manual_seed(seed)
-        posterior = Posterior(
-            model,
-            loss_fn,
-            source,
-            device=where,
-            params=params,
-            autocast=autocast,
-            microbatch_size=microbatch_size,
-        )
+        with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
+            posterior = Posterior(
+                model,
+                loss_fn,
+                source,
+                device=where,
+                params=params,
+                autocast=autocast,
+                microbatch_size=microbatch_size,
+            )
         plan = make_plan(
             posterior,
             prepared,
@@ -226,7 +229,8 @@ def estimate_llc(
         if keeper is not None:
             identity = {**requested, **model_identity(posterior), **data_identity(source)}
             saved = keeper.load(identity)
-        init_loss = posterior.full_loss()
+        with threads(plan.num_threads):
+            init_loss = posterior.full_loss()
         if saved is not None:
             chosen = saved.chosen
             if abs(chosen["init_loss"] - init_loss) > 1e-5 * abs(init_loss):
@@ -237,7 +241,8 @@ def estimate_llc(
         else:
             if lr is None:
                 kind, settings = type(prepared), vars(prepared)
-                lr = default_lr(posterior, kind, settings, nbeta=nbeta, localization=localization, seed=seed)
+                with threads(plan.num_threads):
+                    lr = default_lr(posterior, kind, settings, nbeta=nbeta, localization=localization, seed=seed)
             chosen = {"init_loss": init_loss, "lr": float(lr), "nbeta": float(nbeta)}
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
@@ -426,7 +431,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _num_elements(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
 
 
 def _model_warnings(model: nn.Module, posterior: Posterior) -> list[str]:
