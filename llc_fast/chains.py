@@ -276,10 +276,16 @@ class _CapturedStep:
         self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
         arrays = {k: t.clone() for k, t in state.arrays().items()}
 
+        # Gradients are allocated anew during capture; the table of addresses that the update reads can't be sent to the
+        # GPU then, so it knows a place of its own.
+        fixed = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in state.params().values()]
+
         def body() -> None:
             evaluation = gradient.evaluate(feed(0, self._step))
             losses.index_copy_(1, self._step.reshape(1), evaluation.loss.to(losses.dtype).reshape(-1, 1))
-            gradient.move(0, self._step)
+            for place, grad in zip(fixed, gradient.gradients(), strict=True):
+                place.copy_(grad.view_as(place))
+            state.move(fixed, 0, self._step)
             self._step += 1
 
         side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]

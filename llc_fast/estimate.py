@@ -18,7 +18,7 @@ from llc_fast.calibration import default_lr
 from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, threads
 from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
 from llc_fast.data import DataSource, LoaderSource, make_source
-from llc_fast.distributed import Team, join
+from llc_fast.distributed import Team, default_device, join
 from llc_fast.gradients import LARGE_MODEL, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
 from llc_fast.posterior import LossFunction, Posterior, takes_model
@@ -171,7 +171,7 @@ def estimate_llc(
     if prepared.adaptive:
         options.setdefault("adapt_steps", max(1, schedule.num_burnin))
 
-    where = check_device(device) if device is not None else _device_of(model)
+    where = default_device(check_device(device)) if device is not None else _device_of(model)
     team = join(distributed)
     keeper = None
     if checkpoint is not None:

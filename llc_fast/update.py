@@ -279,6 +279,11 @@ class SegmentTable:
         if self.device.type == "cpu":
             return self._host_address
         if self._device_rows is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
+                    "CUDA graph is captured: take a step before, and keep gradients in place (zero_grad(set_to_none=False))"
+                )
             self._device_rows = torch.from_numpy(self._rows.copy()).to(self.device)
         return self._device_rows.data_ptr()
 
