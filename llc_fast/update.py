@@ -282,7 +282,7 @@ class SegmentTable:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
-                    "CUDA graph is captured: take a step before, and keep gradients in place (zero_grad(set_to_none=False))"
+                    "CUDA graph is captured: take a step before, and keep them in place (zero_grad(set_to_none=False))"
                 )
             self._device_rows = torch.from_numpy(self._rows.copy()).to(self.device)
         return self._device_rows.data_ptr()
