@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
@@ -64,10 +66,13 @@ class LangevinOptimizer(torch.optim.Optimizer):
     """
 
     sampler: ClassVar[type[samplers.Sampler]]
+    _numbers: ClassVar[operator.itemgetter[Any]]
+    """The options in a group that a step's scalars are made from."""
 
     def __init_subclass__(cls, sampler: type[samplers.Sampler], **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.sampler = sampler
+        cls._numbers = operator.itemgetter(*(f.name for f in fields(sampler) if f.name != "preconditioner"))
         parts = {"summary": cls.__doc__, "sampler": inspect.cleandoc(sampler.__doc__ or "")}
         cls.__doc__ = _DOC.format(**parts)
         shared = list(inspect.signature(LangevinOptimizer.__init__).parameters.values())[1:-1]
@@ -117,9 +122,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} has no option {', '.join(unknown)}; see help({type(self).__name__})"
             )
         self._wanted = frozenset(metrics or ())
+        self._sums = not self._wanted.isdisjoint(_SUMMED)
         self._release, self._capturable = release_gradients, capturable
         self._values: dict[str, Any] = {}
-        self._tables: dict[tuple[int, int], tuple[object, list[tuple[list[int], SegmentTable]]]] = {}
+        self._tables: dict[tuple[int, int], _Tables] = {}
+        self._scalars: dict[int, tuple[tuple[Any, ...], StepScalars]] = {}
         self._device_scalars: dict[int, tuple[StepScalars, Tensor]] = {}
         self._hooks: list[Any] = []
         # A tensor, as in torch's own optimizers: torch.compile would build a new graph for each value of an int.
@@ -129,12 +136,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
     # ---- groups and state ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_wanted", "_release", "_capturable")
+        own = ("_wanted", "_sums", "_release", "_capturable")
         return super().__getstate__() | {k: self.__dict__[k] for k in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables, self._device_scalars, self._values = {}, {}, {}
+        self._tables, self._scalars, self._device_scalars, self._values = {}, {}, {}, {}
         if "_hooks" not in self.__dict__:
             self._hooks = []
             if self._release:
@@ -242,7 +249,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]
 
-    @torch.no_grad()
+    # Grad mode stays as it is: the native step takes addresses, and the rare arithmetic on gradients turns it off.
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -250,38 +257,46 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._wanted:
             self._values = {"noise": defaultdict(list), "dws": []}
-        sums = []
-        for index, group in enumerate(self.param_groups):
-            live = [k for k, p in enumerate(group["params"]) if p.grad is not None]
-            if live:
-                sums.append((group, self._step_group(index, group, live)))
-            if self._capturable:
-                group["step"] += 1
-            else:  # not in place: a state_dict taken before must not move on
-                group["step"] = group["step"] + 1
-        self._report(sums)
+        sums = [(group, self._step_group(index, group)) for index, group in enumerate(self.param_groups)]
+        if self._sums:
+            self._report(sums)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], live: list[int]) -> Tensor | None:
-        grads: list[Any] = [group["params"][k].grad for k in live]
-        if torch.compiler.is_compiling():
-            if not (self._wanted or self._capturable or group.get("relative_eps")):
-                self._step_compiled(group, live, grads)
-                return None
-            # What reports to the host breaks the graph.
-            outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
-            return outside(index, group, live, grads)
-        return self._step_eagerly(index, group, live, grads)
+    def _step_group(self, index: int, group: dict[str, Any]) -> Tensor | None:
+        """One step of a group; the sums that it leaves behind, if anybody wants them."""
+        if not torch.compiler.is_compiling():
+            return self._step_eagerly(index, group)
+        if not (self._wanted or self._capturable or group.get("relative_eps")):
+            self._step_compiled(group)
+            return None
+        # What reports to the host breaks the graph.
+        outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
+        return outside(index, group)
 
-    def _step_eagerly(self, index: int, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> Tensor | None:
-        params: list[Tensor] = group["params"]
+    def _step_eagerly(self, index: int, group: dict[str, Any]) -> Tensor | None:
         step = 0 if self._capturable else int(group["step"])
-        scalars = self.sampler.adjusted(self.sampler.scalars(group), group, group, step, grads)
-        measured = self._measures(group)
-        metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device) if measured else None
-        if not self._wanted.isdisjoint(_TENSORS):
+        live, grads = _gradients(group["params"])
+        metrics = self._move(index, group, live, grads, step) if live else None
+        if self._capturable:
+            group["step"] += 1
+        else:
+            # A new tensor, because a state_dict taken before must not move on; this is the fastest way to make one.
+            group["step"] = torch.from_numpy(np.array(step + 1))
+        return metrics
+
+    def _move(
+        self, index: int, group: dict[str, Any], live: list[int], grads: list[Tensor], step: int
+    ) -> Tensor | None:
+        params: list[Tensor] = group["params"]
+        scalars, metrics = self._group_scalars(index, group), None
+        if measures := self.sampler.measures(group):
+            with torch.no_grad():  # of gradients that have a graph themselves
+                scalars = self.sampler.adjusted(scalars, group, group, step, grads)
+        if measures or self._sums:
+            metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device)
+        if self._wanted:
             self._keep_tensors(index, group, live)
-        key = NoiseKey(seed=group["seed"], step=step)
+        device_scalars = self._scalars_on_device(index, scalars, params[0].device) if self._capturable else None
         tables = self._group_tables((index, 0), group, live)
         for position, table in tables:
             # A table overwrites what it is given.
@@ -289,15 +304,16 @@ class LangevinOptimizer(torch.optim.Optimizer):
             table.step(
                 [grads[j] for j in position],
                 scalars,
-                key,
+                NoiseKey(group["seed"], step),
                 thermostat=group.get("thermostat"),
                 metrics=part,
-                device_scalars=self._scalars_on_device(index, scalars, params[0].device),
+                device_scalars=device_scalars,
                 device_step=group["step"] if self._capturable else None,
             )
             if metrics is not None and part is not None and part is not metrics:
                 metrics += part
-        if metrics is not None and self.sampler.measures(group):
+        update.mark_written([params[k] for k in live])
+        if metrics is not None and measures:
             self.sampler.follow(scalars, group, step, metrics, self._count(group, live))
         return metrics
 
@@ -307,22 +323,23 @@ class LangevinOptimizer(torch.optim.Optimizer):
         masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
         return sum(p.numel() if m is None else int(m.expand(p.shape).sum()) for p, m in masks)
 
-    @property
-    def _sums(self) -> bool:
-        return not self._wanted.isdisjoint(_SUMMED)
-
-    def _measures(self, group: dict[str, Any]) -> bool:
-        return self._sums or self.sampler.measures(group)
+    def _group_scalars(self, index: int, group: dict[str, Any]) -> StepScalars:
+        """The scalars of a group, made and checked again only when one of its numbers has changed."""
+        numbers = self._numbers(group)
+        cached = self._scalars.get(index)
+        if cached is None or cached[0] != numbers:
+            cached = (numbers, self.sampler.scalars(group))
+            if _constant(numbers):
+                self._scalars[index] = cached
+        return cached[1]
 
     def refresh_scalars(self) -> None:
         """With ``capturable``: hand the groups' present hyperparameters to the next replay of a captured graph."""
         for index, group in enumerate(self.param_groups):
             self._scalars_on_device(index, self.sampler.scalars(group), group["params"][0].device)
 
-    def _scalars_on_device(self, index: int, scalars: StepScalars, device: torch.device) -> Tensor | None:
+    def _scalars_on_device(self, index: int, scalars: StepScalars, device: torch.device) -> Tensor:
         """The scalars where a captured graph reads them; written again only when they change."""
-        if not self._capturable:
-            return None
         cached = self._device_scalars.get(index)
         if cached is None:
             cached = (scalars, torch.tensor(scalars, dtype=torch.float64, device=device))
@@ -340,28 +357,40 @@ class LangevinOptimizer(torch.optim.Optimizer):
         Each comes with the positions of its parameters in `live`. `slot` names the cache: (group, 0) for the whole
         group, (group, 1 + k) for its parameter k alone.
         """
-        identity = self._identity(group, live)
+        identity, objects = self._identity(group, live)
         cached = self._tables.get(slot)
-        if cached is not None and cached[0] == identity:
-            return cached[1]
-        buckets: dict[torch.dtype, list[int]] = defaultdict(list)
-        for j, k in enumerate(live):
-            buckets[group["params"][k].dtype].append(j)
-        segments = self._segments(group, live)
-        tables = [
-            (position, SegmentTable(self.sampler.name, [segments[j] for j in position]))
-            for position in buckets.values()
-        ]
-        self._tables[slot] = (identity, tables)
-        return tables
+        if cached is None or cached.identity != identity:
+            buckets: dict[torch.dtype, list[int]] = defaultdict(list)
+            for j, k in enumerate(live):
+                buckets[group["params"][k].dtype].append(j)
+            segments = self._segments(group, live)
+            tables = [
+                (position, SegmentTable(self.sampler.name, [segments[j] for j in position]))
+                for position in buckets.values()
+            ]
+            cached = self._tables[slot] = _Tables(identity, objects, tables)
+        return cached.tables
 
-    def _identity(self, group: dict[str, Any], live: list[int]) -> _Identity:
-        """What a table was built from: equal as long as nothing was moved, replaced or switched on."""
-        params, masks = group["params"], group["optimize_over"]
-        objects = [*masks] if isinstance(masks, (list, tuple)) else [masks]
-        objects += [self.state[params[k]].get("initial_param") for k in live if params[k] in self.state]
-        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
-        return _Identity([anchored, *(params[k].data_ptr() for k in live)], objects)
+    def _identity(self, group: dict[str, Any], live: list[int]) -> tuple[list[int], list[Any]]:
+        """What a table is built from: numbers that change when anything is moved, replaced or switched on.
+
+        Some are ids: those objects have to stay alive for as long as the numbers are compared. A loop of plain appends,
+        because it runs at every step.
+        """
+        params, state = group["params"], self.state
+        objects: list[Any] = []
+        numbers: list[int] = [group["localization"] != 0 or group["bounding_box_size"] is not None]
+        for given in (group["optimize_over"], group.get("preconditioner")):
+            if isinstance(given, (list, tuple)):
+                objects += given
+            else:
+                objects.append(given)
+        for k in live:
+            p = params[k]
+            numbers.append(p.data_ptr())
+            objects.append(state[p].get("initial_param"))
+        numbers += map(id, objects)
+        return numbers, objects
 
     def _segments(self, group: dict[str, Any], live: list[int]) -> list[Segment]:
         anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
@@ -387,8 +416,16 @@ class LangevinOptimizer(torch.optim.Optimizer):
             )
         return segments
 
-    def _step_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
+    @torch.no_grad()
+    def _step_compiled(self, group: dict[str, Any]) -> None:
         """The same step as one opaque operation that torch.compile can keep in its graph."""
+        live, grads = _gradients(group["params"])
+        if live:
+            self._move_compiled(group, live, grads)
+        # One graph for all steps: the count is a tensor for its sake, and computed in it.
+        group["step"] = group["step"] + 1
+
+    def _move_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
         device, scalars = group["params"][0].device, self.sampler.scalars(group)
         metrics = None
         if self.sampler.thermostatted:
@@ -428,13 +465,13 @@ class LangevinOptimizer(torch.optim.Optimizer):
         ]
 
     def _released(self, index: int, k: int) -> Callable[[Tensor], None]:
-        @torch.no_grad()
         def move(p: Tensor) -> None:
             group = self.param_groups[index]
             [(_, table)] = self._group_tables((index, 1 + k), group, [k])
             scalars, grad = self.sampler.scalars(group), p.grad
             assert grad is not None  # the hook runs right after it was accumulated
-            table.step([grad], scalars, NoiseKey(seed=group["seed"], step=int(group["step"])))
+            table.step([grad], scalars, NoiseKey(group["seed"], int(group["step"])))
+            update.mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
             p.grad = None
 
         return move
@@ -452,8 +489,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["adapt_steps"] = int(group["step"])
 
+    @torch.no_grad()
     def _keep_tensors(self, index: int, group: dict[str, Any], live: list[int]) -> None:
         """The noise and the drift of the step to come, remade outside the kernel for callbacks that want tensors."""
+        if self._wanted.isdisjoint(_TENSORS):
+            return
         offsets = _offsets(group)
         for k in live:
             p = group["params"][k]
@@ -471,8 +511,6 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _report(self, sums: list[tuple[dict[str, Any], Tensor | None]]) -> None:
         """The norms of the last step over all groups, as devinterp defines them."""
-        if not self._sums:
-            return
         columns = {name: k for k, name in enumerate(reference.METRICS)}
 
         def total(name: str, factor: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> Tensor:
@@ -506,21 +544,22 @@ class LangevinOptimizer(torch.optim.Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class _Identity:
-    """Values that must be equal and objects that must be the same ones; kept alive, so that none is mistaken."""
+class _Tables(NamedTuple):
+    """A group's native tables, each with the positions of its parameters, and what they were built from."""
 
-    def __init__(self, values: list[Any], objects: list[Any]) -> None:
-        self._values, self._objects = values, objects
+    identity: list[int]
+    objects: list[Any]  # kept alive: `identity` holds their ids
+    tables: list[tuple[list[int], SegmentTable]]
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Identity)
-            and self._values == other._values
-            and len(self._objects) == len(other._objects)
-            and all(a is b for a, b in zip(self._objects, other._objects, strict=True))
-        )
 
-    __hash__ = None  # type: ignore[assignment]
+def _gradients(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """The parameters that have a gradient, by number, and those gradients."""
+    live, grads = [], []
+    for k, p in enumerate(params):
+        if (grad := p.grad) is not None:
+            live.append(k)
+            grads.append(grad)
+    return live, grads
 
 
 def _offsets(group: dict[str, Any]) -> list[int]:
@@ -529,6 +568,11 @@ def _offsets(group: dict[str, Any]) -> list[int]:
         offsets.append(total)
         total += p.numel()
     return offsets
+
+
+def _constant(value: Any) -> bool:
+    """Whether it can't change in place, as a tensor or a list could."""
+    return all(map(_constant, value)) if isinstance(value, tuple) else isinstance(value, (int, float, type(None)))
 
 
 def _entry(value: Any, k: int) -> Any:

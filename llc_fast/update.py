@@ -63,6 +63,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {known}: convert the model")
 
 
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd of writes that it can't see: a backward pass that still needs the old values then raises."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # torch 2.4 takes one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def is_low_precision(tensor: Tensor) -> bool:
     """Whether chains of this parameter keep float32 and write it a copy: steps would be lost in its own precision."""
     return tensor.dtype in _LOW
@@ -120,6 +129,7 @@ class SegmentTable:
         self._rule, self._num_chains, self._chain_stride = rule, num_chains, chain_stride
         first = self._segments[0]
         self.device, self.dtype = first.w.device, first.w.dtype
+        self._on_cpu = self.device.type == "cpu"
         self._grad_dtype = self.dtype if first.copy is None else first.copy.dtype
         self._check_uniform()
         # Only dense rows can be segments: anything else is stepped in a contiguous copy.
@@ -269,14 +279,14 @@ class SegmentTable:
             None if device_step is None else device_step.data_ptr(),
             torch.get_num_threads(),
         )
-        if self.device.type == "cpu":
+        if self._on_cpu:
             _native.step(*arguments, None)
         else:
             with torch.cuda.device(self.device):
                 _native.step(*arguments, torch.cuda.current_stream(self.device).cuda_stream)
 
     def _table_address(self) -> int:
-        if self.device.type == "cpu":
+        if self._on_cpu:
             return self._host_address
         if self._device_rows is None:
             self._device_rows = torch.from_numpy(self._rows.copy()).to(self.device)
@@ -284,13 +294,14 @@ class SegmentTable:
 
     def _scratch_address(self) -> int | None:
         """Where a GPU leaves partial sums: allocated once, when metrics are first wanted."""
-        if self.device.type == "cpu":
+        if self._on_cpu:
             return None
         if self._scratch is None:
             size = _native.scratch_size(self._begin, self._end, self._num_chains)
             self._scratch = torch.empty(size, dtype=torch.float64, device=self.device)
         return self._scratch.data_ptr()
 
+    @torch.no_grad()  # a gradient may have a graph itself
     def _reference_step(
         self,
         grads: list[Tensor],
