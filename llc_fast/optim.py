@@ -298,8 +298,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _step_eagerly(self, index: int, group: dict[str, Any]) -> Tensor | None:
         step = 0 if self._capturable else int(group["step"])
-        live, grads = _gradients(group["params"])
-        metrics = self._move(index, group, live, grads, step) if live else None
+        metrics = self._move(index, group, step)
         if self._capturable:
             group["step"] += 1
         else:
@@ -307,10 +306,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
             group["step"] = torch.from_numpy(np.array(step + 1))
         return metrics
 
-    def _move(
-        self, index: int, group: dict[str, Any], live: list[int], grads: list[Tensor], step: int
-    ) -> Tensor | None:
+    def _move(self, index: int, group: dict[str, Any], step: int) -> Tensor | None:
         params: list[Tensor] = group["params"]
+        live, grads = _gradients(params)
+        if not live:
+            return None
         scalars, metrics = self._group_scalars(index, group), None
         if measures := self.sampler.measures(group):
             with torch.no_grad():  # of gradients that have a graph themselves
@@ -400,7 +400,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         Some are ids: those objects have to stay alive for as long as the numbers are compared. A loop of plain appends,
         because it runs at every step.
         """
-        params, state = group["params"], self.state
+        params, state, sharded = group["params"], self.state, self._sharded
         objects: list[Any] = []
         numbers: list[int] = [group["localization"] != 0 or group["bounding_box_size"] is not None]
         for given in (group["optimize_over"], group.get("preconditioner")):
@@ -410,7 +410,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 objects.append(given)
         for k in live:
             p = params[k]
-            numbers.append((_local(p) if self._sharded else p).data_ptr())
+            numbers.append((_local(p) if sharded else p).data_ptr())
             objects.append(state[p].get("initial_param"))
         numbers += map(id, objects)
         return numbers, objects

@@ -12,6 +12,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -146,6 +147,7 @@ class SegmentTable:
         self._work = [_dense_like(s.w) for s in self._segments]
         self._copies = [None if s.copy is None else _dense_like(s.copy) for s in self._segments]
         self._numel = [s.w.numel() for s in self._segments]
+        self._sizes = list(zip(self._order, self._numel, strict=True))
         self._begin = first.runs[0]
         self._end = max(s.runs[-1] + s.run_length for s in self._segments)
         self._moves = [
@@ -243,25 +245,32 @@ class SegmentTable:
 
     def _gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients in table order, checked and contiguous."""
-        dense = []
-        for k, numel in zip(self._order, self._numel, strict=True):
+        dense, dtype, device, strided = [], self._grad_dtype, self.device, torch.strided
+        for k, numel in self._sizes:
             grad = grads[k]
-            if grad.dtype != self._grad_dtype or grad.device != self.device:
-                raise TypeError(
-                    f"the gradient of parameter {k} is {grad.dtype} on {grad.device}, the parameter "
-                    f"{self._grad_dtype} on {self.device}"
-                )
-            if grad.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of parameter {k} has layout {grad.layout}; only dense gradients can be used: "
-                    "build the embedding with sparse=False"
-                )
-            if (size := grad.numel()) != numel and size != numel * self._num_chains:
-                raise ValueError(
-                    f"the gradient of parameter {k} has shape {tuple(grad.shape)}: {size} elements, not {numel}"
-                )
+            # One condition for all that should be so: this is most of what Python does in a small step.
+            if not (
+                grad.dtype is dtype
+                and grad.device == device
+                and grad.layout is strided
+                and ((size := grad.numel()) == numel or size == numel * self._num_chains)
+            ):
+                self._refuse_gradient(k, grad, numel)
             dense.append(grad if grad.is_contiguous() else grad.contiguous())
         return dense
+
+    def _refuse_gradient(self, k: int, grad: Tensor, numel: int) -> NoReturn:
+        name = f"the gradient of parameter {k}"
+        if grad.dtype != self._grad_dtype or grad.device != self.device:
+            raise TypeError(
+                f"{name} is {grad.dtype} on {grad.device}, the parameter {self._grad_dtype} on {self.device}"
+            )
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"{name} has layout {grad.layout}; only dense gradients can be used: build the embedding with "
+                "sparse=False"
+            )
+        raise ValueError(f"{name} has shape {tuple(grad.shape)}: {grad.numel()} elements, not {numel}")
 
     def _native_step(
         self,
