@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
+import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
@@ -37,11 +41,12 @@ element), so a run repeats bit for bit for any number of threads and any split i
 The optimizer's other arguments:
     params: parameters or parameter groups: float32 or float64; or bfloat16 or float16, whose chains are then kept in
         float32 beside the model (and written over whatever else changes the model in between). Groups may override
-        every option.
+        every option. DTensors (``fully_shard``, ``distribute_tensor``) in Shard and Replicate placements make the same
+        steps as the whole model; masks and preconditioners may then be whole.
     optimize_over: boolean mask, True where a parameter may move: one tensor that broadcasts to every parameter of the
         group, or a list with one tensor or None for each.
     metrics: what to measure on the way, see :attr:`metrics`; norms are summed in the same pass.
-    seed: of the noise; None takes it from torch's global generator.
+    seed: of the noise; None takes it from torch's global generator, which DTensors refuse: ranks must agree.
     release_gradients: move each parameter during the backward pass, as soon as its gradient is complete, and free the
         gradient: the same bits, without memory for all gradients at once. One backward pass a step.
     capturable: keep step count and scalars on the GPU, so that a step captured in a CUDA graph can be replayed.
@@ -64,10 +69,13 @@ class LangevinOptimizer(torch.optim.Optimizer):
     """
 
     sampler: ClassVar[type[samplers.Sampler]]
+    _numbers: ClassVar[operator.itemgetter[Any]]
+    """The options in a group that a step's scalars are made from."""
 
     def __init_subclass__(cls, sampler: type[samplers.Sampler], **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.sampler = sampler
+        cls._numbers = operator.itemgetter(*(f.name for f in fields(sampler) if f.name != "preconditioner"))
         parts = {"summary": cls.__doc__, "sampler": inspect.cleandoc(sampler.__doc__ or "")}
         cls.__doc__ = _DOC.format(**parts)
         shared = list(inspect.signature(LangevinOptimizer.__init__).parameters.values())[1:-1]
@@ -96,6 +104,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         **options: Any,
     ) -> None:
+        self._seed_drawn = seed is None
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))  # follows torch.manual_seed
         if unknown := sorted(set(metrics or ()) - set(METRICS)):
@@ -117,9 +126,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} has no option {', '.join(unknown)}; see help({type(self).__name__})"
             )
         self._wanted = frozenset(metrics or ())
+        self._sums = not self._wanted.isdisjoint(_SUMMED)
         self._release, self._capturable = release_gradients, capturable
+        self._sharded = False
         self._values: dict[str, Any] = {}
-        self._tables: dict[tuple[int, int], tuple[object, list[tuple[list[int], SegmentTable]]]] = {}
+        self._tables: dict[tuple[int, int], _Tables] = {}
+        self._scalars: dict[int, tuple[tuple[Any, ...], StepScalars]] = {}
         self._device_scalars: dict[int, tuple[StepScalars, Tensor]] = {}
         self._hooks: list[Any] = []
         # A tensor, as in torch's own optimizers: torch.compile would build a new graph for each value of an int.
@@ -129,12 +141,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
     # ---- groups and state ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_wanted", "_release", "_capturable")
+        own = ("_wanted", "_sums", "_release", "_capturable", "_seed_drawn", "_sharded")
         return super().__getstate__() | {k: self.__dict__[k] for k in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tables, self._device_scalars, self._values = {}, {}, {}
+        self._tables, self._scalars, self._device_scalars, self._values = {}, {}, {}, {}
         if "_hooks" not in self.__dict__:
             self._hooks = []
             if self._release:
@@ -187,6 +199,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameter {k} is on {p.device}, parameter 0 on {params[0].device}: use a group for each device"
                 )
+            if _is_dtensor(p):
+                _block(f"parameter {k}", p)
+                if self._seed_drawn and seed == self.defaults["seed"]:
+                    raise ValueError(f"parameter {k} is a DTensor: pass seed=, the same number on every rank")
+                if group.get("relative_eps"):
+                    raise ValueError(f"parameter {k} is a DTensor, whose scale no rank knows: leave relative_eps out")
         if self._release and self.sampler.measures(group):
             raise ValueError("release_gradients frees each gradient early: no thermostat and no relative_eps with it")
         if self._capturable and params and params[0].device.type != "cuda":
@@ -206,13 +224,25 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 state["master"] = w = w.float().contiguous()
             if sampler.needs_anchor() or self._wanted & {"distance", "localization_loss"}:
                 state["initial_param"] = w.clone(memory_format=torch.contiguous_format)
-            for j, kept in enumerate(self.sampler.initial_state(w, offset, group, group["seed"])):
+            for j, kept in enumerate(self._initial_state(w, offset, group)):
                 state[f"state{j}"] = kept
             states[p] = state
         for p, state in states.items():  # only now: nothing above may fail half-way
             self.state[p].update(state)
+        self._sharded = self._sharded or any(map(_is_dtensor, params))
         if self._release:
             self._register_release()
+
+    def _initial_state(self, w: Tensor, offset: int, group: dict[str, Any]) -> list[Tensor]:
+        """What the rule keeps for a parameter whose first element is `offset` in the flat parameter vector."""
+        if not _is_dtensor(w):
+            return self.sampler.initial_state(w, offset, group, group["seed"])
+        starts = _block("a parameter", w).starts
+        runs = [
+            self.sampler.initial_state(run, offset + start, group, group["seed"])
+            for run, start in zip(_local(w).reshape(len(starts), -1), starts, strict=True)
+        ]
+        return [_dtensor_like(w, torch.cat(kept)) for kept in zip(*runs, strict=True)]
 
     # ---- the step ------------------------------------------------------------------------------------------
 
@@ -242,7 +272,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]
 
-    @torch.no_grad()
+    # Grad mode stays as it is: the native step takes addresses, and the rare arithmetic on gradients turns it off.
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -250,79 +280,91 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._wanted:
             self._values = {"noise": defaultdict(list), "dws": []}
-        sums = []
-        for index, group in enumerate(self.param_groups):
-            live = [k for k, p in enumerate(group["params"]) if p.grad is not None]
-            if live:
-                sums.append((group, self._step_group(index, group, live)))
-            if self._capturable:
-                group["step"] += 1
-            else:  # not in place: a state_dict taken before must not move on
-                group["step"] = group["step"] + 1
-        self._report(sums)
+        sums = [(group, self._step_group(index, group)) for index, group in enumerate(self.param_groups)]
+        if self._sums:
+            self._report(sums)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], live: list[int]) -> Tensor | None:
-        grads: list[Any] = [group["params"][k].grad for k in live]
-        if torch.compiler.is_compiling():
-            if not (self._wanted or self._capturable or group.get("relative_eps")):
-                self._step_compiled(group, live, grads)
-                return None
-            # What reports to the host breaks the graph.
-            outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
-            return outside(index, group, live, grads)
-        return self._step_eagerly(index, group, live, grads)
+    def _step_group(self, index: int, group: dict[str, Any]) -> Tensor | None:
+        """One step of a group; the sums that it leaves behind, if anybody wants them."""
+        if not torch.compiler.is_compiling():
+            return self._step_eagerly(index, group)
+        if not (self._wanted or self._capturable or self._sharded or group.get("relative_eps")):
+            self._step_compiled(group)
+            return None
+        # What reports to the host, or talks to other ranks, breaks the graph.
+        outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
+        return outside(index, group)
 
-    def _step_eagerly(self, index: int, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> Tensor | None:
-        params: list[Tensor] = group["params"]
+    def _step_eagerly(self, index: int, group: dict[str, Any]) -> Tensor | None:
         step = 0 if self._capturable else int(group["step"])
-        scalars = self.sampler.adjusted(self.sampler.scalars(group), group, group, step, grads)
-        measured = self._measures(group)
-        metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device) if measured else None
-        if not self._wanted.isdisjoint(_TENSORS):
+        metrics = self._move(index, group, step)
+        if self._capturable:
+            group["step"] += 1
+        else:
+            # A new tensor, because a state_dict taken before must not move on; this is the fastest way to make one.
+            group["step"] = torch.from_numpy(np.array(step + 1))
+        return metrics
+
+    def _move(self, index: int, group: dict[str, Any], step: int) -> Tensor | None:
+        params: list[Tensor] = group["params"]
+        live, grads = _gradients(params)
+        if not live:
+            return None
+        scalars, metrics = self._group_scalars(index, group), None
+        if measures := self.sampler.measures(group):
+            with torch.no_grad():  # of gradients that have a graph themselves
+                scalars = self.sampler.adjusted(scalars, group, group, step, grads)
+        if self._wanted:
             self._keep_tensors(index, group, live)
-        key = NoiseKey(seed=group["seed"], step=step)
-        tables = self._group_tables((index, 0), group, live)
-        for position, table in tables:
-            # A table overwrites what it is given.
-            part = metrics if metrics is None or len(tables) == 1 else torch.zeros_like(metrics)
+        device_scalars = self._scalars_on_device(index, scalars, params[0].device) if self._capturable else None
+        if self._sharded:
+            grads = [_local_gradient(params[k], grad) for k, grad in zip(live, grads, strict=True)]
+        for position, table, axes in self._group_tables((index, 0), group, live):
+            part = None
+            if measures or self._sums:
+                part = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device)
             table.step(
                 [grads[j] for j in position],
                 scalars,
-                key,
+                NoiseKey(group["seed"], step),
                 thermostat=group.get("thermostat"),
                 metrics=part,
-                device_scalars=self._scalars_on_device(index, scalars, params[0].device),
+                device_scalars=device_scalars,
                 device_step=group["step"] if self._capturable else None,
             )
-            if metrics is not None and part is not None and part is not metrics:
-                metrics += part
-        if metrics is not None and self.sampler.measures(group):
+            if part is not None:
+                for mesh, axis in axes:
+                    torch.distributed.all_reduce(part, group=mesh.get_group(axis))
+                metrics = part if metrics is None else metrics + part
+        update.mark_written([params[k] for k in live])
+        if metrics is not None and measures:
             self.sampler.follow(scalars, group, step, metrics, self._count(group, live))
         return metrics
 
     @staticmethod
     def _count(group: dict[str, Any], live: list[int]) -> int:
-        """Elements that may move."""
+        """Elements that may move, on all ranks."""
         masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
-        return sum(p.numel() if m is None else int(m.expand(p.shape).sum()) for p, m in masks)
+        return sum(p.numel() if m is None else int(_whole(m.expand(p.shape).sum())) for p, m in masks)
 
-    @property
-    def _sums(self) -> bool:
-        return not self._wanted.isdisjoint(_SUMMED)
-
-    def _measures(self, group: dict[str, Any]) -> bool:
-        return self._sums or self.sampler.measures(group)
+    def _group_scalars(self, index: int, group: dict[str, Any]) -> StepScalars:
+        """The scalars of a group, made and checked again only when one of its numbers has changed."""
+        numbers = self._numbers(group)
+        cached = self._scalars.get(index)
+        if cached is None or cached[0] != numbers:
+            cached = (numbers, self.sampler.scalars(group))
+            if _constant(numbers):
+                self._scalars[index] = cached
+        return cached[1]
 
     def refresh_scalars(self) -> None:
         """With ``capturable``: hand the groups' present hyperparameters to the next replay of a captured graph."""
         for index, group in enumerate(self.param_groups):
             self._scalars_on_device(index, self.sampler.scalars(group), group["params"][0].device)
 
-    def _scalars_on_device(self, index: int, scalars: StepScalars, device: torch.device) -> Tensor | None:
+    def _scalars_on_device(self, index: int, scalars: StepScalars, device: torch.device) -> Tensor:
         """The scalars where a captured graph reads them; written again only when they change."""
-        if not self._capturable:
-            return None
         cached = self._device_scalars.get(index)
         if cached is None:
             cached = (scalars, torch.tensor(scalars, dtype=torch.float64, device=device))
@@ -332,36 +374,46 @@ class LangevinOptimizer(torch.optim.Optimizer):
         self._device_scalars[index] = cached
         return cached[1]
 
-    def _group_tables(
-        self, slot: tuple[int, int], group: dict[str, Any], live: list[int]
-    ) -> list[tuple[list[int], SegmentTable]]:
-        """A group's segments, a table for each dtype; rebuilt only when a tensor or mask was replaced.
+    def _group_tables(self, slot: tuple[int, int], group: dict[str, Any], live: list[int]) -> list[_Table]:
+        """A group's segments, a table for each dtype and way to shard; rebuilt only when a tensor or mask was replaced.
 
-        Each comes with the positions of its parameters in `live`. `slot` names the cache: (group, 0) for the whole
-        group, (group, 1 + k) for its parameter k alone.
+        `slot` names the cache: (group, 0) for the whole group, (group, 1 + k) for its parameter k alone.
         """
-        identity = self._identity(group, live)
+        identity, objects = self._identity(group, live)
         cached = self._tables.get(slot)
-        if cached is not None and cached[0] == identity:
-            return cached[1]
-        buckets: dict[torch.dtype, list[int]] = defaultdict(list)
-        for j, k in enumerate(live):
-            buckets[group["params"][k].dtype].append(j)
-        segments = self._segments(group, live)
-        tables = [
-            (position, SegmentTable(self.sampler.name, [segments[j] for j in position]))
-            for position in buckets.values()
-        ]
-        self._tables[slot] = (identity, tables)
-        return tables
+        if cached is None or cached.identity != identity:
+            buckets: dict[tuple[torch.dtype, _Axes], list[int]] = defaultdict(list)
+            for j, k in enumerate(live):
+                p = group["params"][k]
+                buckets[p.dtype, _sharded_axes(p)].append(j)
+            segments = self._segments(group, live)
+            tables = [
+                _Table(position, SegmentTable(self.sampler.name, [segments[j] for j in position]), axes)
+                for (_, axes), position in buckets.items()
+            ]
+            cached = self._tables[slot] = _Tables(identity, objects, tables)
+        return cached.tables
 
-    def _identity(self, group: dict[str, Any], live: list[int]) -> _Identity:
-        """What a table was built from: equal as long as nothing was moved, replaced or switched on."""
-        params, masks = group["params"], group["optimize_over"]
-        objects = [*masks] if isinstance(masks, (list, tuple)) else [masks]
-        objects += [self.state[params[k]].get("initial_param") for k in live if params[k] in self.state]
-        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
-        return _Identity([anchored, *(params[k].data_ptr() for k in live)], objects)
+    def _identity(self, group: dict[str, Any], live: list[int]) -> tuple[list[int], list[Any]]:
+        """What a table is built from: numbers that change when anything is moved, replaced or switched on.
+
+        Some are ids: those objects have to stay alive for as long as the numbers are compared. A loop of plain appends,
+        because it runs at every step.
+        """
+        params, state, sharded = group["params"], self.state, self._sharded
+        objects: list[Any] = []
+        numbers: list[int] = [group["localization"] != 0 or group["bounding_box_size"] is not None]
+        for given in (group["optimize_over"], group.get("preconditioner")):
+            if isinstance(given, (list, tuple)):
+                objects += given
+            else:
+                objects.append(given)
+        for k in live:
+            p = params[k]
+            numbers.append((_local(p) if sharded else p).data_ptr())
+            objects.append(state[p].get("initial_param"))
+        numbers += map(id, objects)
+        return numbers, objects
 
     def _segments(self, group: dict[str, Any], live: list[int]) -> list[Segment]:
         anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
@@ -374,21 +426,28 @@ class LangevinOptimizer(torch.optim.Optimizer):
                     "localization or bounding_box_size was switched on after construction, when w* was not kept: "
                     "construct the optimizer with it"
                 )
-            segments.append(
-                Segment(
-                    w=state.get("master", p.detach()),
-                    offset=offsets[k],
-                    anchor=state.get("initial_param"),
-                    mask=_entry(group["optimize_over"], k),
-                    state=[state[f"state{j}"] for j in range(update.NUM_STATES[self.sampler.name])],
-                    preconditioner=_entry(group.get("preconditioner", 1.0), k),
-                    copy=p.detach() if "master" in state else None,
-                )
+            segment = Segment(
+                w=state.get("master", p.detach()),
+                offset=offsets[k],
+                anchor=state.get("initial_param"),
+                mask=_entry(group["optimize_over"], k),
+                state=[state[f"state{j}"] for j in range(update.NUM_STATES[self.sampler.name])],
+                preconditioner=_entry(group.get("preconditioner", 1.0), k),
+                copy=p.detach() if "master" in state else None,
             )
+            segments.append(_local_segment(f"parameter {k}", p, segment) if self._sharded else segment)
         return segments
 
-    def _step_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
+    @torch.no_grad()
+    def _step_compiled(self, group: dict[str, Any]) -> None:
         """The same step as one opaque operation that torch.compile can keep in its graph."""
+        live, grads = _gradients(group["params"])
+        if live:
+            self._move_compiled(group, live, grads)
+        # One graph for all steps: the count is a tensor for its sake, and computed in it.
+        group["step"] = group["step"] + 1
+
+    def _move_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
         device, scalars = group["params"][0].device, self.sampler.scalars(group)
         metrics = None
         if self.sampler.thermostatted:
@@ -428,13 +487,13 @@ class LangevinOptimizer(torch.optim.Optimizer):
         ]
 
     def _released(self, index: int, k: int) -> Callable[[Tensor], None]:
-        @torch.no_grad()
         def move(p: Tensor) -> None:
             group = self.param_groups[index]
-            [(_, table)] = self._group_tables((index, 1 + k), group, [k])
+            [(_, table, _)] = self._group_tables((index, 1 + k), group, [k])
             scalars, grad = self.sampler.scalars(group), p.grad
             assert grad is not None  # the hook runs right after it was accumulated
-            table.step([grad], scalars, NoiseKey(seed=group["seed"], step=int(group["step"])))
+            table.step([_local_gradient(p, grad)], scalars, NoiseKey(group["seed"], int(group["step"])))
+            update.mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
             p.grad = None
 
         return move
@@ -452,8 +511,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["adapt_steps"] = int(group["step"])
 
+    @torch.no_grad()
     def _keep_tensors(self, index: int, group: dict[str, Any], live: list[int]) -> None:
         """The noise and the drift of the step to come, remade outside the kernel for callbacks that want tensors."""
+        if self._wanted.isdisjoint(_TENSORS):
+            return
         offsets = _offsets(group)
         for k in live:
             p = group["params"][k]
@@ -461,18 +523,15 @@ class LangevinOptimizer(torch.optim.Optimizer):
             w = state.get("master", p.detach())
             if "noise" in self._wanted:
                 key = NoiseKey(seed=group["seed"], step=int(group["step"]))
-                noise = update.normals(offsets[k], p.numel(), key, dtype=w.dtype, device=p.device)
-                self._values["noise"][index].append(group["noise_level"] * noise.view(p.shape))
+                self._values["noise"][index].append(group["noise_level"] * _noise_like(w, offsets[k], key))
             if "dws" in self._wanted:
                 drift = group["nbeta"] * p.grad.to(w.dtype) + group["weight_decay"] * w
                 if group["localization"]:
-                    drift += group["localization"] * (w - state["initial_param"])
+                    drift = drift + group["localization"] * (w - state["initial_param"])
                 self._values["dws"].append(drift)
 
     def _report(self, sums: list[tuple[dict[str, Any], Tensor | None]]) -> None:
         """The norms of the last step over all groups, as devinterp defines them."""
-        if not self._sums:
-            return
         columns = {name: k for k, name in enumerate(reference.METRICS)}
 
         def total(name: str, factor: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> Tensor:
@@ -506,21 +565,36 @@ class LangevinOptimizer(torch.optim.Optimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class _Identity:
-    """Values that must be equal and objects that must be the same ones; kept alive, so that none is mistaken."""
+class _Table(NamedTuple):
+    """Parameters of a group that one native call steps.
 
-    def __init__(self, values: list[Any], objects: list[Any]) -> None:
-        self._values, self._objects = values, objects
+    Attributes:
+        position: of its parameters, among those that have a gradient.
+        table: their segments.
+        axes: the mesh dimensions over which they are sharded, and sums have to be added up.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Identity)
-            and self._values == other._values
-            and len(self._objects) == len(other._objects)
-            and all(a is b for a, b in zip(self._objects, other._objects, strict=True))
-        )
+    position: list[int]
+    table: SegmentTable
+    axes: _Axes
 
-    __hash__ = None  # type: ignore[assignment]
+
+class _Tables(NamedTuple):
+    """A group's tables and what they were built from."""
+
+    identity: list[int]
+    objects: list[Any]  # kept alive: `identity` holds their ids
+    tables: list[_Table]
+
+
+def _gradients(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """The parameters that have a gradient, by number, and those gradients."""
+    live, grads = [], []
+    for k, p in enumerate(params):
+        if (grad := p.grad) is not None:
+            live.append(k)
+            grads.append(grad)
+    return live, grads
 
 
 def _offsets(group: dict[str, Any]) -> list[int]:
@@ -531,9 +605,156 @@ def _offsets(group: dict[str, Any]) -> list[int]:
     return offsets
 
 
+def _constant(value: Any) -> bool:
+    """Whether it can't change in place, as a tensor or a list could."""
+    return all(map(_constant, value)) if isinstance(value, tuple) else isinstance(value, (int, float, type(None)))
+
+
 def _entry(value: Any, k: int) -> Any:
     """Options that may be given once for a group or once for each of its parameters."""
     return value[k] if isinstance(value, (list, tuple)) else value
+
+
+# ---- DTensor parameters: each rank steps the part that it holds, under the names its elements have in the whole ----
+
+_Axes: TypeAlias = tuple[tuple[Any, int], ...]
+"""Mesh dimensions: pairs of a DeviceMesh and a number."""
+
+
+class _Block(NamedTuple):
+    """The part of a DTensor that this rank holds.
+
+    Attributes:
+        box: cuts it out of the whole.
+        starts: where in the flat whole its runs begin: stretches of equal length, in the part's own order.
+    """
+
+    box: tuple[slice, ...]
+    starts: list[int]
+
+
+def _is_dtensor(value: object) -> bool:
+    """Told by name: whoever has no DTensor need not wait for the import."""
+    return type(value).__name__ == "DTensor"
+
+
+@torch.no_grad()  # which makes it the memory itself, not a view in autograd's graph
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor."""
+    held: Any = tensor.to_local() if _is_dtensor(tensor) else tensor
+    return held.wait() if hasattr(held, "wait") else held  # type: ignore[no-any-return]  # a collective under way
+
+
+def _whole(tensor: Any) -> Tensor:
+    """All of a tensor, on every rank."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def _sharded_axes(p: Any) -> _Axes:
+    if not _is_dtensor(p):
+        return ()
+    return tuple((p.device_mesh, axis) for axis, placement in enumerate(p.placements) if placement.is_shard())
+
+
+def _block(name: str, p: Any) -> _Block:
+    """Where this rank's part of DTensor `p` lies.
+
+    Raises:
+        ValueError: it is not a block of the whole.
+    """
+    coordinates, remedy = p.device_mesh.get_coordinate(), "redistribute it to Shard or Replicate placements"
+    if coordinates is None:
+        raise ValueError(f"{name} lies on {p.device_mesh}, which this rank is no part of: leave it out here")
+    begin, size = [0] * p.ndim, list(p.shape)
+    for axis, placement in enumerate(p.placements):
+        if type(placement).__name__ == "Shard":
+            dim = placement.dim
+            chunk = -(-size[dim] // p.device_mesh.size(axis))  # as torch.chunk: the last parts are short or empty
+            start = min(coordinates[axis] * chunk, size[dim])
+            begin[dim], size[dim] = begin[dim] + start, min(chunk, size[dim] - start)
+        elif not placement.is_replicate():
+            raise ValueError(f"{name} is a DTensor with placement {placement}, which can't be sampled: {remedy}")
+    if (held := tuple(_local(p).shape)) != tuple(size):
+        raise ValueError(
+            f"{name} is a DTensor with placements {p.placements}, by which this rank holds {tuple(size)}, but it holds "
+            f"{held}: {remedy}"
+        )
+    # Behind the last dimension that is cut, the part runs on as the whole does.
+    cut = max((dim for dim in range(p.ndim) if size[dim] < p.shape[dim]), default=0)
+    strides = [math.prod(p.shape[dim + 1 :]) for dim in range(p.ndim)]
+    rows = [
+        range(begin[dim] * strides[dim], (begin[dim] + size[dim]) * strides[dim], strides[dim]) for dim in range(cut)
+    ]
+    first = begin[cut] * strides[cut] if p.ndim else 0
+    starts = [first + sum(row) for row in itertools.product(*rows)]
+    return _Block(tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True)), starts or [0])
+
+
+def _local_segment(name: str, p: Any, whole: Segment) -> Segment:
+    """The segment of what this rank holds of parameter `p`.
+
+    Raises:
+        ValueError: state, mask or preconditioner that is not laid out as the parameter.
+    """
+    if not _is_dtensor(p):
+        return whole
+    block = _block(name, p)
+
+    def held(kind: str, like: Any) -> Tensor:
+        if not _is_dtensor(like) or (like.device_mesh, like.placements) != (p.device_mesh, p.placements):
+            layout = like.placements if _is_dtensor(like) else "a plain tensor"
+            raise ValueError(f"the {kind} of {name} must be a DTensor with placements {p.placements}, got {layout}")
+        return _local(like)
+
+    def part(kind: str, given: Any) -> Any:
+        """Of a mask or preconditioner, which may be a plain tensor that broadcasts to the whole."""
+        if _is_dtensor(given):
+            return held(kind, given)
+        if not isinstance(given, Tensor):
+            return given
+        try:
+            return given.expand(p.shape)[block.box]
+        except RuntimeError as error:
+            raise ValueError(
+                f"a {kind} of shape {tuple(given.shape)} does not fit {name} of shape {tuple(p.shape)}"
+            ) from error
+
+    assert isinstance(whole.offset, int)
+    return Segment(
+        w=held("float32 copy", whole.w),
+        offset=[whole.offset + start for start in block.starts],
+        anchor=None if whole.anchor is None else held("anchor", whole.anchor),
+        mask=part("mask", whole.mask),
+        state=[held("state", kept) for kept in whole.state],
+        preconditioner=part("preconditioner", whole.preconditioner),
+        copy=None if whole.copy is None else _local(whole.copy),
+    )
+
+
+def _local_gradient(p: Any, grad: Any) -> Tensor:
+    """The gradient of what this rank holds of parameter `p`."""
+    if not _is_dtensor(p):
+        return grad  # type: ignore[no-any-return]
+    if _is_dtensor(grad) and grad.placements != p.placements:  # a partial sum, usually
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return _local(grad)
+
+
+def _dtensor_like(whole: Tensor, values: Tensor) -> Tensor:
+    """A DTensor laid out as `whole`, of which this rank holds `values`."""
+    made = torch.zeros_like(whole, memory_format=torch.contiguous_format)
+    held = _local(made)
+    held.copy_(values.view(held.shape))
+    return made
+
+
+def _noise_like(w: Tensor, offset: int, key: NoiseKey) -> Tensor:
+    """The noise of a parameter whose first element is `offset` in the flat parameter vector."""
+    held = _local(w)
+    starts = _block("a parameter", w).starts if _is_dtensor(w) else [0]
+    length = held.numel() // len(starts)
+    runs = [update.normals(offset + start, length, key, dtype=w.dtype, device=w.device) for start in starts]
+    return _dtensor_like(w, torch.cat(runs)) if _is_dtensor(w) else runs[0].view(w.shape)
 
 
 def _listening() -> bool:

@@ -12,6 +12,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -63,6 +64,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {known}: convert the model")
 
 
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd of writes that it can't see: a backward pass that still needs the old values then raises."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # torch 2.4 takes one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def is_low_precision(tensor: Tensor) -> bool:
     """Whether chains of this parameter keep float32 and write it a copy: steps would be lost in its own precision."""
     return tensor.dtype in _LOW
@@ -75,7 +85,8 @@ class Segment:
     Attributes:
         w: float32 or float64, updated in place; holds chain 0, chain c lies ``c * chain_stride`` elements behind.
         offset: index of its first element in the flat parameter vector; names its noise, so that the noise of an
-            element does not depend on how the vector is split into tensors.
+            element does not depend on how the vector is split into tensors. A block of a larger tensor lies in the
+            vector in several runs of equal length: then the index of each run's first element.
         anchor: w*, shared by all chains; None where neither localization nor box is used.
         mask: boolean, broadcasts to w's shape; elements where it is False never move.
         state: what the rule keeps, as many tensors like w as it needs, with the same chain stride.
@@ -84,12 +95,21 @@ class Segment:
     """
 
     w: Tensor
-    offset: int
+    offset: int | Sequence[int]
     anchor: Tensor | None = None
     mask: Tensor | None = None
     state: Sequence[Tensor] = ()
     preconditioner: Tensor | float = 1.0
     copy: Tensor | None = None
+
+    @property
+    def runs(self) -> Sequence[int]:
+        """Where in the flat parameter vector its runs begin."""
+        return (self.offset,) if isinstance(self.offset, int) else self.offset
+
+    @property
+    def run_length(self) -> int:
+        return self.w.numel() // len(self.runs)
 
 
 class SegmentTable:
@@ -115,19 +135,21 @@ class SegmentTable:
             raise ValueError("params is empty: nothing to update")
         for k, segment in enumerate(segments):
             check_tensor(f"parameter {k}", segment.w)
-        self._order = sorted(range(len(segments)), key=lambda k: segments[k].offset)
+        self._order = sorted(range(len(segments)), key=lambda k: segments[k].runs[0])
         self._segments = [_prepare(segments[k], k, rule) for k in self._order]
         self._rule, self._num_chains, self._chain_stride = rule, num_chains, chain_stride
         first = self._segments[0]
         self.device, self.dtype = first.w.device, first.w.dtype
+        self._on_cpu = self.device.type == "cpu"
         self._grad_dtype = self.dtype if first.copy is None else first.copy.dtype
         self._check_uniform()
         # Only dense rows can be segments: anything else is stepped in a contiguous copy.
         self._work = [_dense_like(s.w) for s in self._segments]
         self._copies = [None if s.copy is None else _dense_like(s.copy) for s in self._segments]
         self._numel = [s.w.numel() for s in self._segments]
-        self._begin = first.offset
-        self._end = max(s.offset + n for s, n in zip(self._segments, self._numel, strict=True))
+        self._sizes = list(zip(self._order, self._numel, strict=True))
+        self._begin = first.runs[0]
+        self._end = max(s.runs[-1] + s.run_length for s in self._segments)
         self._moves = [
             (work, original)
             for work, original in (
@@ -138,7 +160,9 @@ class SegmentTable:
         ]
         self._native = has_native_backend(self.device.type)
         if self._native:
-            self._rows = np.array([self._row(k) for k in range(len(self._segments))], dtype=np.int64)
+            self._rows = np.concatenate([self._native_rows(k) for k in range(len(self._segments))])
+            # What a run's gradient lies behind its segment's; None where every segment is one run, as nearly always.
+            self._grad_shifts = self._rows[:, self._GRAD].copy() if len(self._rows) > len(segments) else None
             self._constants = (_RULES[rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, ""))
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
@@ -154,26 +178,33 @@ class SegmentTable:
                     f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
                 )
 
-    def _row(self, k: int) -> list[int]:
+    def _native_rows(self, k: int) -> np.ndarray:
+        """The segment as ``llc::Segment`` sees it, a row for each run; without the gradient's address."""
         s, work, copy = self._segments[k], self._work[k], self._copies[k]
         address, given = work.data_ptr(), s.preconditioner
         states = [t.data_ptr() for t in s.state] + [0] * (2 - len(s.state))
         scale = np.float64(1.0 if isinstance(given, Tensor) else given).view(np.int64)
-        return [
-            s.offset,
-            self._numel[k],
-            address,
-            self._chain_stride,
-            0,
-            0,
-            address if s.anchor is None else s.anchor.data_ptr(),
-            self._chain_stride if s.anchor is None else 0,
-            0 if s.mask is None else s.mask.data_ptr(),
-            *states,
-            given.data_ptr() if isinstance(given, Tensor) else 0,
-            int(scale),
-            0 if copy is None else copy.data_ptr(),
+        wide, grad = work.element_size(), self._grad_dtype.itemsize
+        # Each column of the first run, and how many bytes an element takes where the column is an address.
+        columns = [
+            (0, 0),
+            (s.run_length, 0),
+            (address, wide),
+            (self._chain_stride, 0),
+            (0, grad),
+            (0, 0),
+            (address if s.anchor is None else s.anchor.data_ptr(), wide),
+            (self._chain_stride if s.anchor is None else 0, 0),
+            (0, 0) if s.mask is None else (s.mask.data_ptr(), 1),
+            *((state, wide if state else 0) for state in states),
+            (given.data_ptr(), wide) if isinstance(given, Tensor) else (0, 0),
+            (int(scale), 0),
+            (0, 0) if copy is None else (copy.data_ptr(), grad),
         ]
+        first, element = np.array(columns, dtype=np.int64).T
+        rows: np.ndarray = first + np.arange(len(s.runs))[:, None] * s.run_length * element
+        rows[:, 0] = s.runs
+        return rows
 
     def step(
         self,
@@ -214,25 +245,32 @@ class SegmentTable:
 
     def _gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients in table order, checked and contiguous."""
-        dense = []
-        for k, numel in zip(self._order, self._numel, strict=True):
+        dense, dtype, device, strided = [], self._grad_dtype, self.device, torch.strided
+        for k, numel in self._sizes:
             grad = grads[k]
-            if grad.dtype != self._grad_dtype or grad.device != self.device:
-                raise TypeError(
-                    f"the gradient of parameter {k} is {grad.dtype} on {grad.device}, the parameter "
-                    f"{self._grad_dtype} on {self.device}"
-                )
-            if grad.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of parameter {k} has layout {grad.layout}; only dense gradients can be used: "
-                    "build the embedding with sparse=False"
-                )
-            if (size := grad.numel()) != numel and size != numel * self._num_chains:
-                raise ValueError(
-                    f"the gradient of parameter {k} has shape {tuple(grad.shape)}: {size} elements, not {numel}"
-                )
+            # One condition for all that should be so: this is most of what Python does in a small step.
+            if not (
+                grad.dtype is dtype
+                and grad.device == device
+                and grad.layout is strided
+                and ((size := grad.numel()) == numel or size == numel * self._num_chains)
+            ):
+                self._refuse_gradient(k, grad, numel)
             dense.append(grad if grad.is_contiguous() else grad.contiguous())
         return dense
+
+    def _refuse_gradient(self, k: int, grad: Tensor, numel: int) -> NoReturn:
+        name = f"the gradient of parameter {k}"
+        if grad.dtype != self._grad_dtype or grad.device != self.device:
+            raise TypeError(
+                f"{name} is {grad.dtype} on {grad.device}, the parameter {self._grad_dtype} on {self.device}"
+            )
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"{name} has layout {grad.layout}; only dense gradients can be used: build the embedding with "
+                "sparse=False"
+            )
+        raise ValueError(f"{name} has shape {tuple(grad.shape)}: {grad.numel()} elements, not {numel}")
 
     def _native_step(
         self,
@@ -246,15 +284,17 @@ class SegmentTable:
     ) -> None:
         addresses = [g.data_ptr() for g in grads]
         if addresses != self._addresses:
-            self._rows[:, self._GRAD] = addresses
+            self._rows[:, self._GRAD] = self._by_run(addresses)
+            if self._grad_shifts is not None:
+                self._rows[:, self._GRAD] += self._grad_shifts
             if self._num_chains > 1:
                 strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
-                self._rows[:, self._GRAD_STRIDE] = strides
+                self._rows[:, self._GRAD_STRIDE] = self._by_run(strides)
             self._addresses, self._device_rows = addresses, None
         arguments = (
             *self._constants,
             self._table_address(),
-            len(addresses),
+            len(self._rows),
             self._begin,
             self._end,
             self._num_chains,
@@ -269,14 +309,18 @@ class SegmentTable:
             None if device_step is None else device_step.data_ptr(),
             torch.get_num_threads(),
         )
-        if self.device.type == "cpu":
+        if self._on_cpu:
             _native.step(*arguments, None)
         else:
             with torch.cuda.device(self.device):
                 _native.step(*arguments, torch.cuda.current_stream(self.device).cuda_stream)
 
+    def _by_run(self, values: list[int]) -> list[int] | np.ndarray:
+        """A value for each segment as one for each native row."""
+        return values if self._grad_shifts is None else np.repeat(values, [len(s.runs) for s in self._segments])
+
     def _table_address(self) -> int:
-        if self.device.type == "cpu":
+        if self._on_cpu:
             return self._host_address
         if self._device_rows is None:
             if torch.cuda.is_current_stream_capturing():
@@ -289,13 +333,14 @@ class SegmentTable:
 
     def _scratch_address(self) -> int | None:
         """Where a GPU leaves partial sums: allocated once, when metrics are first wanted."""
-        if self.device.type == "cpu":
+        if self._on_cpu:
             return None
         if self._scratch is None:
             size = _native.scratch_size(self._begin, self._end, self._num_chains)
             self._scratch = torch.empty(size, dtype=torch.float64, device=self.device)
         return self._scratch.data_ptr()
 
+    @torch.no_grad()  # a gradient may have a graph itself
     def _reference_step(
         self,
         grads: list[Tensor],
@@ -311,8 +356,12 @@ class SegmentTable:
             for chain in range(self._num_chains):
                 w, *state = (_row_of(t, chain * self._chain_stride, n) for t in (work, *s.state))
                 mask = slice(None) if s.mask is None else s.mask.reshape(-1)
-                z = reference.normals(
-                    s.offset, n, key._replace(chain=key.chain + chain), dtype=self.dtype, device=self.device
+                noise_key = key._replace(chain=key.chain + chain)
+                z = torch.cat(
+                    [
+                        reference.normals(run, s.run_length, noise_key, dtype=self.dtype, device=self.device)
+                        for run in s.runs
+                    ]
                 )
                 given = s.preconditioner
                 x = reference.Coordinates(
@@ -356,6 +405,11 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
     w, anchor, mask, given = segment.w, segment.anchor, segment.mask, segment.preconditioner
     if w.dtype not in _DTYPES:
         raise TypeError(f"parameter {k} has dtype {w.dtype}; chains are kept in float32 or float64")
+    for name, tensor in [("parameter", w), ("anchor", anchor), ("mask", mask), ("preconditioner", given)]:
+        if isinstance(tensor, Tensor) and tensor.numel() and not tensor.data_ptr():
+            raise TypeError(f"{name} {k} is a {type(tensor).__name__}, which keeps its data elsewhere")
+    if segment.run_length * len(segment.runs) != w.numel():
+        raise ValueError(f"parameter {k} has {w.numel()} elements, which are not {len(segment.runs)} equal runs")
     for name, like in [("anchor", anchor), *(("state", t) for t in segment.state)]:
         if like is not None and (like.shape, like.dtype, like.device) != (w.shape, w.dtype, w.device):
             raise ValueError(

@@ -459,6 +459,25 @@ def test_every_option_can_be_changed_between_steps(option: str, value: float) ->
     )
 
 
+def test_options_that_change_in_place() -> None:
+    """A step size kept in a tensor, decays kept in a list: what they hold now is what counts."""
+    ends = []
+    for in_place in (False, True):
+        (w,) = _parameters([(6,)])
+        lr, betas = torch.tensor(0.01), [0.9, 0.99]
+        optimizer = llc_fast.AdamSGLD([w], lr=lr, betas=betas, seed=SEED)
+        for step in range(2):
+            _give_gradients([w], step)
+            optimizer.step()
+            if in_place:
+                lr.mul_(3.0)
+                betas[0] = 0.5
+            else:
+                optimizer.param_groups[0].update(lr=torch.tensor(0.03), betas=(0.5, 0.99))
+        ends.append(w.detach())
+    _assert_same_bits(ends[:1], ends[1:])
+
+
 def test_mask_can_be_changed_between_steps() -> None:
     """A step depends on what its group says now, the mask included."""
     params = _parameters()
@@ -470,6 +489,28 @@ def test_mask_can_be_changed_between_steps() -> None:
     _give_gradients(params, 1)
     optimizer.step()
     _assert_same_bits(params, before)
+
+
+@pytest.mark.parametrize("what", ["preconditioner", "initial_param"])
+def test_tensors_can_be_replaced_between_steps(what: str) -> None:
+    """Nothing is used again that was laid out for the tensor of before."""
+    ends = []
+    for steps_before in (0, 1):
+        (w,) = _parameters([(6,)])
+        start = w.detach().clone()
+        optimizer = llc_fast.PreconditionedSGLD([w], lr=0.01, localization=9.0, seed=SEED)
+        (group,) = optimizer.param_groups
+        if steps_before:
+            _give_gradients([w])
+            optimizer.step()
+            with torch.no_grad():
+                w.copy_(start)
+            group["step"] = torch.tensor(0)
+        (group if what == "preconditioner" else optimizer.state[w])[what] = torch.linspace(1, 2, 6).double()
+        _give_gradients([w], 1)
+        optimizer.step()
+        ends.append(w.detach())
+    _assert_same_bits(ends[:1], ends[1:])
 
 
 def test_zero_grad() -> None:
@@ -527,6 +568,47 @@ def test_gradients_are_left_alone() -> None:
     optimizer.step()
     _assert_same_bits([p.grad for p in params], grads)  # type: ignore[misc]
     assert all(p.requires_grad and p.is_leaf for p in params)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")  # of the cycle that is broken at the end
+def test_gradients_with_a_graph_of_their_own() -> None:
+    """backward(create_graph=True) changes nothing, and nothing that the optimizer keeps holds on to the graph."""
+    ends = []
+    for create_graph in (False, True):
+        w = nn.Parameter(_random(20, seed=1))
+        optimizer = llc_fast.RMSpropSGLD(
+            [w], lr=0.01, localization=1.0, seed=SEED, relative_eps=True, metrics=["dws", "grad_norm"]
+        )
+        for _ in range(3):
+            w.grad = None
+            (w**4).sum().backward(create_graph=create_graph)
+            optimizer.step()
+        kept = [*optimizer.dws, optimizer.grad_norm, *optimizer.state[w].values()]
+        assert not any(t.requires_grad for t in kept)
+        ends.append(w.detach())
+        w.grad = None
+    _assert_same_bits(ends[:1], ends[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_through_parameters_that_moved_is_an_error(dtype: torch.dtype) -> None:
+    """A graph that saved the old values refuses, as after a step of torch's own optimizers."""
+    w, x = nn.Parameter(torch.ones(3, dtype=dtype)), torch.ones(3, dtype=dtype, requires_grad=True)
+    loss = (w * x).sum()
+    w.grad = torch.ones_like(w)
+    llc_fast.SGLD([w], seed=SEED).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_released_gradient_under_a_running_backward_pass() -> None:
+    """A parameter that moves before the rest of the backward pass has read it: an error, not a wrong gradient."""
+    w, x = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = llc_fast.SGLD([w], seed=SEED, release_gradients=True)
+    reads_w_late = (w.detach() * x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (reads_w_late + w.sum()).backward()
+    assert optimizer.state_dict() and x.grad is None
 
 
 def test_step_hooks_run() -> None:
@@ -619,6 +701,20 @@ def test_loading_a_checkpoint_goes_back(straight: list[Tensor]) -> None:
     optimizer.load_state_dict(states[1])
     _train(model, optimizer, 5, 10)
     _assert_same_bits(list(model.parameters()), straight)
+
+
+def test_earlier_state_dict_stays_behind() -> None:
+    """Its step count is that of the moment it was taken, without a copy; groups count on their own."""
+    first, second = _parameters([(3,), (4,)])
+    optimizer = llc_fast.SGLD([{"params": [first]}, {"params": [second]}], seed=SEED)
+    counts = []
+    for step in range(3):
+        saved = optimizer.state_dict()
+        counts.append([group["step"] for group in saved["param_groups"]])
+        _give_gradients([first, second], step)
+        optimizer.step()
+    assert [[int(c) for c in pair] for pair in counts] == [[0, 0], [1, 1], [2, 2]]
+    assert all(isinstance(c, Tensor) and c.dtype == torch.int64 for pair in counts for c in pair)
 
 
 def test_checkpoint_holds_masks(tmp_path: Any) -> None:
