@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import math
 import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -20,6 +18,18 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from llc_fast import reference, samplers, update
 from llc_fast.reference import NoiseKey, StepScalars
+from llc_fast.sharding import (
+    Axes,
+    block_of,
+    dtensor_like,
+    is_dtensor,
+    local_gradient,
+    local_part,
+    local_segment,
+    noise_like,
+    sharded_axes,
+    whole_of,
+)
 from llc_fast.update import Segment, SegmentTable, check_tensor, is_low_precision
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -199,8 +209,8 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameter {k} is on {p.device}, parameter 0 on {params[0].device}: use a group for each device"
                 )
-            if _is_dtensor(p):
-                _block(f"parameter {k}", p)
+            if is_dtensor(p):
+                block_of(f"parameter {k}", p)
                 if self._seed_drawn and seed == self.defaults["seed"]:
                     raise ValueError(f"parameter {k} is a DTensor: pass seed=, the same number on every rank")
                 if group.get("relative_eps"):
@@ -229,20 +239,20 @@ class LangevinOptimizer(torch.optim.Optimizer):
             states[p] = state
         for p, state in states.items():  # only now: nothing above may fail half-way
             self.state[p].update(state)
-        self._sharded = self._sharded or any(map(_is_dtensor, params))
+        self._sharded = self._sharded or any(map(is_dtensor, params))
         if self._release:
             self._register_release()
 
     def _initial_state(self, w: Tensor, offset: int, group: dict[str, Any]) -> list[Tensor]:
         """What the rule keeps for a parameter whose first element is `offset` in the flat parameter vector."""
-        if not _is_dtensor(w):
+        if not is_dtensor(w):
             return self.sampler.initial_state(w, offset, group, group["seed"])
-        starts = _block("a parameter", w).starts
+        starts = block_of("a parameter", w).starts
         runs = [
             self.sampler.initial_state(run, offset + start, group, group["seed"])
-            for run, start in zip(_local(w).reshape(len(starts), -1), starts, strict=True)
+            for run, start in zip(local_part(w).reshape(len(starts), -1), starts, strict=True)
         ]
-        return [_dtensor_like(w, torch.cat(kept)) for kept in zip(*runs, strict=True)]
+        return [dtensor_like(w, torch.cat(kept)) for kept in zip(*runs, strict=True)]
 
     # ---- the step ------------------------------------------------------------------------------------------
 
@@ -319,7 +329,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             self._keep_tensors(index, group, live)
         device_scalars = self._scalars_on_device(index, scalars, params[0].device) if self._capturable else None
         if self._sharded:
-            grads = [_local_gradient(params[k], grad) for k, grad in zip(live, grads, strict=True)]
+            grads = [local_gradient(params[k], grad) for k, grad in zip(live, grads, strict=True)]
         for position, table, axes in self._group_tables((index, 0), group, live):
             part = None
             if measures or self._sums:
@@ -346,7 +356,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
     def _count(group: dict[str, Any], live: list[int]) -> int:
         """Elements that may move, on all ranks."""
         masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
-        return sum(p.numel() if m is None else int(_whole(m.expand(p.shape).sum())) for p, m in masks)
+        return sum(p.numel() if m is None else int(whole_of(m.expand(p.shape).sum())) for p, m in masks)
 
     def _group_scalars(self, index: int, group: dict[str, Any]) -> StepScalars:
         """The scalars of a group, made and checked again only when one of its numbers has changed."""
@@ -382,10 +392,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
         identity, objects = self._identity(group, live)
         cached = self._tables.get(slot)
         if cached is None or cached.identity != identity:
-            buckets: dict[tuple[torch.dtype, _Axes], list[int]] = defaultdict(list)
+            buckets: dict[tuple[torch.dtype, Axes], list[int]] = defaultdict(list)
             for j, k in enumerate(live):
                 p = group["params"][k]
-                buckets[p.dtype, _sharded_axes(p)].append(j)
+                buckets[p.dtype, sharded_axes(p)].append(j)
             segments = self._segments(group, live)
             tables = [
                 _Table(position, SegmentTable(self.sampler.name, [segments[j] for j in position]), axes)
@@ -410,7 +420,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 objects.append(given)
         for k in live:
             p = params[k]
-            numbers.append((_local(p) if sharded else p).data_ptr())
+            numbers.append((local_part(p) if sharded else p).data_ptr())
             objects.append(state[p].get("initial_param"))
         numbers += map(id, objects)
         return numbers, objects
@@ -435,7 +445,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 preconditioner=_entry(group.get("preconditioner", 1.0), k),
                 copy=p.detach() if "master" in state else None,
             )
-            segments.append(_local_segment(f"parameter {k}", p, segment) if self._sharded else segment)
+            segments.append(local_segment(f"parameter {k}", p, segment) if self._sharded else segment)
         return segments
 
     @torch.no_grad()
@@ -492,7 +502,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             [(_, table, _)] = self._group_tables((index, 1 + k), group, [k])
             scalars, grad = self.sampler.scalars(group), p.grad
             assert grad is not None  # the hook runs right after it was accumulated
-            table.step([_local_gradient(p, grad)], scalars, NoiseKey(group["seed"], int(group["step"])))
+            table.step([local_gradient(p, grad)], scalars, NoiseKey(group["seed"], int(group["step"])))
             update.mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
             p.grad = None
 
@@ -523,7 +533,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             w = state.get("master", p.detach())
             if "noise" in self._wanted:
                 key = NoiseKey(seed=group["seed"], step=int(group["step"]))
-                self._values["noise"][index].append(group["noise_level"] * _noise_like(w, offsets[k], key))
+                self._values["noise"][index].append(group["noise_level"] * noise_like(w, offsets[k], key))
             if "dws" in self._wanted:
                 drift = group["nbeta"] * p.grad.to(w.dtype) + group["weight_decay"] * w
                 if group["localization"]:
@@ -576,7 +586,7 @@ class _Table(NamedTuple):
 
     position: list[int]
     table: SegmentTable
-    axes: _Axes
+    axes: Axes
 
 
 class _Tables(NamedTuple):
@@ -613,148 +623,6 @@ def _constant(value: Any) -> bool:
 def _entry(value: Any, k: int) -> Any:
     """Options that may be given once for a group or once for each of its parameters."""
     return value[k] if isinstance(value, (list, tuple)) else value
-
-
-# ---- DTensor parameters: each rank steps the part that it holds, under the names its elements have in the whole ----
-
-_Axes: TypeAlias = tuple[tuple[Any, int], ...]
-"""Mesh dimensions: pairs of a DeviceMesh and a number."""
-
-
-class _Block(NamedTuple):
-    """The part of a DTensor that this rank holds.
-
-    Attributes:
-        box: cuts it out of the whole.
-        starts: where in the flat whole its runs begin: stretches of equal length, in the part's own order.
-    """
-
-    box: tuple[slice, ...]
-    starts: list[int]
-
-
-def _is_dtensor(value: object) -> bool:
-    """Told by name: whoever has no DTensor need not wait for the import."""
-    return type(value).__name__ == "DTensor"
-
-
-@torch.no_grad()  # which makes it the memory itself, not a view in autograd's graph
-def _local(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor."""
-    held: Any = tensor.to_local() if _is_dtensor(tensor) else tensor
-    return held.wait() if hasattr(held, "wait") else held  # type: ignore[no-any-return]  # a collective under way
-
-
-def _whole(tensor: Any) -> Tensor:
-    """All of a tensor, on every rank."""
-    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
-
-
-def _sharded_axes(p: Any) -> _Axes:
-    if not _is_dtensor(p):
-        return ()
-    return tuple((p.device_mesh, axis) for axis, placement in enumerate(p.placements) if placement.is_shard())
-
-
-def _block(name: str, p: Any) -> _Block:
-    """Where this rank's part of DTensor `p` lies.
-
-    Raises:
-        ValueError: it is not a block of the whole.
-    """
-    coordinates, remedy = p.device_mesh.get_coordinate(), "redistribute it to Shard or Replicate placements"
-    if coordinates is None:
-        raise ValueError(f"{name} lies on {p.device_mesh}, which this rank is no part of: leave it out here")
-    begin, size = [0] * p.ndim, list(p.shape)
-    for axis, placement in enumerate(p.placements):
-        if type(placement).__name__ == "Shard":
-            dim = placement.dim
-            chunk = -(-size[dim] // p.device_mesh.size(axis))  # as torch.chunk: the last parts are short or empty
-            start = min(coordinates[axis] * chunk, size[dim])
-            begin[dim], size[dim] = begin[dim] + start, min(chunk, size[dim] - start)
-        elif not placement.is_replicate():
-            raise ValueError(f"{name} is a DTensor with placement {placement}, which can't be sampled: {remedy}")
-    if (held := tuple(_local(p).shape)) != tuple(size):
-        raise ValueError(
-            f"{name} is a DTensor with placements {p.placements}, by which this rank holds {tuple(size)}, but it holds "
-            f"{held}: {remedy}"
-        )
-    # Behind the last dimension that is cut, the part runs on as the whole does.
-    cut = max((dim for dim in range(p.ndim) if size[dim] < p.shape[dim]), default=0)
-    strides = [math.prod(p.shape[dim + 1 :]) for dim in range(p.ndim)]
-    rows = [
-        range(begin[dim] * strides[dim], (begin[dim] + size[dim]) * strides[dim], strides[dim]) for dim in range(cut)
-    ]
-    first = begin[cut] * strides[cut] if p.ndim else 0
-    starts = [first + sum(row) for row in itertools.product(*rows)]
-    return _Block(tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True)), starts or [0])
-
-
-def _local_segment(name: str, p: Any, whole: Segment) -> Segment:
-    """The segment of what this rank holds of parameter `p`.
-
-    Raises:
-        ValueError: state, mask or preconditioner that is not laid out as the parameter.
-    """
-    if not _is_dtensor(p):
-        return whole
-    block = _block(name, p)
-
-    def held(kind: str, like: Any) -> Tensor:
-        if not _is_dtensor(like) or (like.device_mesh, like.placements) != (p.device_mesh, p.placements):
-            layout = like.placements if _is_dtensor(like) else "a plain tensor"
-            raise ValueError(f"the {kind} of {name} must be a DTensor with placements {p.placements}, got {layout}")
-        return _local(like)
-
-    def part(kind: str, given: Any) -> Any:
-        """Of a mask or preconditioner, which may be a plain tensor that broadcasts to the whole."""
-        if _is_dtensor(given):
-            return held(kind, given)
-        if not isinstance(given, Tensor):
-            return given
-        try:
-            return given.expand(p.shape)[block.box]
-        except RuntimeError as error:
-            raise ValueError(
-                f"a {kind} of shape {tuple(given.shape)} does not fit {name} of shape {tuple(p.shape)}"
-            ) from error
-
-    assert isinstance(whole.offset, int)
-    return Segment(
-        w=held("float32 copy", whole.w),
-        offset=[whole.offset + start for start in block.starts],
-        anchor=None if whole.anchor is None else held("anchor", whole.anchor),
-        mask=part("mask", whole.mask),
-        state=[held("state", kept) for kept in whole.state],
-        preconditioner=part("preconditioner", whole.preconditioner),
-        copy=None if whole.copy is None else _local(whole.copy),
-    )
-
-
-def _local_gradient(p: Any, grad: Any) -> Tensor:
-    """The gradient of what this rank holds of parameter `p`."""
-    if not _is_dtensor(p):
-        return grad  # type: ignore[no-any-return]
-    if _is_dtensor(grad) and grad.placements != p.placements:  # a partial sum, usually
-        grad = grad.redistribute(p.device_mesh, p.placements)
-    return _local(grad)
-
-
-def _dtensor_like(whole: Tensor, values: Tensor) -> Tensor:
-    """A DTensor laid out as `whole`, of which this rank holds `values`."""
-    made = torch.zeros_like(whole, memory_format=torch.contiguous_format)
-    held = _local(made)
-    held.copy_(values.view(held.shape))
-    return made
-
-
-def _noise_like(w: Tensor, offset: int, key: NoiseKey) -> Tensor:
-    """The noise of a parameter whose first element is `offset` in the flat parameter vector."""
-    held = _local(w)
-    starts = _block("a parameter", w).starts if _is_dtensor(w) else [0]
-    length = held.numel() // len(starts)
-    runs = [update.normals(offset + start, length, key, dtype=w.dtype, device=w.device) for start in starts]
-    return _dtensor_like(w, torch.cat(runs)) if _is_dtensor(w) else runs[0].view(w.shape)
 
 
 def _listening() -> bool:

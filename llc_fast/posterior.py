@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from llc_fast.data import Batch, DataSource, batch_length, leaves, map_tensors, split_batch
 from llc_fast.recording import FlopCounter
+from llc_fast.sharding import is_dtensor
 from llc_fast.update import check_tensor
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -122,7 +123,7 @@ class Posterior:
         named = dict(model.named_parameters())  # tied parameters once
         sampled = select(model, params)
         for name, p in named.items():
-            if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+            if is_dtensor(p.data):
                 raise TypeError(
                     f"parameter {name!r} is a DTensor, one of several shards; estimate_llc spreads whole chains over "
                     "processes. For a model that fits no single device write the loop with llc_fast.SGLD, whose noise "
