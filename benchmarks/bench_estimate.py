@@ -87,6 +87,8 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(spec["threads"])
     estimate = make_estimate(spec["contender"])
     model, data = make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
+    if spec.get("device"):
+        model, data = model.to(spec["device"]), tuple(t.to(spec["device"]) for t in data)
     draws = max(1, spec["steps"] // 2)
     work = Work(
         spec["lr"],
@@ -220,7 +222,7 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
                 spec = {"contender": name, "parameters": parameters, "batch": batch}
                 # So small a step that no chain can be lost.
                 spec |= {"chains": chains, "lr": 1e-9, "seed": 0, "threads": options.threads}
-                spec |= {"steps": STEPS, "budget": options.budget}
+                spec |= {"steps": STEPS, "budget": options.budget, "device": options.device}
                 found = measure(spec)
                 used, seconds = found.get("strategy"), found.get("seconds")
                 base = seconds if k == 0 else base
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--growing", nargs="+", default=list(GROWING), choices=GROWING, help="with --scaling: what grows"
     )
+    parser.add_argument("--device", help="with --scaling: cpu or cuda")
     parser.add_argument("--budget", type=float, default=2.0, help="with --scaling: seconds for each row")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)

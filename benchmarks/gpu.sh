@@ -42,6 +42,8 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 stage step "$python" "$repo/benchmarks/bench_step.py" --device cuda --repeats 20 --json "$out/step.json"
 stage samplers "$python" "$repo/benchmarks/bench_samplers.py" --device cuda --repeats 20 --json "$out/samplers.json"
+stage estimate "$python" "$repo/benchmarks/bench_estimate.py" --scaling --device cuda --growing chains parameters \
+    --strategies default sequential compiled --json "$out/estimate.json"
 
 if ((${#failed[@]})); then
     printf '\nFAILED: %s\n' "${failed[*]}"
