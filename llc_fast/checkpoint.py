@@ -216,7 +216,9 @@ def data_identity(source: DataSource) -> dict[str, Any]:
     """What names the data: their number, and the values of a few samples if they are addressed by index."""
     identity: dict[str, Any] = {"num_samples": source.num_samples, "batch_size": source.batch_size}
     if isinstance(source, IndexedSource) and source.num_samples:
-        some = torch.linspace(0, source.num_samples - 1, min(64, source.num_samples)).round().long()
-        found = leaves(source.gather(some.to(source.index_buffer(1).device)))
+        last, count = source.num_samples - 1, min(64, source.num_samples)
+        some = torch.linspace(0, last, count, dtype=torch.float64).round().long()
+        with torch.random.fork_rng(devices=[]):  # what augmentation draws here must not be missing elsewhere
+            found = leaves(source.gather(some.to(source.index_buffer(1).device)))
         identity["data"] = digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))
     return identity
