@@ -233,9 +233,12 @@ class _Group:
         """What is done so far; with ``copy``, apart from the memory that the chains go on to write to."""
         arrays = None
         if self._state is not None and not self.is_done:
-            tensors = self._state.arrays() | {f"buffer.{k}": b[None] for k, b in self._changing_buffers().items()}
-            if self._posterior.is_random:
-                tensors["generator"] = torch.get_rng_state()[None]
+            # Buffers as bytes: NumPy does not have all of their dtypes.
+            buffers = self._changing_buffers().items()
+            tensors = self._state.arrays() | {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in buffers}
+            if self._posterior.is_random or not self._feed.is_pure:
+                rows = len(self.chains)
+                tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
                 if self._posterior.device.type == "cuda":
                     tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device)[None]
             arrays = {k: _numpy(t, copy) for k, t in tensors.items()}
