@@ -259,7 +259,8 @@ class _Group:
         if "cuda_generator" in tensors:
             torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._posterior.device)
         for name in [k for k in tensors if k.startswith("buffer.")]:
-            self._buffers[name.removeprefix("buffer.")].copy_(tensors.pop(name)[0])
+            buffer = self._buffers[name.removeprefix("buffer.")]
+            buffer.copy_(tensors.pop(name)[0].view(buffer.dtype).view(buffer.shape))
         self._state.restore(tensors)
 
 
