@@ -118,13 +118,13 @@ class ChainRecord:
         arrays = None
         if first.arrays is not None:
             arrays = {k: np.concatenate([r.arrays[k] for r in records if r.arrays is not None]) for k in first.arrays}
-        return ChainRecord(
-            first.first_chain,
-            first.step,
-            np.concatenate([r.losses for r in records]),
-            {k: np.concatenate([r.observables[k] for r in records]) for k in first.observables},
-            arrays,
-        )
+        seen = {k: a for r in records for k, a in r.observables.items()}  # lost chains may have none
+        observables = {
+            k: np.concatenate([r.observables.get(k, np.full((len(r.losses), *a.shape[1:]), np.nan)) for r in records])
+            for k, a in seen.items()
+        }
+        losses = np.concatenate([r.losses for r in records])
+        return ChainRecord(first.first_chain, first.step, losses, observables, arrays)
 
 
 class _Group:
