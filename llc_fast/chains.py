@@ -481,9 +481,9 @@ class _Driver:
             return
         self._reported = now
         self._monitor.report(self._losses_so_far, sum(g.step * len(g.chains) for g in self._groups))
-        if self._monitor.wants_snapshot():
-            with self._lock:
-                self._generation += 1
+        # One at a time: calls that overtake each other would never be answered by all.
+        if not self._generation and self._monitor.wants_snapshot():
+            self._generation = 1
 
     def _losses_so_far(self) -> list[ChainRecord]:
         return [ChainRecord(g.chains[0], g.step, g.losses.cpu().numpy(), {}, None) for g in self._groups]
