@@ -240,7 +240,7 @@ class _Group:
                 rows = len(self.chains)
                 tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
                 if self._posterior.device.type == "cuda":
-                    tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device)[None]
+                    tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device).repeat(rows, 1)
             arrays = {k: _numpy(t, copy) for k, t in tensors.items()}
         elif self._resumed is not None:
             arrays = self._resumed.arrays
@@ -350,15 +350,13 @@ def run_chains(
     observables: Mapping[str, Observable] | None = None,
     resumed: Sequence[ChainRecord] = (),
     monitor: Monitor | None = None,
+    stop: threading.Event | None = None,
 ) -> ChainRun:
     """Run chains from w*, or from where they were, and record the minibatch loss of every step.
 
     A step evaluates loss and gradient on a minibatch, records the loss, then moves the parameters. Chain c's noise and
     minibatches are functions of (seed, c) alone, so it is the same chain, to rounding, whichever others run beside it,
     in this process or another.
-
-    SIGINT (Ctrl-C) ends the run after the present step and returns what there is; a second one raises
-    KeyboardInterrupt.
 
     Args:
         posterior: what is sampled.
@@ -370,11 +368,12 @@ def run_chains(
         observables: functions of every draw, by name.
         resumed: records of earlier runs, one for each chain in any grouping.
         monitor: told of progress and snapshots.
+        stop: ends the run after the present step, with what there is, once it is set; see :func:`stopped_by_sigint`.
     """
-    observables, monitor = observables or {}, monitor or Monitor()
+    observables, monitor, stop = observables or {}, monitor or Monitor(), stop or threading.Event()
     plan = plan or make_plan(posterior, sampler, len(chains), has_observables=bool(observables))
     cuda = [posterior.device] if posterior.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _threads(plan.num_threads), _stoppable() as stop:
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _threads(plan.num_threads):
 
         def build(plan: Plan) -> list[_Group]:
             return [
@@ -491,12 +490,11 @@ class _Driver:
     def _hand_in(self, group: _Group) -> None:
         """Keep a record of the group; whoever is the last of those running hands in all."""
         index = self._groups.index(group)
-        if self._seen[index] == self._generation:
-            return
         alone = self._plan.num_workers == 1
-        record = group.record(copy=not alone)
         with self._lock:
-            self._seen[index], self._records[index] = self._generation, record
+            if self._seen[index] == self._generation:  # done, by this group or for all by another
+                return
+            self._seen[index], self._records[index] = self._generation, group.record(copy=not alone)
             running = [k for k, g in enumerate(self._groups) if not g.is_done and g not in self._waiting]
             if any(self._seen[k] != self._generation for k in running):
                 return
@@ -545,8 +543,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that the first SIGINT sets; the second raises KeyboardInterrupt, as usual."""
+def stopped_by_sigint() -> Iterator[threading.Event]:
+    """An event that the first SIGINT (Ctrl-C) sets; the second raises KeyboardInterrupt, as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread
