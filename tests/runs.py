@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -92,33 +93,65 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 # ---- other processes ---------------------------------------------------------------------------------------
 
+_HEAD = "import os, signal, sys, threading, time\nimport llc_fast, runs, torch\n\n"
+
+# Forked from a process that has imported torch and done nothing: importing it takes longer than most tests.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch"])
+
+
+def _execute(body: str, folder: Path, arguments: list[str], environment: dict[str, str], files: list[str]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = ["script", *arguments]
+    exec(compile(_HEAD + body, "script", "exec"), {"__name__": "__main__"})
+
+
+class Script:
+    """Python code that runs in a process of its own, in a folder, with arguments and environment variables."""
+
+    def __init__(self, body: str, folder: Path, *arguments: object, **environment: object) -> None:
+        self._files = []
+        for _ in range(2):
+            descriptor, name = tempfile.mkstemp()
+            os.close(descriptor)
+            self._files.append(name)
+        given = {k: str(v) for k, v in environment.items()}
+        self._process = _processes.Process(
+            target=_execute, args=(body, folder, [str(a) for a in arguments], given, self._files), daemon=True
+        )
+        self._process.start()
+
+    def wait_for(self, text: str) -> None:
+        """Until it has written this."""
+        deadline = time.monotonic() + TIMEOUT
+        while text not in Path(self._files[0]).read_text():
+            assert self._process.is_alive() and time.monotonic() < deadline, Path(self._files[1]).read_text()
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit code, output and errors; the test fails if it hangs."""
+        self._process.join(TIMEOUT)
+        hangs = self._process.is_alive()
+        if hangs:
+            self._process.kill()
+            self._process.join()
+        output, errors = (Path(file).read_text() for file in self._files)
+        for file in self._files:
+            os.unlink(file)
+        assert not hangs, f"the process hangs; it had written: {output}\n{errors}"
+        assert self._process.exitcode is not None
+        return self._process.exitcode, output, errors
+
 
 def write_script(folder: Path, body: str) -> Path:
-    """A script that finds this module and the installed package, wherever it is."""
+    """The same code as a file for other programs to start."""
     path = folder / "script.py"
     head = f"import sys\n\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    path.write_text(head + "import os, signal, threading, time\nimport llc_fast, runs, torch\n\n" + body)
+    path.write_text(head + _HEAD + body)
     return path
-
-
-def start(script: Path, *arguments: object, **environment: object) -> subprocess.Popen[str]:
-    """The script in a process of its own, in its own folder."""
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)],
-        cwd=script.parent,
-        env=os.environ | {k: str(v) for k, v in environment.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
-    """Exit code, output and errors of a process, which is killed if it hangs."""
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, errors = process.communicate()
-        pytest.fail(f"the process hangs; it had written: {output}\n{errors}")
-    return process.returncode, output, errors

@@ -361,6 +361,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_lost_chains_are_grouped_with_others() -> None:
+    """A chain that was lost before its first draw has no observables; those of its neighbours stay, in any order."""
+    seen = {"weights": np.arange(10.0).reshape(1, 5, 2)}
+    lost = [ChainRecord(c, 5, np.full((1, 5), np.nan), {}, None) for c in (0, 2)]
+    stacked = ChainRecord.stack([lost[0], ChainRecord(1, 5, np.ones((1, 5)), seen, None), lost[1]])
+    assert (stacked.first_chain, stacked.step, stacked.arrays) == (0, 5, None)
+    np.testing.assert_array_equal(stacked.losses, [[np.nan] * 5, [1.0] * 5, [np.nan] * 5])
+    for c in range(3):
+        expected = seen["weights"] if c == 1 else np.full((1, 5, 2), np.nan)
+        np.testing.assert_array_equal(stacked.row(c).observables["weights"], expected)
+
+
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkpoint of a run in the middle."""

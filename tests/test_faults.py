@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same, data, estimate, finish, initialized, interrupt_after, mlp, mse, start, write_script
+from runs import Script, assert_same, data, estimate, initialized, interrupt_after, mlp, mse
 from torch import Tensor, nn
 
 from llc_fast import chains
@@ -35,15 +35,20 @@ def _weight(draw: Draw) -> Tensor:
 # --- Killed -------------------------------------------------------------------------------------------------
 
 _KILLED = """
+began = []
+
 def weight(draw):
-    time.sleep(0.002)
+    if not began:
+        began.append(1)
+        print("samples", flush=True)
+    time.sleep(0.001)
     return draw.params["0.weight"]
 
-torch.set_num_threads(int(sys.argv[2]))
-print("begins", flush=True)
+strategy, threads, draws = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
 llc_fast.chains.Monitor.interval = 0.01
 result = runs.estimate(
-    sampler="sgnht", num_draws=300, num_burnin=20, strategy=sys.argv[1], observables={"weight": weight},
+    sampler="sgnht", num_draws=draws, num_burnin=20, strategy=strategy, observables={"weight": weight},
     checkpoint="run", checkpoint_interval=0.01,
 )
 result.save("result")
@@ -52,22 +57,21 @@ print(result.diagnostics["resumed_steps"])
 
 
 def _killed(tmp_path: Path, kills: int, strategy: str, threads: int) -> None:
-    script, rng = write_script(tmp_path, _KILLED), np.random.default_rng(kills)
+    draws, rng = 150 * kills, np.random.default_rng(kills)
     for _ in range(kills):
-        process = start(script, strategy, threads)
-        assert process.stdout is not None and process.stdout.readline() == "begins\n"
-        time.sleep(rng.uniform(0.0, 0.6))
+        process = Script(_KILLED, tmp_path, strategy, threads, draws)
+        process.wait_for("samples")
+        time.sleep(rng.uniform(0.0, 0.3))
         process.kill()
-        finish(process)
-        assert not (tmp_path / "result").exists() or process.returncode == 0
-    code, output, errors = finish(start(script, strategy, threads))
+        assert process.finish()[0] == -signal.SIGKILL
+    code, output, errors = Script(_KILLED, tmp_path, strategy, threads, draws).finish()
     assert code == 0, errors
     assert int(output.split()[-1]) > 0
     expected = estimate(
-        sampler="sgnht", num_draws=300, num_burnin=20, strategy=strategy, observables={"weight": _weight}
+        sampler="sgnht", num_draws=draws, num_burnin=20, strategy=strategy, observables={"weight": _weight}
     )
     assert_same(LLCResult.load(tmp_path / "result"), expected)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["result", "run", "script.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["result", "run"]
 
 
 def test_killed_three_times(tmp_path: Path) -> None:
@@ -96,7 +100,7 @@ def weight(draw):
     return draw.params["0.weight"]
 
 result = runs.estimate(num_draws=100_000, observables={"weight": weight}, progress=True, strategy=sys.argv[1])
-assert result.is_partial and 50 <= min(filter(None, result.steps_done)) < 50_000
+assert result.is_partial and 50 <= max(result.steps_done) < 50_000
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 result.save("result")
 print(result)
@@ -119,7 +123,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
 def test_ctrl_c(tmp_path: Path, strategy: str) -> None:
     """SIGINT ends the call with a partial result and the process goes on, with no error; a second one raises."""
-    code, output, errors = finish(start(write_script(tmp_path, _INTERRUPTED), strategy))
+    code, output, errors = Script(_INTERRUPTED, tmp_path, strategy).finish()
     assert code == 0, errors
     assert "Traceback" not in errors
     assert "WARNING: the run was interrupted after" in output and "λ̂ comes from the draws so far" in output
@@ -285,7 +289,7 @@ def _distance(draw: Draw) -> Tensor:
     return (draw.params["net.2.bias"] - initialized(mlp())[2].bias).abs().max()  # type: ignore[index]
 
 
-_LONG: dict[str, Any] = {"num_chains": 4, "num_draws": 200, "num_burnin": 0, "observables": {"distance": _distance}}
+_LONG: dict[str, Any] = {"num_chains": 4, "num_draws": 100, "num_burnin": 0, "observables": {"distance": _distance}}
 
 
 def _reaches(strategy: str) -> list[float]:
@@ -383,16 +387,16 @@ def test_lost_in_burn_in(observed: bool) -> None:
 
 def test_lost_and_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A partial result of chains of which some are lost: λ̂ from the draws of the others."""
-    options = _LONG | {"strategy": "batched", "num_draws": 200}
+    options = _LONG | {"strategy": "batched"}
     reaches = _reaches("batched")
     model = _Fragile((reaches[2] + reaches[3]) / 2)
     whole = estimate(model=model, **options)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 190)
+        interrupt_after(patch, 95)
         partial = estimate(model=model, **options, checkpoint=tmp_path / "run")
     kept = [c for c in range(4) if c not in whole.lost_chains]
     assert partial.is_partial and len(kept) == 3
-    assert partial.llc_mean == pytest.approx(whole.llc_trace[kept, :190].mean(), rel=1e-12)
+    assert partial.llc_mean == pytest.approx(whole.llc_trace[kept, :95].mean(), rel=1e-12)
     _everything_works(partial, tmp_path)
     assert_same(estimate(model=model, **options, checkpoint=tmp_path / "run"), whole)
 
