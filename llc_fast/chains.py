@@ -118,13 +118,13 @@ class ChainRecord:
         arrays = None
         if first.arrays is not None:
             arrays = {k: np.concatenate([r.arrays[k] for r in records if r.arrays is not None]) for k in first.arrays}
-        return ChainRecord(
-            first.first_chain,
-            first.step,
-            np.concatenate([r.losses for r in records]),
-            {k: np.concatenate([r.observables[k] for r in records]) for k in first.observables},
-            arrays,
-        )
+        seen = {k: a for r in records for k, a in r.observables.items()}  # lost chains may have none
+        observables = {
+            k: np.concatenate([r.observables.get(k, np.full((len(r.losses), *a.shape[1:]), np.nan)) for r in records])
+            for k, a in seen.items()
+        }
+        losses = np.concatenate([r.losses for r in records])
+        return ChainRecord(first.first_chain, first.step, losses, observables, arrays)
 
 
 class _Group:
@@ -233,11 +233,14 @@ class _Group:
         """What is done so far; with ``copy``, apart from the memory that the chains go on to write to."""
         arrays = None
         if self._state is not None and not self.is_done:
-            tensors = self._state.arrays() | {f"buffer.{k}": b[None] for k, b in self._changing_buffers().items()}
-            if self._posterior.is_random:
-                tensors["generator"] = torch.get_rng_state()[None]
+            # Buffers as bytes: NumPy does not have all of their dtypes.
+            buffers = self._changing_buffers().items()
+            tensors = self._state.arrays() | {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in buffers}
+            if self._posterior.is_random or not self._feed.is_pure:
+                rows = len(self.chains)
+                tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
                 if self._posterior.device.type == "cuda":
-                    tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device)[None]
+                    tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device).repeat(rows, 1)
             arrays = {k: _numpy(t, copy) for k, t in tensors.items()}
         elif self._resumed is not None:
             arrays = self._resumed.arrays
@@ -256,7 +259,8 @@ class _Group:
         if "cuda_generator" in tensors:
             torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._posterior.device)
         for name in [k for k in tensors if k.startswith("buffer.")]:
-            self._buffers[name.removeprefix("buffer.")].copy_(tensors.pop(name)[0])
+            buffer = self._buffers[name.removeprefix("buffer.")]
+            buffer.copy_(tensors.pop(name)[0].view(buffer.dtype).view(buffer.shape))
         self._state.restore(tensors)
 
 
@@ -352,15 +356,13 @@ def run_chains(
     observables: Mapping[str, Observable] | None = None,
     resumed: Sequence[ChainRecord] = (),
     monitor: Monitor | None = None,
+    stop: threading.Event | None = None,
 ) -> ChainRun:
     """Run chains from w*, or from where they were, and record the minibatch loss of every step.
 
     A step evaluates loss and gradient on a minibatch, records the loss, then moves the parameters. Chain c's noise and
     minibatches are functions of (seed, c) alone, so it is the same chain, to rounding, whichever others run beside it,
     in this process or another.
-
-    SIGINT (Ctrl-C) ends the run after the present step and returns what there is; a second one raises
-    KeyboardInterrupt.
 
     Args:
         posterior: what is sampled.
@@ -372,11 +374,12 @@ def run_chains(
         observables: functions of every draw, by name.
         resumed: records of earlier runs, one for each chain in any grouping.
         monitor: told of progress and snapshots.
+        stop: ends the run after the present step, with what there is, once it is set; see :func:`stopped_by_sigint`.
     """
-    observables, monitor = observables or {}, monitor or Monitor()
+    observables, monitor, stop = observables or {}, monitor or Monitor(), stop or threading.Event()
     plan = plan or make_plan(posterior, sampler, len(chains), has_observables=bool(observables))
     cuda = [posterior.device] if posterior.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(plan.num_threads), _stoppable() as stop:
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(plan.num_threads):
 
         def build(plan: Plan) -> list[_Group]:
             return [
@@ -483,9 +486,9 @@ class _Driver:
             return
         self._reported = now
         self._monitor.report(self._losses_so_far, sum(g.step * len(g.chains) for g in self._groups))
-        if self._monitor.wants_snapshot():
-            with self._lock:
-                self._generation += 1
+        # One at a time: calls that overtake each other would never be answered by all.
+        if not self._generation and self._monitor.wants_snapshot():
+            self._generation = 1
 
     def _losses_so_far(self) -> list[ChainRecord]:
         return [ChainRecord(g.chains[0], g.step, g.losses.cpu().numpy(), {}, None) for g in self._groups]
@@ -493,12 +496,11 @@ class _Driver:
     def _hand_in(self, group: _Group) -> None:
         """Keep a record of the group; whoever is the last of those running hands in all."""
         index = self._groups.index(group)
-        if self._seen[index] == self._generation:
-            return
         alone = self._plan.num_workers == 1
-        record = group.record(copy=not alone)
         with self._lock:
-            self._seen[index], self._records[index] = self._generation, record
+            if self._seen[index] == self._generation:  # done, by this group or for all by another
+                return
+            self._seen[index], self._records[index] = self._generation, group.record(copy=not alone)
             running = [k for k, g in enumerate(self._groups) if not g.is_done and g not in self._waiting]
             if any(self._seen[k] != self._generation for k in running):
                 return
@@ -547,8 +549,8 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """An event that the first SIGINT sets; the second raises KeyboardInterrupt, as usual."""
+def stopped_by_sigint() -> Iterator[threading.Event]:
+    """An event that the first SIGINT (Ctrl-C) sets; the second raises KeyboardInterrupt, as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread

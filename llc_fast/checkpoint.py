@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -41,27 +42,33 @@ class Saved:
 
 
 class Checkpoint:
-    """The checkpoint of a run at `path`; process `rank` of several writes to ``path.rank<rank>``, the first to `path`.
+    """The checkpoint of a run at `path`; each of several processes writes to a file of its own, ``path.rank<rank>``.
 
     Args:
         path: of the file.
-        rank: of this process.
+        rank: of this process; None: the only one.
         interval: seconds between snapshots.
 
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: the folder does not exist, or `path` is one.
+        PermissionError: the folder can't be written to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, rank: int = 0, interval: float = INTERVAL) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, rank: int | None = None, interval: float = INTERVAL) -> None:
         self.path, self._interval, self._written = Path(path), interval, time.monotonic()
-        self._file = self.path if rank == 0 else self.path.with_name(f"{self.path.name}.rank{rank}")
+        # Not to `path`, which holds the chains of all: it must last until they are all done, or written elsewhere.
+        self._file = self.path if rank is None else self.path.with_name(f"{self.path.name}.rank{rank}")
         self.problem = ""
         """Why the last snapshot could not be written; the one before is still there."""
-        if not self.path.absolute().parent.is_dir():
-            raise ValueError(f"checkpoint={str(path)!r}: the folder {self.path.absolute().parent} does not exist")
+        folder = self.path.absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"checkpoint={str(path)!r}: the folder {folder} does not exist")
         if self.path.is_dir():
             raise ValueError(f"checkpoint={str(path)!r} is a folder: give the name of a file")
-        remove_partial(self._file)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"checkpoint={str(path)!r}: no permission to write to the folder {folder}")
+        for file in (self._file,) if rank else (self._file, self.path, *self._rank_files()):
+            remove_partial(file)
 
     def load(self, identity: Mapping[str, Any]) -> Saved | None:
         """What this run, in whatever processes, has saved; None if nothing.
@@ -69,10 +76,11 @@ class Checkpoint:
         Raises:
             ValueError: a file is damaged, or belongs to another run; the differences are named.
         """
-        others = sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
-        found = [read(p) for p in (self.path, *others) if p.exists()]
-        for saved in found:
-            compare(self.path, saved.identity, identity)
+        found = []
+        for path in (self.path, *self._rank_files()):
+            if path.exists():
+                found.append(read(path))
+                compare(path, found[-1].identity, identity)
         if not found:
             return None
         return Saved(found[0].identity, found[0].chosen, [r for saved in found for r in saved.records])
@@ -95,10 +103,15 @@ class Checkpoint:
 
     def merge(self, saved: Saved) -> None:
         """Replace the files of all processes by one."""
-        self.save(saved)
+        if self._file != self.path:  # else it has just been written
+            self._file = self.path
+            self.save(saved)
         if not self.problem:
-            for other in self.path.parent.glob(f"{self.path.name}.rank*"):
+            for other in self._rank_files():
                 other.unlink(missing_ok=True)
+
+    def _rank_files(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*[0-9]"))
 
 
 def write(path: Path, saved: Saved) -> None:
@@ -135,11 +148,12 @@ def read(path: Path) -> Saved:
     try:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
+            groups = meta["groups"]
             if meta["format"] != _FORMAT:
                 raise ValueError(f"checkpoint={str(path)!r} was written by another version of llc_fast: delete it")
             arrays = {name: file[name] for name in file.files if name != "meta"}
         records = []
-        for k, group in enumerate(meta["groups"]):
+        for k, group in enumerate(groups):
             mine = {n.removeprefix(f"{k}/"): a for n, a in arrays.items() if n.startswith(f"{k}/")}
             done = mine["losses"]
             losses = np.full((len(done), group["num_steps"]), np.nan)
@@ -202,6 +216,17 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return total.hexdigest()
 
 
+def option_identity(value: Any) -> Any:
+    """What names a hyperparameter: its value as JSON would give it back; of a tensor, a fingerprint."""
+    if isinstance(value, Mapping):
+        return {str(name): option_identity(entry) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [option_identity(entry) for entry in value]
+    if isinstance(value, Tensor) and value.ndim:
+        return digest([("", value)])
+    return value.item() if hasattr(value, "item") else value
+
+
 def model_identity(posterior: Posterior) -> dict[str, Any]:
     """What names w*: the values of what is sampled, of what is not, and of the buffers."""
     fixed = [*posterior.frozen.items(), *posterior.fresh_buffers().items()]
@@ -216,7 +241,9 @@ def data_identity(source: DataSource) -> dict[str, Any]:
     """What names the data: their number, and the values of a few samples if they are addressed by index."""
     identity: dict[str, Any] = {"num_samples": source.num_samples, "batch_size": source.batch_size}
     if isinstance(source, IndexedSource) and source.num_samples:
-        some = torch.linspace(0, source.num_samples - 1, min(64, source.num_samples)).round().long()
-        found = leaves(source.gather(some.to(source.index_buffer(1).device)))
+        last, count = source.num_samples - 1, min(64, source.num_samples)
+        some = torch.linspace(0, last, count, dtype=torch.float64).round().long()
+        with torch.random.fork_rng(devices=[]):  # what augmentation draws here must not be missing elsewhere
+            found = leaves(source.gather(some.to(source.index_buffer(1).device)))
         identity["data"] = digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))
     return identity

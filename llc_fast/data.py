@@ -211,7 +211,7 @@ def _kept_as_tensors(dataset: _Collated, device: torch.device, num_wanted: int |
     n = len(dataset)
     if num_wanted is not None and num_wanted < n:
         return dataset
-    some = torch.linspace(0, n - 1, min(n, 8)).round().long()
+    some = torch.linspace(0, n - 1, min(n, 8), dtype=torch.float64).round().long()
     once, again = leaves(dataset.batch(some)), leaves(dataset.batch(some))
     if not all(isinstance(a, Tensor) and a.ndim and a.equal(b) for a, b in zip(once, again, strict=True)):
         return dataset

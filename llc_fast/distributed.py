@@ -18,6 +18,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 PATIENCE = 60.0
 """Seconds without a sign of life after which a process counts as dead."""
 
+_PIECE = 4 * 2**20  # bytes: the store refuses values of more than 8 MiB
+
 
 class ProcessFailedError(RuntimeError):
     """Another process of the run failed or died; the text says which, and what is known."""
@@ -79,8 +81,9 @@ class Team:
             return [value]
         self._round += 1
         try:
-            self._store.set(f"value/{self._round}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
-            values = [self._wait_for(rank) for rank in range(self.size)]
+            self._put(f"value/{self._round}/{self.rank}", pickle.dumps(value))
+            self._wait_for_all(f"value/{self._round}")
+            values = [pickle.loads(self._take(f"value/{self._round}/{rank}")) for rank in range(self.size)]
             # Rank 0 may hold the store: it must not leave before everybody has read.
             read, deadline = f"read/{self._round}", time.monotonic() + PATIENCE
             self._store.add(read, 1)
@@ -90,24 +93,34 @@ class Team:
             raise ProcessFailedError("rank 0, which holds the results, is gone: its own output says why") from error
         return values
 
-    def _wait_for(self, rank: int) -> Any:
+    def _put(self, key: str, data: bytes) -> None:
         assert self._store is not None
-        pulse, heard = "", time.monotonic()
-        key = f"value/{self._round}/{rank}"
-        while not self._store.check([key]):
-            if self._store.check([f"failed/{rank}"]):
-                raise ProcessFailedError(f"rank {rank} failed: {self._store.get(f'failed/{rank}').decode()}")
-            if self._store.check([f"pulse/{rank}"]):
-                present = self._store.get(f"pulse/{rank}").decode()
-                if present != pulse:
-                    pulse, heard = present, time.monotonic()
-            if time.monotonic() - heard > PATIENCE:
-                raise ProcessFailedError(
-                    f"rank {rank} has not been heard of for {PATIENCE:.0f} s: it died without a word (killed, or out "
-                    "of memory?). With checkpoint= the same call resumes, with any number of processes"
-                )
+        pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+        for k, piece in enumerate(pieces):
+            self._store.set(f"{key}/{k}", piece)  # type: ignore[arg-type]
+        self._store.set(key, str(len(pieces)))  # last: now it is whole
+
+    def _take(self, key: str) -> bytes:
+        assert self._store is not None
+        return b"".join(self._store.get(f"{key}/{k}") for k in range(int(self._store.get(key))))
+
+    def _wait_for_all(self, key: str) -> None:
+        """Until every process has put its value, or one of those that have not is found to have failed."""
+        assert self._store is not None
+        last = dict.fromkeys(range(self.size), (b"", time.monotonic()))  # pulse, and when it was first seen
+        while waiting := [rank for rank in last if not self._store.check([f"{key}/{rank}"])]:
+            for rank in waiting:
+                if self._store.check([f"failed/{rank}"]):
+                    raise ProcessFailedError(f"rank {rank} failed: {self._store.get(f'failed/{rank}').decode()}")
+                pulse, heard = last[rank]
+                if self._store.check([f"pulse/{rank}"]) and (now := self._store.get(f"pulse/{rank}")) != pulse:
+                    last[rank] = now, time.monotonic()
+                elif time.monotonic() - heard > PATIENCE:
+                    raise ProcessFailedError(
+                        f"rank {rank} has not been heard of for {PATIENCE:.0f} s: it died without a word (killed, or "
+                        "out of memory?). With checkpoint= the same call resumes, with any number of processes"
+                    )
             time.sleep(0.05)
-        return pickle.loads(self._store.get(key))
 
 
 _counter = 0
@@ -141,7 +154,9 @@ def join(distributed: bool | None) -> Team:
             )
         return Team()
     _counter += 1  # every process makes the same calls in the same order
-    return Team(rank, size, PrefixStore(f"llc_fast/{_counter}", _store(rank, size)))
+    # torchrun's store outlives the processes: those of a restart must not read what the ones before left.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Team(rank, size, PrefixStore(f"llc_fast/{attempt}/{_counter}", _store(rank, size)))
 
 
 _own_store: Store | None = None

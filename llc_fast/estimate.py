@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -15,8 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from llc_fast.calibration import default_lr
-from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, threads
-from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
+from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, stopped_by_sigint, threads
+from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity, option_identity
 from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, default_device, join
 from llc_fast.gradients import LARGE_MODEL, make_plan
@@ -130,6 +131,7 @@ def estimate_llc(
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, before any sampling; a checkpoint that
             is damaged or belongs to another run.
+        PermissionError: the checkpoint's folder can't be written to.
         MemoryError: the run can't fit the memory; says what it needs and what would make it fit.
         llc_fast.distributed.ProcessFailedError: another process of a distributed run failed or died.
     """
@@ -173,38 +175,38 @@ def estimate_llc(
 
     where = default_device(check_device(device)) if device is not None else _device_of(model)
     team = join(distributed)
-    keeper = None
-    if checkpoint is not None:
-        keeper = Checkpoint(checkpoint, rank=team.rank, interval=checkpoint_interval)
-    source = make_source(
-        data,
-        batch_size,
-        where,
-        pairs=not takes_model(loss_fn),
-        num_wanted=num_chains * schedule.num_steps * (batch_size or 512),
-        max_batches=schedule.num_steps,
-    )
-    requested = {
-        "sampler": sampler,
-        **{k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))},
-        "lr": None if lr is None else float(lr),
-        "nbeta": None if nbeta is None else float(nbeta),
-        "schedule": vars(schedule),
-        "num_chains": num_chains,
-        "microbatch_size": microbatch_size,
-        "autocast": None if autocast is None else str(autocast),
-        "observables": sorted(observables),
-        "strategy": strategy,
-        "seed": seed,
-    }
-    if nbeta is None:
-        if source.num_samples is None:
-            raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
-        nbeta = default_nbeta(source.num_samples)
-    # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
     generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
     is_large = where.type == "cpu" and _num_elements(model) > LARGE_MODEL
     with team.working(), generators, large_blocks_apart(is_large):
+        keeper = None
+        if checkpoint is not None:
+            keeper = Checkpoint(checkpoint, rank=team.rank if team.size > 1 else None, interval=checkpoint_interval)
+        source = make_source(
+            data,
+            batch_size,
+            where,
+            pairs=not takes_model(loss_fn),
+            num_wanted=num_chains * schedule.num_steps * (batch_size or 512),
+            max_batches=schedule.num_steps,
+        )
+        requested = {
+            "sampler": sampler,
+            **{name: option_identity(value) for name, value in options.items()},
+            "lr": None if lr is None else float(lr),
+            "nbeta": None if nbeta is None else float(nbeta),
+            "schedule": vars(schedule),
+            "num_chains": num_chains,
+            "microbatch_size": microbatch_size,
+            "autocast": None if autocast is None else str(autocast),
+            "observables": sorted(observables),
+            "strategy": strategy,
+            "seed": seed,
+        }
+        if nbeta is None:
+            if source.num_samples is None:
+                raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
+            nbeta = default_nbeta(source.num_samples)
+        # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
         torch.manual_seed(seed)
         with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
             posterior = Posterior(
@@ -219,7 +221,7 @@ def estimate_llc(
         plan = make_plan(
             posterior,
             prepared,
-            len(team.share(num_chains)) or 1,
+            -(-num_chains // team.size),  # the largest share: the same plan in all processes
             strategy=strategy,
             release_gradients=release_gradients,
             has_observables=bool(observables),
@@ -248,7 +250,9 @@ def estimate_llc(
         chosen = team.gather(chosen)[0]
         init_loss, lr = chosen["init_loss"], chosen["lr"]
         setup = time.perf_counter() - started
-        with _Observer(schedule, team, num_chains, chosen, keeper, identity, progress) as observer:
+        # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
+        bar = _Observer(schedule, team, num_chains, chosen, keeper, identity, progress)
+        with bar as observer, stopped_by_sigint() as stop:
             run = run_chains(
                 posterior,
                 make_sampler(sampler, lr=lr, nbeta=nbeta, **options),
@@ -259,12 +263,16 @@ def estimate_llc(
                 observables=observables,
                 resumed=saved.records if saved is not None else (),
                 monitor=observer,
+                stop=stop,
             )
-        runs = team.gather((run.records, run.interrupted))
-    records = [record for found, _ in runs for record in found]
-    interrupted = any(stopped for _, stopped in runs)
-    if keeper is not None and team.rank == 0 and team.size > 1:
-        keeper.merge(Saved(identity, chosen, records))
+            # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
+            runs = team.gather(([dataclasses.replace(r, arrays=None) for r in run.records], run.interrupted))
+            records = [record for found, _ in runs for record in found]
+            interrupted = any(stopped for _, stopped in runs)
+            if keeper is not None and team.rank == 0 and not interrupted:
+                keeper.merge(Saved(identity, chosen, records))
+            problems = team.gather("" if keeper is None else keeper.problem)
+            problem = next(filter(None, problems if interrupted else problems[:1]), "")
 
     losses = np.concatenate([r.losses for r in records])
     broken = (~np.isfinite(losses)).cumsum(axis=1) > 0
@@ -305,7 +313,7 @@ def estimate_llc(
         seconds_of_setup=setup,
         resumed_steps=0 if saved is None else sum(r.step * len(r.losses) for r in saved.records),
     )
-    result.warnings.extend(_run_warnings(result, keeper, source))
+    result.warnings.extend(_run_warnings(result, keeper is not None, problem, source))
     return result
 
 
@@ -375,7 +383,7 @@ def _check_observables(observables: Mapping[str, Observable] | None) -> dict[str
     return dict(observables)
 
 
-def _run_warnings(result: LLCResult, keeper: Checkpoint | None, source: DataSource) -> list[str]:
+def _run_warnings(result: LLCResult, resumable: bool, problem: str, source: DataSource) -> list[str]:
     """What happened on the way."""
     warnings = []
     lost, lr = len(result.lost_chains), result.settings["lr"]
@@ -389,10 +397,10 @@ def _run_warnings(result: LLCResult, keeper: Checkpoint | None, source: DataSour
         warnings.append(
             f"the run was interrupted after {sum(result.steps_done or [])} of {result.loss_trace.size} steps: "
             + ("λ̂ comes from the draws so far" if len(result._good) else "there is no draw yet")
-            + ("" if keeper is None else "; the same call resumes it")
+            + ("; the same call resumes it" if resumable else "")
         )
-    if keeper is not None and keeper.problem:
-        warnings.append(f"the checkpoint could not be written: {keeper.problem}; the last good one was kept")
+    if problem:
+        warnings.append(f"the checkpoint could not be written: {problem}; the last good one was kept")
     if isinstance(source, LoaderSource) and source.truncated:
         warnings.append(
             "the data tell no length: L(w*) was taken over the first "

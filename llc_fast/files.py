@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 def remove_partial(path: Path) -> None:
     """Delete what writers of `path` left behind when they were killed."""
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        # Another file's name may begin with this one's.
+        if partial.name[len(path.name) + 2 : -len(".partial")].isdigit():
+            with contextlib.suppress(OSError):
+                partial.unlink()

@@ -182,6 +182,11 @@ class Feed:
         shape = (num_chains, -1) if num_chains > 1 else (-1,)
         self._batch = map_tensors(lambda t: t.view(*shape, *t.shape[1:]), flat)
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether minibatches are functions of (seed, chain, step), or come from a user's ``__getitem__``."""
+        return not isinstance(self._source, IndexedSource) or self._source.is_thread_safe
+
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""
         if self._iterator is not None:
