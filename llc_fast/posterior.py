@@ -291,10 +291,12 @@ class _SavedBytes:
     """Counts the memory that autograd keeps for the backward pass."""
 
     def __init__(self, exclude: Sequence[Tensor]) -> None:
-        self._seen = {t.untyped_storage().data_ptr() for t in exclude}
+        self._seen = {t.untyped_storage().data_ptr() for t in exclude if t.layout == torch.strided}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:  # a sparse matrix has no storage of its own
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
