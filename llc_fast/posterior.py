@@ -371,7 +371,10 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
 
 def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> Iterator[str]:
     if isinstance(entry, str):
-        found = fnmatch.filter(named, entry)
+        # A tied parameter goes by each of its names.
+        tied = {alias: id(p) for alias, p in model.named_parameters(remove_duplicate=False)}
+        wanted = {tied[alias] for alias in fnmatch.filter(tied, entry)}
+        found = [name for name, p in named.items() if id(p) in wanted]
         if not found:
             raise ValueError(f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
     elif isinstance(entry, (nn.Module, Tensor)):
