@@ -175,17 +175,19 @@ class _Group:
             self._graph = _CapturedStep(self._state, self._feed, self._gradient, self.losses, self.step)
         return self._state
 
-    def advance(self) -> None:
-        """One step: evaluate, record, observe, move."""
+    def advance(self, model: contextlib.AbstractContextManager[object]) -> None:
+        """One step: evaluate, record, observe, move; inside `model` where the user's own code runs."""
         step = self.step
         if self._plan.strategy == "cuda-graph":
             self._graph.replay()
         else:
             batch = self._feed(step)
-            evaluation = self._gradient.evaluate(batch)
+            with model if self.note else contextlib.nullcontext():
+                evaluation = self._gradient.evaluate(batch)
             self.losses[:, step].copy_(evaluation.loss)
             if self._functions and (draw := self._schedule.draw_at(step)) is not None:
-                self._observe(draw, evaluation, batch)
+                with model:  # observables may call the model too
+                    self._observe(draw, evaluation, batch)
             self._gradient.move(step)
         self.step += 1
         # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
@@ -458,8 +460,7 @@ class _Driver:
                 with self._model:
                     memory = group.prepare(memory if fits else None)
             while not group.is_done and not self._ended():
-                with self._model if group.note else contextlib.nullcontext():
-                    group.advance()
+                group.advance(self._model)
                 if alone:
                     self._tell()
                 if self._generation:
