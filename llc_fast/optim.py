@@ -276,7 +276,8 @@ class LangevinOptimizer(torch.optim.Optimizer):
     def _step_eagerly(self, index: int, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> Tensor | None:
         params: list[Tensor] = group["params"]
         step = 0 if self._capturable else int(group["step"])
-        scalars = self.sampler.adjusted(self.sampler.scalars(group), group, group, step, grads)
+        masks = [_entry(group["optimize_over"], k) for k in live]
+        scalars = self.sampler.adjusted(self.sampler.scalars(group), group, group, step, grads, masks)
         measured = self._measures(group)
         metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device) if measured else None
         if not self._wanted.isdisjoint(_TENSORS):

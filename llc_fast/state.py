@@ -132,7 +132,8 @@ class ChainState:
 
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         """One step of the sampler for all chains; `grads` in the order of the parameters."""
-        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads)
+        masks = [segment.mask for segment in self._segments]
+        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads, masks)
         self._table.step(
             grads,
             scalars,
