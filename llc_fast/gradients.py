@@ -92,6 +92,9 @@ def make_plan(
             strategy = "batched" if small and not apart and num_chains > 1 else "sequential"
     elif strategy in ("batched", "cuda-graph") and apart:
         raise ValueError(f'strategy={strategy!r} is not possible here: {apart}; use strategy="sequential"')
+    elif strategy == "compiled" and (posterior.writes_buffers or posterior.microbatch_size is not None):
+        why = "the model writes to its buffers" if posterior.writes_buffers else "it takes minibatches as a whole"
+        raise ValueError(f'strategy="compiled" is not possible here: {why}; use strategy="sequential"')
     if strategy == "cuda-graph" and not cuda:
         raise ValueError(f'strategy="cuda-graph" needs a CUDA device, got device={str(posterior.device)!r}')
     if strategy == "cuda-graph" and has_observables:
@@ -340,9 +343,12 @@ def make_gradient(
         inner = EagerGradient(posterior, state, buffers, plan.release)
     else:
         inner = BatchedGradient(posterior, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    note = ""
     if plan.replay:
         try:
             return ReplayedGradient(inner, state, feed, step), ""
         except NotReplayableError as error:
-            return inner, str(error)
-    return inner, ""
+            note = str(error)
+    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
+        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
+    return inner, note
