@@ -6,6 +6,7 @@ network of a thousand parameters nearly all of the time, for one of a hundred mi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llc_fast.data import Batch, IndexedSource, leaves, map_tensors, split_batch
 from llc_fast.posterior import Evaluation, Posterior, backward
@@ -268,9 +270,12 @@ class BatchedGradient:
     ) -> None:
         self._state = state
         self._params = state.params() if state.num_chains > 1 else state.single()
+        # On a CPU vmap would run fused attention chain by chain, with a warning; products of matrices it batches.
+        batched = state.num_chains > 1 and posterior.device.type == "cpu"
 
         def value(params: dict[str, Tensor], batch: Batch) -> Any:
-            loss, samples = posterior.evaluate(params, batch, buffers)
+            with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
+                loss, samples = posterior.evaluate(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 
         self._has_samples = posterior.per_sample
