@@ -32,6 +32,11 @@ _FILLS = frozenset(
         *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
     )
 )
+_aten = torch.ops.aten
+_COUNTED_AS = {  # attention on a CPU, which torch's own table leaves out
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
 _IMPLIED_BY_OUT = frozenset(("dtype", "layout", "device", "pin_memory"))
 
 
@@ -54,7 +59,7 @@ class FlopCounter(_DispatchMode):  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry
 
         out = op(*args, **(kwargs or {}))
-        formula = flop_registry.get(op._overloadpacket)
+        formula = flop_registry.get(_COUNTED_AS.get(op._overloadpacket, op._overloadpacket))
         if formula is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         return out
@@ -67,7 +72,7 @@ class _Recorder(_DispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tag, reason in _REFUSED.items():
-            if tag in op.tags:
+            if tag in op.tags and not _indexes_by_integers(op, args):
                 raise NotReplayableError(f"{reason} ({op})")
         kwargs = kwargs or {}
         # Attention is tagged for the sake of its dropout, which may be off: what counts is whether it drew.
@@ -150,6 +155,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _indexes_by_integers(op: Any, args: tuple[Any, ...]) -> bool:
+    """Indexing is tagged for the sake of masks; by integers the sizes are those of the indices."""
+    return op is _aten.index.Tensor and all(t.dtype not in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
 
 
 def _storages(value: Any) -> Iterator[int]:
