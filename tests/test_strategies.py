@@ -224,6 +224,20 @@ def test_compiled(model: str, sampler: str, plainly: Plainly) -> None:
     np.testing.assert_allclose(result.loss_trace, plainly(*problem, **options), rtol=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["sequential", "batched", "cuda-graph", None])
+@pytest.mark.parametrize("sampler", ["sgld", "adam-sgld", "sgnht"])
+@pytest.mark.parametrize("model", MODELS)
+def test_gpu(model: str, sampler: str, strategy: str | None, plainly: Plainly) -> None:
+    """The chains of a CPU to rounding, with minibatches and full batches; asked for or chosen."""
+    problem = _problem(model)
+    for batch_size in (8, N):
+        options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "nbeta": 5.0, "batch_size": batch_size}
+        result = _estimate(*problem, strategy=strategy, device="cuda", **options)
+        assert result.settings["strategy"] == (strategy or "cuda-graph")
+        np.testing.assert_allclose(result.loss_trace, plainly(*problem, **options), rtol=1e-9)
+
+
 # --- Groups, workers, threads -------------------------------------------------------------------------------
 
 
