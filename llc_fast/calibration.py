@@ -37,7 +37,8 @@ def pilot_metric(posterior: Posterior, options: Mapping[str, Any], *, seed: int 
             gradient[name].zero_()
     eps = float(options["eps"])
     if options["relative_eps"]:
-        total = sum(float(v.double().sum()) for v in squares.values())
+        masks = posterior.masks
+        total = sum(float((v * masks[k] if k in masks else v).double().sum()) for k, v in squares.items())
         eps *= math.sqrt(total / posterior.num_parameters)
     return {name: 1 / (v.sqrt() + eps) for name, v in squares.items()}
 

@@ -139,10 +139,11 @@ class _Group:
         seed: int,
         chains: range,
         observables: Mapping[str, Observable],
+        shapes: dict[str, tuple[int, ...]],
         resumed: ChainRecord | None,
     ) -> None:
         self._posterior, self._sampler, self._schedule, self._plan = posterior, sampler, schedule, plan
-        self._seed, self._functions, self._resumed = seed, observables, resumed
+        self._seed, self._functions, self._shapes, self._resumed = seed, observables, shapes, resumed
         self.chains = chains
         self.step = 0 if resumed is None else resumed.step
         self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
@@ -151,6 +152,7 @@ class _Group:
         if resumed is not None:
             self.losses[:, : self.step] = torch.from_numpy(resumed.losses[:, : self.step])
             self._observables = {k: a.copy() for k, a in resumed.observables.items()}
+            shapes.update((k, a.shape[2:]) for k, a in self._observables.items())
         self.is_done = self.step == schedule.num_steps
         self.note = ""
 
@@ -175,17 +177,19 @@ class _Group:
             self._graph = _CapturedStep(self._state, self._feed, self._gradient, self.losses, self.step)
         return self._state
 
-    def advance(self) -> None:
-        """One step: evaluate, record, observe, move."""
+    def advance(self, model: contextlib.AbstractContextManager[object]) -> None:
+        """One step: evaluate, record, observe, move; inside `model` where the user's own code runs."""
         step = self.step
         if self._plan.strategy == "cuda-graph":
             self._graph.replay()
         else:
             batch = self._feed(step)
-            evaluation = self._gradient.evaluate(batch)
+            with model if self.note else contextlib.nullcontext():
+                evaluation = self._gradient.evaluate(batch)
             self.losses[:, step].copy_(evaluation.loss)
             if self._functions and (draw := self._schedule.draw_at(step)) is not None:
-                self._observe(draw, evaluation, batch)
+                with model:  # observables may call the model too
+                    self._observe(draw, evaluation, batch)
             self._gradient.move(step)
         self.step += 1
         # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
@@ -216,16 +220,14 @@ class _Group:
                 batch if shared else _row(batch, row),
             )
             for name, function in self._functions.items():
-                value = np.asarray(torch.as_tensor(function(seen)).detach().cpu(), dtype=np.float64)
+                value = torch.as_tensor(function(seen)).detach().to("cpu", torch.float64).numpy()
+                shape = self._shapes.setdefault(name, value.shape)
+                if value.shape != shape:
+                    raise ValueError(f"observable {name!r} gave shape {value.shape} after {shape}: it must not change")
                 if name not in self._observables:
-                    shape = (len(self.chains), self._schedule.num_draws, *value.shape)
-                    self._observables[name] = np.full(shape, np.nan)
-                room = self._observables[name]
-                if room.shape[2:] != value.shape:
-                    raise ValueError(
-                        f"observable {name!r} gave shape {value.shape} after {room.shape[2:]}: it must not change"
-                    )
-                room[row, draw] = value
+                    room = (len(self.chains), self._schedule.num_draws, *shape)
+                    self._observables[name] = np.full(room, np.nan)
+                self._observables[name][row, draw] = value
 
     # ---- snapshots -----------------------------------------------------------------------------------------
 
@@ -380,10 +382,11 @@ def run_chains(
     plan = plan or make_plan(posterior, sampler, len(chains), has_observables=bool(observables))
     cuda = [posterior.device] if posterior.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(plan.num_threads):
+        shapes: dict[str, tuple[int, ...]] = {}  # of observables: the same in all groups
 
         def build(plan: Plan) -> list[_Group]:
             return [
-                _Group(posterior, sampler, schedule, plan, seed, members, observables, record)
+                _Group(posterior, sampler, schedule, plan, seed, members, observables, shapes, record)
                 for members, record in _grouped(chains, plan.group_size, resumed)
             ]
 
@@ -467,8 +470,7 @@ class _Driver:
                 with self._model:
                     memory = group.prepare(memory if fits else None)
             while not group.is_done and not self._ended():
-                with self._model if group.note else contextlib.nullcontext():
-                    group.advance()
+                group.advance(self._model)
                 if alone:
                     self._tell()
                 if self._generation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -205,25 +206,35 @@ def _kept_as_tensors(dataset: _Collated, device: torch.device, num_wanted: int |
     """The data set as tensors on the device, if that is possible, worth it, and the same.
 
     Possible: every sample collates to tensors of one shape, and all fit in `_KEPT_BYTES`. Worth it: the chains will
-    ask for at least as many samples as there are (`num_wanted`; None: many). The same: a few samples read twice
-    agree, so that nothing random is frozen.
+    ask for at least as many samples as there are (`num_wanted`; None: many). The same: reading draws no random numbers
+    from a global generator, and a few samples read twice agree, so that nothing random is frozen.
     """
     n = len(dataset)
     if num_wanted is not None and num_wanted < n:
         return dataset
-    some = torch.linspace(0, n - 1, min(n, 8), dtype=torch.float64).round().long()
-    once, again = leaves(dataset.batch(some)), leaves(dataset.batch(some))
-    if not all(isinstance(a, Tensor) and a.ndim and a.equal(b) for a, b in zip(once, again, strict=True)):
-        return dataset
-    if sum(t.nbytes for t in once) / len(some) * n > _KEPT_BYTES:
-        return dataset
-    try:
-        pieces = [dataset.batch(indices) for indices in torch.split(torch.arange(n), 4096)]
-        flat = [torch.cat(tensors) for tensors in zip(*(leaves(p) for p in pieces), strict=True)]
-    except (RuntimeError, TypeError, ValueError):  # samples of different shapes or kinds: as the loop will say
-        return dataset
+    with torch.random.fork_rng(devices=[]):
+        generators = _global_generators()
+        some = torch.linspace(0, n - 1, min(n, 8), dtype=torch.float64).round().long()
+        once, again = leaves(dataset.batch(some)), leaves(dataset.batch(some))
+        if not all(isinstance(a, Tensor) and a.ndim and a.equal(b) for a, b in zip(once, again, strict=True)):
+            return dataset
+        if sum(t.nbytes for t in once) / len(some) * n > _KEPT_BYTES or _global_generators() != generators:
+            return dataset
+        try:
+            pieces = [dataset.batch(indices) for indices in torch.split(torch.arange(n), 4096)]
+            flat = [torch.cat(tensors) for tensors in zip(*(leaves(p) for p in pieces), strict=True)]
+        except (RuntimeError, TypeError, ValueError):  # samples of different shapes or kinds: as the loop will say
+            return dataset
+        if _global_generators() != generators:
+            return dataset
     ordered = iter(flat)
     return _Tensors(map_tensors(lambda _: next(ordered), pieces[0]), device)
+
+
+def _global_generators() -> tuple[object, ...]:
+    """The states of the generators that augmentation draws from."""
+    name, words, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(words).tobytes(), rest
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:
@@ -300,7 +311,11 @@ def _everything(loader: Iterable[Any]) -> Iterable[Any]:
     if not isinstance(loader, DataLoader) or not loader.drop_last or isinstance(loader.dataset, IterableDataset):
         return loader
     return DataLoader(
-        loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=loader.sampler,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
     )
 
 
@@ -345,6 +360,8 @@ def make_source(
     if isinstance(data, Tensor):
         if pairs:
             raise TypeError("data must be (inputs, target), got one tensor: pass a tuple such as (x, y)")
+        if data.ndim == 0 or len(data) == 0:
+            raise ValueError("data is empty: it has no samples")
         return IndexedSource(_Tensors(data, device), batch_size or 512, device, check)
     values: Sequence[Any] = list(data.values()) if isinstance(data, Mapping) else data
     if isinstance(data, (tuple, list, Mapping)) and data and all(isinstance(t, Tensor) for t in values):

@@ -6,6 +6,7 @@ network of a thousand parameters nearly all of the time, for one of a hundred mi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llc_fast.data import Batch, IndexedSource, leaves, map_tensors, split_batch
 from llc_fast.posterior import Evaluation, Posterior, backward
@@ -93,6 +95,9 @@ def make_plan(
             strategy = "batched" if small and not apart and num_chains > 1 else "sequential"
     elif strategy in ("batched", "cuda-graph") and apart:
         raise ValueError(f'strategy={strategy!r} is not possible here: {apart}; use strategy="sequential"')
+    elif strategy == "compiled" and (posterior.writes_buffers or posterior.microbatch_size is not None):
+        why = "the model writes to its buffers" if posterior.writes_buffers else "it takes minibatches as a whole"
+        raise ValueError(f'strategy="compiled" is not possible here: {why}; use strategy="sequential"')
     if strategy == "cuda-graph" and not cuda:
         raise ValueError(f'strategy="cuda-graph" needs a CUDA device, got device={str(posterior.device)!r}')
     if strategy == "cuda-graph" and has_observables:
@@ -271,9 +276,12 @@ class BatchedGradient:
     ) -> None:
         self._state = state
         self._params = state.params() if state.num_chains > 1 else state.single()
+        # On a CPU vmap would run fused attention chain by chain, with a warning; products of matrices it batches.
+        batched = state.num_chains > 1 and posterior.device.type == "cpu"
 
         def value(params: dict[str, Tensor], batch: Batch) -> Any:
-            loss, samples = posterior.evaluate(params, batch, buffers)
+            with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
+                loss, samples = posterior.evaluate(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 
         self._has_samples = posterior.per_sample
@@ -346,9 +354,12 @@ def make_gradient(
         inner = EagerGradient(posterior, state, buffers, plan.release)
     else:
         inner = BatchedGradient(posterior, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    note = ""
     if plan.replay:
         try:
             return ReplayedGradient(inner, state, feed, step), ""
         except NotReplayableError as error:
-            return inner, str(error)
-    return inner, ""
+            note = str(error)
+    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
+        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
+    return inner, note

@@ -323,8 +323,9 @@ class LangevinOptimizer(torch.optim.Optimizer):
             return None
         scalars, metrics = self._group_scalars(index, group), None
         if measures := self.sampler.measures(group):
+            masks = [_entry(group["optimize_over"], k) for k in live]
             with torch.no_grad():  # of gradients that have a graph themselves
-                scalars = self.sampler.adjusted(scalars, group, group, step, grads)
+                scalars = self.sampler.adjusted(scalars, group, group, step, grads, masks)
         if self._wanted:
             self._keep_tensors(index, group, live)
         device_scalars = self._scalars_on_device(index, scalars, params[0].device) if self._capturable else None

@@ -299,10 +299,12 @@ class _SavedBytes:
     """Counts the memory that autograd keeps for the backward pass."""
 
     def __init__(self, exclude: Sequence[Tensor]) -> None:
-        self._seen = {t.untyped_storage().data_ptr() for t in exclude}
+        self._seen = {t.untyped_storage().data_ptr() for t in exclude if t.layout == torch.strided}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:  # a sparse matrix has no storage of its own
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
@@ -377,7 +379,10 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
 
 def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> Iterator[str]:
     if isinstance(entry, str):
-        found = fnmatch.filter(named, entry)
+        # A tied parameter goes by each of its names.
+        tied = {alias: id(p) for alias, p in model.named_parameters(remove_duplicate=False)}
+        wanted = {tied[alias] for alias in fnmatch.filter(tied, entry)}
+        found = [name for name, p in named.items() if id(p) in wanted]
         if not found:
             raise ValueError(f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
     elif isinstance(entry, (nn.Module, Tensor)):

@@ -14,15 +14,17 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 T = TypeVar("T")
 
 _REFUSED = {
-    torch.Tag.nondeterministic_seeded: "it draws random numbers",
     torch.Tag.data_dependent_output: "Python looks at a tensor's values",
     torch.Tag.dynamic_output_shape: "a tensor's size depends on values",
 }
+_READS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__))
+"""What shows Python a tensor's values without an operation of torch."""
 _FILLS = frozenset(
     f"aten::{name}"
     for name in (
@@ -30,6 +32,11 @@ _FILLS = frozenset(
         *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
     )
 )
+_aten = torch.ops.aten
+_COUNTED_AS = {  # attention on a CPU, which torch's own table leaves out
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
 _IMPLIED_BY_OUT = frozenset(("dtype", "layout", "device", "pin_memory"))
 
 
@@ -52,7 +59,7 @@ class FlopCounter(_DispatchMode):  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry
 
         out = op(*args, **(kwargs or {}))
-        formula = flop_registry.get(op._overloadpacket)
+        formula = flop_registry.get(_COUNTED_AS.get(op._overloadpacket, op._overloadpacket))
         if formula is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         return out
@@ -65,11 +72,30 @@ class _Recorder(_DispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tag, reason in _REFUSED.items():
-            if tag in op.tags:
+            if tag in op.tags and not _indexes_by_integers(op, args):
                 raise NotReplayableError(f"{reason} ({op})")
-        out = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        # Attention is tagged for the sake of its dropout, which may be off: what counts is whether it drew.
+        seeded = torch.Tag.nondeterministic_seeded in op.tags
+        before = torch.get_rng_state() if seeded else None
+        out = op(*args, **kwargs)
+        if before is not None and (
+            any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values()))
+            or any(t.device.type != "cpu" for t in _tensors(out))
+            or not torch.equal(before, torch.get_rng_state())
+        ):
+            raise NotReplayableError(f"it draws random numbers ({op})")
+        if any(t.layout != torch.strided for t in _tensors((args, kwargs, out))):
+            raise NotReplayableError(f"it works on tensors that are not dense ({op})")
+        self.calls.append((op, args, kwargs, out))
         return out
+
+
+class _ReadRefuser(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _READS:
+            raise NotReplayableError(f"Python looks at a tensor's values ({function.__name__})")
+        return function(*args, **(kwargs or {}))
 
 
 class Recording(Generic[T]):
@@ -86,7 +112,7 @@ class Recording(Generic[T]):
 
     def __init__(self, function: Callable[[], T]) -> None:
         recorder = _Recorder()
-        with recorder:
+        with recorder, _ReadRefuser():
             self.result: T = function()
         made: set[int] = set()  # storages that the function itself allocates
         written: set[int] = set()  # those that it writes to after making them
@@ -129,6 +155,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _indexes_by_integers(op: Any, args: tuple[Any, ...]) -> bool:
+    """Indexing is tagged for the sake of masks; by integers the sizes are those of the indices."""
+    return op is _aten.index.Tensor and all(t.dtype not in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
 
 
 def _storages(value: Any) -> Iterator[int]:

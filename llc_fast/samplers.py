@@ -150,16 +150,19 @@ class Sampler:
         memory: MutableMapping[str, Any],
         step: int,
         grads: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
     ) -> StepScalars:
         """The scalars with `eps` in units of the gradient's scale, if that is asked for.
 
-        The scale is the root of the mean of V̂ over all elements. That mean follows V's own recursion, so the sum of g²
-        that every step leaves behind keeps it up to date; only the first step has to look at the gradients before.
+        The scale is the root of the mean of V̂ over all elements that may move. That mean follows V's own recursion, so
+        the sum of g² that every step leaves behind keeps it up to date; only the first step has to look at the
+        gradients before.
         """
         if not options.get("relative_eps"):
             return scalars
         if step == 0 or "mean_square" not in memory:
-            mean = sum(float(g.double().square().sum()) for g in grads) / sum(g.numel() for g in grads)
+            moving = [g if m is None else g[m.expand_as(g)] for g, m in zip(grads, masks, strict=True)]
+            mean = sum(float(g.double().square().sum()) for g in moving) / sum(g.numel() for g in moving)
             memory["mean_square"] = (1 - scalars.decay) * mean
         mean = memory["mean_square"]
         if cls is AdamSGLD:

@@ -54,6 +54,7 @@ class ChainState:
             )
             for k, name in enumerate(self._names)
         ]
+        self._masks = [segment.mask for segment in self._segments]
         self._table = SegmentTable(sampler.name, self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
         self._single_tables: dict[str, SegmentTable] = {}
         self._metrics = None
@@ -132,7 +133,7 @@ class ChainState:
 
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         """One step of the sampler for all chains; `grads` in the order of the parameters."""
-        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads)
+        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads, self._masks)
         self._table.step(
             grads,
             scalars,
