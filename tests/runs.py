@@ -81,8 +81,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     advance, done = chains._Group.advance, iter(range(count - 1, -1, -1))
     monkeypatch.setattr(chains.Monitor, "interval", 0.001)
 
-    def interrupted(group: Any) -> None:
-        advance(group)
+    def interrupted(group: Any, *rest: Any) -> None:
+        advance(group, *rest)
         if next(done, None) == 0:
             signal.raise_signal(signal.SIGINT)
             while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

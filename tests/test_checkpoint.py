@@ -222,8 +222,8 @@ def test_any_snapshot_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
 
             advance = chains._Group.advance
 
-            def slow(group: Any) -> None:
-                advance(group)
+            def slow(group: Any, *rest: Any) -> None:
+                advance(group, *rest)
                 time.sleep(0.002)  # so that the thread that asks for snapshots has its turn
 
             patch.setattr(chains._Group, "advance", slow)

@@ -56,8 +56,8 @@ def test_interrupted_and_resumed(strategy: str, tmp_path: Path, monkeypatch: pyt
 
     steps, advance = [0], chains._Group.advance
 
-    def stop_after_a_while(group: Any) -> None:
-        advance(group)
+    def stop_after_a_while(group: Any, *rest: Any) -> None:
+        advance(group, *rest)
         steps[0] += 1
         if steps[0] == 55:
             raise KeyboardInterrupt

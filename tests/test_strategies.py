@@ -299,7 +299,7 @@ def test_release_by_default_above_a_size(monkeypatch: pytest.MonkeyPatch) -> Non
     """Large models release their gradients and record nothing: the same bits."""
     problem = _problem("transformer")
     small = _trace(*problem, strategy="sequential")
-    monkeypatch.setattr(gradients, "_RELEASED_PARAMETERS", 100)
+    monkeypatch.setattr(gradients, "LARGE_MODEL", 100)
     monkeypatch.setattr(gradients.Recording, "__init__", None)
     assert np.array_equal(_trace(*problem, strategy="sequential"), small)
 
