@@ -240,6 +240,28 @@ def test_any_snapshot_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
         torch.set_num_threads(before)
 
 
+def test_slow_steps_side_by_side_are_saved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that take longer than the time between two looks at the clock: all threads answer the same call."""
+    written, save, advance = [], Checkpoint.save, chains._Group.advance
+
+    def slow(group: Any) -> None:
+        time.sleep(0.01 + 0.003 * group.chains[0])
+        advance(group)
+
+    monkeypatch.setattr(chains._Group, "advance", slow)
+    monkeypatch.setattr(chains.Monitor, "interval", 0.001)
+    monkeypatch.setattr(Checkpoint, "is_due", True)
+    monkeypatch.setattr(Checkpoint, "save", lambda keeper, saved: (written.append(1), save(keeper, saved)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        result = estimate(strategy="sequential", num_chains=2, checkpoint=tmp_path / "run")
+    finally:
+        torch.set_num_threads(threads)
+    assert result.diagnostics["workers"] == 2
+    assert len(written) >= 6  # in 12 steps
+
+
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, MemoryError])
 def test_failures_leave_the_last_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]

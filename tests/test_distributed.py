@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import TIMEOUT, Script, assert_same, estimate, write_script
+from runs import TIMEOUT, Script, assert_same, estimate, interrupt_after, write_script
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
@@ -296,21 +296,27 @@ result.save(f"result.{rank}")
 """
 
 
-def test_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
-    """Killed as two processes, the run goes on as one or as three, with the same bits, and one file in the end."""
-    expected = estimate(num_chains=4, num_draws=30, strategy="sequential", observables={"weight": _weight})
+def test_resumed_by_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun as one process, killed as two, a run ends as one or as three with the same bits, and in one file."""
+    options: dict[str, Any] = {"num_chains": 4, "num_draws": 30, "strategy": "sequential"}
+    options["observables"] = {"weight": _weight}
+    expected = estimate(**options)
     first = tmp_path / "first"
     first.mkdir()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)
+        estimate(**options, checkpoint=first / "run")
+    alone = (first / "run").read_bytes()
     assert [code for code, _, _ in _launch(first, _KILLED_ALL, 2)] == [-signal.SIGKILL] * 2
-    assert sorted(p.name for p in first.glob("run*")) == ["run.rank0", "run.rank1"]
+    assert sorted(p.name for p in first.glob("run*")) == ["run", "run.rank0", "run.rank1"]
+    assert (first / "run").read_bytes() == alone  # it has what no process may have written yet
     for size in (1, 3):
         folder = tmp_path / f"{size}"
         folder.mkdir()
         for path in first.glob("run*"):
             (folder / path.name).write_bytes(path.read_bytes())
         if size == 1:
-            options = {"num_draws": 30, "strategy": "sequential", "observables": {"weight": _weight}}
-            result = estimate(num_chains=4, **options, checkpoint=folder / "run")
+            result = estimate(**options, checkpoint=folder / "run")
             assert result.diagnostics["resumed_steps"] > 20
             assert_same(result, expected)
         else:
