@@ -24,7 +24,7 @@ from llc_fast.gradients import LARGE_MODEL, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
 from llc_fast.posterior import LossFunction, Posterior, takes_model
 from llc_fast.result import LLCResult
-from llc_fast.samplers import check_number, make_sampler
+from llc_fast.samplers import Sampler, check_number, make_sampler
 
 DEFAULT_NUM_DRAWS = 2000
 DEFAULT_LOCALIZATION = 1.0
@@ -136,45 +136,27 @@ def estimate_llc(
         llc_fast.distributed.ProcessFailedError: another process of a distributed run failed or died.
     """
     started = time.perf_counter()
-    for name, value, least in (
-        ("num_chains", num_chains, 1),
-        ("num_draws", num_draws, 1),
-        ("num_burnin", num_burnin, 0),
-        ("num_steps_bw_draws", num_steps_bw_draws, 1),
-        ("batch_size", batch_size, 1),
-        ("microbatch_size", microbatch_size, 1),
-        ("seed", seed, 0),
-    ):
-        optional = name in ("num_draws", "num_burnin", "batch_size", "microbatch_size")
-        _check_integer(name, value, least, optional=optional)
-    # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
-    num_chains, num_steps_bw_draws, seed = int(num_chains), int(num_steps_bw_draws), int(seed)
-    num_draws, num_burnin, batch_size, microbatch_size = (
-        None if v is None else int(v) for v in (num_draws, num_burnin, batch_size, microbatch_size)
+    request = _checked_request(
+        sampler=sampler,
+        sampler_options=sampler_options,
+        lr=lr,
+        nbeta=nbeta,
+        localization=localization,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_burnin=num_burnin,
+        num_steps_bw_draws=num_steps_bw_draws,
+        batch_size=batch_size,
+        microbatch_size=microbatch_size,
+        observables=observables,
+        autocast=autocast,
+        strategy=strategy,
+        seed=seed,
     )
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}")
-    for name, number in (("lr", lr), ("nbeta", nbeta)):
-        if number is not None:
-            check_number(name, number, minimum=0, exclusive=True)
     check_number("checkpoint_interval", checkpoint_interval, minimum=0)
-    localization = (
-        DEFAULT_LOCALIZATION if localization is None else check_number("localization", localization, minimum=0)
-    )
-    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
-        raise TypeError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast!r}")
-    observables = _check_observables(observables)
-    num_draws = DEFAULT_NUM_DRAWS if num_draws is None else num_draws
-    schedule = Schedule(num_draws, num_draws if num_burnin is None else num_burnin, num_steps_bw_draws)
-    sampler = "sgld" if sampler is None else sampler
-    options: dict[str, Any] = {"localization": localization, **(sampler_options or {})}
-    # Names and values early, before any work: the step size and nβ may still be open.
-    prepared = make_sampler(sampler, lr=lr or 1.0, nbeta=nbeta or 1.0, **options)
-    if prepared.adaptive:
-        options.setdefault("adapt_steps", max(1, schedule.num_burnin))
-
     where = default_device(check_device(device)) if device is not None else _device_of(model)
     team = join(distributed)
+    # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
     generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
     is_large = where.type == "cpu" and _num_elements(model) > LARGE_MODEL
     with team.working(), generators, large_blocks_apart(is_large):
@@ -183,31 +165,15 @@ def estimate_llc(
             keeper = Checkpoint(checkpoint, rank=team.rank if team.size > 1 else None, interval=checkpoint_interval)
         source = make_source(
             data,
-            batch_size,
+            request.batch_size,
             where,
             pairs=not takes_model(loss_fn),
-            num_wanted=num_chains * schedule.num_steps * (batch_size or 512),
-            max_batches=schedule.num_steps,
+            num_wanted=request.num_chains * request.schedule.num_steps * (request.batch_size or 512),
+            max_batches=request.schedule.num_steps,
         )
-        requested = {
-            "sampler": sampler,
-            **{name: option_identity(value) for name, value in options.items()},
-            "lr": None if lr is None else float(lr),
-            "nbeta": None if nbeta is None else float(nbeta),
-            "schedule": vars(schedule),
-            "num_chains": num_chains,
-            "microbatch_size": microbatch_size,
-            "autocast": None if autocast is None else str(autocast),
-            "observables": sorted(observables),
-            "strategy": strategy,
-            "seed": seed,
-        }
-        if nbeta is None:
-            if source.num_samples is None:
-                raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
-            nbeta = default_nbeta(source.num_samples)
-        # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
-        torch.manual_seed(seed)
+        if request.nbeta is None and source.num_samples is None:
+            raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
+        torch.manual_seed(request.seed)
         with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
             posterior = Posterior(
                 model,
@@ -216,51 +182,37 @@ def estimate_llc(
                 device=where,
                 params=params,
                 autocast=autocast,
-                microbatch_size=microbatch_size,
+                microbatch_size=request.microbatch_size,
             )
         plan = make_plan(
             posterior,
-            prepared,
-            -(-num_chains // team.size),  # the largest share: the same plan in all processes
+            request.sampler_with(1.0, 1.0),
+            -(-request.num_chains // team.size),  # the largest share: the same plan in all processes
             strategy=strategy,
             release_gradients=release_gradients,
-            has_observables=bool(observables),
+            has_observables=bool(request.observables),
         )
-        check_memory(posterior, prepared, plan)
+        check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
         identity, saved = {}, None
         if keeper is not None:
-            identity = {**requested, **model_identity(posterior), **data_identity(source)}
+            identity = {**request.identity(), **model_identity(posterior), **data_identity(source)}
             saved = keeper.load(identity)
         with threads(plan.num_threads):
-            init_loss = posterior.full_loss()
-        if saved is not None:
-            chosen = saved.chosen
-            if abs(chosen["init_loss"] - init_loss) > 1e-5 * abs(init_loss):
-                raise ValueError(
-                    f"checkpoint={str(checkpoint)!r} belongs to another run: the loss at w* was "
-                    f"{chosen['init_loss']:.6g}, is {init_loss:.6g}. Other data or another loss_fn?"
-                )
-        else:
-            if lr is None:
-                kind, settings = type(prepared), vars(prepared)
-                with threads(plan.num_threads):
-                    lr = default_lr(posterior, kind, settings, nbeta=nbeta, localization=localization, seed=seed)
-            chosen = {"init_loss": init_loss, "lr": float(lr), "nbeta": float(nbeta)}
+            chosen = _choose(request, posterior, keeper, saved)
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
-        init_loss, lr = chosen["init_loss"], chosen["lr"]
         setup = time.perf_counter() - started
         # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
-        bar = _Observer(schedule, team, num_chains, chosen, keeper, identity, progress)
+        bar = _Observer(request.schedule, team, request.num_chains, chosen, keeper, identity, progress)
         with bar as observer, stopped_by_sigint() as stop:
             run = run_chains(
                 posterior,
-                make_sampler(sampler, lr=lr, nbeta=nbeta, **options),
-                schedule,
-                chains=team.share(num_chains),
-                seed=seed,
+                request.sampler_with(chosen["lr"], chosen["nbeta"]),
+                request.schedule,
+                chains=team.share(request.num_chains),
+                seed=request.seed,
                 plan=plan,
-                observables=observables,
+                observables=request.observables,
                 resumed=saved.records if saved is not None else (),
                 monitor=observer,
                 stop=stop,
@@ -273,37 +225,9 @@ def estimate_llc(
                 keeper.merge(Saved(identity, chosen, records))
             problems = team.gather("" if keeper is None else keeper.problem)
             problem = next(filter(None, problems if interrupted else problems[:1]), "")
-
-    losses = np.concatenate([r.losses for r in records])
-    broken = (~np.isfinite(losses)).cumsum(axis=1) > 0
-    losses[broken] = np.nan
-    steps = [r.step for r in records for _ in r.chains]
-    names = {name: None for r in records for name in r.observables}
-    result = LLCResult(
-        loss_trace=losses,
-        init_loss=init_loss,
-        nbeta=float(nbeta),
-        schedule=schedule,
-        settings={
-            "sampler": sampler,
-            "lr": lr,
-            **{k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))},
-            "num_chains": num_chains,
-            "num_burnin": schedule.num_burnin,
-            "num_draws": schedule.num_draws,
-            "num_steps_bw_draws": num_steps_bw_draws,
-            "batch_size": source.batch_size,
-            "num_samples": source.num_samples,
-            "num_parameters": posterior.num_parameters,
-            "training_mode": model.training,
-            "device": str(where),
-            "strategy": run.plan.strategy,
-            "seed": seed,
-            "seconds": time.perf_counter() - started,
-        },
-        warnings=_model_warnings(model, posterior),
-        observables={name: _joined(name, records, schedule.num_draws) for name in names},
-        steps_done=steps if interrupted else None,
+    result = _result(request, posterior, chosen, records, interrupted)
+    result.settings.update(
+        training_mode=model.training, strategy=run.plan.strategy, seconds=time.perf_counter() - started
     )
     result.diagnostics.update(
         chains_lost=len(result.lost_chains),
@@ -313,8 +237,182 @@ def estimate_llc(
         seconds_of_setup=setup,
         resumed_steps=0 if saved is None else sum(r.step * len(r.losses) for r in saved.records),
     )
+    result.warnings.extend(_model_warnings(model, posterior))
     result.warnings.extend(_run_warnings(result, keeper is not None, problem, source))
     return result
+
+
+# ---- what was asked for ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked; lr and nβ may still be open."""
+
+    sampler: str
+    options: dict[str, Any]
+    lr: float | None
+    nbeta: float | None
+    localization: float
+    schedule: Schedule
+    num_chains: int
+    batch_size: int | None
+    microbatch_size: int | None
+    observables: dict[str, Observable]
+    autocast: torch.dtype | None
+    strategy: str | None
+    seed: int
+
+    def sampler_with(self, lr: float, nbeta: float) -> Sampler:
+        return make_sampler(self.sampler, lr=lr, nbeta=nbeta, **self.options)
+
+    @property
+    def plain_options(self) -> dict[str, Any]:
+        """Those that can be written down."""
+        return {k: v for k, v in self.options.items() if isinstance(v, (bool, int, float, str))}
+
+    def identity(self) -> dict[str, Any]:
+        """What names a run, apart from model and data."""
+        return {
+            "sampler": self.sampler,
+            **{name: option_identity(value) for name, value in self.options.items()},
+            "lr": self.lr,
+            "nbeta": self.nbeta,
+            "schedule": vars(self.schedule),
+            "num_chains": self.num_chains,
+            "microbatch_size": self.microbatch_size,
+            "autocast": None if self.autocast is None else str(self.autocast),
+            "observables": sorted(self.observables),
+            "strategy": self.strategy,
+            "seed": self.seed,
+        }
+
+
+def _checked_request(
+    *,
+    sampler: str | None,
+    sampler_options: Mapping[str, Any] | None,
+    lr: float | None,
+    nbeta: float | None,
+    localization: float | None,
+    num_draws: int | None,
+    num_burnin: int | None,
+    num_steps_bw_draws: int,
+    autocast: torch.dtype | None,
+    observables: Mapping[str, Observable] | None,
+    strategy: str | None,
+    **counts: Any,
+) -> _Request:
+    """Names and values, before any work."""
+    counts |= {"num_draws": num_draws, "num_burnin": num_burnin, "num_steps_bw_draws": num_steps_bw_draws}
+    for name in (
+        "num_chains",
+        "num_draws",
+        "num_burnin",
+        "num_steps_bw_draws",
+        "batch_size",
+        "microbatch_size",
+        "seed",
+    ):
+        optional = name in ("num_draws", "num_burnin", "batch_size", "microbatch_size")
+        _check_integer(name, counts[name], 0 if name in ("num_burnin", "seed") else 1, optional=optional)
+        # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
+        counts[name] = None if counts[name] is None else int(counts[name])
+    if counts["seed"] >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {counts['seed']}")
+    for name, number in (("lr", lr), ("nbeta", nbeta)):
+        if number is not None:
+            check_number(name, number, minimum=0, exclusive=True)
+    gamma = DEFAULT_LOCALIZATION if localization is None else check_number("localization", localization, minimum=0)
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+        raise TypeError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast!r}")
+    draws = DEFAULT_NUM_DRAWS if counts["num_draws"] is None else counts["num_draws"]
+    burnin = draws if counts["num_burnin"] is None else counts["num_burnin"]
+    options: dict[str, Any] = {"localization": gamma, **(sampler_options or {})}
+    name = "sgld" if sampler is None else sampler
+    if make_sampler(name, lr=lr or 1.0, nbeta=nbeta or 1.0, **options).adaptive:
+        options.setdefault("adapt_steps", max(1, burnin))
+    return _Request(
+        sampler=name,
+        options=options,
+        lr=None if lr is None else float(lr),
+        nbeta=None if nbeta is None else float(nbeta),
+        localization=gamma,
+        schedule=Schedule(draws, burnin, counts["num_steps_bw_draws"]),
+        num_chains=counts["num_chains"],
+        batch_size=counts["batch_size"],
+        microbatch_size=counts["microbatch_size"],
+        observables=_check_observables(observables),
+        autocast=autocast,
+        strategy=strategy,
+        seed=counts["seed"],
+    )
+
+
+def _choose(
+    request: _Request, posterior: Posterior, keeper: Checkpoint | None, saved: Saved | None
+) -> dict[str, float]:
+    """L(w*), and the settings left open: measured, or those of the run that is resumed."""
+    init_loss = posterior.full_loss()
+    if saved is not None and keeper is not None:
+        before = float(saved.chosen["init_loss"])
+        if abs(before - init_loss) > 1e-5 * abs(init_loss):
+            raise ValueError(
+                f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {before:.6g}, is "
+                f"{init_loss:.6g}. Other data or another loss_fn?"
+            )
+        return saved.chosen
+    nbeta = default_nbeta(posterior.source.num_samples or 0) if request.nbeta is None else request.nbeta
+    lr = request.lr
+    if lr is None:
+        prepared = request.sampler_with(1.0, nbeta)
+        lr = default_lr(
+            posterior,
+            type(prepared),
+            vars(prepared),
+            nbeta=nbeta,
+            localization=request.localization,
+            seed=request.seed,
+        )
+    return {"init_loss": init_loss, "lr": float(lr), "nbeta": nbeta}
+
+
+def _result(
+    request: _Request,
+    posterior: Posterior,
+    chosen: Mapping[str, float],
+    records: list[ChainRecord],
+    interrupted: bool,
+) -> LLCResult:
+    losses = np.concatenate([r.losses for r in records])
+    losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
+    schedule = request.schedule
+    names = {name: None for r in records for name in r.observables}
+    return LLCResult(
+        loss_trace=losses,
+        init_loss=chosen["init_loss"],
+        nbeta=chosen["nbeta"],
+        schedule=schedule,
+        settings={
+            "sampler": request.sampler,
+            "lr": chosen["lr"],
+            **request.plain_options,
+            "num_chains": request.num_chains,
+            "num_burnin": schedule.num_burnin,
+            "num_draws": schedule.num_draws,
+            "num_steps_bw_draws": schedule.num_steps_bw_draws,
+            "batch_size": posterior.source.batch_size,
+            "num_samples": posterior.source.num_samples,
+            "num_parameters": posterior.num_parameters,
+            "device": str(posterior.device),
+            "seed": request.seed,
+        },
+        observables={name: _joined(name, records, schedule.num_draws) for name in names},
+        steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
+    )
+
+
+# ---- on the way --------------------------------------------------------------------------------------------
 
 
 class _Observer(Monitor):

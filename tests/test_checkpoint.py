@@ -244,9 +244,9 @@ def test_slow_steps_side_by_side_are_saved_too(tmp_path: Path, monkeypatch: pyte
     """Steps that take longer than the time between two looks at the clock: all threads answer the same call."""
     written, save, advance = [], Checkpoint.save, chains._Group.advance
 
-    def slow(group: Any) -> None:
+    def slow(group: Any, *rest: Any) -> None:
         time.sleep(0.01 + 0.003 * group.chains[0])
-        advance(group)
+        advance(group, *rest)
 
     monkeypatch.setattr(chains._Group, "advance", slow)
     monkeypatch.setattr(chains.Monitor, "interval", 0.001)
