@@ -105,6 +105,7 @@ def _execute(body: str, folder: Path, arguments: list[str], environment: dict[st
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     sys.argv = ["script", *arguments]
     exec(compile(_HEAD + body, "script", "exec"), {"__name__": "__main__"})
 

@@ -6,9 +6,8 @@ import errno
 import json
 import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from llc_fast import chains, checkpoint
 from llc_fast.chains import ChainRecord, Draw
 from llc_fast.checkpoint import Checkpoint, Saved, compare, digest, read, write
 from llc_fast.result import LLCResult
-
-
-@pytest.fixture(autouse=True)
-def sigint_as_usual() -> Iterator[None]:
-    """What a test leaves of Ctrl-C does not reach the next."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 class _Noisy(Dataset[Any]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from torch import Tensor, nn
 from llc_fast import chains
 from llc_fast.chains import Draw
 from llc_fast.result import LLCResult
-
-
-@pytest.fixture(autouse=True)
-def sigint_as_usual() -> Iterator[None]:
-    """What a test leaves of Ctrl-C does not reach the next."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def _weight(draw: Draw) -> Tensor:
