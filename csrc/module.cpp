@@ -41,6 +41,19 @@ T* pointer(std::optional<uintptr_t> address) {
     return reinterpret_cast<T*>(address.value_or(0));
 }
 
+// Lets other Python threads run during work on this many elements. For a few microseconds it is not worth it: another
+// thread takes the interpreter, and getting it back can take longer than the work.
+class Unlocked {
+  public:
+    explicit Unlocked(int64_t elements) {
+        if (elements >= kWorthIt) released_.emplace();
+    }
+
+  private:
+    static constexpr int64_t kWorthIt = 1 << 15;
+    std::optional<py::gil_scoped_release> released_;
+};
+
 // `segments`: address of a table laid out as llc::Segment, in the memory of the device that runs the step.
 // `stream`: a cudaStream_t, or None to run on the CPU.
 void step(int rule, const std::string& dtype, const std::string& low, uintptr_t segments, int64_t num_segments,
@@ -64,7 +77,7 @@ void step(int rule, const std::string& dtype, const std::string& low, uintptr_t 
     request.scratch = pointer<double>(scratch);
     request.device_scalars = pointer<const llc::Scalars>(device_scalars);
     request.device_step = pointer<const int64_t>(device_step);
-    py::gil_scoped_release released;
+    const Unlocked unlocked((end - begin) * num_chains);
     if (!stream) return llc::cpu_backend().step(request, num_threads);
 #ifdef LLC_WITH_CUDA
     llc::cuda_step(request, reinterpret_cast<void*>(*stream));
@@ -88,7 +101,7 @@ void normals(const std::string& dtype, uintptr_t out, int64_t begin, int64_t len
              uint32_t chain, uint32_t stream_id, std::optional<uintptr_t> stream) {
     const llc::Normals request{
         dtype_named(dtype), reinterpret_cast<void*>(out), begin, length, {seed, step_index, chain, stream_id}};
-    py::gil_scoped_release released;
+    const Unlocked unlocked(length);
     if (!stream) return llc::cpu_backend().normals(request);
 #ifdef LLC_WITH_CUDA
     llc::cuda_normals(request, reinterpret_cast<void*>(*stream));
@@ -106,7 +119,7 @@ void minibatch(uintptr_t out, int64_t num_samples, int64_t batch_size, int64_t n
                                  num_chains,
                                  {seed, step_index, chain, llc::kMinibatchStream},
                                  pointer<const int64_t>(device_step)};
-    py::gil_scoped_release released;
+    const Unlocked unlocked(batch_size * num_chains);
     if (!stream) return llc::cpu_backend().minibatch(request);
 #ifdef LLC_WITH_CUDA
     llc::cuda_minibatch(request, reinterpret_cast<void*>(*stream));

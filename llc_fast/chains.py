@@ -127,6 +127,9 @@ class ChainRecord:
         return ChainRecord(first.first_chain, first.step, losses, observables, arrays)
 
 
+_NUMPY_HAS = (torch.float32, torch.float64)
+
+
 class _Group:
     """Chains that step together."""
 
@@ -171,7 +174,9 @@ class _Group:
         if self._resumed is not None and self._resumed.arrays is not None:
             self._restore(self._resumed.arrays)
         self._resumed = None
-        if posterior.device.type == "cuda":
+        # On a CPU written through NumPy, in a fraction of the time that torch takes for one number.
+        self._rows = self.losses.numpy() if posterior.device.type == "cpu" else None
+        if self._rows is None:
             self.losses = self.losses.to(posterior.device)
         if self._plan.strategy == "cuda-graph":
             self._graph = _CapturedStep(self._state, self._feed, self._gradient, self.losses, self.step)
@@ -186,7 +191,11 @@ class _Group:
             batch = self._feed(step)
             with model if self.note else contextlib.nullcontext():
                 evaluation = self._gradient.evaluate(batch)
-            self.losses[:, step].copy_(evaluation.loss)
+            if self._rows is None:
+                self.losses[:, step].copy_(evaluation.loss)
+            else:
+                loss = evaluation.loss
+                self._rows[:, step] = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
             if self._functions and (draw := self._schedule.draw_at(step)) is not None:
                 with model:  # observables may call the model too
                     self._observe(draw, evaluation, batch)

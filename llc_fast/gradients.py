@@ -10,15 +10,15 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llc_fast.data import Batch, IndexedSource, leaves, map_tensors, split_batch
-from llc_fast.posterior import Evaluation, Posterior, backward
+from llc_fast.posterior import Evaluation, Posterior, backward, leaves_of
 from llc_fast.recording import NotReplayableError, Recording
 from llc_fast.reference import NoiseKey
 from llc_fast.samplers import Sampler
@@ -29,7 +29,7 @@ STRATEGIES = ("sequential", "batched", "compiled", "cuda-graph")
 _BATCHED_FLOPS = 1.5e7
 """Floating-point operations of one chain's gradient below which chains are batched on a CPU: a kernel then takes no
 longer than it takes to get to the next."""
-_REPLAYED_FLOPS = 1e9
+_REPLAYED_FLOPS = 1e10
 """Below which a CPU replays recorded kernels; above, what is saved does not show and all intermediates are kept."""
 _SINGLE_THREAD_FLOPS = 1.2e8
 """Below which a single chain runs on one thread. A gradient of that size takes about a millisecond; handing work to
@@ -269,39 +269,43 @@ class EagerGradient:
 
 
 class BatchedGradient:
-    """All chains of a group at once, by ``torch.func``."""
+    """All chains of a group at once: ``torch.func.vmap`` over the forward pass, ordinary autograd through it.
+
+    The gradient of the sum of the chains' losses is each chain's own gradient, since no loss depends on two chains.
+    (``torch.func.grad`` inside vmap would do the same, and import torch's whole compiler to do it.)
+    """
 
     def __init__(
         self, posterior: Posterior, state: ChainState, buffers: dict[str, Tensor], shared_batch: bool, compiled: bool
     ) -> None:
         self._state = state
-        self._params = state.params() if state.num_chains > 1 else state.single()
+        self._params = leaves_of(state.params() if state.num_chains > 1 else state.single())
         # On a CPU vmap would run fused attention chain by chain, with a warning; products of matrices it batches.
         batched = state.num_chains > 1 and posterior.device.type == "cpu"
 
-        def value(params: dict[str, Tensor], batch: Batch) -> Any:
+        def value(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
             with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
                 loss, samples = posterior.evaluate(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 
         self._has_samples = posterior.per_sample
-        function: Callable[..., Any] = grad_and_value(value, has_aux=True)
+        function: Callable[..., tuple[Tensor, Tensor]] = value
         if state.num_chains > 1:
-            function = vmap(function, in_dims=(0, None if shared_batch else 0))
+            function = vmap(value, in_dims=(0, None if shared_batch else 0))
         self._function = torch.compile(function, dynamic=False) if compiled else function
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> Evaluation:
-        grads, (loss, samples) = self._function(self._params, batch)
-        self._grads = list(grads.values())
-        chains = self._state.num_chains
-        return Evaluation(loss.reshape(chains), samples.reshape(chains, -1) if self._has_samples else None)
+        losses, samples = self._function(self._params, batch)
+        self._total, chains = losses.sum(), self._state.num_chains
+        return Evaluation(
+            losses.detach().reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None
+        )
 
     def gradients(self) -> list[Tensor]:
-        return self._grads
+        return list(torch.autograd.grad(self._total, list(self._params.values()), materialize_grads=True))
 
     def move(self, step: int, device_step: Tensor | None = None) -> None:
-        self._state.move(self._grads, step, device_step)
+        self._state.move(self.gradients(), step, device_step)
 
 
 class ReplayedGradient:
