@@ -563,7 +563,7 @@ class _Sparse(nn.Linear):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("num_chains", [1, 3, 20])
-@pytest.mark.parametrize("make", [lambda: _Unbatchable(3, 1), lambda: _ReadsItsInput(3, 1), _Sparse])
+@pytest.mark.parametrize("make", [lambda: _Unbatchable(3, 1), lambda: _ReadsItsInput(3, 1)])
 def test_models_that_can_not_be_batched(make: Callable[[], nn.Module], num_chains: int, plainly: Plainly) -> None:
     """Chosen freely, one after another, to rounding what plain autograd gives; the reason tells both failures."""
     model = make().double()
@@ -573,6 +573,18 @@ def test_models_that_can_not_be_batched(make: Callable[[], nn.Module], num_chain
     reason = result.diagnostics["strategy_reason"]
     assert result.settings["strategy"] == "sequential" and "not recorded" in reason
     assert ("batching failed" in reason) == (num_chains > 1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("num_chains", [1, 3, 20])
+def test_models_with_sparse_matrices(num_chains: int, plainly: Plainly) -> None:
+    """Nothing is recorded, batched or not, and the chains are those of plain autograd."""
+    model = _Sparse().double()
+    result = _estimate(model, PLAIN, F.mse_loss, num_chains=num_chains)
+    np.testing.assert_allclose(
+        result.loss_trace, plainly(model, PLAIN, F.mse_loss, num_chains=num_chains), rtol=RTOL[torch.float64]
+    )
+    assert "not recorded" in result.diagnostics["strategy_reason"]
 
 
 def test_data_sets_that_are_not_recorded_fall_back_too() -> None:
