@@ -7,9 +7,9 @@ The network: 25 bias-free linear layers of 2000×2000, built without a second co
 own, and its peak resident set is read when torch and the contender are imported and have made an estimate of 128
 parameters, so that what they load at first use is loaded ("imports"), and when the estimate is done ("peak").
 "activations" are reckoned, not measured: the layers' outputs that the backward pass needs,
-batch × width × layers × 4 bytes. "besides" is the peak without these two, so parameters, chains, gradients, the
-sampler's state, and the data (1,000 samples, 0.16 bytes per parameter at full size); the asked figures are for it. With
-gradient release the largest layer is allowed on top.
+batch × width × layers × 4 bytes, and so are "data", the 1,000 samples. "besides" is the peak without these three, so
+parameters, chains, gradients and the sampler's state; the asked figures are for it. With gradient release the largest
+layer is allowed on top.
 
 Part of a rival's peak is the C library's: glibc does not give freed tensors of this size back at once. llc_fast makes
 it while it runs; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does for every contender alike.
@@ -104,10 +104,12 @@ def row_of(contender: str, options: argparse.Namespace, version: str | None) -> 
     parameters = options.width**2 * options.layers
     peak, imports = found["peak"] / parameters, found["imports"] / parameters
     activations = 4 * BATCH * options.width * options.layers / parameters
+    data = 4 * 2 * SAMPLES * options.width / parameters
     asked = ASKED.get(contender)
     if asked and contender.endswith("-released"):
         asked += 4 / options.layers
-    row |= {"peak": peak, "imports": imports, "activations": activations, "besides": peak - imports - activations}
+    row |= {"peak": peak, "imports": imports, "activations": activations, "data": data}
+    row |= {"besides": peak - imports - activations - data}
     return row | {"asked": asked and f"≤ {asked:.2f}", "seconds": found["seconds"]}
 
 
@@ -129,7 +131,7 @@ def main() -> None:
     versions = installed(RIVALS[c] for c in options.contenders if c in RIVALS)
     rows = [row_of(c, options, versions.get(RIVALS.get(c, ""))) for c in options.contenders]
     parameters = options.width**2 * options.layers
-    columns = ["contender", "peak", "imports", "activations", "besides", "asked", "seconds"]
+    columns = ["contender", "peak", "imports", "activations", "data", "besides", "asked", "seconds"]
     print_table(
         f"Bytes per parameter: {parameters:.3g} parameters in {options.layers} layers, {options.chains} chains × "
         f"{options.steps} steps, batch {BATCH}",

@@ -87,7 +87,9 @@ def make_plan(
     cuda = posterior.device.type == "cuda"
     apart = _why_apart(posterior, sampler)
     asked = strategy
-    if strategy is None:
+    if strategy is None and release_gradients:
+        strategy = "sequential"
+    elif strategy is None:
         small = posterior.flops <= _BATCHED_FLOPS and posterior.num_parameters <= _WORKER_PARAMETERS
         if cuda and not apart and not has_observables and posterior.num_parameters <= _WORKER_PARAMETERS:
             strategy = "cuda-graph"
