@@ -170,7 +170,6 @@ class _Group:
         self._gradient, self.note = make_gradient(
             self._plan, posterior, self._state, self._buffers, self._feed, self.step
         )
-        self._state.start(first, self._seed)
         if self._resumed is not None and self._resumed.arrays is not None:
             self._restore(self._resumed.arrays)
         self._resumed = None
@@ -405,7 +404,7 @@ def run_chains(
             try:
                 memory = waiting[0].prepare()
             except Exception as error:
-                if plan.strategy != "batched" or plan.reason == "asked for":
+                if plan.strategy != "batched" or plan.asked:
                     raise
                 # Not every model can be batched; one after another, all can.
                 plan = make_plan(

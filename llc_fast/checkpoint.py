@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.chains import ChainRecord
-from llc_fast.data import DataSource, IndexedSource, leaves
+from llc_fast.data import DataSource, IndexedSource, leaves, spread_indices
 from llc_fast.files import atomic_write, remove_partial
 from llc_fast.posterior import Posterior
 
@@ -149,11 +149,10 @@ def read(path: Path) -> Saved:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             groups = meta["groups"]
-            if meta["format"] != _FORMAT:
-                raise ValueError(f"checkpoint={str(path)!r} was written by another version of llc_fast: delete it")
-            arrays = {name: file[name] for name in file.files if name != "meta"}
+            is_current = meta["format"] == _FORMAT
+            arrays = {name: file[name] for name in file.files if name != "meta"} if is_current else {}
         records = []
-        for k, group in enumerate(groups):
+        for k, group in enumerate(groups if is_current else []):
             mine = {n.removeprefix(f"{k}/"): a for n, a in arrays.items() if n.startswith(f"{k}/")}
             done = mine["losses"]
             losses = np.full((len(done), group["num_steps"]), np.nan)
@@ -164,23 +163,15 @@ def read(path: Path) -> Saved:
 
             state = part("state.") if group["has_state"] else None
             records.append(ChainRecord(group["first_chain"], group["step"], losses, part("observable."), state))
-        return Saved(meta["identity"], meta["chosen"], records)
-    except ValueError as error:
-        if "another version" in str(error):
-            raise
-        raise _damaged(path) from error
-    except OSError as error:
-        if isinstance(error, (PermissionError, IsADirectoryError)):
-            raise
-        raise _damaged(path) from error
+        if is_current:
+            return Saved(meta["identity"], meta["chosen"], records)
+    except (PermissionError, IsADirectoryError):
+        raise
     except Exception as error:
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> ValueError:
-    return ValueError(
-        f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: delete it to start again"
-    )
+        raise ValueError(
+            f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: delete it to start again"
+        ) from error
+    raise ValueError(f"checkpoint={str(path)!r} was written by another version of llc_fast: delete it")
 
 
 def compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -241,8 +232,7 @@ def data_identity(source: DataSource) -> dict[str, Any]:
     """What names the data: their number, and the values of a few samples if they are addressed by index."""
     identity: dict[str, Any] = {"num_samples": source.num_samples, "batch_size": source.batch_size}
     if isinstance(source, IndexedSource) and source.num_samples:
-        last, count = source.num_samples - 1, min(64, source.num_samples)
-        some = torch.linspace(0, last, count, dtype=torch.float64).round().long()
+        some = spread_indices(source.num_samples, 64)
         with torch.random.fork_rng(devices=[]):  # what augmentation draws here must not be missing elsewhere
             found = leaves(source.gather(some.to(source.index_buffer(1).device)))
         identity["data"] = digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))

@@ -89,6 +89,11 @@ def split_batch(batch: Batch, size: int | None) -> list[tuple[Batch, int]]:
     return [(piece(start), min(size, length - start)) for start in range(0, length, size)]
 
 
+def spread_indices(length: int, count: int) -> Tensor:
+    """At most `count` indices from the first to the last of `length` samples, evenly spread."""
+    return torch.linspace(0, length - 1, min(length, count), dtype=torch.float64).round().long()
+
+
 def _length(data: Any) -> int | None:
     try:
         return len(data)
@@ -214,7 +219,7 @@ def _kept_as_tensors(dataset: _Collated, device: torch.device, num_wanted: int |
         return dataset
     with torch.random.fork_rng(devices=[]):
         generators = _global_generators()
-        some = torch.linspace(0, n - 1, min(n, 8), dtype=torch.float64).round().long()
+        some = spread_indices(n, 8)
         once, again = leaves(dataset.batch(some)), leaves(dataset.batch(some))
         if not all(isinstance(a, Tensor) and a.ndim and a.equal(b) for a, b in zip(once, again, strict=True)):
             return dataset

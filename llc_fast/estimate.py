@@ -295,29 +295,17 @@ def _checked_request(
     lr: float | None,
     nbeta: float | None,
     localization: float | None,
-    num_draws: int | None,
-    num_burnin: int | None,
-    num_steps_bw_draws: int,
     autocast: torch.dtype | None,
     observables: Mapping[str, Observable] | None,
     strategy: str | None,
     **counts: Any,
 ) -> _Request:
     """Names and values, before any work."""
-    counts |= {"num_draws": num_draws, "num_burnin": num_burnin, "num_steps_bw_draws": num_steps_bw_draws}
-    for name in (
-        "num_chains",
-        "num_draws",
-        "num_burnin",
-        "num_steps_bw_draws",
-        "batch_size",
-        "microbatch_size",
-        "seed",
-    ):
+    for name, value in counts.items():
         optional = name in ("num_draws", "num_burnin", "batch_size", "microbatch_size")
-        _check_integer(name, counts[name], 0 if name in ("num_burnin", "seed") else 1, optional=optional)
+        _check_integer(name, value, 0 if name in ("num_burnin", "seed") else 1, optional=optional)
         # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
-        counts[name] = None if counts[name] is None else int(counts[name])
+        counts[name] = None if value is None else int(value)
     if counts["seed"] >= 2**64:
         raise ValueError(f"seed must be below 2**64, got {counts['seed']}")
     for name, number in (("lr", lr), ("nbeta", nbeta)):

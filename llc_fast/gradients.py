@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llc_fast.data import Batch, IndexedSource, leaves, map_tensors, split_batch
+from llc_fast.data import Batch, IndexedSource, leaves, map_tensors
 from llc_fast.posterior import Evaluation, Posterior, backward, leaves_of
 from llc_fast.recording import NotReplayableError, Recording
 from llc_fast.reference import NoiseKey
@@ -53,6 +53,7 @@ class Plan:
         num_threads: threads inside one worker's kernels; None: as many as torch is set to use.
         replay: whether kernels are recorded and replayed.
         release: whether each gradient is consumed and freed during the backward pass.
+        asked: whether the user named the strategy, so that no other may take its place.
         reason: why, in words.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     num_threads: int | None
     replay: bool
     release: bool
+    asked: bool
     reason: str
 
 
@@ -86,7 +88,7 @@ def make_plan(
         raise ValueError(f"strategy={strategy!r} is unknown; choose one of: {', '.join(STRATEGIES)}, or None")
     cuda = posterior.device.type == "cuda"
     apart = _why_apart(posterior, sampler)
-    asked = strategy
+    asked = strategy is not None
     if strategy is None and release_gradients:
         strategy = "sequential"
     elif strategy is None:
@@ -115,12 +117,12 @@ def make_plan(
     )
     group = 1
     if strategy in ("batched", "cuda-graph") or (strategy == "compiled" and not apart):
-        group = min(num_chains, _MAX_GROUP if strategy == "batched" and asked is None else num_chains)
+        group = min(num_chains, _MAX_GROUP if strategy == "batched" and not asked else num_chains)
     replay = (
         not cuda
         and strategy in ("sequential", "batched")
         and not release
-        and not _why_not_replayed(posterior)
+        and _can_be_replayed(posterior)
         and posterior.flops * group <= _REPLAYED_FLOPS
     )
     workers, threads = 1, None
@@ -132,7 +134,7 @@ def make_plan(
         threads = 1 if posterior.flops * group < _SINGLE_THREAD_FLOPS else max(1, idle)
     size = f"{posterior.flops / 1e6:.3g} MFLOP a gradient"
     reason = "asked for" if asked else f"{size}, {apart}" if apart else size
-    return Plan(strategy, group, workers, threads, replay, release, reason)
+    return Plan(strategy, group, workers, threads, replay, release, asked, reason)
 
 
 def _why_apart(posterior: Posterior, sampler: Sampler) -> str:
@@ -152,13 +154,11 @@ def _why_apart(posterior: Posterior, sampler: Sampler) -> str:
     return ""
 
 
-def _why_not_replayed(posterior: Posterior) -> str:
+def _can_be_replayed(posterior: Posterior) -> bool:
+    """Whether minibatches stay in one place and the model is a function of its parameters and its input alone."""
     source = posterior.source
-    if not (isinstance(source, IndexedSource) and source.is_thread_safe and posterior.has_tensor_batches):
-        return "minibatches do not stay in one place"
-    if posterior.is_random or posterior.writes_buffers or posterior.writes_batch:
-        return "the model is not a function of its parameters and its input alone"
-    return ""
+    stays = isinstance(source, IndexedSource) and source.is_thread_safe and posterior.has_tensor_batches
+    return stays and not (posterior.is_random or posterior.writes_buffers or posterior.writes_batch)
 
 
 # ---- minibatches -------------------------------------------------------------------------------------------
@@ -227,15 +227,14 @@ class EagerGradient:
 
     def __init__(self, posterior: Posterior, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
         self._posterior, self._state, self._buffers, self._release = posterior, state, buffers, release
-        self._params = state.leaves()
+        self._params = leaves_of(state.single())
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        pieces = split_batch(batch, self._posterior.microbatch_size)
-        length = sum(size for _, size in pieces)
+        pieces = self._posterior.pieces(batch)
         losses, samples = [], []
-        for k, (piece, size) in enumerate(pieces):
-            evaluation = self._posterior.evaluate(self._params, piece, self._buffers)
-            self._last = evaluation.loss * (size / length) if len(pieces) > 1 else evaluation.loss
+        for k, (piece, share) in enumerate(pieces):
+            evaluation = self._posterior.evaluate(self._params, piece, self._buffers, share)
+            self._last = evaluation.loss
             if k + 1 < len(pieces):
                 self._last.backward()  # type: ignore[no-untyped-call]
             losses.append(self._last.detach())
@@ -331,12 +330,12 @@ class ReplayedGradient:
     def _check(self, both: Callable[[], tuple[Evaluation, list[Tensor]]], feed: Feed, step: int) -> None:
         """A replay elsewhere must agree with the function itself: the model may not do the same each time."""
         feed(step + 1)
-        self._state.displace()
-        try:
-            self._recording.replay()
-        except RuntimeError as error:
-            raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
-        evaluation, grads = both()
+        with self._state.displaced():
+            try:
+                self._recording.replay()
+            except RuntimeError as error:
+                raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
+            evaluation, grads = both()
         for replayed, fresh in zip((self._evaluation.loss, *self._grads), (evaluation.loss, *grads), strict=True):
             slack = 1e-5 * float(fresh.detach().nan_to_num().abs().max())
             if not torch.allclose(replayed, fresh.detach(), rtol=1e-3, atol=slack, equal_nan=True):

@@ -88,6 +88,7 @@ class Posterior:
 
     Attributes:
         anchor: w* by name, of the parameters that are sampled.
+        frozen: the other parameters by name.
         masks: for those of which only a part is sampled, True where an element may move.
         unused: names of parameters that the loss does not depend on.
         flops: floating-point operations of one gradient, counted.
@@ -136,7 +137,7 @@ class Posterior:
             raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
         self.anchor = {name: named[name].detach().to(device) for name in sampled}
         self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
-        self._frozen = {f"model.{name}": p.detach().to(device) for name, p in named.items() if name not in sampled}
+        self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
         self._inspect()
 
@@ -145,21 +146,25 @@ class Posterior:
         """Elements that are sampled."""
         return sum(int(self.masks[k].sum()) if k in self.masks else p.numel() for k, p in self.anchor.items())
 
-    @property
-    def frozen(self) -> Mapping[str, Tensor]:
-        """Parameters that are not sampled, by name."""
-        return {name.removeprefix("model."): p for name, p in self._frozen.items()}
-
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
         return {name: b.clone() for name, b in self._buffers.items()}
 
-    def evaluate(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Evaluation:
-        """The loss of one batch at the given parameters."""
-        tensors = {f"model.{name}": t for name, t in (*params.items(), *buffers.items())}
+    def evaluate(
+        self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor], share: float = 1.0
+    ) -> Evaluation:
+        """The loss of one batch at the given parameters, times `share`, which makes it part of a larger batch's."""
+        named = (*params.items(), *self.frozen.items(), *buffers.items())
         with self._precision():
-            loss = functional_call(self._module, (tensors, self._frozen), (batch,))
-        return Evaluation(loss.mean(), loss) if self.per_sample else Evaluation(loss, None)
+            loss = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch,))
+        mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
+        return Evaluation(mean if share == 1 else mean * share, samples)
+
+    def pieces(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """The microbatches of a batch, each with its share of the samples: losses times share add up to the batch's."""
+        pieces = split_batch(batch, self.microbatch_size)
+        length = sum(size for _, size in pieces)
+        return [(piece, size / length) for piece, size in pieces]
 
     def full_loss(self) -> float:
         """L(w*), the mean over the whole data set, accumulated in float64.
@@ -181,24 +186,16 @@ class Posterior:
             raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
         return value
 
-    def gradient_at(
-        self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]
-    ) -> Evaluation:
-        """Loss and gradient of a batch; each gradient is handed to `take` and freed as soon as it is complete.
+    def gradient_at(self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]) -> None:
+        """The gradient of a batch's loss, each parameter's handed to `take` and freed as soon as it is complete.
 
         `params` are leaves (see :func:`leaves_of`). With microbatches `take` is called for each: gradients add up.
         """
-        pieces = split_batch(copy.deepcopy(batch) if self.writes_batch else batch, self.microbatch_size)
-        length, buffers = sum(size for _, size in pieces), self.fresh_buffers()
-        losses, samples = [], []
-        for piece, size in pieces:
+        buffers = self.fresh_buffers()
+        for piece, share in self.pieces(copy.deepcopy(batch) if self.writes_batch else batch):
             with torch.enable_grad():
-                evaluation = self.evaluate(params, piece, buffers)
-                loss = evaluation.loss * (size / length) if len(pieces) > 1 else evaluation.loss
-            backward(loss, params, take)
-            losses.append(loss.detach())
-            samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
-        return Evaluation(torch.stack(losses).sum(), torch.cat(samples) if samples else None)
+                evaluation = self.evaluate(params, piece, buffers, share)
+            backward(evaluation.loss, params, take)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self._autocast is None:
@@ -221,7 +218,7 @@ class Posterior:
         versions, generator = [t._version for t in watched], torch.get_rng_state()
         cuda_generator = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
         self.per_sample = False
-        saved = _SavedBytes(exclude=[*self.anchor.values(), *self._frozen.values(), *watched])
+        saved = _SavedBytes(exclude=[*self.anchor.values(), *self.frozen.values(), *watched])
         # A compiled model does not run under a dispatch mode.
         compiled = any(type(m).__name__ == "OptimizedModule" for m in self.model.modules())
         counter = FlopCounter()  # type: ignore[no-untyped-call]

@@ -72,16 +72,18 @@ class LLCResult:
         return np.array(means)
 
     @property
+    def _steps_done(self) -> list[int]:
+        return self.steps_done or [self.loss_trace.shape[1]] * len(self.loss_trace)
+
+    @property
     def lost_chains(self) -> list[int]:
         """Chains whose loss became non-finite."""
-        done = self.steps_done or [self.loss_trace.shape[1]] * len(self.loss_trace)
-        return [c for c, steps in enumerate(done) if not np.isfinite(self.loss_trace[c, :steps]).all()]
+        return [c for c, steps in enumerate(self._steps_done) if not np.isfinite(self.loss_trace[c, :steps]).all()]
 
     @property
     def _draws_done(self) -> list[int]:
         steps = np.arange(self.loss_trace.shape[1])[self.schedule.draws]
-        done = self.steps_done or [self.loss_trace.shape[1]] * len(self.loss_trace)
-        return [int((steps < count).sum()) for count in done]
+        return [int((steps < count).sum()) for count in self._steps_done]
 
     @property
     def _good(self) -> NDArray[np.float64]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from llc_fast.posterior import Posterior, leaves_of
+from llc_fast.posterior import Posterior
 from llc_fast.reference import NoiseKey
 from llc_fast.samplers import Sampler
 from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision
@@ -79,10 +80,6 @@ class ChainState:
         """The parameters of one chain."""
         return {name: t[row] for name, t in self.params().items()}
 
-    def leaves(self) -> dict[str, Tensor]:
-        """The parameters of the first chain as tensors that gradients are taken with respect to."""
-        return leaves_of(self.single())
-
     # ---- where they are ------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -104,11 +101,17 @@ class ChainState:
         if self._seen is not self.w:
             self._seen.copy_(self.w)
 
-    @torch.no_grad()
-    def displace(self) -> None:
-        """Move the parameters a little, to see whether something depends on them."""
+    @contextlib.contextmanager
+    def displaced(self) -> Iterator[None]:
+        """The parameters a little elsewhere, to see whether something depends on them."""
+        before = self.w.clone()
         self.w.mul_(1.01)
         self._show()
+        try:
+            yield
+        finally:
+            self.w.copy_(before)
+            self._show()
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: the state of a chain row by row, ``[num_chains, …]``."""
