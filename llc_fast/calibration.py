@@ -1,24 +1,46 @@
-"""Chooses what the user left open."""
+"""Chooses what the user left open: a step size from short pilot chains, and how long to run.
+
+The step size is limited by two things. Stability, and the discretization of the stiffest direction: ε·(nβ·h_max + γ)
+starts at 1. And heat, what step size and minibatch noise together add to the loss, which every step measures exactly
+(:meth:`llc_fast.samplers.Sampler.heat`): pilot chains lower ε until it is a tenth. λ̂ is then corrected for it, so that
+the step may be many times larger than without, and slow directions are crossed as many times faster.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from llc_fast.chains import Monitor, Schedule, run_chains
+from llc_fast.data import mix
+from llc_fast.diagnostics import standard_error
+from llc_fast.gradients import Plan
 from llc_fast.posterior import Posterior, leaves_of
 from llc_fast.samplers import Sampler
 
-STIFFNESS = 0.2
-"""ε·(nβ·h_max + γ) of the default step size.
+STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
+"""ε·(nβ·h_max + γ) of a step size chosen without and with a correction for heat.
 
-In a quadratic direction of curvature a, Langevin steps of size ε inflate the variance by 1/(1 − εa/4): 5 % in the
-stiffest direction at this value, less in every other.
+In a quadratic direction of curvature a, Langevin steps of size ε inflate the variance by 1/(1 − εa/4): at 0.2 by 5 % in
+the stiffest direction, at 1 by a third, which the correction takes back; stable is everything below 4.
 """
+HEAT = 0.1
+"""The share of heat in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
+PILOT_SHARE = 0.13
+"""Gradients of the pilot chains, of those of all chains."""
+_STAGES = 4
+_RELATIVE_ERROR, _RISE = 0.01, 0.05
+"""What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
+DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
 
 
 PILOT_BATCHES = 20
@@ -105,11 +127,10 @@ def default_lr(
     *,
     nbeta: float,
     localization: float,
+    stiffness: float = STIFFNESS,
     seed: int = 0,
 ) -> float:
-    """ε = 0.2 / a with a = nβ·h_max + γ·p_max, h_max the largest curvature in the sampler's metric.
-
-    Stable, and within 5 % of the exact variance in the stiffest direction.
+    """ε = `stiffness` / a with a = nβ·h_max + γ·p_max, h_max the largest curvature at w* in the sampler's metric.
 
     Raises:
         ValueError: the loss has no curvature at w*.
@@ -121,11 +142,106 @@ def default_lr(
         given = options["preconditioner"]
         metric = {name: given[name] if isinstance(given, Mapping) else given for name in posterior.anchor}
     largest = 1.0 if metric is None else max(float(torch.as_tensor(p).max()) for p in metric.values())
-    stiffness = nbeta * top_curvature(posterior, metric=metric, seed=seed) + localization * largest
+    stiffest = nbeta * top_curvature(posterior, metric=metric, seed=seed) + localization * largest
     if "betas" in options:  # a drift that lags behind by 1/(1 − β₁) steps overshoots by as much
-        stiffness /= 1 - options["betas"][0]
-    if not 0 < stiffness < math.inf:
+        stiffest /= 1 - options["betas"][0]
+    if not 0 < stiffest < math.inf:
         raise ValueError(
-            f"lr=None: no step size can be chosen, the curvature of the loss at w* is {stiffness:g}; pass lr"
+            f"lr=None: no step size can be chosen, the curvature of the loss at w* is {stiffest:g}; pass lr"
         )
-    return STIFFNESS / stiffness
+    return stiffness / stiffest
+
+
+@dataclass(frozen=True)
+class PilotResult:
+    """What pilot chains found.
+
+    Attributes:
+        lr: ε.
+        heat: its share in nβ·(L − L(w*)) at the end; NaN if no pilot got that far.
+        num_draws: draws that a run needs for a standard error of 1 %, burn-in as long as that; 2000 to 5000.
+        num_steps: gradients that the pilot chains took.
+    """
+
+    lr: float
+    heat: float
+    num_draws: int
+    num_steps: int
+
+
+def run_pilot(
+    posterior: Posterior,
+    make: Callable[[float], Sampler],
+    plan: Plan,
+    *,
+    lr: float,
+    nbeta: float,
+    init_loss: float,
+    num_chains: int,
+    num_steps: int,
+    seed: int,
+    monitor: Monitor | None = None,
+) -> PilotResult:
+    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each twice as long as the last.
+
+    Starting again each time costs half of the steps and makes every stage an experiment of its own; growing lengths see
+    the curvature of the places that chains reach later.
+
+    Args:
+        posterior: what is sampled.
+        make: the sampler for a step size.
+        plan: for a single chain.
+        lr: where to begin; never exceeded.
+        nbeta, init_loss: nβ and L(w*).
+        num_chains: of the run that is being prepared.
+        num_steps: gradients to spend.
+        seed: of the run; the pilots' noise and minibatches are their own.
+        monitor: told of progress.
+    """
+    share, most, spent = math.nan, lr, 0
+    corrected: NDArray[np.float64] = np.zeros(0)
+    for stage in range(_STAGES):
+        length = max(16, num_steps >> (_STAGES - stage))
+        sampler = make(lr)
+        if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
+            sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
+        run = run_chains(
+            posterior,
+            sampler,
+            Schedule(length, 0),
+            chains=range(1),
+            seed=mix(mix(seed, _PILOT), stage),
+            plan=plan,
+            monitor=monitor,
+        )
+        spent += length
+        record = run.records[0]
+        excess, heat = nbeta * (record.losses[0] - init_loss), record.heats[0]
+        late = slice(length // 2, None)
+        if not np.isfinite(excess).all():
+            lr /= 8
+            continue
+        corrected = excess - heat
+        share = float(heat[late].mean()) / max(float(excess[late].mean()), 1e-12)
+        # What a stage says is noisy and early: the next one may say otherwise, in smaller steps.
+        lr = min(most, lr * min(max(HEAT / max(share, 1e-12), 1 / 8), 2.0))
+    return PilotResult(lr, share, _length_for(corrected, num_chains), spent)
+
+
+_PILOT = 0x9107
+"""Sets the pilots' seeds apart from those of all chains."""
+
+
+def _length_for(trace: NDArray[np.float64], num_chains: int) -> int:
+    """Draws that give a relative standard error of 1 %, twice as many if the pilot had not yet settled."""
+    if len(trace) < 64:
+        return DEFAULT_NUM_DRAWS
+    late = trace[len(trace) // 2 :]
+    before, after = (float(half.mean()) for half in np.array_split(late, 2))
+    if after <= 0:
+        return DEFAULT_NUM_DRAWS
+    error = standard_error(late[None]).value / after
+    needed = len(late) * (error / _RELATIVE_ERROR) ** 2 / num_chains
+    if after - before > _RISE * after:
+        needed = max(needed, 2 * DEFAULT_NUM_DRAWS)
+    return int(min(max(needed, DEFAULT_NUM_DRAWS), MAX_NUM_DRAWS))

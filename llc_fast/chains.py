@@ -88,6 +88,7 @@ class ChainRecord:
         first_chain: the chains are ``first_chain … first_chain + len(losses) − 1``.
         step: steps that are done.
         losses: float64 ``[chain, step]``; later columns hold nothing yet.
+        heats: the same of :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
         observables: by name, float64 ``[chain, draw, …]``.
         arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
     """
@@ -95,6 +96,7 @@ class ChainRecord:
     first_chain: int
     step: int
     losses: NDArray[np.float64]
+    heats: NDArray[np.float64]
     observables: dict[str, NDArray[np.float64]]
     arrays: dict[str, NDArray[Any]] | None
 
@@ -107,7 +109,7 @@ class ChainRecord:
         k = chain - self.first_chain
         arrays = None if self.arrays is None else {name: a[k : k + 1] for name, a in self.arrays.items()}
         observables = {name: a[k : k + 1] for name, a in self.observables.items()}
-        return ChainRecord(chain, self.step, self.losses[k : k + 1], observables, arrays)
+        return ChainRecord(chain, self.step, self.losses[k : k + 1], self.heats[k : k + 1], observables, arrays)
 
     @staticmethod
     def stack(records: Sequence[ChainRecord]) -> ChainRecord:
@@ -123,8 +125,8 @@ class ChainRecord:
             k: np.concatenate([r.observables.get(k, np.full((len(r.losses), *a.shape[1:]), np.nan)) for r in records])
             for k, a in seen.items()
         }
-        losses = np.concatenate([r.losses for r in records])
-        return ChainRecord(first.first_chain, first.step, losses, observables, arrays)
+        losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
+        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays)
 
 
 _NUMPY_HAS = (torch.float32, torch.float64)
@@ -150,10 +152,12 @@ class _Group:
         self.chains = chains
         self.step = 0 if resumed is None else resumed.step
         self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
+        self.heats = torch.full_like(self.losses, torch.nan)
         self._observables: dict[str, NDArray[np.float64]] = {}
         self._state: ChainState | None = None
         if resumed is not None:
             self.losses[:, : self.step] = torch.from_numpy(resumed.losses[:, : self.step])
+            self.heats[:, : self.step] = torch.from_numpy(resumed.heats[:, : self.step])
             self._observables = {k: a.copy() for k, a in resumed.observables.items()}
             shapes.update((k, a.shape[2:]) for k, a in self._observables.items())
         self.is_done = self.step == schedule.num_steps
@@ -175,10 +179,13 @@ class _Group:
         self._resumed = None
         # On a CPU written through NumPy, in a fraction of the time that torch takes for one number.
         self._rows = self.losses.numpy() if posterior.device.type == "cpu" else None
+        self._heat_rows: Any = self.heats.numpy()
         if self._rows is None:
-            self.losses = self.losses.to(posterior.device)
+            self.losses, self.heats = self.losses.to(posterior.device), self.heats.to(posterior.device)
+            self._heat_rows = self.heats
         if self._plan.strategy == "cuda-graph":
-            self._graph = _CapturedStep(self._state, self._feed, self._gradient, self.losses, self.step)
+            traces = (self.losses, self.heats if self._sampler.tells_heat else None)
+            self._graph = _CapturedStep(self._state, self._feed, self._gradient, *traces, self.step)
         return self._state
 
     def advance(self, model: contextlib.AbstractContextManager[object]) -> None:
@@ -199,6 +206,9 @@ class _Group:
                 with model:  # observables may call the model too
                     self._observe(draw, evaluation, batch)
             self._gradient.move(step)
+            if self._sampler.tells_heat:
+                assert self._state is not None
+                self._heat_rows[:, step] = self._state.heat()
         self.step += 1
         # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
         if self.step % 64 == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):
@@ -207,7 +217,7 @@ class _Group:
 
     def finish(self) -> ChainState | None:
         """Keep the record, give the memory to whoever comes next."""
-        self.losses = self.losses.cpu()
+        self.losses, self.heats = self.losses.cpu(), self.heats.cpu()
         memory, self._state = self._state, None
         for name in ("_gradient", "_feed", "_buffers", "_graph"):
             self.__dict__.pop(name, None)
@@ -254,9 +264,9 @@ class _Group:
             arrays = {k: _numpy(t, copy) for k, t in tensors.items()}
         elif self._resumed is not None:
             arrays = self._resumed.arrays
-        losses = self.losses.cpu().numpy()
+        losses, heats = _numpy(self.losses, copy), _numpy(self.heats, copy)
         observables = {k: a.copy() if copy else a for k, a in self._observables.items()}
-        return ChainRecord(self.chains[0], self.step, losses.copy() if copy else losses, observables, arrays)
+        return ChainRecord(self.chains[0], self.step, losses, heats, observables, arrays)
 
     def _changing_buffers(self) -> dict[str, Tensor]:
         return self._buffers if self._posterior.writes_buffers else {}
@@ -286,7 +296,9 @@ def _numpy(tensor: Tensor, copy: bool) -> NDArray[Any]:
 class _CapturedStep:
     """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet."""
 
-    def __init__(self, state: ChainState, feed: Feed, gradient: Any, losses: Tensor, start: int) -> None:
+    def __init__(
+        self, state: ChainState, feed: Feed, gradient: Any, losses: Tensor, heats: Tensor | None, start: int
+    ) -> None:
         self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
         arrays = {k: t.clone() for k, t in state.arrays().items()}
 
@@ -300,6 +312,8 @@ class _CapturedStep:
             for place, grad in zip(fixed, gradient.gradients(), strict=True):
                 place.copy_(grad.view_as(place))
             state.move(fixed, 0, self._step)
+            if heats is not None:
+                heats.index_copy_(1, self._step.reshape(1), state.heat().reshape(-1, 1))
             self._step += 1
 
         side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
@@ -312,6 +326,8 @@ class _CapturedStep:
             body()
         self._step.fill_(start)
         losses[:, start:] = torch.nan
+        if heats is not None:
+            heats[:, start:] = torch.nan
         state.restore(arrays)
 
     def replay(self) -> None:
@@ -501,7 +517,10 @@ class _Driver:
             self._generation = 1
 
     def _losses_so_far(self) -> list[ChainRecord]:
-        return [ChainRecord(g.chains[0], g.step, g.losses.cpu().numpy(), {}, None) for g in self._groups]
+        return [
+            ChainRecord(g.chains[0], g.step, g.losses.cpu().numpy(), g.heats.cpu().numpy(), {}, None)
+            for g in self._groups
+        ]
 
     def _hand_in(self, group: _Group) -> None:
         """Keep a record of the group; whoever is the last of those running hands in all."""

@@ -21,7 +21,7 @@ from llc_fast.data import DataSource, IndexedSource, leaves, spread_indices
 from llc_fast.files import atomic_write, remove_partial
 from llc_fast.posterior import Posterior
 
-_FORMAT = 1
+_FORMAT = 2
 INTERVAL = 60.0
 """Seconds between snapshots."""
 
@@ -125,7 +125,7 @@ def write(path: Path, saved: Saved) -> None:
     for k, record in enumerate(saved.records):
         named = {f"observable.{n}": a for n, a in record.observables.items()}
         named |= {f"state.{n}": a for n, a in (record.arrays or {}).items()}
-        arrays |= {f"{k}/{n}": a for n, a in ({"losses": record.losses[:, : record.step]} | named).items()}
+        arrays |= {f"{k}/{n}": a for n, a in (_traces(record) | named).items()}
         groups.append(
             {
                 "first_chain": record.first_chain,
@@ -137,6 +137,10 @@ def write(path: Path, saved: Saved) -> None:
     meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
     with atomic_write(path) as file:
         np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+
+
+def _traces(record: ChainRecord) -> dict[str, Any]:
+    return {"losses": record.losses[:, : record.step], "heats": record.heats[:, : record.step]}
 
 
 def read(path: Path) -> Saved:
@@ -154,15 +158,14 @@ def read(path: Path) -> Saved:
         records = []
         for k, group in enumerate(groups if is_current else []):
             mine = {n.removeprefix(f"{k}/"): a for n, a in arrays.items() if n.startswith(f"{k}/")}
-            done = mine["losses"]
-            losses = np.full((len(done), group["num_steps"]), np.nan)
-            losses[:, : done.shape[1]] = done
+            losses, heats = (np.full((len(mine["losses"]), group["num_steps"]), np.nan) for _ in range(2))
+            losses[:, : group["step"]], heats[:, : group["step"]] = mine["losses"], mine["heats"]
 
             def part(prefix: str, mine: dict[str, Any] = mine) -> dict[str, Any]:
                 return {n.removeprefix(prefix): a for n, a in mine.items() if n.startswith(prefix)}
 
             state = part("state.") if group["has_state"] else None
-            records.append(ChainRecord(group["first_chain"], group["step"], losses, part("observable."), state))
+            records.append(ChainRecord(group["first_chain"], group["step"], losses, heats, part("observable."), state))
         if is_current:
             return Saved(meta["identity"], meta["chosen"], records)
     except (PermissionError, IsADirectoryError):

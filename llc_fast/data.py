@@ -115,20 +115,30 @@ def _check_pair(batch: Batch) -> Batch:
 
 
 class IndexedSource:
-    """Anything addressed by sample index: minibatches without replacement within an epoch.
+    """Anything addressed by sample index: minibatches without replacement within an epoch, or from step to step anew.
 
     The samples of chain c at step t are a pure function of (seed, c, t), so chains can be run together or apart and
     resumed at any step.
+
+    Minibatches of one epoch are not independent: what one holds, those before it did not, so its loss at a place that
+    these have led to is too high on average, noticeably if an epoch is a few steps long. With `independent` every step
+    begins an epoch of its own.
     """
 
     def __init__(
-        self, dataset: IndexedBatches, batch_size: int, device: torch.device, check: Callable[[Batch], Batch]
+        self,
+        dataset: IndexedBatches,
+        batch_size: int,
+        device: torch.device,
+        check: Callable[[Batch], Batch],
+        independent: bool = False,
     ) -> None:
         self._dataset, self._device, self._check = dataset, device, check
         self._n = len(dataset)
         self.num_samples: int | None = self._n
         self.batch_size: int | None = min(batch_size, self._n)
         self._index_device = device if device.type == "cuda" else torch.device("cpu")
+        self._stride = self._n // self.batch_size if independent and self._n else 1
 
     @property
     def is_full_batch(self) -> bool:
@@ -147,7 +157,11 @@ class IndexedSource:
 
     def draw(self, key: NoiseKey, out: Tensor, device_step: Tensor | None = None) -> Tensor:
         """Write the sample indices of step ``key.step`` to `out` ``[num_chains, batch_size]``."""
-        return out if self.is_full_batch else minibatch_indices(self._n, key, out, device_step=device_step)
+        if self.is_full_batch:
+            return out
+        key = key._replace(step=key.step * self._stride)
+        device_step = None if device_step is None else device_step * self._stride
+        return minibatch_indices(self._n, key, out, device_step=device_step)
 
     def gather(self, indices: Tensor, out: Sequence[Tensor] | None = None) -> Batch:
         """The samples, in the order of the flattened indices, on the device; written to the tensors `out` if given."""
@@ -343,6 +357,7 @@ def make_source(
     pairs: bool = True,
     num_wanted: int | None = None,
     max_batches: int | None = None,
+    independent: bool = False,
 ) -> DataSource:
     """The source for whatever the user gave.
 
@@ -355,6 +370,8 @@ def make_source(
         pairs: whether each batch must be a tuple (inputs…, target); otherwise it may have any structure.
         num_wanted: samples that chains will ask for in all; a map-style data set with more is not kept as tensors.
         max_batches: where a pass over an iterable that tells no length ends.
+        independent: whether minibatches of data addressed by index are drawn anew from step to step, not epoch by
+            epoch; a loader decides for itself.
 
     Raises:
         TypeError, ValueError: data of another kind, empty data, tensors of different lengths.
@@ -367,7 +384,7 @@ def make_source(
             raise TypeError("data must be (inputs, target), got one tensor: pass a tuple such as (x, y)")
         if data.ndim == 0 or len(data) == 0:
             raise ValueError("data is empty: it has no samples")
-        return IndexedSource(_Tensors(data, device), batch_size or 512, device, check)
+        return IndexedSource(_Tensors(data, device), batch_size or 512, device, check, independent)
     values: Sequence[Any] = list(data.values()) if isinstance(data, Mapping) else data
     if isinstance(data, (tuple, list, Mapping)) and data and all(isinstance(t, Tensor) for t in values):
         if pairs and isinstance(data, Mapping):
@@ -383,7 +400,7 @@ def make_source(
         if lengths[0] == 0:
             raise ValueError("data is empty: it has no samples")
         tensors = dict(data) if isinstance(data, Mapping) else tuple(data)
-        return IndexedSource(_Tensors(tensors, device), batch_size or 512, device, check)
+        return IndexedSource(_Tensors(tensors, device), batch_size or 512, device, check, independent)
     if isinstance(data, (str, bytes, Mapping)) or (
         isinstance(data, tuple) and any(isinstance(t, (Tensor, np.ndarray)) for t in data)
     ):
@@ -400,7 +417,7 @@ def make_source(
         if len(data) == 0:
             raise ValueError("data is empty: the data set has no samples")
         dataset = data if isinstance(data, IndexedBatches) else _kept_as_tensors(_Collated(data), device, num_wanted)
-        return IndexedSource(dataset, batch_size or 512, device, check)
+        return IndexedSource(dataset, batch_size or 512, device, check, independent)
     raise TypeError(
         f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {type(data).__name__}"
     )

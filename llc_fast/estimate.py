@@ -15,18 +15,24 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from llc_fast.calibration import default_lr
+from llc_fast.calibration import (
+    CORRECTED_STIFFNESS,
+    DEFAULT_NUM_DRAWS,
+    PILOT_SHARE,
+    STIFFNESS,
+    default_lr,
+    run_pilot,
+)
 from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, stopped_by_sigint, threads
 from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity, option_identity
 from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, default_device, join
-from llc_fast.gradients import LARGE_MODEL, make_plan
+from llc_fast.gradients import LARGE_MODEL, Plan, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
 from llc_fast.posterior import LossFunction, Posterior, takes_model
 from llc_fast.result import LLCResult
 from llc_fast.samplers import Sampler, check_number, make_sampler
 
-DEFAULT_NUM_DRAWS = 2000
 DEFAULT_LOCALIZATION = 1.0
 _SMALL = 2e7
 """Parameters × batch size below which the first look at a model uses one thread; what it counts decides from there."""
@@ -64,6 +70,7 @@ def estimate_llc(
     batch_size: int | None = None,
     microbatch_size: int | None = None,
     params: Any = None,
+    heat_correction: bool | None = None,
     observables: Mapping[str, Observable] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -94,12 +101,11 @@ def estimate_llc(
         sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``.
         sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
             metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
-        lr: step size ε; None: 0.2 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the
-            sampler's metric.
+        lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`.
         nbeta: nβ; None: n / log n with n the number of samples in `data`.
         localization: γ; None: 1.
         num_chains: independent chains.
-        num_draws: draws in each chain; None: 2000.
+        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed.
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         batch_size: samples in a minibatch; None: min(512, n), or what the loader gives.
@@ -107,6 +113,11 @@ def estimate_llc(
             of the pieces are added up. None: the whole minibatch.
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
             these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
+        heat_correction: whether ``result.loss_trace`` is cleared of heat, what step size and gradient noise add to the
+            loss, measured at every step (:meth:`llc_fast.samplers.Sampler.heat`). None: if `lr` is None, since the
+            step size is then chosen for it; with a step size of your own you get the plain average. Minibatches of
+            data addressed by index are then independent from step to step, as the correction assumes; otherwise, and
+            from a loader, they come without replacement within an epoch.
         observables: functions of a :class:`llc_fast.Draw` by name; what they return at every draw is recorded in
             ``result.observables``.
         seed: equal seeds give equal results on the same machine.
@@ -151,6 +162,7 @@ def estimate_llc(
         observables=observables,
         autocast=autocast,
         strategy=strategy,
+        heat_correction=heat_correction,
         seed=seed,
     )
     check_number("checkpoint_interval", checkpoint_interval, minimum=0)
@@ -163,27 +175,8 @@ def estimate_llc(
         keeper = None
         if checkpoint is not None:
             keeper = Checkpoint(checkpoint, rank=team.rank if team.size > 1 else None, interval=checkpoint_interval)
-        source = make_source(
-            data,
-            request.batch_size,
-            where,
-            pairs=not takes_model(loss_fn),
-            num_wanted=request.num_chains * request.schedule.num_steps * (request.batch_size or 512),
-            max_batches=request.schedule.num_steps,
-        )
-        if request.nbeta is None and source.num_samples is None:
-            raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
-        torch.manual_seed(request.seed)
-        with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
-            posterior = Posterior(
-                model,
-                loss_fn,
-                source,
-                device=where,
-                params=params,
-                autocast=autocast,
-                microbatch_size=request.microbatch_size,
-            )
+        posterior = _posterior(request, model, data, loss_fn, where, params)
+        source = posterior.source
         plan = make_plan(
             posterior,
             request.sampler_with(1.0, 1.0),
@@ -198,9 +191,10 @@ def estimate_llc(
             identity = {**request.identity(), **model_identity(posterior), **data_identity(source)}
             saved = keeper.load(identity)
         with threads(plan.num_threads):
-            chosen = _choose(request, posterior, keeper, saved)
+            chosen = _choose(request, posterior, plan, keeper, saved, _PilotBar(progress and team.rank == 0))
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
+        request = request.with_schedule(chosen)
         setup = time.perf_counter() - started
         # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
         bar = _Observer(request.schedule, team, request.num_chains, chosen, keeper, identity, progress)
@@ -235,6 +229,7 @@ def estimate_llc(
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=setup,
+        **{k: chosen[k] for k in ("pilot_steps", "pilot_heat") if k in chosen},
         resumed_steps=0 if saved is None else sum(r.step * len(r.losses) for r in saved.records),
     )
     result.warnings.extend(_model_warnings(model, posterior))
@@ -242,12 +237,146 @@ def estimate_llc(
     return result
 
 
+class Calibration(dict[str, Any]):
+    """Settings that :func:`estimate_llc` accepts, ``estimate_llc(model, data, loss_fn, **calibration)``.
+
+    Attributes:
+        reason: what was chosen and why, for people.
+    """
+
+    reason: str = ""
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | None,
+    *,
+    sampler: str | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
+    nbeta: float | None = None,
+    localization: float | None = None,
+    num_chains: int = 4,
+    num_draws: int | None = None,
+    num_burnin: int | None = None,
+    num_steps_bw_draws: int = 1,
+    batch_size: int | None = None,
+    microbatch_size: int | None = None,
+    params: Any = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    strategy: str | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
+
+    The step size ε begins at 1 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the sampler's
+    metric, and pilot chains of growing length lower it until heat (:meth:`llc_fast.samplers.Sampler.heat`) is no more
+    than a tenth of nβ·(L − L(w*)); for samplers that do not tell their heat it is 0.2 / (nβ·h_max + γ), with no pilot.
+    Without `num_draws` and `num_burnin` both are 2000, or up to 5000 if the pilot needs more for a standard error of
+    1 % or is still rising at its end. All of it takes 13 % of the gradients of the run. Equal seeds choose equally.
+
+    Args:
+        model, data, loss_fn, …: as for :func:`estimate_llc`; what is given is kept.
+
+    Returns:
+        A dictionary of settings, to be passed on as they are or changed; its ``reason`` says why.
+
+    Raises:
+        TypeError, ValueError: as :func:`estimate_llc`.
+    """
+    request = _checked_request(
+        sampler=sampler,
+        sampler_options=sampler_options,
+        lr=None,
+        nbeta=nbeta,
+        localization=localization,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        num_burnin=num_burnin,
+        num_steps_bw_draws=num_steps_bw_draws,
+        batch_size=batch_size,
+        microbatch_size=microbatch_size,
+        observables=None,
+        autocast=autocast,
+        strategy=strategy,
+        heat_correction=None,
+        seed=seed,
+    )
+    where = default_device(check_device(device)) if device is not None else _device_of(model)
+    generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
+    with generators, large_blocks_apart(where.type == "cpu" and _num_elements(model) > LARGE_MODEL):
+        posterior = _posterior(request, model, data, loss_fn, where, params)
+        plan = make_plan(posterior, request.sampler_with(1.0, 1.0), 1, strategy=strategy)
+        check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
+        with threads(plan.num_threads):
+            chosen = _choose(request, posterior, plan, None, None, _PilotBar(progress))
+    request = request.with_schedule(chosen)
+    found = Calibration(
+        sampler=request.sampler,
+        lr=chosen["lr"],
+        nbeta=chosen["nbeta"],
+        localization=request.localization,
+        num_chains=request.num_chains,
+        num_draws=request.schedule.num_draws,
+        num_burnin=request.schedule.num_burnin,
+        num_steps_bw_draws=request.schedule.num_steps_bw_draws,
+        batch_size=posterior.source.batch_size,
+        heat_correction=chosen["heat_correction"],
+    )
+    if sampler_options:
+        found["sampler_options"] = dict(sampler_options)
+    found.reason = _why(chosen, request)
+    return found
+
+
+def _why(chosen: Mapping[str, Any], request: _Request) -> str:
+    """What calibration chose, and why."""
+    lr, schedule = f"lr={chosen['lr']:.3g}", request.schedule
+    length = f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
+    if "pilot_heat" not in chosen:
+        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {request.sampler} does not tell its heat; {length}"
+    return (
+        f"{lr}: pilot chains of {chosen['pilot_steps']} steps ended with heat at {chosen['pilot_heat']:.1%} of "
+        f"nβ·(L − L(w*)), which is subtracted; {length}"
+    )
+
+
+def _posterior(
+    request: _Request, model: nn.Module, data: Any, loss_fn: LossFunction | None, where: torch.device, params: Any
+) -> Posterior:
+    """Model, loss and data on their device, looked at once; seeds torch's generator."""
+    source = make_source(
+        data,
+        request.batch_size,
+        where,
+        pairs=not takes_model(loss_fn),
+        num_wanted=request.num_chains * request.schedule.num_steps * (request.batch_size or 512),
+        max_batches=request.schedule.num_steps,
+        independent=request.heat_correction,
+    )
+    if request.nbeta is None and source.num_samples is None:
+        raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
+    torch.manual_seed(request.seed)
+    with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
+        return Posterior(
+            model,
+            loss_fn,
+            source,
+            device=where,
+            params=params,
+            autocast=request.autocast,
+            microbatch_size=request.microbatch_size,
+        )
+
+
 # ---- what was asked for ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """What was asked for, checked; lr and nβ may still be open."""
+    """What was asked for, checked; lr and nβ may still be open, and the schedule if `is_open`."""
 
     sampler: str
     options: dict[str, Any]
@@ -255,6 +384,8 @@ class _Request:
     nbeta: float | None
     localization: float
     schedule: Schedule
+    is_open: bool
+    heat_correction: bool
     num_chains: int
     batch_size: int | None
     microbatch_size: int | None
@@ -265,6 +396,15 @@ class _Request:
 
     def sampler_with(self, lr: float, nbeta: float) -> Sampler:
         return make_sampler(self.sampler, lr=lr, nbeta=nbeta, **self.options)
+
+    def with_schedule(self, chosen: Mapping[str, Any]) -> _Request:
+        """With the number of draws that was chosen, if it was open."""
+        draws = chosen.get("num_draws")
+        if draws is None:
+            return self
+        options = self.options | ({"adapt_steps": draws} if "adapt_steps" in self.options else {})
+        schedule = Schedule(draws, draws, self.schedule.num_steps_bw_draws)
+        return dataclasses.replace(self, schedule=schedule, options=options)
 
     @property
     def plain_options(self) -> dict[str, Any]:
@@ -278,6 +418,7 @@ class _Request:
             **{name: option_identity(value) for name, value in self.options.items()},
             "lr": self.lr,
             "nbeta": self.nbeta,
+            "heat_correction": self.heat_correction,
             "schedule": vars(self.schedule),
             "num_chains": self.num_chains,
             "microbatch_size": self.microbatch_size,
@@ -298,6 +439,7 @@ def _checked_request(
     autocast: torch.dtype | None,
     observables: Mapping[str, Observable] | None,
     strategy: str | None,
+    heat_correction: bool | None,
     **counts: Any,
 ) -> _Request:
     """Names and values, before any work."""
@@ -318,8 +460,17 @@ def _checked_request(
     burnin = draws if counts["num_burnin"] is None else counts["num_burnin"]
     options: dict[str, Any] = {"localization": gamma, **(sampler_options or {})}
     name = "sgld" if sampler is None else sampler
-    if make_sampler(name, lr=lr or 1.0, nbeta=nbeta or 1.0, **options).adaptive:
+    wanted = make_sampler(name, lr=lr or 1.0, nbeta=nbeta or 1.0, **options)
+    is_open = counts["num_draws"] is None and counts["num_burnin"] is None
+    if wanted.adaptive:
+        is_open = is_open and "adapt_steps" not in options
         options.setdefault("adapt_steps", max(1, burnin))
+    possible = wanted.tells_heat and wanted.noise_level == 1 and wanted.bounding_box_size is None
+    if heat_correction and not possible:
+        raise ValueError(
+            f"heat_correction=True is not possible with sampler={name!r}"
+            + (", noise_level or bounding_box_size: the chain has to be free" if wanted.tells_heat else "")
+        )
     return _Request(
         sampler=name,
         options=options,
@@ -327,6 +478,8 @@ def _checked_request(
         nbeta=None if nbeta is None else float(nbeta),
         localization=gamma,
         schedule=Schedule(draws, burnin, counts["num_steps_bw_draws"]),
+        is_open=is_open,
+        heat_correction=(lr is None and possible) if heat_correction is None else bool(heat_correction),
         num_chains=counts["num_chains"],
         batch_size=counts["batch_size"],
         microbatch_size=counts["microbatch_size"],
@@ -338,8 +491,13 @@ def _checked_request(
 
 
 def _choose(
-    request: _Request, posterior: Posterior, keeper: Checkpoint | None, saved: Saved | None
-) -> dict[str, float]:
+    request: _Request,
+    posterior: Posterior,
+    plan: Plan,
+    keeper: Checkpoint | None,
+    saved: Saved | None,
+    monitor: Monitor,
+) -> dict[str, Any]:
     """L(w*), and the settings left open: measured, or those of the run that is resumed."""
     init_loss = posterior.full_loss()
     if saved is not None and keeper is not None:
@@ -351,18 +509,36 @@ def _choose(
             )
         return saved.chosen
     nbeta = default_nbeta(posterior.source.num_samples or 0) if request.nbeta is None else request.nbeta
-    lr = request.lr
-    if lr is None:
-        prepared = request.sampler_with(1.0, nbeta)
-        lr = default_lr(
+    chosen = {"init_loss": init_loss, "nbeta": nbeta, "heat_correction": request.heat_correction}
+    if request.lr is not None:
+        return chosen | {"lr": request.lr}
+    prepared = request.sampler_with(1.0, nbeta)
+    chosen["lr"] = default_lr(
+        posterior,
+        type(prepared),
+        vars(prepared),
+        nbeta=nbeta,
+        localization=request.localization,
+        stiffness=CORRECTED_STIFFNESS if request.heat_correction else STIFFNESS,
+        seed=request.seed,
+    )
+    if request.heat_correction:
+        pilot = run_pilot(
             posterior,
-            type(prepared),
-            vars(prepared),
+            lambda lr: request.sampler_with(lr, nbeta),
+            make_plan(posterior, prepared, 1, strategy=request.strategy, release_gradients=plan.release or None),
+            lr=chosen["lr"],
             nbeta=nbeta,
-            localization=request.localization,
+            init_loss=init_loss,
+            num_chains=request.num_chains,
+            num_steps=int(PILOT_SHARE * request.num_chains * request.schedule.num_steps),
             seed=request.seed,
+            monitor=monitor,
         )
-    return {"init_loss": init_loss, "lr": float(lr), "nbeta": nbeta}
+        chosen |= {"lr": pilot.lr, "pilot_steps": pilot.num_steps, "pilot_heat": pilot.heat}
+        if request.is_open:
+            chosen["num_draws"] = pilot.num_draws
+    return chosen
 
 
 def _result(
@@ -372,7 +548,9 @@ def _result(
     records: list[ChainRecord],
     interrupted: bool,
 ) -> LLCResult:
-    losses = np.concatenate([r.losses for r in records])
+    losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
+    if chosen["heat_correction"]:
+        losses = losses - heats / chosen["nbeta"]
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     schedule = request.schedule
     names = {name: None for r in records for name in r.observables}
@@ -384,6 +562,7 @@ def _result(
         settings={
             "sampler": request.sampler,
             "lr": chosen["lr"],
+            "heat_correction": chosen["heat_correction"],
             **request.plain_options,
             "num_chains": request.num_chains,
             "num_burnin": schedule.num_burnin,
@@ -395,6 +574,7 @@ def _result(
             "device": str(posterior.device),
             "seed": request.seed,
         },
+        heat_trace=heats,
         observables={name: _joined(name, records, schedule.num_draws) for name in names},
         steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
     )
@@ -435,8 +615,11 @@ class _Observer(Monitor):
         if self._bar.disable:
             return
         self._bar.update(steps - self._bar.n)
-        means = [r.losses[:, self._schedule.num_burnin : r.step] for r in records()]
-        values = [m.mean() for m in means if m.size]
+        done = [(r, slice(self._schedule.num_burnin, r.step)) for r in records()]
+        values = [r.losses[:, draws].mean() for r, draws in done if r.step > draws.start]
+        if self._chosen["heat_correction"]:
+            heats = [r.heats[:, draws].mean() for r, draws in done if r.step > draws.start]
+            values = [value - heat / self._chosen["nbeta"] for value, heat in zip(values, heats, strict=True)]
         if values:
             estimate = self._chosen["nbeta"] * (float(np.mean(values)) - self._chosen["init_loss"])
             self._bar.set_postfix_str(f"λ̂ ≈ {estimate:.4g}", refresh=False)
@@ -449,6 +632,25 @@ class _Observer(Monitor):
             self.report(lambda: records, sum(r.step * len(r.losses) for r in records))
         if self._keeper is not None:
             self._keeper.save(Saved(dict(self._identity), dict(self._chosen), records))
+
+
+class _PilotBar(Monitor):
+    """The progress bar of the pilot chains; it leaves when they are done."""
+
+    def __init__(self, progress: bool) -> None:
+        self._progress = progress
+        self._bar: Any = None
+
+    def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
+        if self._progress and self._bar is None:
+            self._bar = tqdm(unit="step", desc="calibration", leave=False, mininterval=0.2)
+        if self._bar is not None:
+            self._bar.update(max(steps - self._bar.n, 0))
+
+    def snapshot(self, records: list[ChainRecord]) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def _joined(name: str, records: list[ChainRecord], num_draws: int) -> NDArray[np.float64]:

@@ -257,6 +257,7 @@ class EagerGradient:
         if not self._release:
             return self._state.move(self.gradients(), step, device_step)
         waiting = set(self._params)
+        self._state.start_parts()
 
         def take(name: str, grad: Tensor) -> None:
             waiting.discard(name)

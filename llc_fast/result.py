@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.figure import Figure
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LLCResult:
 
     Attributes:
         loss_trace: minibatch loss of every step, burn-in included, float64 ``[chain, step]``; NaN from the step
-            on at which a chain was lost.
+            on at which a chain was lost. With ``settings["heat_correction"]`` the loss less `heat_trace`/nβ.
         init_loss: L(w*) over the whole data set.
         nbeta: nβ.
         schedule: which steps are draws.
@@ -38,6 +38,8 @@ class LLCResult:
         diagnostics: further figures by name.
         observables: what the functions of ``estimate_llc(observables=…)`` gave, by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
+        heat_trace: what step size and gradient noise add to nβ·(L − L(w*)) at every step, measured, float64
+            ``[chain, step]``, see :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
     """
 
     loss_trace: NDArray[np.float64]
@@ -49,6 +51,7 @@ class LLCResult:
     diagnostics: dict[str, Any] = field(default_factory=dict)
     observables: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     steps_done: list[int] | None = None
+    heat_trace: NDArray[np.float64] | None = None
 
     @property
     def is_partial(self) -> bool:
@@ -218,9 +221,11 @@ class LLCResult:
             "diagnostics": self.diagnostics,
             "steps_done": self.steps_done,
         }
-        observables: dict[str, Any] = {f"observable.{name}": values for name, values in self.observables.items()}
+        arrays: dict[str, Any] = {f"observable.{name}": values for name, values in self.observables.items()}
+        if self.heat_trace is not None:
+            arrays["heat_trace"] = self.heat_trace
         with atomic_write(Path(path)) as file:
-            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **observables)
+            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LLCResult:
@@ -232,11 +237,12 @@ class LLCResult:
         try:
             with np.load(path, allow_pickle=False) as file:
                 trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
+                heats = file["heat_trace"] if "heat_trace" in file.files else None
                 prefix = "observable."
                 observables = {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
             if meta.pop("format") == _FORMAT:
                 schedule = Schedule(**meta.pop("schedule"))
-                return cls(loss_trace=trace, schedule=schedule, observables=observables, **meta)
+                return cls(loss_trace=trace, heat_trace=heats, schedule=schedule, observables=observables, **meta)
         except FileNotFoundError:
             raise
         except Exception as error:

@@ -82,6 +82,8 @@ class Sampler:
     """Whether the metric is learned from gradients, and should be frozen before draws are taken."""
     thermostatted: ClassVar[bool] = False
     """Whether each chain has a thermostat, which starts at `diffusion_factor` and follows the kinetic energy."""
+    tells_heat: ClassVar[bool] = True
+    """Whether :meth:`heat` holds for it."""
 
     lr: float
     nbeta: float
@@ -168,6 +170,25 @@ class Sampler:
         if cls is AdamSGLD:
             mean = mean / (1 - scalars.decay ** max(1, min(step, scalars.adapt_steps)))
         return scalars._replace(eps=scalars.eps * math.sqrt(mean))
+
+    @classmethod
+    def heat(cls, scalars: StepScalars, metrics: Any, count: int) -> Any:
+        r"""What step size and gradient noise add to nβ·(L − L(w*)): (ε/8)·Σ p·G², G the stochastic drift of the step.
+
+        In a stationary chain ‖w − w*‖² does not grow: with w' = w − (ε/2)pG + √(εp)ξ and d elements this says
+        E[(w − w*)·G] = d + (ε/4)·E[Σ pG²]. The posterior has d there, and in a quadratic well half of
+        (w − w*)·∇(nβL) is nβ·(L − L(w*)), so the second term is what λ̂ has too much, half of it: exactly, whatever
+        the step size and the covariance of the minibatch noise.
+
+        Args:
+            scalars: of the step.
+            metrics: its sums, float64 ``[num_chains, 7]``, a tensor or an array.
+            count: elements that may move.
+
+        Returns:
+            One number for each chain, in units of λ.
+        """
+        return scalars.lr / 8 * metrics[:, METRICS.index("drift")]
 
     @classmethod
     def follow(
@@ -287,6 +308,7 @@ class AdamSGLD(Sampler):
 
     name: ClassVar[str] = "adam-sgld"
     adaptive: ClassVar[bool] = True
+    tells_heat: ClassVar[bool] = False  # the drift lags behind the place
 
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 0.1
@@ -333,6 +355,14 @@ class SGHMC(Sampler):
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
         return super().scalars(options)._replace(friction=float(options["momentum_decay"]))
 
+    @classmethod
+    def heat(cls, scalars: StepScalars, metrics: Any, count: int) -> Any:
+        r"""((2 − α)·Σv²/ε − d)/2: here the drift does E[(w − w*)·G] = (2 − α)·E[Σv²]/ε.
+
+        From E[w·v] = E[v²]/2, the same stationarity as for SGLD, which is the case α = 1.
+        """
+        return ((2 - scalars.friction) / scalars.lr * metrics[:, METRICS.index("momentum")] - count) / 2
+
 
 @dataclass(frozen=True)
 class SGNHT(Sampler):
@@ -351,6 +381,7 @@ class SGNHT(Sampler):
 
     name: ClassVar[str] = "sgnht"
     thermostatted: ClassVar[bool] = True
+    tells_heat: ClassVar[bool] = False  # the thermostat takes it away
 
     diffusion_factor: float = 0.01
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,12 @@ class ChainState:
         self._table = SegmentTable(sampler.name, self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
         self._single_tables: dict[str, SegmentTable] = {}
         self._metrics = None
-        if sampler.measures(self._options):
+        self._follows = sampler.measures(self._options)
+        if self._follows or sampler.tells_heat:
             self._metrics = torch.zeros(num_chains, NUM_METRICS, dtype=torch.float64, device=self._device)
+            self._part = torch.zeros_like(self._metrics)
+            # On a CPU through NumPy, in a fraction of the time that torch takes for a few numbers.
+            self._sums = self._metrics.numpy() if self._device.type == "cpu" else self._metrics
 
     def _rows(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.num_chains, self._starts[-1], dtype=dtype, device=self._device)
@@ -145,8 +150,18 @@ class ChainState:
             metrics=self._metrics,
             device_step=device_step,
         )
-        if self._metrics is not None:
+        if self._follows:
+            assert self._metrics is not None
             self._sampler.follow(scalars, self._memory, step, self._metrics, self._num_moving)
+
+    def heat(self) -> Any:
+        """What the last step tells about :meth:`Sampler.heat`, ``[num_chains]``: NumPy's on a CPU, else a tensor."""
+        return self._sampler.heat(self._scalars, self._sums, self._num_moving)
+
+    def start_parts(self) -> None:
+        """Before the first :meth:`move_one` of a step."""
+        if self._metrics is not None:
+            self._metrics.zero_()
 
     def move_one(self, name: str, grad: Tensor, step: int) -> None:
         """The part of a step that moves one parameter: the same bits as the whole step."""
@@ -154,4 +169,7 @@ class ChainState:
         if table is None:
             k = self._names.index(name)
             table = self._single_tables[name] = SegmentTable(self._sampler.name, [self._segments[k]])
-        table.step([grad], self._scalars, NoiseKey(self._seed, step=step, chain=self._first_chain))
+        part = None if self._metrics is None else self._part
+        table.step([grad], self._scalars, NoiseKey(self._seed, step=step, chain=self._first_chain), metrics=part)
+        if self._metrics is not None:
+            self._metrics += self._part

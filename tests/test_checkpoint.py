@@ -362,7 +362,9 @@ def _saved() -> Saved:
             "buffer.a.b/c": np.zeros((count, 0), np.uint8),
         }
         observables = {"λ̂ / 1": rng.standard_normal((count, 5, 2, 3)), "empty": np.full((count, 5, 0), np.nan)}
-        records.append(ChainRecord(first, step, losses, observables if k % 2 else {}, arrays if 0 < k < 2 else None))
+        records.append(
+            ChainRecord(first, step, losses, -losses, observables if k % 2 else {}, arrays if 0 < k < 2 else None)
+        )
     identity = {"sampler": "sgld", "lr": None, "box": float("inf"), "betas": [0.9, 0.99], "seed": 2**64 - 1}
     return Saved(identity, {"init_loss": 1 / 3, "lr": 5e-324}, records)
 
@@ -377,8 +379,8 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_lost_chains_are_grouped_with_others() -> None:
     """A chain that was lost before its first draw has no observables; those of its neighbours stay, in any order."""
     seen = {"weights": np.arange(10.0).reshape(1, 5, 2)}
-    lost = [ChainRecord(c, 5, np.full((1, 5), np.nan), {}, None) for c in (0, 2)]
-    stacked = ChainRecord.stack([lost[0], ChainRecord(1, 5, np.ones((1, 5)), seen, None), lost[1]])
+    lost = [ChainRecord(c, 5, *np.full((2, 1, 5), np.nan), {}, None) for c in (0, 2)]
+    stacked = ChainRecord.stack([lost[0], ChainRecord(1, 5, *np.ones((2, 1, 5)), seen, None), lost[1]])
     assert (stacked.first_chain, stacked.step, stacked.arrays) == (0, 5, None)
     np.testing.assert_array_equal(stacked.losses, [[np.nan] * 5, [1.0] * 5, [np.nan] * 5])
     for c in range(3):
