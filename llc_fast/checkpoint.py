@@ -21,7 +21,7 @@ from llc_fast.data import DataSource, IndexedSource, leaves, spread_indices
 from llc_fast.files import atomic_write, remove_partial
 from llc_fast.posterior import Posterior
 
-_FORMAT = 1
+_FORMAT = 2
 INTERVAL = 60.0
 """Seconds between snapshots."""
 

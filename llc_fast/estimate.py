@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from llc_fast.baseline import AnchorLosses, Baseline, losses_at_anchor
 from llc_fast.calibration import default_lr
 from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, stopped_by_sigint, threads
 from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity, option_identity
@@ -81,6 +82,11 @@ def estimate_llc(
     λ̂ = nβ·(mean L over draws − L(w*)), with L(w*) taken over the whole data set (Lau et al. 2023, arXiv
     2308.12108; Watanabe 2013). The model is left exactly as it was. It is evaluated in the mode it is in:
     call ``model.eval()`` first unless dropout or batch statistics are meant to be part of the loss.
+
+    A minibatch is judged by what it loses more than at w*: L_B(w_t) − L_B(w*) + L(w*) takes the place of L_B(w_t), with
+    the same expectation and less noise, wherever a minibatch's loss is the mean of its samples' losses
+    (``settings["paired_baseline"]``; if not, ``diagnostics["unpaired_reason"]`` says why). What observables see as
+    ``draw.loss`` is L_B(w_t) itself.
 
     Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises.
 
@@ -198,9 +204,13 @@ def estimate_llc(
             identity = {**request.identity(), **model_identity(posterior), **data_identity(source)}
             saved = keeper.load(identity)
         with threads(plan.num_threads):
-            chosen = _choose(request, posterior, keeper, saved)
+            at_anchor = losses_at_anchor(posterior, request.nbeta_for(source), request.seed)
+            chosen = _choose(request, posterior, at_anchor, keeper, saved)
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
+        baseline = None
+        if not chosen["unpaired"] and at_anchor.samples is not None:
+            baseline = Baseline(at_anchor.samples, chosen["init_loss"], source.batch_size or 1)
         setup = time.perf_counter() - started
         # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
         bar = _Observer(request.schedule, team, request.num_chains, chosen, keeper, identity, progress)
@@ -214,6 +224,7 @@ def estimate_llc(
                 plan=plan,
                 observables=request.observables,
                 resumed=saved.records if saved is not None else (),
+                baseline=baseline,
                 monitor=observer,
                 stop=stop,
             )
@@ -232,6 +243,7 @@ def estimate_llc(
     result.diagnostics.update(
         chains_lost=len(result.lost_chains),
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
+        unpaired_reason=chosen["unpaired"],
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=setup,
@@ -265,6 +277,9 @@ class _Request:
 
     def sampler_with(self, lr: float, nbeta: float) -> Sampler:
         return make_sampler(self.sampler, lr=lr, nbeta=nbeta, **self.options)
+
+    def nbeta_for(self, source: DataSource) -> float:
+        return default_nbeta(source.num_samples or 0) if self.nbeta is None else self.nbeta
 
     @property
     def plain_options(self) -> dict[str, Any]:
@@ -338,10 +353,14 @@ def _checked_request(
 
 
 def _choose(
-    request: _Request, posterior: Posterior, keeper: Checkpoint | None, saved: Saved | None
-) -> dict[str, float]:
+    request: _Request,
+    posterior: Posterior,
+    at_anchor: AnchorLosses,
+    keeper: Checkpoint | None,
+    saved: Saved | None,
+) -> dict[str, Any]:
     """L(w*), and the settings left open: measured, or those of the run that is resumed."""
-    init_loss = posterior.full_loss()
+    init_loss = at_anchor.mean
     if saved is not None and keeper is not None:
         before = float(saved.chosen["init_loss"])
         if abs(before - init_loss) > 1e-5 * abs(init_loss):
@@ -350,8 +369,7 @@ def _choose(
                 f"{init_loss:.6g}. Other data or another loss_fn?"
             )
         return saved.chosen
-    nbeta = default_nbeta(posterior.source.num_samples or 0) if request.nbeta is None else request.nbeta
-    lr = request.lr
+    lr, nbeta = request.lr, request.nbeta_for(posterior.source)
     if lr is None:
         prepared = request.sampler_with(1.0, nbeta)
         lr = default_lr(
@@ -362,13 +380,13 @@ def _choose(
             localization=request.localization,
             seed=request.seed,
         )
-    return {"init_loss": init_loss, "lr": float(lr), "nbeta": nbeta}
+    return {"init_loss": init_loss, "lr": float(lr), "nbeta": nbeta, "unpaired": at_anchor.unpaired}
 
 
 def _result(
     request: _Request,
     posterior: Posterior,
-    chosen: Mapping[str, float],
+    chosen: Mapping[str, Any],
     records: list[ChainRecord],
     interrupted: bool,
 ) -> LLCResult:
@@ -392,6 +410,7 @@ def _result(
             "batch_size": posterior.source.batch_size,
             "num_samples": posterior.source.num_samples,
             "num_parameters": posterior.num_parameters,
+            "paired_baseline": not chosen["unpaired"],
             "device": str(posterior.device),
             "seed": request.seed,
         },

@@ -28,8 +28,9 @@ class LLCResult:
     """An estimate of the local learning coefficient, λ̂ = nβ·(mean L over draws − L(w*)).
 
     Attributes:
-        loss_trace: minibatch loss of every step, burn-in included, float64 ``[chain, step]``; NaN from the step
-            on at which a chain was lost.
+        loss_trace: loss of every step, burn-in included, float64 ``[chain, step]``: the minibatch's, L_B(w_t), or with
+            ``settings["paired_baseline"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise.
+            NaN from the step on at which a chain was lost.
         init_loss: L(w*) over the whole data set.
         nbeta: nβ.
         schedule: which steps are draws.
