@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llc_fast.data import Batch, IndexedSource, split_batch
-from llc_fast.posterior import Posterior
+from llc_fast.data import Batch, IndexedSource, map_tensors, split_batch
+from llc_fast.posterior import Posterior, widened
 from llc_fast.reference import NoiseKey
 
 _CHECKED_BATCHES = 8
@@ -27,8 +27,9 @@ _MAX_SAMPLES = 2**27
 class Baseline:
     """b_B = L_B(w*) − L(w*) of any minibatch B, from the loss at w* of every sample: a gather and a sum.
 
-    A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero
-    whatever w_t is, but not the noise that the two share: how hard the samples of the minibatch are.
+    A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero: at
+    every step each sample is equally likely to be in the minibatch. What the two share is gone: how hard the samples of
+    the minibatch are.
 
     Args:
         sample_losses: of every sample at w*, float64 ``[n]``.
@@ -70,8 +71,8 @@ class AnchorLosses:
 def losses_at_anchor(posterior: Posterior, nbeta: float, seed: int = 0) -> AnchorLosses:
     """L(w*), and the losses that it is the mean of where a minibatch's loss is the mean of its samples' losses.
 
-    One pass over the data either way. Whether the means agree is checked on minibatches, in other company than the
-    samples were evaluated in: a loss weighted by tokens, batch statistics and augmentation show there.
+    One pass over the data either way. Whether the means agree is checked on a few minibatches before: a loss weighted
+    by tokens, batch statistics and augmentation show there.
 
     Args:
         posterior: the model, its loss and data.
@@ -81,32 +82,30 @@ def losses_at_anchor(posterior: Posterior, nbeta: float, seed: int = 0) -> Ancho
     Raises:
         ValueError: L(w*) is not finite, or the data give no sample.
     """
-    unpaired = _why_not(posterior)
+    samples, unpaired = None, _why_not(posterior)
     if not unpaired:
         try:
             # Where torch would go through the samples one by one it warns; too slow for a whole data set.
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*performance drop")
-                samples = _all_samples(posterior, nbeta, seed)
+                if _are_means(posterior, nbeta, seed):
+                    samples = np.concatenate([_sample_losses(posterior, b) for b, _ in posterior.source.full()])
+                else:
+                    unpaired = _NOT_THE_MEAN
         except Exception as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             unpaired = f"the loss of single samples can't be had: {first_line}"
-        else:
-            if samples is not None:
-                # One parameter alone spreads the draws of λ̂ by 0.7.
-                is_even = nbeta * _spread(posterior, samples) < _NEGLIGIBLE
-                return AnchorLosses(float(samples.mean()), samples, _EVEN if is_even else "")
-            unpaired = _NOT_THE_MEAN
-    return AnchorLosses(posterior.full_loss(), None, unpaired)
+    if samples is None or not np.isfinite(samples).all():
+        return AnchorLosses(posterior.full_loss(), None, unpaired or "the loss at w* is not finite")
+    if nbeta * _spread(posterior, samples) < _NEGLIGIBLE:
+        unpaired = "the loss at w* is the same on all minibatches, or nearly"
+    return AnchorLosses(float(samples.mean()), samples, unpaired)
 
 
 _NOT_THE_MEAN = (
     "a minibatch's loss is not the mean of what its samples lose by themselves (batch statistics, a loss weighted by "
     "tokens, augmentation)"
 )
-
-
-_EVEN = "the loss at w* is the same on all minibatches, or nearly"
 
 
 def _why_not(posterior: Posterior) -> str:
@@ -127,29 +126,24 @@ def _why_not(posterior: Posterior) -> str:
     return ""
 
 
-def _all_samples(posterior: Posterior, nbeta: float, seed: int) -> NDArray[np.float64] | None:
-    """The losses of all samples at w*; None if minibatches lose something else than the mean of theirs."""
-    source, buffers = posterior.source, posterior.fresh_buffers()
+def _are_means(posterior: Posterior, nbeta: float, seed: int) -> bool:
+    """Whether minibatches lose at w* what their samples lose on average, evaluated with those of other minibatches."""
+    source, exact = posterior.source, posterior.in_full_precision()
     assert isinstance(source, IndexedSource)
-    indices = source.index_buffer(1)
 
-    def agrees(step: int, samples: NDArray[np.float64] | None = None) -> bool:
-        source.draw(NoiseKey(seed, step=step), indices)
-        pieces = posterior.pieces(source.gather(indices))
-        loss = torch.stack([posterior.evaluate(posterior.anchor, b, buffers, share).loss for b, share in pieces]).sum()
-        if samples is None:  # read again: a model may work in place on its input
-            own = _sample_losses(posterior, source.gather(indices))
-        else:
-            own = samples[indices[0].cpu().numpy()]
+    def gather(indices: Tensor) -> Batch:
+        return map_tensors(widened, source.gather(indices))
+
+    rows = [source.draw(NoiseKey(seed, step=step), source.index_buffer(1))[0] for step in range(_CHECKED_BATCHES)]
+    mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
+    samples = np.concatenate([_sample_losses(exact, gather(indices)) for indices in mixed.reshape(len(rows), -1)])
+    for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
+        pieces, buffers = exact.pieces(gather(indices)), exact.fresh_buffers()
+        loss = torch.stack([exact.evaluate(exact.anchor, b, buffers, share).loss for b, share in pieces]).sum()
         slack = _SLACK * _spread(posterior, own) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(own).mean())
-        return bool(abs(float(loss) - own.mean()) <= slack + _NEGLIGIBLE / nbeta)
-
-    if not agrees(0):  # seen before the pass over all
-        return None
-    samples = np.concatenate([_sample_losses(posterior, batch) for batch, _ in source.full()])
-    if not np.isfinite(samples).all() or not all(agrees(step, samples) for step in range(_CHECKED_BATCHES)):
-        return None
-    return samples
+        if not abs(float(loss) - own.mean()) <= slack + _NEGLIGIBLE / nbeta:
+            return False
+    return True
 
 
 def _sample_losses(posterior: Posterior, batch: Batch) -> NDArray[np.float64]:

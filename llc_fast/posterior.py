@@ -175,6 +175,15 @@ class Posterior:
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
 
+    def in_full_precision(self) -> Posterior:
+        """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
+        exact = copy.copy(self)
+        exact._autocast = None
+        exact.anchor, exact.frozen, exact._buffers = (
+            {name: widened(t) for name, t in tensors.items()} for tensors in (self.anchor, self.frozen, self._buffers)
+        )
+        return exact
+
     def sample_losses(self, batch: Batch) -> Tensor:
         """The loss of every sample of a batch at w*, ``[batch]``; raises whatever torch does if they can't be had."""
         buffers = self.fresh_buffers()
@@ -319,6 +328,11 @@ class Posterior:
                 "loss_fn sums over the batch (repeating a batch doubles it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
                 "use reduction='mean'"
             )
+
+
+def widened(t: Tensor) -> Tensor:
+    """bfloat16 and float16 as float32."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 class _SavedBytes:

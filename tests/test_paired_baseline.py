@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from llc_fast import reference
+from llc_fast.baseline import Baseline
 from llc_fast.chains import Draw
 from llc_fast.reference import NoiseKey
 from llc_fast.result import LLCResult
@@ -270,6 +271,33 @@ def test_models_that_vmap_does_not_know_are_paired_by_their_outputs() -> None:
     result = estimate(model=Recurrent(), data=data(N), strategy="sequential", **EVERY_STEP)
     assert result.settings["paired_baseline"]
     np.testing.assert_allclose(result.loss_trace[:, 0], result.init_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+def test_low_precision_hides_neither_means_nor_weights(kind: str) -> None:
+    """Rounding to 8 bits is larger than what a weighting changes, so the check is made without it."""
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    options: dict[str, Any] = {**EVERY_STEP, "data": data(N, dtype)}
+    options["autocast"] = torch.bfloat16 if kind == "autocast" else None
+
+    def slightly(output: Tensor, target: Tensor) -> Tensor:
+        weight = 1 + 0.02 * torch.tanh(target)
+        return ((output - target).square() * weight).sum() / weight.sum()
+
+    paired = estimate(model=mlp(dtype), **options)
+    weighted = estimate(model=mlp(dtype), loss_fn=slightly, **options)
+    assert paired.settings["paired_baseline"] and not weighted.settings["paired_baseline"]
+    assert "weighted by tokens" in weighted.diagnostics["unpaired_reason"]
+    np.testing.assert_allclose(paired.loss_trace[:, 0], paired.init_loss, rtol=2**-6)  # batched, rounded otherwise
+
+
+def test_the_baseline_is_the_same_on_a_device() -> None:
+    losses = np.random.default_rng(0).exponential(size=N)
+    baseline = Baseline(losses, float(losses.mean()), BATCH)
+    indices = torch.randint(N, (CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
+    expected = losses[indices.numpy()].mean(axis=1) - losses.mean()
+    np.testing.assert_allclose(baseline(indices.numpy()), expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(baseline.on_device(indices).numpy(), expected, rtol=0, atol=1e-14)
 
 
 # ---- one chain, however it is run --------------------------------------------------------------------------
