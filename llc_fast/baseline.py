@@ -27,8 +27,8 @@ _MAX_SAMPLES = 2**27
 class Baseline:
     """b_B = L_B(w*) − L(w*) of any minibatch B, from the loss at w* of every sample: a gather and a sum.
 
-    A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero: at
-    every step each sample is equally likely to be in the minibatch. What the two share is gone: how hard the samples of
+    A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero:
+    each sample is equally likely to be in the minibatch of a step. What the two share is gone: how hard the samples of
     the minibatch are.
 
     Args:
