@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llc_fast.baseline import Baseline
 from llc_fast.chains import Monitor, Schedule, run_chains
 from llc_fast.data import mix
 from llc_fast.diagnostics import standard_error
@@ -177,6 +178,7 @@ def run_pilot(
     lr: float,
     nbeta: float,
     init_loss: float,
+    baseline: Baseline | None,
     num_chains: int,
     num_steps: int,
     seed: int,
@@ -193,6 +195,7 @@ def run_pilot(
         plan: for a single chain.
         lr: where to begin; never exceeded.
         nbeta, init_loss: nβ and L(w*).
+        baseline: the minibatches' losses at w*, if chains are to be paired with them.
         num_chains: of the run that is being prepared.
         num_steps: gradients to spend.
         seed: of the run; the pilots' noise and minibatches are their own.
@@ -212,6 +215,7 @@ def run_pilot(
             chains=range(1),
             seed=mix(mix(seed, _PILOT), stage),
             plan=plan,
+            baseline=baseline,
             monitor=monitor,
         )
         spent += length

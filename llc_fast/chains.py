@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llc_fast.baseline import Baseline
 from llc_fast.data import map_tensors, mix
 from llc_fast.gradients import Feed, Plan, make_gradient, make_plan
 from llc_fast.posterior import Evaluation, Posterior
@@ -59,7 +60,7 @@ class Draw:
 
     Attributes:
         chain, draw, step: which.
-        loss: of the minibatch, a scalar tensor.
+        loss: of the minibatch, a scalar tensor; as evaluated, with no baseline subtracted.
         sample_losses: the loss of each sample of the minibatch, ``[batch]``, if the loss function returns one for each
             sample; else None.
         params: the chain's parameters by name, at which the loss was evaluated. They are the chain's own memory: copy
@@ -87,7 +88,7 @@ class ChainRecord:
     Attributes:
         first_chain: the chains are ``first_chain … first_chain + len(losses) − 1``.
         step: steps that are done.
-        losses: float64 ``[chain, step]``; later columns hold nothing yet.
+        losses: float64 ``[chain, step]``, less the paired baseline if there is one; later columns hold nothing yet.
         heats: the same of :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
         observables: by name, float64 ``[chain, draw, …]``.
         arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
@@ -146,9 +147,11 @@ class _Group:
         observables: Mapping[str, Observable],
         shapes: dict[str, tuple[int, ...]],
         resumed: ChainRecord | None,
+        baseline: Baseline | None,
     ) -> None:
         self._posterior, self._sampler, self._schedule, self._plan = posterior, sampler, schedule, plan
         self._seed, self._functions, self._shapes, self._resumed = seed, observables, shapes, resumed
+        self._baseline = baseline
         self.chains = chains
         self.step = 0 if resumed is None else resumed.step
         self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
@@ -183,9 +186,11 @@ class _Group:
         if self._rows is None:
             self.losses, self.heats = self.losses.to(posterior.device), self.heats.to(posterior.device)
             self._heat_rows = self.heats
+        elif self._baseline is not None:
+            self._indices = self._feed.indices.numpy()
         if self._plan.strategy == "cuda-graph":
             traces = (self.losses, self.heats if self._sampler.tells_heat else None)
-            self._graph = _CapturedStep(self._state, self._feed, self._gradient, *traces, self.step)
+            self._graph = _CapturedStep(self._state, self._feed, self._gradient, self._baseline, *traces, self.step)
         return self._state
 
     def advance(self, model: contextlib.AbstractContextManager[object]) -> None:
@@ -197,11 +202,12 @@ class _Group:
             batch = self._feed(step)
             with model if self.note else contextlib.nullcontext():
                 evaluation = self._gradient.evaluate(batch)
+            loss = evaluation.loss
             if self._rows is None:
-                self.losses[:, step].copy_(evaluation.loss)
+                self.losses[:, step].copy_(_paired(loss, self._baseline, self._feed))
             else:
-                loss = evaluation.loss
-                self._rows[:, step] = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
+                value = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
+                self._rows[:, step] = value if self._baseline is None else value - self._baseline(self._indices)
             if self._functions and (draw := self._schedule.draw_at(step)) is not None:
                 with model:  # observables may call the model too
                     self._observe(draw, evaluation, batch)
@@ -284,6 +290,10 @@ class _Group:
         self._state.restore(tensors)
 
 
+def _paired(loss: Tensor, baseline: Baseline | None, feed: Feed) -> Tensor:
+    return loss if baseline is None else loss - baseline.on_device(feed.indices).to(loss.device)
+
+
 def _row(batch: Any, row: int) -> Any:
     return map_tensors(lambda t: t[row], batch)
 
@@ -297,7 +307,14 @@ class _CapturedStep:
     """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet."""
 
     def __init__(
-        self, state: ChainState, feed: Feed, gradient: Any, losses: Tensor, heats: Tensor | None, start: int
+        self,
+        state: ChainState,
+        feed: Feed,
+        gradient: Any,
+        baseline: Baseline | None,
+        losses: Tensor,
+        heats: Tensor | None,
+        start: int,
     ) -> None:
         self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
         arrays = {k: t.clone() for k, t in state.arrays().items()}
@@ -308,7 +325,8 @@ class _CapturedStep:
 
         def body() -> None:
             evaluation = gradient.evaluate(feed(0, self._step))
-            losses.index_copy_(1, self._step.reshape(1), evaluation.loss.to(losses.dtype).reshape(-1, 1))
+            loss = _paired(evaluation.loss, baseline, feed)
+            losses.index_copy_(1, self._step.reshape(1), loss.to(losses.dtype).reshape(-1, 1))
             for place, grad in zip(fixed, gradient.gradients(), strict=True):
                 place.copy_(grad.view_as(place))
             state.move(fixed, 0, self._step)
@@ -381,6 +399,7 @@ def run_chains(
     plan: Plan | None = None,
     observables: Mapping[str, Observable] | None = None,
     resumed: Sequence[ChainRecord] = (),
+    baseline: Baseline | None = None,
     monitor: Monitor | None = None,
     stop: threading.Event | None = None,
 ) -> ChainRun:
@@ -399,6 +418,7 @@ def run_chains(
         plan: the strategy, see :func:`llc_fast.gradients.make_plan`; None: chosen.
         observables: functions of every draw, by name.
         resumed: records of earlier runs, one for each chain in any grouping.
+        baseline: subtracted from the loss of every minibatch before it is recorded; None: nothing.
         monitor: told of progress and snapshots.
         stop: ends the run after the present step, with what there is, once it is set; see :func:`stopped_by_sigint`.
     """
@@ -410,7 +430,7 @@ def run_chains(
 
         def build(plan: Plan) -> list[_Group]:
             return [
-                _Group(posterior, sampler, schedule, plan, seed, members, observables, shapes, record)
+                _Group(posterior, sampler, schedule, plan, seed, members, observables, shapes, record, baseline)
                 for members, record in _grouped(chains, plan.group_size, resumed)
             ]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from llc_fast.baseline import AnchorLosses, losses_at_anchor
 from llc_fast.calibration import (
     CORRECTED_STIFFNESS,
     DEFAULT_NUM_DRAWS,
@@ -88,6 +89,11 @@ def estimate_llc(
     λ̂ = nβ·(mean L over draws − L(w*)), with L(w*) taken over the whole data set (Lau et al. 2023, arXiv
     2308.12108; Watanabe 2013). The model is left exactly as it was. It is evaluated in the mode it is in:
     call ``model.eval()`` first unless dropout or batch statistics are meant to be part of the loss.
+
+    A minibatch is judged by what it loses more than at w*: L_B(w_t) − L_B(w*) + L(w*) takes the place of L_B(w_t), with
+    the same expectation and less noise, wherever a minibatch's loss is the mean of its samples' losses
+    (``settings["paired_baseline"]``; if not, ``diagnostics["unpaired_reason"]`` says why). What observables see as
+    ``draw.loss`` is L_B(w_t) itself.
 
     Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises.
 
@@ -191,10 +197,13 @@ def estimate_llc(
             identity = {**request.identity(), **model_identity(posterior), **data_identity(source)}
             saved = keeper.load(identity)
         with threads(plan.num_threads):
-            chosen = _choose(request, posterior, plan, keeper, saved, _PilotBar(progress and team.rank == 0))
+            at_anchor = losses_at_anchor(posterior, request.nbeta_for(source), request.seed)
+            pilot_bar = _PilotBar(progress and team.rank == 0)
+            chosen = _choose(request, posterior, at_anchor, plan, keeper, saved, pilot_bar)
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
         request = request.with_schedule(chosen)
+        baseline = None if chosen["unpaired"] else at_anchor.baseline(source, chosen["init_loss"])
         setup = time.perf_counter() - started
         # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
         bar = _Observer(request.schedule, team, request.num_chains, chosen, keeper, identity, progress)
@@ -208,6 +217,7 @@ def estimate_llc(
                 plan=plan,
                 observables=request.observables,
                 resumed=saved.records if saved is not None else (),
+                baseline=baseline,
                 monitor=observer,
                 stop=stop,
             )
@@ -226,6 +236,7 @@ def estimate_llc(
     result.diagnostics.update(
         chains_lost=len(result.lost_chains),
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
+        unpaired_reason=chosen["unpaired"],
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=setup,
@@ -311,7 +322,8 @@ def calibrate(
         plan = make_plan(posterior, request.sampler_with(1.0, 1.0), 1, strategy=strategy)
         check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
         with threads(plan.num_threads):
-            chosen = _choose(request, posterior, plan, None, None, _PilotBar(progress))
+            at_anchor = losses_at_anchor(posterior, request.nbeta_for(posterior.source), request.seed)
+            chosen = _choose(request, posterior, at_anchor, plan, None, None, _PilotBar(progress))
     request = request.with_schedule(chosen)
     found = Calibration(
         sampler=request.sampler,
@@ -406,6 +418,9 @@ class _Request:
         schedule = Schedule(draws, draws, self.schedule.num_steps_bw_draws)
         return dataclasses.replace(self, schedule=schedule, options=options)
 
+    def nbeta_for(self, source: DataSource) -> float:
+        return default_nbeta(source.num_samples or 0) if self.nbeta is None else self.nbeta
+
     @property
     def plain_options(self) -> dict[str, Any]:
         """Those that can be written down."""
@@ -493,13 +508,14 @@ def _checked_request(
 def _choose(
     request: _Request,
     posterior: Posterior,
+    at_anchor: AnchorLosses,
     plan: Plan,
     keeper: Checkpoint | None,
     saved: Saved | None,
     monitor: Monitor,
 ) -> dict[str, Any]:
     """L(w*), and the settings left open: measured, or those of the run that is resumed."""
-    init_loss = posterior.full_loss()
+    init_loss = at_anchor.mean
     if saved is not None and keeper is not None:
         before = float(saved.chosen["init_loss"])
         if abs(before - init_loss) > 1e-5 * abs(init_loss):
@@ -508,8 +524,13 @@ def _choose(
                 f"{init_loss:.6g}. Other data or another loss_fn?"
             )
         return saved.chosen
-    nbeta = default_nbeta(posterior.source.num_samples or 0) if request.nbeta is None else request.nbeta
-    chosen = {"init_loss": init_loss, "nbeta": nbeta, "heat_correction": request.heat_correction}
+    nbeta = request.nbeta_for(posterior.source)
+    chosen: dict[str, Any] = {
+        "init_loss": init_loss,
+        "nbeta": nbeta,
+        "heat_correction": request.heat_correction,
+        "unpaired": at_anchor.unpaired,
+    }
     if request.lr is not None:
         return chosen | {"lr": request.lr}
     prepared = request.sampler_with(1.0, nbeta)
@@ -530,6 +551,7 @@ def _choose(
             lr=chosen["lr"],
             nbeta=nbeta,
             init_loss=init_loss,
+            baseline=None if at_anchor.unpaired else at_anchor.baseline(posterior.source, init_loss),
             num_chains=request.num_chains,
             num_steps=int(PILOT_SHARE * request.num_chains * request.schedule.num_steps),
             seed=request.seed,
@@ -544,7 +566,7 @@ def _choose(
 def _result(
     request: _Request,
     posterior: Posterior,
-    chosen: Mapping[str, float],
+    chosen: Mapping[str, Any],
     records: list[ChainRecord],
     interrupted: bool,
 ) -> LLCResult:
@@ -571,6 +593,7 @@ def _result(
             "batch_size": posterior.source.batch_size,
             "num_samples": posterior.source.num_samples,
             "num_parameters": posterior.num_parameters,
+            "paired_baseline": not chosen["unpaired"],
             "device": str(posterior.device),
             "seed": request.seed,
         },

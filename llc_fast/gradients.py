@@ -194,6 +194,11 @@ class Feed:
         """Whether minibatches are functions of (seed, chain, step), or come from a user's ``__getitem__``."""
         return not isinstance(self._source, IndexedSource) or self._source.is_thread_safe
 
+    @property
+    def indices(self) -> Tensor:
+        """Which samples the last minibatch holds, ``[num_chains, batch_size]``, of data addressed by index."""
+        return self._indices
+
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""
         if self._iterator is not None:

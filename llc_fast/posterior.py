@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from llc_fast.data import Batch, DataSource, batch_length, leaves, map_tensors, split_batch
 from llc_fast.recording import FlopCounter
@@ -62,13 +62,28 @@ class _Evaluated(nn.Module):
     def uses_own_loss(self) -> bool:
         return self._loss_fn is None
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, by_sample: bool = False) -> Tensor:
+        if by_sample:
+            return self._by_sample(batch)
         if self._loss_fn is None:
             output = self.model(**batch)
             return output["loss"] if isinstance(output, Mapping) else output.loss  # type: ignore[no-any-return]
         if self._takes_model:
             return self._loss_fn(self.model, batch)
         return self._loss_fn(self.model(*batch[:-1]), batch[-1])
+
+    def _by_sample(self, batch: Batch) -> Tensor:
+        """The loss of every sample as a batch of one; the model itself sees them together where it can."""
+        if self._loss_fn is None or self._takes_model:
+            losses: Tensor = vmap(lambda sample: self(_batch_of_one(sample)))(batch)
+            return losses
+        loss_fn, output = self._loss_fn, self.model(*batch[:-1])
+        losses = vmap(lambda out, target: loss_fn(_batch_of_one(out), _batch_of_one(target)))(output, batch[-1])
+        return losses
+
+
+def _batch_of_one(sample: Batch) -> Batch:
+    return map_tensors(lambda t: t[None], sample)
 
 
 class Posterior:
@@ -159,6 +174,29 @@ class Posterior:
             loss = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch,))
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
+
+    def in_full_precision(self) -> Posterior:
+        """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
+        exact = copy.copy(self)
+        exact._autocast = None
+        exact.anchor, exact.frozen, exact._buffers = (
+            {name: widened(t) for name, t in tensors.items()} for tensors in (self.anchor, self.frozen, self._buffers)
+        )
+        return exact
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """The loss of every sample of a batch at w*, ``[batch]``; raises whatever torch does if they can't be had."""
+        buffers = self.fresh_buffers()
+        if self.per_sample:
+            samples = self.evaluate(self.anchor, batch, buffers).samples
+            assert samples is not None
+            return samples
+        named = (*self.anchor.items(), *self.frozen.items(), *buffers.items())
+        with self._precision():
+            losses: Tensor = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch, True))
+        if losses.shape != (batch_length(batch),):
+            raise ValueError(f"losses of single samples have shape {tuple(losses.shape[1:])}")
+        return losses
 
     def pieces(self, batch: Batch) -> list[tuple[Batch, float]]:
         """The microbatches of a batch, each with its share of the samples: losses times share add up to the batch's."""
@@ -290,6 +328,11 @@ class Posterior:
                 "loss_fn sums over the batch (repeating a batch doubles it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
                 "use reduction='mean'"
             )
+
+
+def widened(t: Tensor) -> Tensor:
+    """bfloat16 and float16 as float32."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 class _SavedBytes:

@@ -28,8 +28,9 @@ class LLCResult:
     """An estimate of the local learning coefficient, λ̂ = nβ·(mean L over draws − L(w*)).
 
     Attributes:
-        loss_trace: minibatch loss of every step, burn-in included, float64 ``[chain, step]``; NaN from the step
-            on at which a chain was lost. With ``settings["heat_correction"]`` the loss less `heat_trace`/nβ.
+        loss_trace: loss of every step, burn-in included, float64 ``[chain, step]``: the minibatch's, L_B(w_t), or with
+            ``settings["paired_baseline"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise;
+            with ``settings["heat_correction"]`` less `heat_trace`/nβ. NaN from the step on at which a chain was lost.
         init_loss: L(w*) over the whole data set.
         nbeta: nβ.
         schedule: which steps are draws.

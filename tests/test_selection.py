@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -511,6 +512,7 @@ def test_losses_of_another_shape(loss_fn: Any, shape: str) -> None:
 def test_observables_see_their_draw(chains: int, strategy: str) -> None:
     """Chain, draw and step, loss, batch and parameters belong together, in groups and threads of any number."""
     model, (x, y) = _mlp(), _data()
+    at_anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def again(draw: Draw) -> Tensor:
         batch_x, batch_y = draw.batch
@@ -533,6 +535,7 @@ def test_observables_see_their_draw(chains: int, strategy: str) -> None:
             "names": lambda draw: torch.tensor([draw.chain, draw.draw, draw.step]),
             "loss": lambda draw: draw.loss,
             "again": again,
+            "at w*": lambda draw: again(dataclasses.replace(draw, params=at_anchor)),
             "known": known,
         },
     )
@@ -540,7 +543,8 @@ def test_observables_see_their_draw(chains: int, strategy: str) -> None:
     steps = np.arange(6, 23, 3)
     for chain in range(chains):
         assert np.array_equal(values["names"][chain], np.stack([np.full(6, chain), np.arange(6), steps], axis=1))
-    assert np.array_equal(values["loss"], result.loss_trace[:, steps])
+    paired = values["loss"] - values["at w*"] + result.init_loss
+    np.testing.assert_allclose(result.loss_trace[:, steps], paired, rtol=1e-12)
     np.testing.assert_allclose(values["again"], values["loss"], rtol=1e-12)
     assert values["known"].all() and values["known"].shape == (chains, 6)
 
