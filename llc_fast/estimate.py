@@ -22,9 +22,11 @@ from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, default_device, join
 from llc_fast.gradients import LARGE_MODEL, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
+from llc_fast.metropolis import FIGURES
 from llc_fast.posterior import LossFunction, Posterior, takes_model
 from llc_fast.result import LLCResult
-from llc_fast.samplers import Sampler, check_number, make_sampler
+from llc_fast.samplers import ADJUSTED, MetropolisSampler, Sampler, check_number, make_sampler
+from llc_fast.update import is_low_precision
 
 DEFAULT_NUM_DRAWS = 2000
 DEFAULT_LOCALIZATION = 1.0
@@ -170,6 +172,7 @@ def estimate_llc(
             pairs=not takes_model(loss_fn),
             num_wanted=request.num_chains * request.schedule.num_steps * (request.batch_size or 512),
             max_batches=request.schedule.num_steps,
+            whole=request.is_adjusted,
         )
         if request.nbeta is None and source.num_samples is None:
             raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
@@ -184,6 +187,8 @@ def estimate_llc(
                 autocast=autocast,
                 microbatch_size=request.microbatch_size,
             )
+        if request.is_adjusted:
+            _check_adjustable(request, posterior)
         plan = make_plan(
             posterior,
             request.sampler_with(1.0, 1.0),
@@ -229,6 +234,8 @@ def estimate_llc(
     result.settings.update(
         training_mode=model.training, strategy=run.plan.strategy, seconds=time.perf_counter() - started
     )
+    if isinstance(used := request.sampler_with(chosen["lr"], chosen["nbeta"]), MetropolisSampler):
+        _tell_acceptance(result, used)
     result.diagnostics.update(
         chains_lost=len(result.lost_chains),
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
@@ -265,6 +272,10 @@ class _Request:
 
     def sampler_with(self, lr: float, nbeta: float) -> Sampler:
         return make_sampler(self.sampler, lr=lr, nbeta=nbeta, **self.options)
+
+    @property
+    def is_adjusted(self) -> bool:
+        return self.sampler in ADJUSTED
 
     @property
     def plain_options(self) -> dict[str, Any]:
@@ -320,6 +331,12 @@ def _checked_request(
     name = "sgld" if sampler is None else sampler
     if make_sampler(name, lr=lr or 1.0, nbeta=nbeta or 1.0, **options).adaptive:
         options.setdefault("adapt_steps", max(1, burnin))
+    if name in ADJUSTED:
+        options.setdefault("adapt_steps", burnin if lr is None else 0)
+        if reserved := sorted(set(FIGURES) & set(observables or ())):
+            raise ValueError(
+                f"observables={reserved[0]!r} is what sampler={name!r} records itself: call yours otherwise"
+            )
     return _Request(
         sampler=name,
         options=options,
@@ -335,6 +352,22 @@ def _checked_request(
         strategy=strategy,
         seed=counts["seed"],
     )
+
+
+def _check_adjustable(request: _Request, posterior: Posterior) -> None:
+    """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
+    if posterior.is_random:
+        raise ValueError(
+            f"sampler={request.sampler!r} needs a loss that is a function of the parameters, and this one draws random "
+            "numbers (dropout?): call model.eval(), or use an unadjusted sampler such as 'sgld'"
+        )
+    low = next((name for name, p in posterior.anchor.items() if is_low_precision(p)), None)
+    if low is not None or request.autocast is not None:
+        what = f"autocast={request.autocast}" if low is None else f"parameter {low!r} in {posterior.anchor[low].dtype}"
+        raise ValueError(
+            f"sampler={request.sampler!r} compares losses times nβ, for which {what} is too coarse: use float32 or "
+            "float64, or an unadjusted sampler such as 'sgld'"
+        )
 
 
 def _choose(
@@ -398,6 +431,35 @@ def _result(
         observables={name: _joined(name, records, schedule.num_draws) for name in names},
         steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
     )
+
+
+_LOW_ACCEPTANCE, _OFF_TARGET = 0.2, 0.15
+
+
+def _tell_acceptance(result: LLCResult, sampler: MetropolisSampler) -> None:
+    """Acceptance, step sizes and cost of the draws made, and what they are worth."""
+    result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * result.schedule.num_steps_bw_draws
+    traces = [result.observables.get(name, np.empty((0, 0))) for name in FIGURES]
+    known = [[trace[np.isfinite(trace)] for trace in rows] for rows in traces]
+    if not any(map(len, known[0])):  # no draw yet
+        return
+    per_chain = [float(values.mean()) if len(values) else math.nan for values in known[0]]
+    steps = [float(values[-1]) if len(values) else math.nan for values in known[1]]
+    mean, lr = float(np.nanmean(per_chain)), math.exp(float(np.nanmean(np.log(steps))))
+    result.diagnostics.update(acceptance=mean, acceptance_per_chain=per_chain, lr_per_chain=steps)
+    if sampler.adapt_steps:
+        result.settings["lr"] = lr
+    lowest = float(np.nanmin(per_chain))
+    if lowest < _LOW_ACCEPTANCE:
+        result.warnings.append(
+            f"acceptance is {lowest:.1%} in the chain where it is lowest: it hardly moves, and the error bar can't see "
+            f"where it was not; use a smaller lr, such as {lr / 4:.2g}, or lr=None with a longer burn-in"
+        )
+    elif sampler.adapt_steps and abs(mean - sampler.target_acceptance) > _OFF_TARGET:
+        result.warnings.append(
+            f"the step size was adapted to an acceptance of {sampler.target_acceptance:g}, and the draws have "
+            f"{mean:.3g}: burn-in was too short to find it, or ended before equilibrium; raise num_burnin, or pass lr"
+        )
 
 
 # ---- on the way --------------------------------------------------------------------------------------------
