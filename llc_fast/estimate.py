@@ -93,18 +93,21 @@ def estimate_llc(
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, told by its first parameter being called
             `model`; or None for models that return their own loss, ``model(**batch).loss``. It gives the mean over the
             batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
-        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``.
+        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``. ``"mala"`` and ``"hmc"`` are
+            Metropolis-adjusted: exact at any step size, for small problems, as each draw takes one gradient, or ten,
+            over all data. They record "acceptance" and "lr" in ``result.observables``.
         sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
             metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
         lr: step size ε; None: 0.2 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the
-            sampler's metric.
+            sampler's metric. Adjusted samplers start from there and adapt it in burn-in, each chain for itself, to an
+            acceptance of 0.574 (MALA) or 0.8 (HMC).
         nbeta: nβ; None: n / log n with n the number of samples in `data`.
         localization: γ; None: 1.
         num_chains: independent chains.
         num_draws: draws in each chain; None: 2000.
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
-        batch_size: samples in a minibatch; None: min(512, n), or what the loader gives.
+        batch_size: samples in a minibatch; None: min(512, n), or what the loader gives. Adjusted samplers take all n.
         microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
             of the pieces are added up. None: the whole minibatch.
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
@@ -453,7 +456,7 @@ def _tell_acceptance(result: LLCResult, sampler: MetropolisSampler) -> None:
     if lowest < _LOW_ACCEPTANCE:
         result.warnings.append(
             f"acceptance is {lowest:.1%} in the chain where it is lowest: it hardly moves, and the error bar can't see "
-            f"where it was not; use a smaller lr, such as {lr / 4:.2g}, or lr=None with a longer burn-in"
+            f"where it was not; use a smaller step, such as lr={lr / 4:.2g}, or lr=None with a longer burn-in"
         )
     elif sampler.adapt_steps and abs(mean - sampler.target_acceptance) > _OFF_TARGET:
         result.warnings.append(
