@@ -80,7 +80,7 @@ def test_singular_potentials(sampler: str, options: dict[str, Any], exponents: t
         nbeta=nbeta,
         localization=localization,
         num_chains=8,
-        num_draws={"mala": 2000, "hmc": 600}[sampler],
+        num_draws={"mala": 1500, "hmc": 600}[sampler],
         num_burnin=200,
     )
     _assert_agrees(result, exact, precision=0.05)
@@ -266,8 +266,11 @@ def test_hmc_of_one_step_is_mala() -> None:
 @pytest.mark.parametrize("sampler", ADJUSTED)
 def test_adaptation(sampler: str) -> None:
     """Chosen in burn-in for each chain, near its target, frozen afterwards; a given lr is left alone."""
+    few = {"num_leapfrog": 4} if sampler == "hmc" else {}
     options: dict[str, Any] = {"sampler": sampler, "num_draws": 200, "num_burnin": 250, "num_chains": 4}
-    result = run(Quadratic(torch.logspace(-1, 1, 30)), nbeta=1000.0, localization=1.0, **options)
+    options |= {"nbeta": 1000.0, "localization": 1.0, "sampler_options": few}
+    model = Quadratic(torch.logspace(-1, 1, 30))
+    result = run(model, **options)
     target = ADJUSTED[sampler].target_acceptance
     assert result.diagnostics["acceptance"] == pytest.approx(target, abs=0.1)
     steps = result.diagnostics["lr_per_chain"]
@@ -275,14 +278,12 @@ def test_adaptation(sampler: str) -> None:
     assert (result.observables["lr"] == np.array(steps)[:, None]).all()
     assert result.settings["lr"] == pytest.approx(math.exp(np.log(steps).mean()))
     assert not result.warnings
-    other = run(
-        Quadratic(torch.logspace(-1, 1, 30)), sampler_options={"target_acceptance": 0.95}, nbeta=1000.0, **options
-    )
-    assert other.diagnostics["acceptance"] > result.diagnostics["acceptance"] + 0.05
-    assert other.settings["lr"] < result.settings["lr"]
-    given = run(Quadratic(torch.ones(3)), nbeta=100.0, lr=1e-3, **options | {"num_draws": 20, "num_burnin": 20})
-    assert given.settings["lr"] == 1e-3
-    np.testing.assert_allclose(given.diagnostics["lr_per_chain"], 1e-3, rtol=1e-12)
+    careful = run(model, **options | {"sampler_options": few | {"target_acceptance": 0.95}})
+    assert careful.diagnostics["acceptance"] > result.diagnostics["acceptance"] + 0.05
+    assert careful.settings["lr"] < result.settings["lr"]
+    given = run(model, **options | {"lr": 1e-5, "num_draws": 20, "num_burnin": 20})
+    assert given.settings["lr"] == 1e-5
+    np.testing.assert_allclose(given.diagnostics["lr_per_chain"], 1e-5, rtol=1e-12)
 
 
 def test_warnings() -> None:
@@ -326,6 +327,32 @@ def test_the_same_chains_in_every_way(sampler: str) -> None:
             rtol=1e-5,
             err_msg=str(others),
         )
+
+
+class _Peeking(nn.Module):
+    """Looks at a value, so that its kernels can't be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x)
+        return output if output.sum().item() < math.inf else -output
+
+
+def test_models_that_are_not_recorded_take_turns() -> None:
+    """Chains in several threads evaluate such a model for their proposals too, one at a time."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(_adjusted(model=_Peeking(), sampler="hmc", strategy="sequential", num_draws=30))
+    finally:
+        torch.set_num_threads(before)
+    assert results[1].diagnostics["workers"] == 3 and "not recorded" in results[1].diagnostics["strategy_reason"]
+    assert_same(results[1], results[0])
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
