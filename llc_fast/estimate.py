@@ -359,10 +359,11 @@ def _checked_request(
 
 def _check_adjustable(request: _Request, posterior: Posterior) -> None:
     """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
-    if posterior.is_random:
+    if posterior.is_random or posterior.writes_buffers:
+        why = "draws random numbers (dropout?)" if posterior.is_random else "changes buffers (batch or spectral norm?)"
         raise ValueError(
-            f"sampler={request.sampler!r} needs a loss that is a function of the parameters, and this one draws random "
-            "numbers (dropout?): call model.eval(), or use an unadjusted sampler such as 'sgld'"
+            f"sampler={request.sampler!r} needs a loss that is a function of the parameters alone, and this one {why}: "
+            "call model.eval(), or use an unadjusted sampler such as 'sgld'"
         )
     low = next((name for name, p in posterior.anchor.items() if is_low_precision(p)), None)
     if low is not None or request.autocast is not None:

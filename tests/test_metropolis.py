@@ -424,8 +424,8 @@ class _Augmented(Dataset[Any]):
         return torch.randn(3), torch.zeros(1)
 
 
-def _dropout() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).train()
+def _in_training(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1)).train()
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,8 @@ def _dropout() -> nn.Module:
         ({"batch_size": 10}, ["batch_size=10", "40", "microbatch_size"]),
         ({"data": _Endless()}, ["length", "tensors"]),
         ({"data": _Augmented()}, ["other samples", "tensors"]),
-        ({"model": _dropout()}, ["mala", "random", "eval"]),
+        ({"model": _in_training(nn.Dropout(0.5))}, ["mala", "random", "eval"]),
+        ({"model": _in_training(nn.BatchNorm1d(4))}, ["mala", "buffers", "eval"]),
         ({"model": mlp(torch.bfloat16), "data": data(dtype=torch.bfloat16)}, ["bfloat16", "float32"]),
         ({"autocast": torch.bfloat16}, ["autocast", "float32"]),
         ({"observables": {"acceptance": lambda draw: draw.loss}}, ["observables='acceptance'"]),
