@@ -19,9 +19,10 @@ from torch import Tensor
 
 from llc_fast.baseline import Baseline
 from llc_fast.data import map_tensors, mix
-from llc_fast.gradients import Feed, Plan, make_gradient, make_plan
+from llc_fast.gradients import Feed, Gradient, Plan, make_gradient, make_plan
+from llc_fast.metropolis import Metropolis
 from llc_fast.posterior import Evaluation, Posterior
-from llc_fast.samplers import Sampler
+from llc_fast.samplers import MetropolisSampler, Sampler
 from llc_fast.state import ChainState
 
 
@@ -150,8 +151,8 @@ class _Group:
         baseline: Baseline | None,
     ) -> None:
         self._posterior, self._sampler, self._schedule, self._plan = posterior, sampler, schedule, plan
-        self._seed, self._functions, self._shapes, self._resumed = seed, observables, shapes, resumed
-        self._baseline = baseline
+        self._seed, self._shapes, self._resumed, self._baseline = seed, shapes, resumed, baseline
+        self._given = self._functions = observables
         self.chains = chains
         self.step = 0 if resumed is None else resumed.step
         self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
@@ -174,12 +175,14 @@ class _Group:
         self._buffers = posterior.fresh_buffers()
         self._feed = Feed(posterior, self._seed, first, len(self.chains), self.step)
         self._state.start(first, self._seed)
-        self._gradient, self.note = make_gradient(
-            self._plan, posterior, self._state, self._buffers, self._feed, self.step
-        )
+        gradient, self.note = make_gradient(self._plan, posterior, self._state, self._buffers, self._feed, self.step)
+        self._gradient: Gradient | Metropolis = gradient
         if self._resumed is not None and self._resumed.arrays is not None:
             self._restore(self._resumed.arrays)
         self._resumed = None
+        if isinstance(self._sampler, MetropolisSampler):
+            adjusted = Metropolis(self._sampler, self._state, gradient, self._feed, first)
+            self._gradient, self._functions = adjusted, {**self._given, **adjusted.observables()}
         # On a CPU written through NumPy, in a fraction of the time that torch takes for one number.
         self._rows = self.losses.numpy() if posterior.device.type == "cpu" else None
         self._heat_rows: Any = self.heats.numpy()
@@ -190,7 +193,7 @@ class _Group:
             self._indices = self._feed.indices.numpy()
         if self._plan.strategy == "cuda-graph":
             traces = (self.losses, self.heats if self._sampler.tells_heat else None)
-            self._graph = _CapturedStep(self._state, self._feed, self._gradient, self._baseline, *traces, self.step)
+            self._graph = _CapturedStep(self._state, self._feed, gradient, self._baseline, *traces, self.step)
         return self._state
 
     def advance(self, model: contextlib.AbstractContextManager[object]) -> None:
@@ -200,7 +203,8 @@ class _Group:
             self._graph.replay()
         else:
             batch = self._feed(step)
-            with model if self.note else contextlib.nullcontext():
+            guard = model if self.note else contextlib.nullcontext()
+            with guard:
                 evaluation = self._gradient.evaluate(batch)
             loss = evaluation.loss
             if self._rows is None:
@@ -211,7 +215,11 @@ class _Group:
             if self._functions and (draw := self._schedule.draw_at(step)) is not None:
                 with model:  # observables may call the model too
                     self._observe(draw, evaluation, batch)
-            self._gradient.move(step)
+            if self._sampler.adjusted_by_metropolis:
+                with guard:  # it evaluates the model where the chain may go
+                    self._gradient.move(step)
+            else:
+                self._gradient.move(step)
             if self._sampler.tells_heat:
                 assert self._state is not None
                 self._heat_rows[:, step] = self._state.heat()

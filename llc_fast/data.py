@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -288,7 +289,7 @@ class LoaderSource:
         check: Callable[[Batch], Batch],
         max_batches: int | None = None,
     ) -> None:
-        self._loader, self._device, self._check = loader, device, check
+        self._loader, self._device, self.check = loader, device, check
         self._max_batches = max_batches if _length(loader) is None else None
         dataset = getattr(loader, "dataset", None)
         self.num_samples: int | None = _length(dataset)
@@ -310,7 +311,7 @@ class LoaderSource:
                     break
                 count += 1
                 if step >= start:
-                    yield self._check(_move(batch, self._device))
+                    yield self.check(_move(batch, self._device))
                 step += 1
             if count == 0:
                 raise ValueError("data is empty: the loader gave no batch (an exhausted iterator can't be reused)")
@@ -321,7 +322,7 @@ class LoaderSource:
             if k == self._max_batches:
                 self.truncated = True
                 return
-            batch = self._check(_move(raw, self._device))
+            batch = self.check(_move(raw, self._device))
             yield batch, batch_length(batch)
 
 
@@ -358,6 +359,7 @@ def make_source(
     num_wanted: int | None = None,
     max_batches: int | None = None,
     independent: bool = False,
+    whole: bool = False,
 ) -> DataSource:
     """The source for whatever the user gave.
 
@@ -372,10 +374,14 @@ def make_source(
         max_batches: where a pass over an iterable that tells no length ends.
         independent: whether minibatches of data addressed by index are drawn anew from step to step, not epoch by
             epoch; a loader decides for itself.
+        whole: every minibatch is to be the whole data set, as tensors; a loader is read once.
 
     Raises:
-        TypeError, ValueError: data of another kind, empty data, tensors of different lengths.
+        TypeError, ValueError: data of another kind, empty data, tensors of different lengths; with `whole`, data that
+            are not one fixed set of tensors, or a smaller `batch_size`.
     """
+    if whole:
+        return _whole_source(data, batch_size, device, pairs)
     check = _check_pair if pairs else lambda batch: batch
     if type(data) is TensorDataset:
         data = data.tensors
@@ -421,3 +427,40 @@ def make_source(
     raise TypeError(
         f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {type(data).__name__}"
     )
+
+
+def _whole_source(data: Any, batch_size: int | None, device: torch.device, pairs: bool) -> DataSource:
+    """The source whose only minibatch is all of the data."""
+    is_loader = isinstance(data, DataLoader) or not hasattr(data, "__getitem__")
+    everything = sys.maxsize if batch_size is None and not is_loader else batch_size
+    source = make_source(data, everything, device, pairs=pairs)
+    if isinstance(source, LoaderSource):
+        if _length(data) is None:
+            raise ValueError("data tell no length, and the whole data set is needed at every step: pass tensors")
+        return IndexedSource(_Tensors(_read(source), device), sys.maxsize, device, source.check)
+    assert isinstance(source, IndexedSource)
+    if not source.is_full_batch:
+        raise ValueError(
+            f"batch_size={batch_size} is less than the {source.num_samples} samples, which are all needed at every "
+            "step: leave batch_size out; microbatch_size= saves memory"
+        )
+    if not source.is_thread_safe:
+        raise ValueError(
+            "the data set gives other samples each time, or does not fit the memory as tensors; the loss over all data "
+            "has to be a function of the parameters: pass tensors"
+        )
+    return source
+
+
+def _read(source: LoaderSource) -> Batch:
+    """Everything that a loader gives, as one batch."""
+    with _PrivateGenerator(0):  # a shuffling loader gives the same order each time
+        batches = [batch for batch, _ in source.full()]
+    if not batches:
+        raise ValueError("data is empty: the loader gave no batch (an exhausted iterator can't be reused)")
+    try:
+        joined = [torch.cat(tensors) for tensors in zip(*map(leaves, batches), strict=True)]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the loader's batches can't be joined to one ({error}): pass tensors") from error
+    columns = iter(joined)
+    return map_tensors(lambda _: next(columns), batches[0])

@@ -30,9 +30,11 @@ from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, default_device, join
 from llc_fast.gradients import LARGE_MODEL, Plan, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
+from llc_fast.metropolis import FIGURES
 from llc_fast.posterior import LossFunction, Posterior, takes_model
 from llc_fast.result import LLCResult
-from llc_fast.samplers import Sampler, check_number, make_sampler
+from llc_fast.samplers import ADJUSTED, MetropolisSampler, Sampler, check_number, make_sampler
+from llc_fast.update import is_low_precision
 
 DEFAULT_LOCALIZATION = 1.0
 _SMALL = 2e7
@@ -104,17 +106,21 @@ def estimate_llc(
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, told by its first parameter being called
             `model`; or None for models that return their own loss, ``model(**batch).loss``. It gives the mean over the
             batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
-        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``.
+        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``. ``"mala"`` and ``"hmc"`` are
+            Metropolis-adjusted: exact at any step size, for small problems, as each draw takes one gradient, or ten,
+            over all data. They record "acceptance" and "lr" in ``result.observables``.
         sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
             metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
-        lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`.
+        lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`. Adjusted samplers start from
+            0.2 / (nβ·h_max + γ) and adapt it in burn-in, each chain for itself, to an acceptance of 0.574 (MALA) or
+            0.8 (HMC).
         nbeta: nβ; None: n / log n with n the number of samples in `data`.
         localization: γ; None: 1.
         num_chains: independent chains.
         num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed.
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
-        batch_size: samples in a minibatch; None: min(512, n), or what the loader gives.
+        batch_size: samples in a minibatch; None: min(512, n), or what the loader gives. Adjusted samplers take all n.
         microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
             of the pieces are added up. None: the whole minibatch.
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
@@ -233,6 +239,8 @@ def estimate_llc(
     result.settings.update(
         training_mode=model.training, strategy=run.plan.strategy, seconds=time.perf_counter() - started
     )
+    if isinstance(used := request.sampler_with(chosen["lr"], chosen["nbeta"]), MetropolisSampler):
+        _tell_acceptance(result, used)
     result.diagnostics.update(
         chains_lost=len(result.lost_chains),
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
@@ -367,12 +375,13 @@ def _posterior(
         num_wanted=request.num_chains * request.schedule.num_steps * (request.batch_size or 512),
         max_batches=request.schedule.num_steps,
         independent=request.heat_correction,
+        whole=request.is_adjusted,
     )
     if request.nbeta is None and source.num_samples is None:
         raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
     torch.manual_seed(request.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
-        return Posterior(
+        posterior = Posterior(
             model,
             loss_fn,
             source,
@@ -381,6 +390,9 @@ def _posterior(
             autocast=request.autocast,
             microbatch_size=request.microbatch_size,
         )
+    if request.is_adjusted:
+        _check_adjustable(request, posterior)
+    return posterior
 
 
 # ---- what was asked for ------------------------------------------------------------------------------------
@@ -420,6 +432,10 @@ class _Request:
 
     def nbeta_for(self, source: DataSource) -> float:
         return default_nbeta(source.num_samples or 0) if self.nbeta is None else self.nbeta
+
+    @property
+    def is_adjusted(self) -> bool:
+        return self.sampler in ADJUSTED
 
     @property
     def plain_options(self) -> dict[str, Any]:
@@ -486,6 +502,12 @@ def _checked_request(
             f"heat_correction=True is not possible with sampler={name!r}"
             + (", noise_level or bounding_box_size: the chain has to be free" if wanted.tells_heat else "")
         )
+    if name in ADJUSTED:
+        options.setdefault("adapt_steps", burnin if lr is None else 0)
+        if reserved := sorted(set(FIGURES) & set(observables or ())):
+            raise ValueError(
+                f"observables={reserved[0]!r} is what sampler={name!r} records itself: call yours otherwise"
+            )
     return _Request(
         sampler=name,
         options=options,
@@ -503,6 +525,23 @@ def _checked_request(
         strategy=strategy,
         seed=counts["seed"],
     )
+
+
+def _check_adjustable(request: _Request, posterior: Posterior) -> None:
+    """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
+    if posterior.is_random or posterior.writes_buffers:
+        why = "draws random numbers (dropout?)" if posterior.is_random else "changes buffers (batch or spectral norm?)"
+        raise ValueError(
+            f"sampler={request.sampler!r} needs a loss that is a function of the parameters alone, and this one {why}: "
+            "call model.eval(), or use an unadjusted sampler such as 'sgld'"
+        )
+    low = next((name for name, p in posterior.anchor.items() if is_low_precision(p)), None)
+    if low is not None or request.autocast is not None:
+        what = f"autocast={request.autocast}" if low is None else f"parameter {low!r} in {posterior.anchor[low].dtype}"
+        raise ValueError(
+            f"sampler={request.sampler!r} compares losses times nβ, for which {what} is too coarse: use float32 or "
+            "float64, or an unadjusted sampler such as 'sgld'"
+        )
 
 
 def _choose(
@@ -601,6 +640,35 @@ def _result(
         observables={name: _joined(name, records, schedule.num_draws) for name in names},
         steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
     )
+
+
+_LOW_ACCEPTANCE, _OFF_TARGET = 0.2, 0.15
+
+
+def _tell_acceptance(result: LLCResult, sampler: MetropolisSampler) -> None:
+    """Acceptance, step sizes and cost of the draws made, and what they are worth."""
+    result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * result.schedule.num_steps_bw_draws
+    traces = [result.observables.get(name, np.empty((0, 0))) for name in FIGURES]
+    known = [[trace[np.isfinite(trace)] for trace in rows] for rows in traces]
+    if not any(map(len, known[0])):  # no draw yet
+        return
+    per_chain = [float(values.mean()) if len(values) else math.nan for values in known[0]]
+    steps = [float(values[-1]) if len(values) else math.nan for values in known[1]]
+    mean, lr = float(np.nanmean(per_chain)), math.exp(float(np.nanmean(np.log(steps))))
+    result.diagnostics.update(acceptance=mean, acceptance_per_chain=per_chain, lr_per_chain=steps)
+    if sampler.adapt_steps:
+        result.settings["lr"] = lr
+    lowest = float(np.nanmin(per_chain))
+    if lowest < _LOW_ACCEPTANCE:
+        result.warnings.append(
+            f"acceptance is {lowest:.1%} in the chain where it is lowest: it hardly moves, and the error bar can't see "
+            f"where it was not; use a smaller step, such as lr={lr / 4:.2g}, or lr=None with a longer burn-in"
+        )
+    elif sampler.adapt_steps and abs(mean - sampler.target_acceptance) > _OFF_TARGET:
+        result.warnings.append(
+            f"the step size was adapted to an acceptance of {sampler.target_acceptance:g}, and the draws have "
+            f"{mean:.3g}: burn-in was too short to find it, or ended before equilibrium; raise num_burnin, or pass lr"
+        )
 
 
 # ---- on the way --------------------------------------------------------------------------------------------

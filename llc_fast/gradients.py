@@ -93,7 +93,8 @@ def make_plan(
         strategy = "sequential"
     elif strategy is None:
         small = posterior.flops <= _BATCHED_FLOPS and posterior.num_parameters <= _WORKER_PARAMETERS
-        if cuda and not apart and not has_observables and posterior.num_parameters <= _WORKER_PARAMETERS:
+        is_free = not apart and not has_observables and not sampler.adjusted_by_metropolis
+        if cuda and is_free and posterior.num_parameters <= _WORKER_PARAMETERS:
             strategy = "cuda-graph"
         else:
             strategy = "batched" if small and not apart and num_chains > 1 else "sequential"
@@ -104,6 +105,8 @@ def make_plan(
         raise ValueError(f'strategy="compiled" is not possible here: {why}; use strategy="sequential"')
     if strategy == "cuda-graph" and not cuda:
         raise ValueError(f'strategy="cuda-graph" needs a CUDA device, got device={str(posterior.device)!r}')
+    if strategy == "cuda-graph" and sampler.adjusted_by_metropolis:
+        raise ValueError(f'strategy="cuda-graph" is not made for sampler={sampler.name!r}; use strategy="batched"')
     if strategy == "cuda-graph" and has_observables:
         raise ValueError('strategy="cuda-graph" can\'t stop for observables; use strategy="batched"')
 
@@ -222,6 +225,10 @@ class Gradient(Protocol):
         """Losses ``[num_chains]``, and per sample ``[num_chains, batch]`` if the loss function gives them."""
         ...
 
+    def gradients(self) -> list[Tensor]:
+        """Of the last evaluation, for each parameter; with several chains they have a leading dimension."""
+        ...
+
     def move(self, step: int, device_step: Tensor | None = None) -> None:
         """One step of the sampler by the gradient of the last evaluation."""
         ...
@@ -245,7 +252,7 @@ class EagerGradient:
             losses.append(self._last.detach())
             samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
         self._accumulates = len(pieces) > 1
-        loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        loss = torch.stack(losses).sum(dtype=torch.float64) if len(losses) > 1 else losses[0]
         return Evaluation(loss.reshape(1), torch.cat(samples)[None] if samples else None)
 
     def gradients(self) -> list[Tensor]:
@@ -351,6 +358,9 @@ class ReplayedGradient:
     def evaluate(self, batch: Batch) -> Evaluation:
         self._recording.replay()
         return self._evaluation
+
+    def gradients(self) -> list[Tensor]:
+        return self._grads
 
     def move(self, step: int, device_step: Tensor | None = None) -> None:
         self._state.move(self._grads, step, device_step)

@@ -62,13 +62,19 @@ def large_blocks_apart(wanted: bool) -> Iterator[None]:
             mallopt(_M_MMAP_THRESHOLD, _USUAL)  # where glibc's own rule ends up once such blocks were freed
 
 
+_METROPOLIS_BYTES = 80
+"""Of a parameter of one chain: w*, metric, start, place, velocity, noise, two slopes and what lies between, float64."""
+
+
 def needed_bytes(posterior: Posterior, sampler: Sampler, plan: Plan) -> int:
     """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations."""
     tensors = list(posterior.anchor.values())
     elements = sum(p.numel() for p in tensors)
     low = is_low_precision(tensors[0])
     width = 4 if low else tensors[0].element_size()  # bytes of a chain's element
-    chain = elements * (width * (1 + NUM_STATES[sampler.name]) + (tensors[0].element_size() if low else 0))
+    chain = elements * (width * (1 + NUM_STATES[sampler.rule]) + (tensors[0].element_size() if low else 0))
+    if sampler.adjusted_by_metropolis:
+        chain += elements * _METROPOLIS_BYTES
     anchor = elements * width if low else 0  # w* in the chains' precision
     largest = max(p.numel() for p in tensors) if plan.release else elements
     # The backward pass makes about as much as the forward pass kept, and a recording keeps both.

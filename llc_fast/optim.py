@@ -637,7 +637,16 @@ _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(LangevinOptimizer._step)
 
 
 def optimizer_for(sampler: type[samplers.Sampler]) -> type[LangevinOptimizer]:
-    """The optimizer of a sampler: one of those below, or, for a sampler that has none there, a new class."""
+    """The optimizer of a sampler: one of those below, or, for a sampler that has none there, a new class.
+
+    Raises:
+        ValueError: the sampler is Metropolis-adjusted, and needs to evaluate the loss itself.
+    """
+    if sampler.adjusted_by_metropolis:
+        raise ValueError(
+            f"{sampler.__name__} accepts or rejects by the loss over all data, which an optimizer does not see: use "
+            f"estimate_llc(sampler={sampler.name!r})"
+        )
     for cls in LangevinOptimizer.__subclasses__():
         if cls.sampler is sampler:
             return cls

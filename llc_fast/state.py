@@ -13,7 +13,7 @@ from torch import Tensor
 from llc_fast.posterior import Posterior
 from llc_fast.reference import NoiseKey
 from llc_fast.samplers import Sampler
-from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision
+from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision, normals
 
 _ALIGN = 16  # elements: each tensor of a chain starts on a cache line
 
@@ -41,7 +41,7 @@ class ChainState:
         self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._anchor)]))[:-1]
         self._starts = list(itertools.accumulate([0, *(-(-p.numel() // _ALIGN) * _ALIGN for p in self._anchor)]))
         self.w = self._rows(self._anchor[0].dtype)
-        self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.name])]
+        self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.rule])]
         self._seen = self._rows(first.dtype) if low else self.w
         given = getattr(sampler, "preconditioner", 1.0)
         self._segments = [
@@ -57,7 +57,7 @@ class ChainState:
             for k, name in enumerate(self._names)
         ]
         self._masks = [segment.mask for segment in self._segments]
-        self._table = SegmentTable(sampler.name, self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
+        self._table = SegmentTable(sampler.rule, self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
         self._single_tables: dict[str, SegmentTable] = {}
         self._metrics = None
         self._follows = sampler.measures(self._options)
@@ -91,9 +91,10 @@ class ChainState:
     def start(self, first_chain: int, seed: int) -> None:
         """Put all chains at w*, with the sampler's initial state; row r is chain ``first_chain + r``."""
         self._first_chain, self._seed = first_chain, seed
-        self._memory = self._sampler.initial_memory(self._options, self._device)
-        if "thermostat" in self._memory:
-            self._memory["thermostat"] = self._memory["thermostat"].repeat(self.num_chains)
+        self._memory = {
+            name: value.repeat(self.num_chains, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+            for name, value in self._sampler.initial_memory(self._options, self._device).items()
+        }
         for k, p in enumerate(self._anchor):
             self._view(self.w, k).copy_(p.expand(self.num_chains, *p.shape))
             for row in range(self.num_chains if self.states else 0):
@@ -134,7 +135,51 @@ class ChainState:
             state.copy_(arrays[f"state{j}"])
         for name in arrays.keys() - {"w", *(f"state{j}" for j in range(len(self.states)))}:
             value = arrays[name]
-            self._memory[name] = value.to(self._device) if name == "thermostat" else float(value[0])
+            is_tensor = isinstance(self._memory.get(name), Tensor)
+            self._memory[name] = value.to(self._device) if is_tensor else float(value[0])
+        self._show()
+
+    # ---- as rows of float64, for transitions that are not one fused step ------------------------------------
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the sampler keeps beside tensors like w: a number, or a tensor with a row for each chain."""
+        return self._memory
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor for each parameter, that of each chain or one for all, in the layout of `w`; 0 in the gaps."""
+        rows = self._rows(torch.float64)
+        for k, tensor in enumerate(tensors):
+            self._view(rows, k).copy_(tensor)
+        return rows
+
+    def anchor_rows(self) -> Tensor:
+        """w*."""
+        return self.pack(self._anchor)
+
+    def metric_rows(self) -> Tensor:
+        """√A, the root of the preconditioner; 0 where nothing moves: outside masks, and in the gaps."""
+        roots = [torch.as_tensor(s.preconditioner, dtype=torch.float64).to(self._device).sqrt() for s in self._segments]
+        return self.pack([r if m is None else r * m for r, m in zip(roots, self._masks, strict=True)])
+
+    def noise_rows(self, step: int) -> Tensor:
+        """ξ of a step, the same that the fused step makes."""
+        total = self._offsets[-1] + self._anchor[-1].numel()
+        flat = self._normals(total, step)
+        parts = zip(self._offsets, self._anchor, strict=True)
+        return self.pack([flat[:, start : start + p.numel()].view(-1, *p.shape) for start, p in parts])
+
+    def numbers(self, step: int, stream: int) -> Tensor:
+        """Four normals for each chain, ``[num_chains, 4]``, of another stream than the noise."""
+        return self._normals(4, step, stream)
+
+    def _normals(self, count: int, step: int, stream: int = 0) -> Tensor:
+        keys = [NoiseKey(self._seed, step, self._first_chain + row, stream) for row in range(self.num_chains)]
+        return torch.stack([normals(0, count, key, dtype=torch.float64, device=self._device) for key in keys])
+
+    def put(self, rows: Tensor) -> None:
+        """Move all chains to these rows of `w`, rounded to its precision."""
+        self.w.copy_(rows)
         self._show()
 
     # ---- steps ---------------------------------------------------------------------------------------------
@@ -168,7 +213,7 @@ class ChainState:
         table = self._single_tables.get(name)
         if table is None:
             k = self._names.index(name)
-            table = self._single_tables[name] = SegmentTable(self._sampler.name, [self._segments[k]])
+            table = self._single_tables[name] = SegmentTable(self._sampler.rule, [self._segments[k]])
         part = None if self._metrics is None else self._part
         table.step([grad], self._scalars, NoiseKey(self._seed, step=step, chain=self._first_chain), metrics=part)
         if self._metrics is not None:

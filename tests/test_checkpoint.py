@@ -104,6 +104,26 @@ _RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "sghmc": lambda: {"sampler": "sghmc"},
     "sgnht": lambda: {"sampler": "sgnht"},
+    "mala": lambda: {"sampler": "mala", "batch_size": None},
+    "mala, lr chosen": lambda: {
+        "sampler": "mala",
+        "batch_size": None,
+        "lr": None,
+        "loss_fn": _per_sample,
+        "observables": _OBSERVABLES,
+    },
+    "hmc, lr chosen, microbatches": lambda: {
+        "sampler": "hmc",
+        "batch_size": None,
+        "lr": None,
+        "microbatch_size": 7,
+        "params": _MASK,
+    },
+    "hmc, a shuffling loader": lambda: {
+        "sampler": "hmc",
+        "batch_size": None,
+        "data": DataLoader(TensorDataset(*data()), batch_size=12, shuffle=True),
+    },
     "sgnht, bfloat16": lambda: {"sampler": "sgnht", "model": mlp(torch.bfloat16), "data": data(dtype=torch.bfloat16)},
 } | {
     f"{sampler}, {strategy}": lambda sampler=sampler, strategy=strategy: {
@@ -193,6 +213,7 @@ def test_a_run_may_be_stopped_any_number_of_times(tmp_path: Path, monkeypatch: p
         ("sgnht, sequential", 2),
         ("sgnht, sequential", 3),
         ("adam-sgld, batched", 1),
+        ("mala, lr chosen", 1),
         ("sgld, dropout", 1),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import llc_fast
 from llc_fast import LLCResult
-from llc_fast.samplers import SAMPLERS
+from llc_fast.samplers import ADJUSTED, SAMPLERS
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +39,17 @@ def test_the_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
     on_gpu, on_cpu = _estimate("cuda", sampler=sampler, strategy=strategy), _estimate("cpu", sampler=sampler)
     assert on_gpu.settings["strategy"] == (strategy or "cuda-graph")
     np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ADJUSTED)
+@pytest.mark.parametrize("strategy", [None, "sequential", "batched"])
+def test_adjusted_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
+    """The same proposals, accepted and rejected alike; nobody captures them in a graph."""
+    options: dict[str, Any] = {"sampler": sampler, "batch_size": None, "lr": 3e-3}
+    on_gpu, on_cpu = _estimate("cuda", strategy=strategy, **options), _estimate("cpu", **options)
+    assert on_gpu.settings["strategy"] == (strategy or "batched")
+    np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)
+    assert 0.1 < on_cpu.diagnostics["acceptance"] < 0.99
 
 
 def test_a_captured_step_repeats_bit_for_bit() -> None:

@@ -88,6 +88,7 @@ for name, options in {
     "batched": dict(strategy="batched", num_chains=5),
     "few": dict(strategy="sequential", num_chains=1, lr=None),
     "lost": dict(lr=1e3, num_draws=70, num_chains=4, strategy="sequential"),
+    "adjusted": dict(sampler="hmc", lr=None, batch_size=None, num_chains=4, strategy="sequential"),
 }.items():
     runs.estimate(**options, checkpoint=name, progress=True).save(f"{name}.{rank}")
 alone = runs.estimate(distributed=False, num_chains=2)
@@ -113,7 +114,11 @@ def _check_estimates(tmp_path: Path, size: int) -> None:
     np.testing.assert_allclose(load("batched")[0].loss_trace, batched.loss_trace, rtol=1e-4)
     assert_same(load("few")[0], estimate(strategy="sequential", num_chains=1, lr=None))
     assert_same(load("lost")[0], estimate(lr=1e3, num_draws=70, num_chains=4, strategy="sequential"))
-    for name in ("sequential", "batched", "few", "lost"):  # merged: one file with all chains
+    adjusted = estimate(sampler="hmc", lr=None, batch_size=None, num_chains=4, strategy="sequential")
+    assert_same(load("adjusted")[0], adjusted)
+    for name in ("acceptance_per_chain", "lr_per_chain"):
+        assert load("adjusted")[0].diagnostics[name] == adjusted.diagnostics[name]
+    for name in ("sequential", "batched", "few", "lost", "adjusted"):  # merged: one file with all chains
         assert not list(tmp_path.glob(f"{name}.rank*"))
     again = estimate(**one, checkpoint=tmp_path / "sequential")
     assert again.diagnostics["resumed_steps"] == 60
