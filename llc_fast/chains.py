@@ -20,6 +20,7 @@ from torch import Tensor
 from llc_fast.data import map_tensors, mix
 from llc_fast.gradients import Feed, Plan, make_gradient, make_plan
 from llc_fast.posterior import Evaluation, Posterior
+from llc_fast.probes import Probe
 from llc_fast.samplers import Sampler
 from llc_fast.state import ChainState
 
@@ -90,6 +91,8 @@ class ChainRecord:
         losses: float64 ``[chain, step]``; later columns hold nothing yet.
         observables: by name, float64 ``[chain, draw, …]``.
         arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
+        probes: what was measured on the way, float64 ``[chain, probe, column]``, see ``llc_fast.probes.COLUMNS``; NaN
+            where there is nothing, or nothing yet.
     """
 
     first_chain: int
@@ -97,6 +100,7 @@ class ChainRecord:
     losses: NDArray[np.float64]
     observables: dict[str, NDArray[np.float64]]
     arrays: dict[str, NDArray[Any]] | None
+    probes: NDArray[np.float64] | None = None
 
     @property
     def chains(self) -> range:
@@ -107,7 +111,8 @@ class ChainRecord:
         k = chain - self.first_chain
         arrays = None if self.arrays is None else {name: a[k : k + 1] for name, a in self.arrays.items()}
         observables = {name: a[k : k + 1] for name, a in self.observables.items()}
-        return ChainRecord(chain, self.step, self.losses[k : k + 1], observables, arrays)
+        probes = None if self.probes is None else self.probes[k : k + 1]
+        return ChainRecord(chain, self.step, self.losses[k : k + 1], observables, arrays, probes)
 
     @staticmethod
     def stack(records: Sequence[ChainRecord]) -> ChainRecord:
@@ -124,7 +129,9 @@ class ChainRecord:
             for k, a in seen.items()
         }
         losses = np.concatenate([r.losses for r in records])
-        return ChainRecord(first.first_chain, first.step, losses, observables, arrays)
+        probes = [r.probes for r in records if r.probes is not None]
+        together = np.concatenate(probes) if len(probes) == len(records) else None
+        return ChainRecord(first.first_chain, first.step, losses, observables, arrays, together)
 
 
 _NUMPY_HAS = (torch.float32, torch.float64)
@@ -152,6 +159,9 @@ class _Group:
         self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
         self._observables: dict[str, NDArray[np.float64]] = {}
         self._state: ChainState | None = None
+        draws = range(schedule.num_steps)[schedule.draws]
+        measured = None if resumed is None else resumed.probes
+        self._probe = Probe(posterior, sampler, plan, schedule.num_steps, draws, len(chains), measured)
         if resumed is not None:
             self.losses[:, : self.step] = torch.from_numpy(resumed.losses[:, : self.step])
             self._observables = {k: a.copy() for k, a in resumed.observables.items()}
@@ -185,9 +195,14 @@ class _Group:
         """One step: evaluate, record, observe, move; inside `model` where the user's own code runs."""
         step = self.step
         if self._plan.strategy == "cuda-graph":
+            if step in self._probe.places:
+                self._take_probe(step, None)
             self._graph.replay()
         else:
             batch = self._feed(step)
+            if step in self._probe.places:
+                with model if self.note else contextlib.nullcontext():
+                    self._take_probe(step, batch)
             with model if self.note else contextlib.nullcontext():
                 evaluation = self._gradient.evaluate(batch)
             if self._rows is None:
@@ -204,6 +219,10 @@ class _Group:
         if self.step % 64 == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):
             self.step = self._schedule.num_steps
         self.is_done = self.step == self._schedule.num_steps
+
+    def _take_probe(self, step: int, batch: Any) -> None:
+        assert self._state is not None
+        self._probe.take(step, batch, self._state, self._gradient, self._feed, self._seed, self.chains[0])
 
     def finish(self) -> ChainState | None:
         """Keep the record, give the memory to whoever comes next."""
@@ -256,7 +275,8 @@ class _Group:
             arrays = self._resumed.arrays
         losses = self.losses.cpu().numpy()
         observables = {k: a.copy() if copy else a for k, a in self._observables.items()}
-        return ChainRecord(self.chains[0], self.step, losses.copy() if copy else losses, observables, arrays)
+        probes = self._probe.table.copy() if copy else self._probe.table
+        return ChainRecord(self.chains[0], self.step, losses.copy() if copy else losses, observables, arrays, probes)
 
     def _changing_buffers(self) -> dict[str, Tensor]:
         return self._buffers if self._posterior.writes_buffers else {}

@@ -125,6 +125,7 @@ def write(path: Path, saved: Saved) -> None:
     for k, record in enumerate(saved.records):
         named = {f"observable.{n}": a for n, a in record.observables.items()}
         named |= {f"state.{n}": a for n, a in (record.arrays or {}).items()}
+        named |= {} if record.probes is None else {"probes": record.probes}
         arrays |= {f"{k}/{n}": a for n, a in ({"losses": record.losses[:, : record.step]} | named).items()}
         groups.append(
             {
@@ -162,7 +163,8 @@ def read(path: Path) -> Saved:
                 return {n.removeprefix(prefix): a for n, a in mine.items() if n.startswith(prefix)}
 
             state = part("state.") if group["has_state"] else None
-            records.append(ChainRecord(group["first_chain"], group["step"], losses, part("observable."), state))
+            first, step = group["first_chain"], group["step"]
+            records.append(ChainRecord(first, step, losses, part("observable."), state, mine.get("probes")))
         if is_current:
             return Saved(meta["identity"], meta["chosen"], records)
     except (PermissionError, IsADirectoryError):

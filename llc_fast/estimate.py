@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from llc_fast.advice import advise, diagnose
 from llc_fast.calibration import default_lr
 from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, stopped_by_sigint, threads
 from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity, option_identity
@@ -23,6 +24,7 @@ from llc_fast.distributed import Team, default_device, join
 from llc_fast.gradients import LARGE_MODEL, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
 from llc_fast.posterior import LossFunction, Posterior, takes_model
+from llc_fast.probes import COLUMNS
 from llc_fast.result import LLCResult
 from llc_fast.samplers import Sampler, check_number, make_sampler
 
@@ -239,6 +241,15 @@ def estimate_llc(
     )
     result.warnings.extend(_model_warnings(model, posterior))
     result.warnings.extend(_run_warnings(result, keeper is not None, problem, source))
+    result.diagnostics.update(
+        diagnose(
+            result,
+            _joined_probes(records),
+            anchor_norm=_norm(posterior),
+            init_loss_stderr=chosen.get("init_loss_error", 0.0),
+        )
+    )
+    result.warnings.extend(advise(result))
     return result
 
 
@@ -341,7 +352,7 @@ def _choose(
     request: _Request, posterior: Posterior, keeper: Checkpoint | None, saved: Saved | None
 ) -> dict[str, float]:
     """L(w*), and the settings left open: measured, or those of the run that is resumed."""
-    init_loss = posterior.full_loss()
+    init_loss, error = posterior.full_loss()
     if saved is not None and keeper is not None:
         before = float(saved.chosen["init_loss"])
         if abs(before - init_loss) > 1e-5 * abs(init_loss):
@@ -362,7 +373,7 @@ def _choose(
             localization=request.localization,
             seed=request.seed,
         )
-    return {"init_loss": init_loss, "lr": float(lr), "nbeta": nbeta}
+    return {"init_loss": init_loss, "init_loss_error": error, "lr": float(lr), "nbeta": nbeta}
 
 
 def _result(
@@ -456,6 +467,19 @@ def _joined(name: str, records: list[ChainRecord], num_draws: int) -> NDArray[np
     shape = next(r.observables[name].shape[2:] for r in records if name in r.observables)
     empty = [np.full((len(r.losses), num_draws, *shape), np.nan) for r in records]
     return np.concatenate([r.observables.get(name, e) for r, e in zip(records, empty, strict=True)])
+
+
+def _joined_probes(records: list[ChainRecord]) -> NDArray[np.float64]:
+    """The probes of all chains; NaN where a group has none."""
+    shape = next((r.probes.shape[1:] for r in records if r.probes is not None), (0, len(COLUMNS)))
+    empty = [np.full((len(r.losses), *shape), np.nan) for r in records]
+    return np.concatenate([e if r.probes is None else r.probes for r, e in zip(records, empty, strict=True)])
+
+
+def _norm(posterior: Posterior) -> float:
+    """‖w*‖ over the elements that are sampled."""
+    moving = ((w[posterior.masks[name]] if name in posterior.masks else w) for name, w in posterior.anchor.items())
+    return math.hypot(*(float(torch.linalg.vector_norm(w)) for w in moving))
 
 
 def _check_observables(observables: Mapping[str, Observable] | None) -> dict[str, Observable]:

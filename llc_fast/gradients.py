@@ -194,6 +194,11 @@ class Feed:
         """Whether minibatches are functions of (seed, chain, step), or come from a user's ``__getitem__``."""
         return not isinstance(self._source, IndexedSource) or self._source.is_thread_safe
 
+    @property
+    def is_addressable(self) -> bool:
+        """Whether the minibatch of any step can be had at any time, without a trace."""
+        return self._iterator is None and self.is_pure
+
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""
         if self._iterator is not None:
@@ -215,6 +220,10 @@ class Gradient(Protocol):
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Losses ``[num_chains]``, and per sample ``[num_chains, batch]`` if the loss function gives them."""
+        ...
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of the last evaluation, in the order of the parameters; instead of a move, and only once."""
         ...
 
     def move(self, step: int, device_step: Tensor | None = None) -> None:
@@ -345,6 +354,9 @@ class ReplayedGradient:
     def evaluate(self, batch: Batch) -> Evaluation:
         self._recording.replay()
         return self._evaluation
+
+    def gradients(self) -> list[Tensor]:
+        return self._grads
 
     def move(self, step: int, device_step: Tensor | None = None) -> None:
         self._state.move(self._grads, step, device_step)
