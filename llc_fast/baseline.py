@@ -59,11 +59,13 @@ class AnchorLosses:
 
     Attributes:
         mean: L(w*), over the whole data set.
+        error: of the mean: rounding, and where the data had no end, the spread of what was seen of them.
         samples: of every sample, float64 ``[n]``; None if they can't be had.
         unpaired: why chains are not paired with what their minibatches lose at w*; empty if they are.
     """
 
     mean: float
+    error: float
     samples: NDArray[np.float64] | None
     unpaired: str
 
@@ -100,10 +102,11 @@ def losses_at_anchor(posterior: Posterior, nbeta: float, seed: int = 0) -> Ancho
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             unpaired = f"the loss of single samples can't be had: {first_line}"
     if samples is None or not np.isfinite(samples).all():
-        return AnchorLosses(posterior.full_loss(), None, unpaired or "the loss at w* is not finite")
+        return AnchorLosses(*posterior.full_loss(), None, unpaired or "the loss at w* is not finite")
     if nbeta * _spread(posterior, samples) < _NEGLIGIBLE:
         unpaired = "the loss at w* is the same on all minibatches, or nearly"
-    return AnchorLosses(float(samples.mean()), samples, unpaired)
+    mean, rounding = float(samples.mean()), 0.5 * torch.finfo(next(iter(posterior.anchor.values())).dtype).eps
+    return AnchorLosses(mean, rounding * abs(mean), samples, unpaired)
 
 
 _NOT_THE_MEAN = (

@@ -42,6 +42,10 @@ _STAGES = 4
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
 DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
+LEAST_PILOT = 64
+"""Gradients below which pilots would tell nothing."""
+LEAST_FRICTION = 0.2
+"""With less, directions of middling curvature swing instead of forgetting."""
 
 
 PILOT_BATCHES = 20
@@ -159,12 +163,14 @@ class PilotResult:
 
     Attributes:
         lr: ε.
+        friction: α of SGHMC; 1, which is SGLD, without momentum.
         heat: its share in nβ·(L − L(w*)) at the end; NaN if no pilot got that far.
         num_draws: draws that a run needs for a standard error of 1 %, burn-in as long as that; 2000 to 5000.
         num_steps: gradients that the pilot chains took.
     """
 
     lr: float
+    friction: float
     heat: float
     num_draws: int
     num_steps: int
@@ -172,10 +178,11 @@ class PilotResult:
 
 def run_pilot(
     posterior: Posterior,
-    make: Callable[[float], Sampler],
+    make: Callable[[float, float], Sampler],
     plan: Plan,
     *,
     lr: float,
+    least_friction: float,
     nbeta: float,
     init_loss: float,
     baseline: Baseline | None,
@@ -186,14 +193,17 @@ def run_pilot(
 ) -> PilotResult:
     """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each twice as long as the last.
 
-    Starting again each time costs half of the steps and makes every stage an experiment of its own; growing lengths see
-    the curvature of the places that chains reach later.
+    Where there is less heat than that, momentum takes up the slack: the friction α is lowered, which multiplies heat
+    and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
+    costs half of the gradients and makes every stage an experiment of its own; growing lengths see the curvature of
+    the places that chains reach later.
 
     Args:
         posterior: what is sampled.
-        make: the sampler for a step size.
+        make: the sampler for a step size and a friction; of friction 1, without momentum.
         plan: for a single chain.
         lr: where to begin; never exceeded.
+        least_friction: the least that may be used; 1: no momentum.
         nbeta, init_loss: nβ and L(w*).
         baseline: the minibatches' losses at w*, if chains are to be paired with them.
         num_chains: of the run that is being prepared.
@@ -201,11 +211,11 @@ def run_pilot(
         seed: of the run; the pilots' noise and minibatches are their own.
         monitor: told of progress.
     """
-    share, most, spent = math.nan, lr, 0
+    share, most, friction, spent = math.nan, lr, 1.0, 0
     corrected: NDArray[np.float64] = np.zeros(0)
     for stage in range(_STAGES):
         length = max(16, num_steps >> (_STAGES - stage))
-        sampler = make(lr)
+        sampler = make(lr, friction)
         if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
         run = run_chains(
@@ -222,14 +232,23 @@ def run_pilot(
         record = run.records[0]
         excess, heat = nbeta * (record.losses[0] - init_loss), record.heats[0]
         late = slice(length // 2, None)
-        if not np.isfinite(excess).all():
-            lr /= 8
-            continue
-        corrected = excess - heat
-        share = float(heat[late].mean()) / max(float(excess[late].mean()), 1e-12)
-        # What a stage says is noisy and early: the next one may say otherwise, in smaller steps.
-        lr = min(most, lr * min(max(HEAT / max(share, 1e-12), 1 / 8), 2.0))
-    return PilotResult(lr, share, _length_for(corrected, num_chains), spent)
+        if np.isfinite(excess).all():
+            corrected = excess - heat
+            found, warmth = float(excess[late].mean()), float(heat[late].mean())
+            if found <= 0:  # w* is no minimum: no reason to blame the step size
+                continue
+            share = warmth / found
+            change = min(max(HEAT / max(share, 1e-12), 1 / 8), 4.0)
+        else:
+            change = 1 / 8
+        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little; and
+        # only if what the kinetic energy of all P directions adds to the error of λ̂, √(P/αN) from N draws, is small.
+        wanted = lr / friction * change
+        lr = min(most, wanted)
+        settled = float(corrected[late].mean()) if len(corrected) else 0.0
+        noise = math.sqrt(2 * posterior.num_parameters * PILOT_SHARE / (least_friction * num_steps))
+        friction = min(1.0, max(lr / wanted, least_friction)) if noise < _RELATIVE_ERROR * settled else 1.0
+    return PilotResult(lr, friction, share, _length_for(corrected, num_chains), spent)
 
 
 _PILOT = 0x9107

@@ -22,6 +22,7 @@ from llc_fast.data import map_tensors, mix
 from llc_fast.gradients import Feed, Gradient, Plan, make_gradient, make_plan
 from llc_fast.metropolis import Metropolis
 from llc_fast.posterior import Evaluation, Posterior
+from llc_fast.probes import Probe
 from llc_fast.samplers import MetropolisSampler, Sampler
 from llc_fast.state import ChainState
 
@@ -93,6 +94,8 @@ class ChainRecord:
         heats: the same of :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
         observables: by name, float64 ``[chain, draw, …]``.
         arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
+        probes: what was measured on the way, float64 ``[chain, probe, column]``, see ``llc_fast.probes.COLUMNS``; NaN
+            where there is nothing, or nothing yet.
     """
 
     first_chain: int
@@ -101,6 +104,7 @@ class ChainRecord:
     heats: NDArray[np.float64]
     observables: dict[str, NDArray[np.float64]]
     arrays: dict[str, NDArray[Any]] | None
+    probes: NDArray[np.float64] | None = None
 
     @property
     def chains(self) -> range:
@@ -111,7 +115,9 @@ class ChainRecord:
         k = chain - self.first_chain
         arrays = None if self.arrays is None else {name: a[k : k + 1] for name, a in self.arrays.items()}
         observables = {name: a[k : k + 1] for name, a in self.observables.items()}
-        return ChainRecord(chain, self.step, self.losses[k : k + 1], self.heats[k : k + 1], observables, arrays)
+        probes = None if self.probes is None else self.probes[k : k + 1]
+        losses, heats = self.losses[k : k + 1], self.heats[k : k + 1]
+        return ChainRecord(chain, self.step, losses, heats, observables, arrays, probes)
 
     @staticmethod
     def stack(records: Sequence[ChainRecord]) -> ChainRecord:
@@ -128,7 +134,9 @@ class ChainRecord:
             for k, a in seen.items()
         }
         losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
-        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays)
+        probes = [r.probes for r in records if r.probes is not None]
+        together = np.concatenate(probes) if len(probes) == len(records) else None
+        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together)
 
 
 _NUMPY_HAS = (torch.float32, torch.float64)
@@ -159,6 +167,9 @@ class _Group:
         self.heats = torch.full_like(self.losses, torch.nan)
         self._observables: dict[str, NDArray[np.float64]] = {}
         self._state: ChainState | None = None
+        draws = range(schedule.num_steps)[schedule.draws]
+        measured = None if resumed is None else resumed.probes
+        self._probe = Probe(posterior, sampler, plan, schedule.num_steps, draws, len(chains), measured)
         if resumed is not None:
             self.losses[:, : self.step] = torch.from_numpy(resumed.losses[:, : self.step])
             self.heats[:, : self.step] = torch.from_numpy(resumed.heats[:, : self.step])
@@ -177,6 +188,7 @@ class _Group:
         self._state.start(first, self._seed)
         gradient, self.note = make_gradient(self._plan, posterior, self._state, self._buffers, self._feed, self.step)
         self._gradient: Gradient | Metropolis = gradient
+        self._probed = gradient
         if self._resumed is not None and self._resumed.arrays is not None:
             self._restore(self._resumed.arrays)
         self._resumed = None
@@ -200,10 +212,15 @@ class _Group:
         """One step: evaluate, record, observe, move; inside `model` where the user's own code runs."""
         step = self.step
         if self._plan.strategy == "cuda-graph":
+            if step in self._probe.places:
+                self._take_probe(step, None)
             self._graph.replay()
         else:
             batch = self._feed(step)
             guard = model if self.note else contextlib.nullcontext()
+            if step in self._probe.places:
+                with guard:
+                    self._take_probe(step, batch)
             with guard:
                 evaluation = self._gradient.evaluate(batch)
             loss = evaluation.loss
@@ -229,11 +246,15 @@ class _Group:
             self.step = self._schedule.num_steps
         self.is_done = self.step == self._schedule.num_steps
 
+    def _take_probe(self, step: int, batch: Any) -> None:
+        assert self._state is not None
+        self._probe.take(step, batch, self._state, self._probed, self._feed, self._seed, self.chains[0])
+
     def finish(self) -> ChainState | None:
         """Keep the record, give the memory to whoever comes next."""
         self.losses, self.heats = self.losses.cpu(), self.heats.cpu()
         memory, self._state = self._state, None
-        for name in ("_gradient", "_feed", "_buffers", "_graph"):
+        for name in ("_gradient", "_probed", "_feed", "_buffers", "_graph"):
             self.__dict__.pop(name, None)
         return memory
 
@@ -280,7 +301,8 @@ class _Group:
             arrays = self._resumed.arrays
         losses, heats = _numpy(self.losses, copy), _numpy(self.heats, copy)
         observables = {k: a.copy() if copy else a for k, a in self._observables.items()}
-        return ChainRecord(self.chains[0], self.step, losses, heats, observables, arrays)
+        probes = self._probe.table.copy() if copy else self._probe.table
+        return ChainRecord(self.chains[0], self.step, losses, heats, observables, arrays, probes)
 
     def _changing_buffers(self) -> dict[str, Tensor]:
         return self._buffers if self._posterior.writes_buffers else {}

@@ -140,7 +140,8 @@ def write(path: Path, saved: Saved) -> None:
 
 
 def _traces(record: ChainRecord) -> dict[str, Any]:
-    return {"losses": record.losses[:, : record.step], "heats": record.heats[:, : record.step]}
+    traces = {"losses": record.losses[:, : record.step], "heats": record.heats[:, : record.step]}
+    return traces if record.probes is None else traces | {"probes": record.probes}
 
 
 def read(path: Path) -> Saved:
@@ -165,7 +166,8 @@ def read(path: Path) -> Saved:
                 return {n.removeprefix(prefix): a for n, a in mine.items() if n.startswith(prefix)}
 
             state = part("state.") if group["has_state"] else None
-            records.append(ChainRecord(group["first_chain"], group["step"], losses, heats, part("observable."), state))
+            first, step = group["first_chain"], group["step"]
+            records.append(ChainRecord(first, step, losses, heats, part("observable."), state, mine.get("probes")))
         if is_current:
             return Saved(meta["identity"], meta["chosen"], records)
     except (PermissionError, IsADirectoryError):

@@ -1,4 +1,7 @@
-"""Error bars."""
+"""What traces and probes say about an estimate: error bars, convergence, step size. Pure functions of arrays.
+
+What the figures mean for the user is said in :mod:`llc_fast.advice`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llc_fast.convergence import error_within
+from llc_fast.probes import COLUMNS
 
 
 class StandardError(NamedTuple):
@@ -44,3 +50,145 @@ def standard_error(draws: NDArray[np.float64]) -> StandardError:
         between = draws.mean(axis=1).var(ddof=1)
         candidates.append(StandardError(math.sqrt(between / chains), chains - 1))
     return max(candidates, default=StandardError(math.nan, 0))
+
+
+# ---- traces ------------------------------------------------------------------------------------------------
+
+
+class Drift(NamedTuple):
+    """How far the mean moved from the first draw to the last, and the standard error of that."""
+
+    value: float
+    stderr: float
+
+
+def drift(draws: NDArray[np.float64]) -> Drift:
+    """The trend of draws ``[chain, draw]``: a line through batch means, fitted by least squares, times its length.
+
+    As in :func:`standard_error`, the error is the larger of two: from the residuals of about √draws batch means, long
+    enough to be nearly independent, and from the spread of the chains' slopes. NaN with fewer than nine draws.
+    """
+    chains, length = draws.shape
+    batches = math.isqrt(length)
+    if not chains or batches < 3:
+        return Drift(math.nan, math.nan)
+    size = length // batches
+    means = draws[:, length - batches * size :].reshape(chains, batches, size).mean(axis=2)
+    time = (np.arange(batches) - (batches - 1) / 2) / batches
+    slopes = means @ time / (time @ time)
+    residuals = means - means.mean(axis=1, keepdims=True) - np.outer(slopes, time)
+    variances = [float((residuals**2).sum()) / (chains * (batches - 2)) / (time @ time)]
+    if chains > 1:
+        variances.append(float(slopes.var(ddof=1)))
+    return Drift(float(slopes.mean()), math.sqrt(max(variances) / chains))
+
+
+def burnin_needed(losses: NDArray[np.float64], num_windows: int = 100) -> int:
+    """Steps until a loss trace ``[chain, step]``, burn-in included, has reached where it stays.
+
+    The mean over chains, smoothed over windows of a hundredth of the run, is compared with the windows of the second
+    half: there is the plateau, if there is one (else see :func:`drift`). The trace has reached it once it enters the
+    band of three of their standard deviations, and has not, while it is beyond five.
+    """
+    size: int = max(1, losses.shape[1] // num_windows)
+    count = losses.shape[1] // size
+    if not losses.size or count < 8:
+        return 0
+    windows = losses[:, : count * size].mean(axis=0).reshape(count, size).mean(axis=1)
+    late = windows[count // 2 :]
+    apart = np.abs(windows - late.mean()) / max(float(late.std(ddof=1)), 1e-300)
+    entered = int(np.argmax(apart <= 3))
+    beyond = [int(k) for k in np.flatnonzero(apart[: count // 2] > 5)]
+    return size * max(entered, 1 + max(beyond, default=-1))
+
+
+def spike_share(draws: NDArray[np.float64]) -> float:
+    """The share of the mean of draws ``[chain, draw]`` that comes from spikes.
+
+    Spikes lie further above the median than five times the 99 % quantile does. Draws of a chi-square law, which a
+    regular model gives, are not spikes: of a million with one degree of freedom the largest is at 3.9 times.
+    """
+    if not draws.size:
+        return math.nan
+    median, high = np.quantile(draws, [0.5, 0.99])
+    cut, mean = median + 5 * (high - median), abs(float(draws.mean()))
+    return float(np.maximum(draws - cut, 0).mean()) / mean if mean > 0 else math.nan
+
+
+def chain_spread(draws: NDArray[np.float64]) -> float:
+    """Variance of the chain means over what the fluctuations within chains explain, over what chance would make of it.
+
+    Chance exceeds 1 about once in 10⁵ runs (Wilson & Hilferty's χ² quantile). NaN with fewer than two chains.
+    """
+    chains = len(draws)
+    within = error_within(draws)
+    if chains < 2 or not within > 0:
+        return math.nan
+    share = 2 / (9 * (chains - 1))
+    chance = (1 - share + 4.26 * math.sqrt(share)) ** 3
+    return float(draws.mean(axis=1).var(ddof=1)) / within**2 / chance
+
+
+# ---- probes ------------------------------------------------------------------------------------------------
+
+
+class ProbeFigures(NamedTuple):
+    """What probes say; NaN where they say nothing.
+
+    Attributes:
+        acceptance: mean probability that a Metropolis–Hastings test would accept a step (MALA), with the same
+            minibatch at both ends.
+        gradient_noise_share: of a step's noise, the share that comes from the minibatch: r/(1 + r), with r the
+            variance (ε/2)²p²nβ²·Var(g) over the injected ε·p, averaged over parameters.
+        heating: the share of λ̂ that is an artefact of the step size, (ε/8)·E[Σ p·G·nβ·g]/λ̂. In a quadratic well
+            stationarity of ‖w − w*‖² gives E[½(w − w*)·∇U] = P/2 + (ε/8)·E[Σ p·G²] for steps with the stochastic
+            drift G; each direction gives nβ·L its share of that. Exact there without minibatches, an upper bound with
+            them, and in wells that are flatter than quadratic.
+        relaxation_rate: in 1/step, of the stiff directions that make up λ̂: ε/2·tr(H²)/tr(H), H the Hessian of nβ·L in
+            the sampler's metric.
+        distance: ‖w − w*‖ of each chain at its last probe.
+        growth: of the chains' mean ‖w − w*‖² from the first probe to the last, as a factor.
+    """
+
+    acceptance: float
+    gradient_noise_share: float
+    heating: float
+    relaxation_rate: float
+    distance: list[float]
+    growth: float
+
+
+def probe_figures(
+    probes: NDArray[np.float64], *, llc: float, lr: float, num_parameters: int, friction: float = 1.0
+) -> ProbeFigures:
+    """Figures of the probes ``[chain, probe, column]`` of the chains that λ̂ comes from.
+
+    Args:
+        probes: see ``llc_fast.probes.COLUMNS``.
+        llc: λ̂.
+        lr: ε.
+        num_parameters: P.
+        friction: of a sampler with momentum, whose steps inject ε·friction.
+    """
+    columns = {name: probes[:, :, k] for k, name in enumerate(COLUMNS)}
+    mean = {name: _mean(values) for name, values in columns.items()}
+    ratio = lr / 4 * mean["gradient_noise"] / num_parameters / friction
+    curvature = mean["curvature"]
+    accepted = np.exp(np.minimum(columns["log_acceptance"], 0.0))
+    distances = columns["distance"]
+    done = distances[:, np.isfinite(distances).all(axis=0)] if len(distances) else distances[:, :0]
+    last = done[:, -1].tolist() if done.shape[1] else []
+    first = float(done[:, 0].mean()) if last else 0.0
+    return ProbeFigures(
+        acceptance=_mean(accepted),
+        gradient_noise_share=ratio / (1 + ratio),
+        heating=lr / 8 * mean["heat"] / llc if llc > 0 else math.nan,
+        relaxation_rate=lr / 2 * mean["squared_curvature"] / curvature if curvature > 0 else math.nan,
+        distance=[math.sqrt(d) for d in last],
+        growth=sum(last) / len(last) / first if first > 0 else math.nan,
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
+from llc_fast.advice import advise, diagnose
 from llc_fast.baseline import AnchorLosses, losses_at_anchor
 from llc_fast.calibration import (
     CORRECTED_STIFFNESS,
     DEFAULT_NUM_DRAWS,
+    LEAST_FRICTION,
+    LEAST_PILOT,
     PILOT_SHARE,
     STIFFNESS,
     default_lr,
@@ -32,6 +35,7 @@ from llc_fast.gradients import LARGE_MODEL, Plan, make_plan
 from llc_fast.memory import check_memory, large_blocks_apart
 from llc_fast.metropolis import FIGURES
 from llc_fast.posterior import LossFunction, Posterior, takes_model
+from llc_fast.probes import COLUMNS
 from llc_fast.result import LLCResult
 from llc_fast.samplers import ADJUSTED, MetropolisSampler, Sampler, check_number, make_sampler
 from llc_fast.update import is_low_precision
@@ -106,7 +110,8 @@ def estimate_llc(
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, told by its first parameter being called
             `model`; or None for models that return their own loss, ``model(**batch).loss``. It gives the mean over the
             batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
-        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``. ``"mala"`` and ``"hmc"`` are
+        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``, or ``"sghmc"``, the same with
+            momentum, if `lr` is None too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are
             Metropolis-adjusted: exact at any step size, for small problems, as each draw takes one gradient, or ten,
             over all data. They record "acceptance" and "lr" in ``result.observables``.
         sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
@@ -208,7 +213,7 @@ def estimate_llc(
             chosen = _choose(request, posterior, at_anchor, plan, keeper, saved, pilot_bar)
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
-        request = request.with_schedule(chosen)
+        request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
         baseline = None if chosen["unpaired"] else at_anchor.baseline(source, chosen["init_loss"])
         setup = time.perf_counter() - started
         # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
@@ -239,8 +244,6 @@ def estimate_llc(
     result.settings.update(
         training_mode=model.training, strategy=run.plan.strategy, seconds=time.perf_counter() - started
     )
-    if isinstance(used := request.sampler_with(chosen["lr"], chosen["nbeta"]), MetropolisSampler):
-        _tell_acceptance(result, used)
     result.diagnostics.update(
         chains_lost=len(result.lost_chains),
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
@@ -253,6 +256,17 @@ def estimate_llc(
     )
     result.warnings.extend(_model_warnings(model, posterior))
     result.warnings.extend(_run_warnings(result, keeper is not None, problem, source))
+    result.diagnostics.update(
+        diagnose(
+            result,
+            _joined_probes(records),
+            anchor_norm=_norm(posterior),
+            init_loss_stderr=chosen.get("init_loss_error", 0.0),
+        )
+    )
+    if isinstance(used := request.sampler_with(chosen["lr"], chosen["nbeta"]), MetropolisSampler):
+        _tell_acceptance(result, used)
+    result.warnings.extend(advise(result))
     return result
 
 
@@ -332,7 +346,7 @@ def calibrate(
         with threads(plan.num_threads):
             at_anchor = losses_at_anchor(posterior, request.nbeta_for(posterior.source), request.seed)
             chosen = _choose(request, posterior, at_anchor, plan, None, None, _PilotBar(progress))
-    request = request.with_schedule(chosen)
+    request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
     found = Calibration(
         sampler=request.sampler,
         lr=chosen["lr"],
@@ -345,8 +359,9 @@ def calibrate(
         batch_size=posterior.source.batch_size,
         heat_correction=chosen["heat_correction"],
     )
-    if sampler_options:
-        found["sampler_options"] = dict(sampler_options)
+    extra = {"momentum_decay": request.options["momentum_decay"]} if "momentum_decay" in request.options else {}
+    if sampler_options or extra:
+        found["sampler_options"] = {**(sampler_options or {}), **extra}
     found.reason = _why(chosen, request)
     return found
 
@@ -403,6 +418,7 @@ class _Request:
     """What was asked for, checked; lr and nβ may still be open, and the schedule if `is_open`."""
 
     sampler: str
+    is_default: bool
     options: dict[str, Any]
     lr: float | None
     nbeta: float | None
@@ -429,6 +445,12 @@ class _Request:
         options = self.options | ({"adapt_steps": draws} if "adapt_steps" in self.options else {})
         schedule = Schedule(draws, draws, self.schedule.num_steps_bw_draws)
         return dataclasses.replace(self, schedule=schedule, options=options)
+
+    def with_friction(self, friction: float) -> _Request:
+        """With SGHMC of this friction, if it is not 1, which is SGLD."""
+        if friction == 1 or self.sampler != "sgld":
+            return self
+        return dataclasses.replace(self, sampler="sghmc", options=self.options | {"momentum_decay": friction})
 
     def nbeta_for(self, source: DataSource) -> float:
         return default_nbeta(source.num_samples or 0) if self.nbeta is None else self.nbeta
@@ -510,6 +532,7 @@ def _checked_request(
             )
     return _Request(
         sampler=name,
+        is_default=sampler is None and not sampler_options,
         options=options,
         lr=None if lr is None else float(lr),
         nbeta=None if nbeta is None else float(nbeta),
@@ -566,6 +589,7 @@ def _choose(
     nbeta = request.nbeta_for(posterior.source)
     chosen: dict[str, Any] = {
         "init_loss": init_loss,
+        "init_loss_error": at_anchor.error,
         "nbeta": nbeta,
         "heat_correction": request.heat_correction,
         "unpaired": at_anchor.unpaired,
@@ -573,30 +597,34 @@ def _choose(
     if request.lr is not None:
         return chosen | {"lr": request.lr}
     prepared = request.sampler_with(1.0, nbeta)
+    pilot_steps = int(PILOT_SHARE * request.num_chains * request.schedule.num_steps)
+    corrected = request.heat_correction and pilot_steps >= LEAST_PILOT
     chosen["lr"] = default_lr(
         posterior,
         type(prepared),
         vars(prepared),
         nbeta=nbeta,
         localization=request.localization,
-        stiffness=CORRECTED_STIFFNESS if request.heat_correction else STIFFNESS,
+        stiffness=CORRECTED_STIFFNESS if corrected else STIFFNESS,
         seed=request.seed,
     )
-    if request.heat_correction:
+    if corrected:
+        may_change = request.is_default and not plan.release
         pilot = run_pilot(
             posterior,
-            lambda lr: request.sampler_with(lr, nbeta),
+            lambda lr, friction: request.with_friction(friction).sampler_with(lr, nbeta),
             make_plan(posterior, prepared, 1, strategy=request.strategy, release_gradients=plan.release or None),
             lr=chosen["lr"],
+            least_friction=LEAST_FRICTION if may_change else 1.0,
             nbeta=nbeta,
             init_loss=init_loss,
             baseline=None if at_anchor.unpaired else at_anchor.baseline(posterior.source, init_loss),
             num_chains=request.num_chains,
-            num_steps=int(PILOT_SHARE * request.num_chains * request.schedule.num_steps),
+            num_steps=pilot_steps,
             seed=request.seed,
             monitor=monitor,
         )
-        chosen |= {"lr": pilot.lr, "pilot_steps": pilot.num_steps, "pilot_heat": pilot.heat}
+        chosen |= {"lr": pilot.lr, "friction": pilot.friction, "pilot_steps": pilot.num_steps, "pilot_heat": pilot.heat}
         if request.is_open:
             chosen["num_draws"] = pilot.num_draws
     return chosen
@@ -749,6 +777,19 @@ def _joined(name: str, records: list[ChainRecord], num_draws: int) -> NDArray[np
     shape = next(r.observables[name].shape[2:] for r in records if name in r.observables)
     empty = [np.full((len(r.losses), num_draws, *shape), np.nan) for r in records]
     return np.concatenate([r.observables.get(name, e) for r, e in zip(records, empty, strict=True)])
+
+
+def _joined_probes(records: list[ChainRecord]) -> NDArray[np.float64]:
+    """The probes of all chains; NaN where a group has none."""
+    shape = next((r.probes.shape[1:] for r in records if r.probes is not None), (0, len(COLUMNS)))
+    empty = [np.full((len(r.losses), *shape), np.nan) for r in records]
+    return np.concatenate([e if r.probes is None else r.probes for r, e in zip(records, empty, strict=True)])
+
+
+def _norm(posterior: Posterior) -> float:
+    """‖w*‖ over the elements that are sampled."""
+    moving = ((w[posterior.masks[name]] if name in posterior.masks else w) for name, w in posterior.anchor.items())
+    return math.hypot(*(float(torch.linalg.vector_norm(w)) for w in moving))
 
 
 def _check_observables(observables: Mapping[str, Observable] | None) -> dict[str, Observable]:

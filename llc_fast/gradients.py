@@ -202,6 +202,11 @@ class Feed:
         """Which samples the last minibatch holds, ``[num_chains, batch_size]``, of data addressed by index."""
         return self._indices
 
+    @property
+    def is_addressable(self) -> bool:
+        """Whether the minibatch of any step can be had at any time, without a trace."""
+        return self._iterator is None and self.is_pure
+
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""
         if self._iterator is not None:
@@ -226,7 +231,10 @@ class Gradient(Protocol):
         ...
 
     def gradients(self) -> list[Tensor]:
-        """Of the last evaluation, for each parameter; with several chains they have a leading dimension."""
+        """Of the last evaluation, in the order of the parameters, instead of a move, and only once.
+
+        With several chains they have a leading dimension.
+        """
         ...
 
     def move(self, step: int, device_step: Tensor | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from llc_fast.gradients import Plan
 from llc_fast.posterior import Posterior
+from llc_fast.probes import ROWS, has_memory
 from llc_fast.samplers import Sampler
 from llc_fast.update import NUM_STATES, is_low_precision
 
@@ -67,7 +68,7 @@ _METROPOLIS_BYTES = 80
 
 
 def needed_bytes(posterior: Posterior, sampler: Sampler, plan: Plan) -> int:
-    """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations."""
+    """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, probes."""
     tensors = list(posterior.anchor.values())
     elements = sum(p.numel() for p in tensors)
     low = is_low_precision(tensors[0])
@@ -79,6 +80,7 @@ def needed_bytes(posterior: Posterior, sampler: Sampler, plan: Plan) -> int:
     largest = max(p.numel() for p in tensors) if plan.release else elements
     # The backward pass makes about as much as the forward pass kept, and a recording keeps both.
     per_chain = chain + largest * tensors[0].element_size() + posterior.activation_bytes * (2 if plan.replay else 1)
+    per_chain += elements * width * ROWS if has_memory(posterior, plan) else 0
     return anchor + per_chain * plan.group_size * plan.num_workers
 
 

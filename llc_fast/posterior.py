@@ -161,6 +161,12 @@ class Posterior:
         """Elements that are sampled."""
         return sum(int(self.masks[k].sum()) if k in self.masks else p.numel() for k, p in self.anchor.items())
 
+    @property
+    def is_precise(self) -> bool:
+        """Whether losses are computed in float32 or better throughout."""
+        wide = (torch.float32, torch.float64)
+        return self._autocast is None and next(iter(self.anchor.values())).dtype in wide
+
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
         return {name: b.clone() for name, b in self._buffers.items()}
@@ -204,25 +210,37 @@ class Posterior:
         length = sum(size for _, size in pieces)
         return [(piece, size / length) for piece, size in pieces]
 
-    def full_loss(self) -> float:
-        """L(w*), the mean over the whole data set, accumulated in float64.
+    def full_loss(self) -> tuple[float, float]:
+        """L(w*), the mean over the whole data set, accumulated in float64, and its error.
+
+        Each piece's loss is rounded in the model's precision. Where the data had no end, and only their first batches
+        were taken, the standard error over these batches comes on top.
 
         Raises:
             ValueError: it is not finite, or the data give no sample.
         """
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        pieces: list[tuple[Tensor, int]] = []
         buffers = self.fresh_buffers()
         with torch.no_grad():
             for batch, _ in self.source.full():
                 for piece, size in split_batch(batch, self.microbatch_size):
-                    total += self.evaluate(self.anchor, piece, buffers).loss.to(torch.float64) * size
+                    loss = self.evaluate(self.anchor, piece, buffers).loss
+                    precision = torch.finfo(loss.dtype).eps
+                    pieces.append((loss.to(torch.float64), size))
+                    total += pieces[-1][0] * size
                     count += size
         if count == 0:
             raise ValueError("data is empty: it has no samples")
         value = float(total) / count
         if not math.isfinite(value):
             raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
-        return value
+        sampled = 0.0
+        if getattr(self.source, "truncated", False) and len(pieces) > 1:
+            shares = torch.tensor([size / count for _, size in pieces], dtype=torch.float64)
+            apart = torch.stack([loss for loss, _ in pieces]).cpu() - value
+            sampled = float((shares * apart).square().sum() * len(pieces) / (len(pieces) - 1))
+        return value, math.hypot(0.5 * precision * value, math.sqrt(sampled))
 
     def gradient_at(self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]) -> None:
         """The gradient of a batch's loss, each parameter's handed to `take` and freed as soon as it is complete.

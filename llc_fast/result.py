@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llc_fast import diagnostics
 from llc_fast.chains import Schedule
+from llc_fast.diagnostics import StandardError, standard_error
 from llc_fast.files import atomic_write
 
 if TYPE_CHECKING:
@@ -36,7 +36,14 @@ class LLCResult:
         schedule: which steps are draws.
         settings: everything that was used, chosen values included.
         warnings: reasons not to trust the estimate, each with what to do about it.
-        diagnostics: further figures by name.
+        diagnostics: further figures by name, None where there is nothing to make them from. Of the trace: ``r_hat``,
+            ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``drift`` ± ``drift_stderr`` (of λ̂ from
+            the first draw to the last), ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``,
+            ``init_loss_stderr``, ``init_loss_sensitivity`` (its share of λ̂). Of probes: ``acceptance`` (MALA),
+            ``gradient_noise_share``, ``heating`` (the share of λ̂ that the step size makes), ``relaxations`` (of the
+            stiff directions, among a chain's draws), ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
+            ``distance_over_anchor`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held w),
+            ``chains_left``. See :mod:`llc_fast.diagnostics`; what they mean is in ``warnings``.
         observables: what the functions of ``estimate_llc(observables=…)`` gave, by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         heat_trace: what step size and gradient noise add to nβ·(L − L(w*)) at every step, measured, float64
@@ -91,19 +98,25 @@ class LLCResult:
 
     @property
     def _good(self) -> NDArray[np.float64]:
-        """The draws that λ̂ is made from ``[chain, draw]``: equally many from each chain that was not lost.
+        """The draws that λ̂ is made from ``[chain, draw]``."""
+        chains, length = self._kept
+        good: NDArray[np.float64] = self.llc_trace[chains, :length]
+        return good
+
+    @property
+    def _kept(self) -> tuple[list[int], int]:
+        """The chains that λ̂ is made from, and how many draws of each: those that were not lost, equally many.
 
         None if fewer than half of the chains are left. Of an interrupted run, as many draws of as many chains as
         makes the most in all.
         """
-        trace, lost, counts = self.llc_trace, set(self.lost_chains), self._draws_done
+        lost, counts = set(self.lost_chains), self._draws_done
         started = [c for c, count in enumerate(counts) if count or c in lost]
         kept = [c for c in started if c not in lost]
         if 2 * len(kept) < len(started) or not kept:
-            return trace[:0]
+            return [], self.schedule.num_draws
         length = max({counts[c] for c in kept}, key=lambda n: n * sum(counts[c] >= n for c in kept))
-        good: NDArray[np.float64] = trace[[c for c in kept if counts[c] >= length], :length]
-        return good
+        return [c for c in kept if counts[c] >= length], length
 
     @property
     def llc_mean(self) -> float:
@@ -117,8 +130,14 @@ class LLCResult:
 
     @property
     def llc_stderr(self) -> float:
-        """Standard error of `llc_mean`; see :func:`llc_fast.diagnostics.standard_error`."""
-        return diagnostics.standard_error(self._good).value
+        """Standard error of `llc_mean`: of the draws, see :func:`llc_fast.diagnostics.standard_error`, and of L(w*)."""
+        return self._error.value
+
+    @property
+    def _error(self) -> StandardError:
+        error = standard_error(self._good)
+        of_init_loss = self.nbeta * float(self.diagnostics.get("init_loss_stderr") or 0.0)
+        return error._replace(value=math.hypot(error.value, of_init_loss))
 
     def interval(self, prob: float = 0.95) -> tuple[float, float]:
         """A central interval for the sampler's long-run λ̂, from `llc_stderr` and Student's t.
@@ -130,7 +149,7 @@ class LLCResult:
         """
         if not 0 < prob < 1:
             raise ValueError(f"prob must be between 0 and 1, got {prob}")
-        error = diagnostics.standard_error(self._good)
+        error = self._error
         half = error.quantile(prob) * error.value
         return self.llc_mean - half, self.llc_mean + half
 
@@ -144,10 +163,25 @@ class LLCResult:
             + (f" ({lost} chains lost)" if lost else "")
             + (" (interrupted)" if self.is_partial else "")
             + f", L(w*) = {self.init_loss:.6g}, nβ = {self.nbeta:.6g}",
+            *([f"  {health}"] if (health := self._health()) else []),
             "  "
             + ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.settings.items()),
         ]
         return "\n".join(lines + [f"  WARNING: {w}" for w in self.warnings])
+
+    def _health(self) -> str:
+        """The figures that matter most, in a line."""
+        formats = {
+            "r_hat": "R̂ = {:.3f}",
+            "ess_bulk": "ESS = {:.0f}",
+            "drift": "drift {:+.2g}",
+            "acceptance": "acceptance {:.2f}",
+            "heating": "heating {:.1%}",
+            "gradient_noise_share": "gradient noise {:.0%}",
+            "distance_over_anchor": "‖w − w*‖/‖w*‖ = {:.2g}",
+        }
+        known = {name: self.diagnostics.get(name) for name in formats}
+        return ", ".join(formats[name].format(value) for name, value in known.items() if value is not None)
 
     def __str__(self) -> str:
         return self.summary()

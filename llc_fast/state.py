@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llc_fast.posterior import Posterior
-from llc_fast.reference import NoiseKey
+from llc_fast.reference import NoiseKey, StepScalars
 from llc_fast.samplers import Sampler
 from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision, normals
 
+_PIECE = 2**20  # elements that are looked at together where memory counts
 _ALIGN = 16  # elements: each tensor of a chain starts on a cache line
 
 
@@ -85,6 +86,53 @@ class ChainState:
         """The parameters of one chain."""
         return {name: t[row] for name, t in self.params().items()}
 
+    # ---- as rows like w's -----------------------------------------------------------------------------------
+
+    @property
+    def anchor(self) -> Sequence[Tensor]:
+        """w* of each parameter."""
+        return self._anchor
+
+    @property
+    def moving(self) -> Sequence[Tensor | float]:
+        """1 for each parameter, or where its mask lets it move."""
+        return [1.0 if mask is None else mask for mask in self._masks]
+
+    @property
+    def adapts_until(self) -> float:
+        """The step from which on the metric stays as it is."""
+        return self._scalars.adapt_steps if self._sampler.adaptive else 0
+
+    def rows_of(self, values: Sequence[Tensor | float]) -> Tensor:
+        """A copy of what is given for each parameter, of one chain or all, laid out like `w`; 0 in between."""
+        rows = torch.zeros_like(self.w)
+        for k, value in enumerate(values):
+            self._view(rows, k).copy_(torch.as_tensor(value))
+        return rows
+
+    def distances(self) -> list[float]:
+        """‖w − w*‖² of each chain, over what may move; row by row and in pieces, without memory like `w`."""
+        sums = [0.0] * self.num_chains
+        for k, (anchor, mask) in enumerate(zip(self._anchor, self._masks, strict=True)):
+            flat = anchor.view(-1)
+            may_move = None if mask is None else mask.expand_as(anchor).reshape(-1)
+            for row in range(self.num_chains):
+                w = self._view(self.w, k)[row].view(-1)
+                for start in range(0, len(flat), _PIECE):
+                    piece = slice(start, start + _PIECE)
+                    away = w[piece] - flat[piece]
+                    if may_move is not None:
+                        away *= may_move[piece]
+                    sums[row] += float(away.square_().sum(dtype=torch.float64))
+        return sums
+
+    def metric(self, step: int) -> Tensor:
+        """The preconditioner p of a Langevin step that no longer adapts; 0 where nothing moves."""
+        p = self.rows_of(self.moving).mul_(self.rows_of([segment.preconditioner for segment in self._segments]))
+        if self._sampler.adaptive:
+            p /= self.states[0].sqrt() + self._adjusted(step, ()).eps
+        return p
+
     # ---- where they are ------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -107,11 +155,15 @@ class ChainState:
         if self._seen is not self.w:
             self._seen.copy_(self.w)
 
-    @contextlib.contextmanager
-    def displaced(self) -> Iterator[None]:
+    def displaced(self) -> contextlib.AbstractContextManager[None]:
         """The parameters a little elsewhere, to see whether something depends on them."""
+        return self.at(1.01 * self.w)
+
+    @contextlib.contextmanager
+    def at(self, w: Tensor) -> Iterator[None]:
+        """The parameters elsewhere for a while."""
         before = self.w.clone()
-        self.w.mul_(1.01)
+        self.w.copy_(w)
         self._show()
         try:
             yield
@@ -186,7 +238,7 @@ class ChainState:
 
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         """One step of the sampler for all chains; `grads` in the order of the parameters."""
-        scalars = self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads, self._masks)
+        scalars = self._adjusted(step, grads)
         self._table.step(
             grads,
             scalars,
@@ -207,6 +259,9 @@ class ChainState:
         """Before the first :meth:`move_one` of a step."""
         if self._metrics is not None:
             self._metrics.zero_()
+
+    def _adjusted(self, step: int, grads: Sequence[Tensor]) -> StepScalars:
+        return self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads, self._masks)
 
     def move_one(self, name: str, grad: Tensor, step: int) -> None:
         """The part of a step that moves one parameter: the same bits as the whole step."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import llc_fast
 from llc_fast import chains
 from llc_fast import estimate as estimate_module
+from llc_fast.advice import advise
 from llc_fast.result import LLCResult
 
 mse = nn.functional.mse_loss
@@ -58,6 +59,13 @@ def estimate(**options: Any) -> LLCResult:
     model = chosen.pop("model", None) or mlp()
     inputs = chosen.pop("data", None) or data()
     return llc_fast.estimate_llc(model, inputs, chosen.pop("loss_fn", mse), **chosen)
+
+
+def happened(result: LLCResult) -> list[str]:
+    """The warnings of what happened on the way, without the advice, which most of these short runs are right to get."""
+    advice = advise(result)
+    assert result.warnings[len(result.warnings) - len(advice) :] == advice
+    return result.warnings[: len(result.warnings) - len(advice)]
 
 
 def assert_same(found: LLCResult, expected: LLCResult) -> None:

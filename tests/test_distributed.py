@@ -105,11 +105,15 @@ def _check_estimates(tmp_path: Path, size: int) -> None:
         for other in found[1:]:
             assert_same(other, found[0])
             assert other.warnings == found[0].warnings
+            assert other.diagnostics["distance"] == found[0].diagnostics["distance"]
             assert {**other.settings, "seconds": 0} == {**found[0].settings, "seconds": 0}
         return found
 
     one: dict[str, Any] = {"strategy": "sequential", "num_chains": 5, "observables": {"weight": _weight}}
-    assert_same(load("sequential")[0], estimate(**one))
+    alone = estimate(**one)
+    assert_same(load("sequential")[0], alone)
+    assert len(alone.diagnostics["distance"]) == 5
+    assert load("sequential")[0].diagnostics["distance"] == alone.diagnostics["distance"]
     batched = estimate(strategy="batched", num_chains=5)
     np.testing.assert_allclose(load("batched")[0].loss_trace, batched.loss_trace, rtol=1e-4)
     assert_same(load("few")[0], estimate(strategy="sequential", num_chains=1, lr=None))

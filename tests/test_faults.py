@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import Script, assert_same, data, estimate, initialized, interrupt_after, mlp, mse
+from runs import Script, assert_same, data, estimate, happened, initialized, interrupt_after, mlp, mse
 from torch import Tensor, nn
 
 from llc_fast import chains
@@ -149,7 +149,7 @@ def test_estimate_of_the_draws_so_far(monkeypatch: pytest.MonkeyPatch, strategy:
     )
     assert np.isnan(partial.observables["weight"][:, count - 4 :]).all()
     assert partial.lost_chains == [] and partial.diagnostics["chains_lost"] == 0
-    (warning,) = partial.warnings
+    (warning,) = happened(partial)
     assert f"interrupted after {count * len(going)} of 36 steps" in warning
     assert "λ̂ comes from the draws so far" in warning and "resumes" not in warning
 
@@ -190,7 +190,7 @@ def test_interrupted_before_the_first_draw(
         interrupt_after(patch, count)
         partial = estimate(**options, checkpoint=tmp_path / "run")
     assert partial.is_partial and math.isnan(partial.llc_mean)
-    (warning,) = partial.warnings
+    (warning,) = happened(partial)
     assert "there is no draw yet; the same call resumes it" in warning
     assert "(interrupted)" in partial.summary() and "nan" in partial.summary()
     assert partial.lost_chains == []
@@ -216,7 +216,7 @@ def test_interrupted_in_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = estimate(strategy="batched")
     interrupt_after(monkeypatch, 12)
     result = estimate(strategy="batched")
-    assert not result.is_partial and result.warnings == []
+    assert not result.is_partial and happened(result) == []
     assert_same(result, expected)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import happened
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -536,14 +537,14 @@ def test_no_step_size_without_curvature() -> None:
 def test_training_mode_is_warned_about(layer: nn.Module, name: str) -> None:
     """Dropout or batch statistics: a warning that names the layer and the remedy; none after eval()."""
     model = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
-    (warning,) = _estimate(_initialize(model).train()).warnings
+    (warning,) = happened(_estimate(_initialize(model).train()))
     assert "training mode" in warning and f"({name})" in warning and "model.eval()" in warning
-    assert _estimate(model.eval()).warnings == []
+    assert happened(_estimate(model.eval())) == []
 
 
 def test_training_mode_without_such_layers() -> None:
     """A training model whose loss is the same in both modes is nothing to warn about."""
-    assert _estimate(_mlp().train()).warnings == []
+    assert happened(_estimate(_mlp().train())) == []
 
 
 def test_unused_parameters_are_warned_about() -> None:
@@ -555,9 +556,9 @@ def test_unused_parameters_are_warned_about() -> None:
             self.spare = nn.Parameter(torch.zeros(5))
 
     model = _initialize(Spare())
-    (warning,) = _estimate(model).warnings
+    (warning,) = happened(_estimate(model))
     assert "spare" in warning and "params=" in warning and "1 of the parameters" in warning
-    assert _estimate(model, params=["weight", "bias"]).warnings == []
+    assert happened(_estimate(model, params=["weight", "bias"])) == []
 
 
 @pytest.mark.parametrize("make", [_mlp, lambda: _initialize(nn.Linear(3, 1))], ids=["saturating", "linear"])

@@ -277,7 +277,7 @@ def test_settings_that_no_file_can_hold(tmp_path: Path) -> None:
 
 
 def _meta(**changes: Any) -> str:
-    fields = {"format": 2, "init_loss": 0.0, "nbeta": 1.0, "schedule": {"num_draws": 2, "num_burnin": 0}}
+    fields = {"format": 3, "init_loss": 0.0, "nbeta": 1.0, "schedule": {"num_draws": 2, "num_burnin": 0}}
     return json.dumps({k: v for k, v in (fields | changes).items() if v is not None})
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import happened
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
@@ -671,7 +672,7 @@ def test_data_without_an_end() -> None:
     """L(w*) is taken over as many batches as a chain has steps, with a warning; nothing reads on for ever."""
     stream = _Stream()
     result = _estimate(_mlp(), DataLoader(stream, batch_size=N), num_burnin=3, num_draws=4)
-    (warning,) = result.warnings
+    (warning,) = happened(result)
     assert "tell no length" in warning and "first 7 batches" in warning
     assert stream.furthest < 10 * N and result.settings["num_samples"] is None
     assert result.init_loss == pytest.approx(_estimate(_mlp()).init_loss, rel=1e-12)
@@ -682,7 +683,7 @@ def test_data_without_an_end() -> None:
 def test_data_without_a_length_that_end() -> None:
     """Where the pass comes to the end by itself, nothing is left out and nothing is warned about."""
     result = _estimate(_mlp(), DataLoader(_Stream(N), batch_size=5))
-    assert result.warnings == []
+    assert happened(result) == []
     assert result.init_loss == pytest.approx(_estimate(_mlp()).init_loss, rel=1e-12)
 
 
