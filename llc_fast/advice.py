@@ -33,9 +33,9 @@ MAX_SPIKES = 0.01
 MAX_HEATING, TARGET_HEATING = 0.10, 0.05
 """Share of λ̂ that the step size makes. The default step size leaves 5 % if all directions are equally stiff, the worst
 case, and the gradient noise of minibatches comes on top."""
-MAX_HEAT = 0.35
+MAX_HEAT = 0.5
 """Share of heat in nβ·(L − L(w*)) up to which λ̂ that was cleared of it is trusted: pilots aim at a tenth, and on deep
-linear networks with a known λ a third has left no error to be seen (docs/calibration.md)."""
+linear networks with a known λ a half has left no error to be seen (docs/calibration.md)."""
 MIN_ACCEPTANCE, ACCEPTABLE_HEATING = 0.9, 0.07
 """The mean MALA acceptance that Furman & Lau (2024, arXiv 2402.03698) ask for. With the bias of each direction as it
 is, acceptance goes to 0 as their number grows (0.8 for a thousand directions and the default step size), so it is no
