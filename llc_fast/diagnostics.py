@@ -31,21 +31,29 @@ class StandardError(NamedTuple):
 
 
 def standard_error(draws: NDArray[np.float64]) -> StandardError:
-    """Standard error of the mean of autocorrelated draws ``[chain, draw]``, by batch means over chains.
+    """Standard error of the mean of autocorrelated draws ``[chain, draw]``: the largest of three.
 
-    Each chain is cut into about √draws consecutive batches, long enough that their means are nearly
-    independent; the variance of the batch means within chains gives one estimate (Flegal & Jones 2010), the
-    variance between chains another, which also sees chains that settled in different places. The larger of the
-    two is returned: either may be too small by chance or by design, neither is too large by design.
+    - Batch means (Flegal & Jones 2010): each chain is cut into about ∛draws consecutive batches, and the variance of
+      their means within chains taken. Batches as long as that see weak and slow correlations beneath the noise of
+      minibatches, which single autocorrelations do not rise above.
+    - The autocorrelation time, see :func:`llc_fast.convergence.error_within`, which may be longer than a batch. It is a
+      sum over about 3 times as many lags, of either sign, which leaves draws / (3 times) degrees of freedom.
+    - The variance between chains, which also sees chains that settled in different places.
+
+    Each may be too small by chance or by design, none is too large by design.
     """
     chains, length = draws.shape
     candidates = []
-    batches = math.isqrt(length)
-    if chains and batches >= 2:
+    if chains and length >= 4:
+        batches = math.ceil(length ** (1 / 3))
         size = length // batches
         means = draws[:, length - batches * size :].reshape(chains, batches, size).mean(axis=2)
         within = means.var(axis=1, ddof=1).mean()
         candidates.append(StandardError(math.sqrt(within / (chains * batches)), chains * (batches - 1)))
+        error, variance = error_within(draws), float(draws.var(axis=1).mean())
+        if error > 0:
+            effective = chains * variance / error**2
+            candidates.append(StandardError(error / math.sqrt(chains), max(1, int(effective / 3))))
     if chains >= 2:
         between = draws.mean(axis=1).var(ddof=1)
         candidates.append(StandardError(math.sqrt(between / chains), chains - 1))
@@ -65,8 +73,8 @@ class Drift(NamedTuple):
 def drift(draws: NDArray[np.float64]) -> Drift:
     """The trend of draws ``[chain, draw]``: a line through batch means, fitted by least squares, times its length.
 
-    As in :func:`standard_error`, the error is the larger of two: from the residuals of about √draws batch means, long
-    enough to be nearly independent, and from the spread of the chains' slopes. NaN with fewer than nine draws.
+    The error is the larger of two: from the residuals of about √draws batch means, long enough to be nearly
+    independent, and from the spread of the chains' slopes. NaN with fewer than nine draws.
     """
     chains, length = draws.shape
     batches = math.isqrt(length)

@@ -639,7 +639,8 @@ def _result(
 ) -> LLCResult:
     losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
     if chosen["heat_correction"]:
-        losses = losses - heats / chosen["nbeta"]
+        with np.errstate(invalid="ignore"):  # of lost chains both are infinite
+            losses = losses - heats / chosen["nbeta"]
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     schedule = request.schedule
     names = {name: None for r in records for name in r.observables}
