@@ -185,6 +185,7 @@ def row_of(name: str, mode: str, problem: Problem, results: list[LLCResult], sec
     bounds = np.array([r.interval(PROBABILITY) for r in results])
     covered = coverage(results, problem.answer)
     spread, count = float(found.std(ddof=1)), len(results)
+    corrected = results[0].settings["heat_correction"]
     return {
         "problem": name,
         "mode": mode,

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llc_fast import convergence
-from llc_fast.diagnostics import burnin_needed, chain_spread, drift, probe_figures, spike_share
+from llc_fast.chains import Schedule
+from llc_fast.diagnostics import burnin_needed, chain_spread, drift, probe_figures, spike_share, standard_error
 from llc_fast.result import LLCResult
 
 # ---- thresholds --------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def diagnose(
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
     steps = count * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
-    missed = -(-(needed - schedule.num_burnin) // schedule.num_steps_bw_draws)
+    missed = _draws_before(needed, schedule)
     figures = {
         "r_hat": convergence.r_hat(draws),
         "ess_bulk": convergence.ess_bulk(draws),
@@ -112,6 +113,15 @@ def _heat_removed(result: LLCResult) -> float:
     chains, count = result._kept
     heat = float(result.heat_trace[chains][:, result.schedule.draws][:, :count].mean())
     return heat / (heat + result.llc_mean)
+
+
+def _draws_before(step: float, schedule: Schedule) -> int:
+    return max(0, math.ceil((step - schedule.num_burnin) / schedule.num_steps_bw_draws))
+
+
+def _settled_error(result: LLCResult, step: float) -> float:
+    """Standard error of the draws from `step` on: the way there is no noise, though it looks like slow noise."""
+    return standard_error(result._good[:, _draws_before(step, result.schedule) :]).value
 
 
 def _rises(trace: NDArray[np.float64]) -> bool:
@@ -203,7 +213,9 @@ def _about_mixing(result: LLCResult, figures: _Figures) -> list[str]:
             f"draw to the last, so its mean depends on when the run ended; pass "
             f"num_burnin={2 * schedule.num_steps}, or a larger localization if chains wander off"
         )
-    elif abs(figures.burnin_effect) > max(BURNIN_EFFECT * abs(llc), 2 * result.llc_stderr):
+    elif (effect := abs(figures.burnin_effect)) > BURNIN_EFFECT * abs(llc) and (
+        effect > 2 * _settled_error(result, figures.burnin_needed)
+    ):
         sentences.append(
             f"the loss reached its plateau after {figures.burnin_needed:.0f} steps, burn-in was {schedule.num_burnin}: "
             f"λ̂ is off by {figures.burnin_effect:+.2g}; pass num_burnin={_rounded(1.5 * figures.burnin_needed)}"
