@@ -1,6 +1,6 @@
 """Do the error bars hold? How often `result.interval(0.95)` covers the exact answer.
 
-    python benchmarks/bench_coverage.py [--runs 200] [--seed 0] [--problems linear …] [--json PATH]
+    python benchmarks/bench_coverage.py [--runs 200] [--seed 0] [--problems linear …] [--modes defaults …] [--json PATH]
 
 The exact answer is nβ·E[L − L(w*)] under exp(−nβ·L(w) − γ/2·‖w − w*‖²), with L over the whole data set: in closed form
 where the loss is quadratic, else by quadrature on a grid.
@@ -214,14 +214,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in options.problems:
         problem = PROBLEMS[name]()
-        for mode, run in MODES.items():
+        for mode in options.modes:
             started = time.perf_counter()
-            results = [run(problem, seed) for seed in range(options.seed, options.seed + options.runs)]
+            results = [MODES[mode](problem, seed) for seed in range(options.seed, options.seed + options.runs)]
             rows.append(row_of(name, mode, problem, results, time.perf_counter() - started))
             write_json(options.json, {"probability": PROBABILITY, "seed": options.seed, "coverage": rows})
     print_table(f"Intervals of {100 * PROBABILITY:g} %: coverage of the exact answer", rows)
