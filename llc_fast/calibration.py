@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llc_fast.baseline import Baseline
-from llc_fast.chains import Monitor, Schedule, run_chains
+from llc_fast.chains import LOST_AFTER, Monitor, Schedule, run_chains
 from llc_fast.data import mix
 from llc_fast.diagnostics import standard_error
 from llc_fast.gradients import Plan
@@ -198,7 +198,7 @@ def run_pilot(
     Where there is less heat than that, momentum takes up the slack: the friction α is lowered, which multiplies heat
     and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
     costs half of the gradients and makes every stage an experiment of its own; growing lengths see the curvature of
-    the places that chains reach later.
+    the places that chains reach later. Stages whose chain is lost are run again with an eighth of ε.
 
     Args:
         posterior: what is sampled.
@@ -209,13 +209,17 @@ def run_pilot(
         nbeta, init_loss: nβ and L(w*).
         baseline: the minibatches' losses at w*, if chains are to be paired with them.
         num_chains: of the run that is being prepared.
-        num_steps: gradients to spend.
+        num_steps: gradients to spend; half as many again where chains are lost.
         seed: of the run; the pilots' noise and minibatches are their own.
         monitor: told of progress.
+
+    Raises:
+        ValueError: all chains were lost.
     """
-    share, most, friction, spent = math.nan, lr, 1.0, 0
+    share, most, friction = math.nan, lr, 1.0
     corrected: NDArray[np.float64] = np.zeros(0)
-    for stage in range(_STAGES):
+    stage, attempt, spent = 0, 0, 0
+    while stage < _STAGES and spent < num_steps:
         length = max(16, num_steps >> (_STAGES - stage))
         sampler = make(lr, friction)
         if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
@@ -225,31 +229,37 @@ def run_pilot(
             sampler,
             Schedule(length, 0),
             chains=range(1),
-            seed=mix(mix(seed, _PILOT), stage),
+            seed=mix(mix(seed, _PILOT), attempt),
             plan=plan,
             baseline=baseline,
             monitor=monitor,
         )
-        spent += length
-        record = run.records[0]
+        record, attempt = run.records[0], attempt + 1
+        spent += min(length, int(np.isfinite(record.losses).sum()) + LOST_AFTER)
         excess, heat = nbeta * (record.losses[0] - init_loss), record.heats[0]
         late = slice(length // 2, None)
-        if np.isfinite(excess).all():
+        if np.isfinite(excess).all() and np.isfinite(heat).all():
+            stage += 1
             corrected = excess - heat
             found, warmth = float(excess[late].mean()), float(heat[late].mean())
             if found <= 0:  # w* is no minimum: no reason to blame the step size
                 continue
             share = warmth / found
             change = min(max(HEAT / max(share, 1e-12), 1 / 8), 4.0)
-        else:
+        else:  # the stage once more
             change = 1 / 8
         # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little,
-        # and only if what the kinetic energy of all P directions adds to the error of λ̂, √(P/αN) from N draws, is small.
+        # and only if what the kinetic energy of P directions adds to the error of λ̂, √(P/αN) from N draws, is small.
         wanted = lr / friction * change
         lr = min(most, wanted)
         settled = float(corrected[late].mean()) if len(corrected) else 0.0
         noise = math.sqrt(2 * posterior.num_parameters * PILOT_SHARE / (least_friction * num_steps))
         friction = min(1.0, max(lr / wanted, least_friction)) if noise < _KINETIC_ERROR * settled else 1.0
+    if not stage:
+        raise ValueError(
+            f"lr=None: no step size can be chosen, chains from w* became non-finite down to lr={8 * lr:.2g}; is there "
+            "any curvature at w*? pass lr, or a larger localization"
+        )
     return PilotResult(lr, friction, share, _length_for(corrected, num_chains), spent)
 
 

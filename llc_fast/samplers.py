@@ -190,7 +190,7 @@ class Sampler:
 
     @classmethod
     def heat(cls, scalars: StepScalars, metrics: Any) -> Any:
-        r"""What step size and gradient noise add to nβ·(L − L(w*)): (ε/8)·Σ p·G·nβg, G the stochastic drift of the step.
+        r"""What step size and gradient noise add to nβ·(L − L(w*)): (ε/8)·Σ p·G·nβg, G the drift as the step saw it.
 
         In a stationary chain ‖w − w*‖² does not grow: in a direction of curvature a = nβh + γ of a quadratic well,
         w' = w − (ε/2)pG + √(εp)ξ says a·E[(w − w*)²] = 1 + (ε/4)·E[pG²]. The posterior has 1 there, and the loss has
