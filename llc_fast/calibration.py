@@ -41,8 +41,6 @@ PILOT_SHARE = 0.13
 _STAGES = 4
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
-_KINETIC_ERROR = 0.02
-"""The standard error that momentum may add to λ̂ through the correction, relative to what the pilot has seen of it."""
 DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
 LEAST_PILOT = 64
 """Gradients below which pilots would tell nothing."""
@@ -248,13 +246,10 @@ def run_pilot(
             change = min(max(HEAT / max(share, 1e-12), 1 / 8), 4.0)
         else:  # the stage once more
             change = 1 / 8
-        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little,
-        # and only if what the kinetic energy of P directions adds to the error of λ̂, √(P/αN) from N draws, is small.
+        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little.
         wanted = lr / friction * change
         lr = min(most, wanted)
-        settled = float(corrected[late].mean()) if len(corrected) else 0.0
-        noise = math.sqrt(2 * posterior.num_parameters * PILOT_SHARE / (least_friction * num_steps))
-        friction = min(1.0, max(lr / wanted, least_friction)) if noise < _KINETIC_ERROR * settled else 1.0
+        friction = min(1.0, max(lr / wanted, least_friction))
     if not stage:
         raise ValueError(
             f"lr=None: no step size can be chosen, chains from w* became non-finite down to lr={8 * lr:.2g}; is there "
