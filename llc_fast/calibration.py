@@ -46,7 +46,7 @@ _KINETIC_ERROR = 0.02
 DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
 LEAST_PILOT = 64
 """Gradients below which pilots would tell nothing."""
-LEAST_FRICTION = 0.2
+LEAST_FRICTION = 0.25
 """With less, directions of middling curvature swing instead of forgetting."""
 
 
@@ -216,6 +216,7 @@ def run_pilot(
     share, most, friction, spent = math.nan, lr, 1.0, 0
     corrected: NDArray[np.float64] = np.zeros(0)
     for stage in range(_STAGES):
+        last = stage == _STAGES - 1  # what no pilot has tried is not used
         length = max(16, num_steps >> (_STAGES - stage))
         sampler = make(lr, friction)
         if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
@@ -240,11 +241,13 @@ def run_pilot(
             if found <= 0:  # w* is no minimum: no reason to blame the step size
                 continue
             share = warmth / found
-            change = min(max(HEAT / max(share, 1e-12), 1 / 8), 4.0)
+            # What becomes warmer stops at half of it: heat grows while chains move away from w*, with momentum faster.
+            change = max(HEAT / max(share, 1e-12), 1 / 8)
+            change = min(change, 1.0) if last else min(change, max(1.0, change / 2), 4.0)
         else:
             change = 1 / 8
-        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little,
-        # and only if what the kinetic energy of all P directions adds to the error of λ̂, √(P/αN) from N draws, is small.
+        # Heat is proportional to ε/α. Momentum goes first when it is too much. It comes last when it is too little, and
+        # only if the kinetic energy of all P directions, which N draws know to √(P/αN), adds little to the error of λ̂.
         wanted = lr / friction * change
         lr = min(most, wanted)
         settled = float(corrected[late].mean()) if len(corrected) else 0.0
