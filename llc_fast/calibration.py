@@ -41,7 +41,7 @@ PILOT_SHARE = 0.13
 _STAGES = 4
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
-_KINETIC_ERROR = 0.02
+_KINETIC_ERROR = 0.03
 """The standard error that momentum may add to λ̂ through the correction, relative to what the pilot has seen of it."""
 DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
 LEAST_PILOT = 64
