@@ -38,7 +38,9 @@ HEAT = 0.1
 """The share of heat in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 PILOT_SHARE = 0.13
 """Gradients of the pilot chains, of those of all chains."""
-_STAGES = 4
+_STAGES = (1 / 16, 3 / 16, 3 / 4)
+"""Lengths of the pilot chains, as shares of their gradients: the last is four tenths as long as the four chains of a
+run, long enough to see what becomes of heat."""
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
 _KINETIC_ERROR = 0.03
@@ -193,12 +195,12 @@ def run_pilot(
     seed: int,
     monitor: Monitor | None = None,
 ) -> PilotResult:
-    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each twice as long as the last.
+    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each longer than the one before.
 
     Where there is less heat than that, momentum takes up the slack: the friction α is lowered, which multiplies heat
     and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
-    costs half of the gradients and makes every stage an experiment of its own; growing lengths see the curvature of
-    the places that chains reach later.
+    makes every stage an experiment of its own. Heat grows where the curvature does on the way, so the last stage is
+    judged by what its share of heat will have become at the end of the run, which may be two tenths.
 
     Args:
         posterior: what is sampled.
@@ -213,11 +215,11 @@ def run_pilot(
         seed: of the run; the pilots' noise and minibatches are their own.
         monitor: told of progress.
     """
-    share, most, friction, spent = math.nan, lr, 1.0, 0
+    share, most, friction, spent, settled = math.nan, lr, 1.0, 0, 0.0
     corrected: NDArray[np.float64] = np.zeros(0)
-    for stage in range(_STAGES):
-        last = stage == _STAGES - 1  # what no pilot has tried is not used
-        length = max(16, num_steps >> (_STAGES - stage))
+    for stage, portion in enumerate(_STAGES):
+        last = portion == _STAGES[-1]
+        length = max(16, int(portion * num_steps))
         sampler = make(lr, friction)
         if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
@@ -240,22 +242,35 @@ def run_pilot(
             found, warmth = float(excess[late].mean()), float(heat[late].mean())
             if found <= 0:  # w* is no minimum: no reason to blame the step size
                 continue
-            share = warmth / found
-            # What becomes warmer stops at half of it: heat grows while chains move away from w*, with momentum faster.
-            change = max(HEAT / max(share, 1e-12), 1 / 8)
-            change = min(change, 1.0) if last else min(change, max(1.0, change / 2), 4.0)
+            share, settled = warmth / found, found - warmth
+            if last:  # what no pilot has tried is not used
+                ahead = num_steps / (PILOT_SHARE * num_chains * length)
+                change = min(2 * HEAT / max(_share_ahead(excess, heat, ahead), 1e-12), 1.0)
+            else:  # what becomes warmer stops at half of the goal
+                change = HEAT / max(share, 1e-12)
+                change = min(change, max(1.0, change / 2), 4.0)
+            change = max(change, 1 / 8)
         else:
             change = 1 / 8
         # Heat is proportional to ε/α. Momentum goes first when it is too much. It comes last when it is too little, and
         # only if the kinetic energy of all P directions, which N draws know to √(P/αN), adds little to the error of λ̂.
         wanted = lr / friction * change
         lr = min(most, wanted)
-        settled = float(corrected[late].mean()) if len(corrected) else 0.0
         noise = math.sqrt(2 * posterior.num_parameters * PILOT_SHARE / (least_friction * num_steps))
         friction = min(1.0, max(lr / wanted, least_friction)) if noise < _KINETIC_ERROR * settled else 1.0
     return PilotResult(lr, friction, share, _length_for(corrected, num_chains), spent)
 
 
+def _share_ahead(excess: NDArray[np.float64], heat: NDArray[np.float64], ahead: float) -> float:
+    """The share of heat at `ahead` times the length of a trace, by the power law of its last two quarters."""
+    quarters = [slice(len(heat) * k // 4, len(heat) * (k + 1) // 4) for k in (2, 3)]
+    before, after = (float(heat[q].mean()) / max(float(excess[q].mean()), 1e-12) for q in quarters)
+    power = math.log(after / before) / math.log(7 / 5) if 0 < before < after else 0.0
+    return float(after * max(ahead / (7 / 8), 1.0) ** min(power, _STEEPEST))
+
+
+_STEEPEST = 1.5
+"""Power of the number of steps with which heat is taken to grow at most: what is steeper is noise."""
 _PILOT = 0x9107
 """Sets the pilots' seeds apart from those of all chains."""
 
