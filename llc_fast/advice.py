@@ -110,10 +110,11 @@ def _heat_removed(result: LLCResult) -> float:
     if not result.settings.get("heat_correction") or result.heat_trace is None:
         return 0.0
     chains, count = result._kept
-    if not chains:
+    if not chains or not count:
         return math.nan
     heat = float(result.heat_trace[chains][:, result.schedule.draws][:, :count].mean())
-    return heat / (heat + result.llc_mean)
+    total = heat + result.llc_mean
+    return heat / total if total else math.nan
 
 
 def _rises(trace: NDArray[np.float64]) -> bool:
