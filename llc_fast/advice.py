@@ -147,6 +147,8 @@ def advise(result: LLCResult) -> list[str]:
 
 def _about_step_size(result: LLCResult, figures: _Figures) -> list[str]:
     accepted, heating, lr = figures.acceptance, figures.heating, result.settings["lr"]
+    if "acceptance_per_chain" in result.diagnostics:
+        return []  # proposals are accepted or rejected: no bias
     if result.settings.get("heat_correction"):  # then neither says anything about λ̂
         removed = figures.heat_removed
         if not removed > MAX_HEAT:

@@ -38,14 +38,16 @@ HEAT = 0.1
 """The share of heat in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 PILOT_SHARE = 0.13
 """Gradients of the pilot chains, of those of all chains."""
-_STAGES = 4
+_STAGES = (1 / 16, 3 / 16, 3 / 4)
+"""Lengths of the pilot chains, as shares of their gradients: the last is four tenths as long as the four chains of a
+run, long enough to see what becomes of heat."""
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
 DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
 LEAST_PILOT = 64
 """Gradients below which pilots would tell nothing."""
-LEAST_FRICTION = 0.2
-"""With less, directions of middling curvature swing instead of forgetting."""
+LEAST_FRICTION = 0.5
+"""With less, heat feeds on itself where gradient noise grows with the loss: chains were lost at 0.25."""
 
 
 PILOT_BATCHES = 20
@@ -191,12 +193,13 @@ def run_pilot(
     seed: int,
     monitor: Monitor | None = None,
 ) -> PilotResult:
-    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each twice as long as the last.
+    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each longer than the one before.
 
     Where there is less heat than that, momentum takes up the slack: the friction α is lowered, which multiplies heat
     and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
-    costs half of the gradients and makes every stage an experiment of its own; growing lengths see the curvature of
-    the places that chains reach later. Stages whose chain is lost are run again with an eighth of ε.
+    makes every stage an experiment of its own. Heat grows where the curvature does on the way, so the last stage is
+    judged by what its share of heat will have become at the end of the run, which may be two tenths. Stages whose
+    chain is lost are run again with an eighth of ε.
 
     Args:
         posterior: what is sampled.
@@ -207,7 +210,7 @@ def run_pilot(
         nbeta, init_loss: nβ and L(w*).
         baseline: the minibatches' losses at w*, if chains are to be paired with them.
         num_chains: of the run that is being prepared.
-        num_steps: gradients to spend; half as many again where chains are lost.
+        num_steps: gradients to spend; more where chains are lost, at most twice.
         seed: of the run; the pilots' noise and minibatches are their own.
         monitor: told of progress.
 
@@ -217,8 +220,9 @@ def run_pilot(
     share, most, friction = math.nan, lr, 1.0
     corrected: NDArray[np.float64] = np.zeros(0)
     stage, attempt, spent = 0, 0, 0
-    while stage < _STAGES and spent < num_steps:
-        length = max(16, num_steps >> (_STAGES - stage))
+    while stage < len(_STAGES) and spent < num_steps:
+        last = stage == len(_STAGES) - 1
+        length = max(16, int(_STAGES[stage] * num_steps))
         sampler = make(lr, friction)
         if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
@@ -243,7 +247,13 @@ def run_pilot(
             if found <= 0:  # w* is no minimum: no reason to blame the step size
                 continue
             share = warmth / found
-            change = min(max(HEAT / max(share, 1e-12), 1 / 8), 4.0)
+            if last:  # what no pilot has tried is not used
+                ahead = num_steps / (PILOT_SHARE * num_chains * length)
+                change = min(2 * HEAT / max(_share_ahead(excess, heat, ahead), 1e-12), 1.0)
+            else:  # what becomes warmer stops at half of the goal
+                change = HEAT / max(share, 1e-12)
+                change = min(change, max(1.0, change / 2), 2.0)
+            change = max(change, 1 / 8)
         else:  # the stage once more
             change = 1 / 8
         # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little.
@@ -258,6 +268,16 @@ def run_pilot(
     return PilotResult(lr, friction, share, _length_for(corrected, num_chains), spent)
 
 
+def _share_ahead(excess: NDArray[np.float64], heat: NDArray[np.float64], ahead: float) -> float:
+    """The share of heat at `ahead` times the length of a trace, by the power law of its last two quarters."""
+    quarters = [slice(len(heat) * k // 4, len(heat) * (k + 1) // 4) for k in (2, 3)]
+    before, after = (float(heat[q].mean()) / max(float(excess[q].mean()), 1e-12) for q in quarters)
+    power = math.log(after / before) / math.log(7 / 5) if 0 < before < after else 0.0
+    return float(after * max(ahead / (7 / 8), 1.0) ** min(power, _STEEPEST))
+
+
+_STEEPEST = 0.75
+"""Power of the number of steps with which heat is taken to grow at most: what is steeper is noise."""
 _PILOT = 0x9107
 """Sets the pilots' seeds apart from those of all chains."""
 
