@@ -19,6 +19,7 @@ import llc_fast
 from llc_fast import chains
 from llc_fast import estimate as estimate_module
 from llc_fast.advice import advise
+from llc_fast.calibration import LEAST_FRICTION
 from llc_fast.chains import Draw, Schedule, run_chains
 from llc_fast.data import make_source
 from llc_fast.gradients import make_plan
@@ -373,14 +374,14 @@ def test_everything_chosen() -> None:
 
 
 def test_momentum_where_there_is_little_heat() -> None:
-    """A full batch has none from noise: SGHMC crosses slow directions, whatever the number of flat ones."""
-    h, nbeta = torch.cat([torch.logspace(-2.3, 0, 40), torch.zeros(5000)]), 1000.0
+    """One stiff direction limits ε: SGHMC crosses slow directions, whatever the number of flat ones."""
+    h, nbeta = torch.cat([torch.ones(1), torch.full((40,), 0.03), torch.zeros(5000)]), 1000.0
     exact = float((0.5 * nbeta * h.double() / (nbeta * h.double() + 1)).sum())
     found = run(Quadratic(h), nbeta=nbeta, num_draws=1000)
     plain = run(Quadratic(h), nbeta=nbeta, num_draws=1000, sampler="sgld")
-    assert found.settings["sampler"] == "sghmc" and 0.2 <= found.settings["momentum_decay"] < 1
+    assert found.settings["sampler"] == "sghmc"
+    assert LEAST_FRICTION <= found.settings["momentum_decay"] < 1
     assert found.settings["lr"] == plain.settings["lr"]
-    assert found.diagnostics["ess_bulk"] > 2 * plain.diagnostics["ess_bulk"]
     assert abs(found.llc_mean - exact) < SIGMAS * found.llc_stderr and found.llc_stderr < 0.05 * exact
 
 
