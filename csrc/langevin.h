@@ -31,6 +31,7 @@ enum Metric : int {
     kDriftSquare,     // sum of p drift^2, p the preconditioner
     kDriftNoise,      // sum of sqrt(p) drift xi; with the previous two: MALA's forward and backward densities
     kMomentumSquare,  // sum of squared momenta, after the update
+    kHeat,            // sum of g q, q what the rule says of itself: times nbeta it is what a step adds to nbeta L
     kNumMetrics
 };
 
@@ -48,6 +49,7 @@ struct Coordinate {
     T state[2];   // what the rule keeps between steps
     T drift = 0;  // for the metrics
     T scale = 1;  // p, likewise
+    T heat = 0;   // q, likewise
 };
 
 // nbeta g + gamma (w - w*) + mu w: the gradient of the localized, tempered potential.
@@ -88,6 +90,7 @@ struct Langevin {
     LLC_HD void move(Coordinate<T>& x, T grad, T p, T root_p) const {
         x.drift = potential.drift(x, grad);
         x.scale = p;
+        x.heat = T(0.25) * half_lr * p * x.drift;
         // The increment first, then one addition: w is rounded once.
         const T increment = fused(-half_lr * p, x.drift, noise_scale * root_p * x.noise);
         x.w = clamp_to_box(x.w + increment, x.anchor, box);
@@ -180,15 +183,18 @@ struct SGHMC {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
     Potential<T> potential;
-    T half_lr, keep, noise_scale, box;
+    T half_lr, keep, noise_scale, box, drift_heat, momentum_heat;
     LLC_HD SGHMC(const Scalars& s, uint64_t)
         : potential(s),
           half_lr(T(0.5 * s.lr)),
           keep(T(1.0 - s.friction)),
           noise_scale(T(s.noise_level * sqrt(s.lr * s.friction))),
-          box(T(s.bounding_box)) {}
+          box(T(s.bounding_box)),
+          drift_heat(T(s.lr / (8.0 * s.friction))),
+          momentum_heat(T((1.0 - s.friction) / (2.0 * s.friction))) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
         x.drift = potential.drift(x, x.grad);
+        x.heat = fused(drift_heat, x.drift, -momentum_heat * x.state[0]);
         move_with_momentum(x, fused(keep, x.state[0], fused(-half_lr, x.drift, noise_scale * x.noise)), box);
     }
 };

@@ -140,6 +140,7 @@ void update_and_measure(const Rule& rule, const Operands<T>& o, const uint8_t* m
         sums[kNoiseSquare][lane] += counted * x.noise * x.noise;
         sums[kDriftSquare][lane] += counted * x.scale * x.drift * x.drift;
         sums[kDriftNoise][lane] += counted * root(x.scale) * x.drift * x.noise;
+        sums[kHeat][lane] += counted * x.grad * x.heat;
         if constexpr (Rule::kStates > 0) sums[kMomentumSquare][lane] += counted * x.state[0] * x.state[0];
     };
     const int64_t whole = o.n / kWide * kWide;

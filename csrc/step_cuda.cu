@@ -117,6 +117,7 @@ __device__ inline void update_quad(const Rule& rule, const Step& step, const Seg
             sums[kNoiseSquare] += x.noise * x.noise;
             sums[kDriftSquare] += x.scale * x.drift * x.drift;
             sums[kDriftNoise] += root(x.scale) * x.drift * x.noise;
+            sums[kHeat] += x.grad * x.heat;
             if (Rule::kStates > 0) sums[kMomentumSquare] += x.state[0] * x.state[0];
         }
         if (moves) w[k] = x.w;

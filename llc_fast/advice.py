@@ -111,8 +111,11 @@ def _heat_removed(result: LLCResult) -> float:
     if not result.settings.get("heat_correction") or result.heat_trace is None:
         return 0.0
     chains, count = result._kept
+    if not chains or not count:
+        return math.nan
     heat = float(result.heat_trace[chains][:, result.schedule.draws][:, :count].mean())
-    return heat / (heat + result.llc_mean)
+    total = heat + result.llc_mean
+    return heat / total if total else math.nan
 
 
 def _draws_before(step: float, schedule: Schedule) -> int:
@@ -154,6 +157,8 @@ def advise(result: LLCResult) -> list[str]:
 
 def _about_step_size(result: LLCResult, figures: _Figures) -> list[str]:
     accepted, heating, lr = figures.acceptance, figures.heating, result.settings["lr"]
+    if "acceptance_per_chain" in result.diagnostics:
+        return []  # proposals are accepted or rejected: no bias
     if result.settings.get("heat_correction"):  # then neither says anything about λ̂
         removed = figures.heat_removed
         if not removed > MAX_HEAT:

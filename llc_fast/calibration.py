@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llc_fast.baseline import Baseline
-from llc_fast.chains import Monitor, Schedule, run_chains
+from llc_fast.chains import LOST_AFTER, Monitor, Schedule, run_chains
 from llc_fast.data import mix
 from llc_fast.diagnostics import standard_error
 from llc_fast.gradients import Plan
@@ -38,16 +38,16 @@ HEAT = 0.1
 """The share of heat in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 PILOT_SHARE = 0.13
 """Gradients of the pilot chains, of those of all chains."""
-_STAGES = 4
+_STAGES = (1 / 16, 3 / 16, 3 / 4)
+"""Lengths of the pilot chains, as shares of their gradients: the last is four tenths as long as the four chains of a
+run, long enough to see what becomes of heat."""
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
-_KINETIC_ERROR = 0.02
-"""The standard error that momentum may add to λ̂ through the correction, relative to what the pilot has seen of it."""
 DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
 LEAST_PILOT = 64
 """Gradients below which pilots would tell nothing."""
-LEAST_FRICTION = 0.2
-"""With less, directions of middling curvature swing instead of forgetting."""
+LEAST_FRICTION = 0.5
+"""With less, heat feeds on itself where gradient noise grows with the loss: chains were lost at 0.25."""
 
 
 PILOT_BATCHES = 20
@@ -193,12 +193,13 @@ def run_pilot(
     seed: int,
     monitor: Monitor | None = None,
 ) -> PilotResult:
-    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each twice as long as the last.
+    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each longer than the one before.
 
     Where there is less heat than that, momentum takes up the slack: the friction α is lowered, which multiplies heat
     and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
-    costs half of the gradients and makes every stage an experiment of its own; growing lengths see the curvature of
-    the places that chains reach later.
+    makes every stage an experiment of its own. Heat grows where the curvature does on the way, so the last stage is
+    judged by what its share of heat will have become at the end of the run, which may be two tenths. Stages whose
+    chain is lost are run again with an eighth of ε.
 
     Args:
         posterior: what is sampled.
@@ -209,14 +210,19 @@ def run_pilot(
         nbeta, init_loss: nβ and L(w*).
         baseline: the minibatches' losses at w*, if chains are to be paired with them.
         num_chains: of the run that is being prepared.
-        num_steps: gradients to spend.
+        num_steps: gradients to spend; more where chains are lost, at most twice.
         seed: of the run; the pilots' noise and minibatches are their own.
         monitor: told of progress.
+
+    Raises:
+        ValueError: all chains were lost.
     """
-    share, most, friction, spent = math.nan, lr, 1.0, 0
+    share, most, friction = math.nan, lr, 1.0
     corrected: NDArray[np.float64] = np.zeros(0)
-    for stage in range(_STAGES):
-        length = max(16, num_steps >> (_STAGES - stage))
+    stage, attempt, spent = 0, 0, 0
+    while stage < len(_STAGES) and spent < num_steps:
+        last = stage == len(_STAGES) - 1
+        length = max(16, int(_STAGES[stage] * num_steps))
         sampler = make(lr, friction)
         if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
@@ -225,34 +231,53 @@ def run_pilot(
             sampler,
             Schedule(length, 0),
             chains=range(1),
-            seed=mix(mix(seed, _PILOT), stage),
+            seed=mix(mix(seed, _PILOT), attempt),
             plan=plan,
             baseline=baseline,
             monitor=monitor,
         )
-        spent += length
-        record = run.records[0]
+        record, attempt = run.records[0], attempt + 1
+        spent += min(length, int(np.isfinite(record.losses).sum()) + LOST_AFTER)
         excess, heat = nbeta * (record.losses[0] - init_loss), record.heats[0]
         late = slice(length // 2, None)
-        if np.isfinite(excess).all():
+        if np.isfinite(excess).all() and np.isfinite(heat).all():
+            stage += 1
             corrected = excess - heat
             found, warmth = float(excess[late].mean()), float(heat[late].mean())
             if found <= 0:  # w* is no minimum: no reason to blame the step size
                 continue
             share = warmth / found
-            change = min(max(HEAT / max(share, 1e-12), 1 / 8), 4.0)
-        else:
+            if last:  # what no pilot has tried is not used
+                ahead = num_steps / (PILOT_SHARE * num_chains * length)
+                change = min(2 * HEAT / max(_share_ahead(excess, heat, ahead), 1e-12), 1.0)
+            else:  # what becomes warmer stops at half of the goal
+                change = HEAT / max(share, 1e-12)
+                change = min(change, max(1.0, change / 2), 2.0)
+            change = max(change, 1 / 8)
+        else:  # the stage once more
             change = 1 / 8
-        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little,
-        # and only if what the kinetic energy of all P directions adds to the error of λ̂, √(P/αN) from N draws, is small.
+        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little.
         wanted = lr / friction * change
         lr = min(most, wanted)
-        settled = float(corrected[late].mean()) if len(corrected) else 0.0
-        noise = math.sqrt(2 * posterior.num_parameters * PILOT_SHARE / (least_friction * num_steps))
-        friction = min(1.0, max(lr / wanted, least_friction)) if noise < _KINETIC_ERROR * settled else 1.0
+        friction = min(1.0, max(lr / wanted, least_friction))
+    if not stage:
+        raise ValueError(
+            f"lr=None: no step size can be chosen, chains from w* became non-finite down to lr={8 * lr:.2g}; is there "
+            "any curvature at w*? pass lr, or a larger localization"
+        )
     return PilotResult(lr, friction, share, _length_for(corrected, num_chains), spent)
 
 
+def _share_ahead(excess: NDArray[np.float64], heat: NDArray[np.float64], ahead: float) -> float:
+    """The share of heat at `ahead` times the length of a trace, by the power law of its last two quarters."""
+    quarters = [slice(len(heat) * k // 4, len(heat) * (k + 1) // 4) for k in (2, 3)]
+    before, after = (float(heat[q].mean()) / max(float(excess[q].mean()), 1e-12) for q in quarters)
+    power = math.log(after / before) / math.log(7 / 5) if 0 < before < after else 0.0
+    return float(after * max(ahead / (7 / 8), 1.0) ** min(power, _STEEPEST))
+
+
+_STEEPEST = 0.75
+"""Power of the number of steps with which heat is taken to grow at most: what is steeper is noise."""
 _PILOT = 0x9107
 """Sets the pilots' seeds apart from those of all chains."""
 

@@ -139,6 +139,8 @@ class ChainRecord:
         return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together)
 
 
+LOST_AFTER = 64
+"""Steps at most until it is noticed that all chains of a group are lost."""
 _NUMPY_HAS = (torch.float32, torch.float64)
 
 
@@ -242,7 +244,7 @@ class _Group:
                 self._heat_rows[:, step] = self._state.heat()
         self.step += 1
         # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
-        if self.step % 64 == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):
+        if self.step % LOST_AFTER == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):
             self.step = self._schedule.num_steps
         self.is_done = self.step == self._schedule.num_steps
 

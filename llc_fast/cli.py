@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+CALIBRATED_STEPS = 8800
+"""Of a chain; half of them are draws."""
+
 app = typer.Typer(
     help="Estimate the local learning coefficient (LLC) of PyTorch models.",
     no_args_is_help=True,
@@ -19,9 +22,9 @@ app = typer.Typer(
 
 
 def _network_row(
-    size: str, seed: int, *, chains: int, steps: int | None, device: str, progress: bool
+    size: str, seed: int, *, paper: bool, chains: int, steps: int | None, device: str, progress: bool
 ) -> tuple[dict[str, Any], Any]:
-    """Estimate one network of a class with the paper's SGLD settings; returns a table row and the result."""
+    """Estimate one network of a class, calibrated or with the paper's settings; returns a table row and the result."""
     import torch
 
     from llc_fast.estimate import estimate_llc
@@ -29,13 +32,13 @@ def _network_row(
 
     problem = deep_linear.make_problem(size, seed, device)
     settings = deep_linear.SIZE_CLASSES[size]
-    num_steps = settings.num_steps if steps is None else steps
-    num_draws = max(1, num_steps // 5)
+    num_steps = (settings.num_steps if paper else CALIBRATED_STEPS) if steps is None else steps
+    num_draws = max(1, num_steps // (5 if paper else 2))
     result = estimate_llc(
         problem.model,
         problem.data,
         torch.nn.functional.mse_loss,
-        lr=settings.lr,
+        lr=settings.lr if paper else None,
         localization=deep_linear.LOCALIZATION,
         batch_size=deep_linear.BATCH_SIZE,
         num_chains=chains,
@@ -56,7 +59,7 @@ def _network_row(
         "llc_stderr": result.llc_stderr,
         "rel_error": (result.llc_mean - known) / known if known else math.nan,
         "seconds": result.settings["seconds"],
-        "steps": chains * num_steps,
+        "steps": chains * num_steps + result.diagnostics.get("pilot_steps", 0),
         "warnings": result.warnings,
     }
     return row, result
@@ -75,7 +78,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _run_networks(
-    plan: list[tuple[str, int]], *, chains: int, steps: int | None, device: str, progress: bool
+    plan: list[tuple[str, int]], *, paper: bool, chains: int, steps: int | None, device: str, progress: bool
 ) -> tuple[list[dict[str, Any]], Any]:
     """Estimate the networks of `plan` (size, seed), printing a row as each is done; rows and the last result."""
     from llc_fast.estimate import check_device
@@ -84,7 +87,9 @@ def _run_networks(
     typer.echo(_HEADER)
     rows, result = [], None
     for size, seed in plan:
-        row, result = _network_row(size, seed, chains=chains, steps=steps, device=device, progress=progress)
+        row, result = _network_row(
+            size, seed, paper=paper, chains=chains, steps=steps, device=device, progress=progress
+        )
         rows.append(row)
         typer.echo(_line(row))
     errors = sorted(abs(r["rel_error"]) for r in rows if math.isfinite(r["rel_error"]))
@@ -135,12 +140,11 @@ def demo(
     typer.echo(
         "The learning coefficient λ says how fast the volume of almost-as-good parameters grows around a trained\n"
         "network: the smaller λ, the simpler the solution. For deep linear networks theory gives λ exactly, so they\n"
-        "show whether an estimator works. Each row is one random network; λ̂ comes from sampling near its weights,\n"
-        "with the same settings for all. Deep networks of low rank come out low or uncertain: they have directions so\n"
-        "flat that chains of this length have not explored them.\n"
+        "show whether an estimator works. Each row is one random network; λ̂ comes from sampling near its weights.\n"
+        "Nothing is set by hand: step size, momentum and the correction of λ̂ come from short pilot chains.\n"
     )
     plan = [("1k", seed + k) for k in range(6)] + [("10k", seed + k) for k in range(3)]
-    rows, result = _run_networks(plan, chains=2, steps=None, device="cpu", progress=progress)
+    rows, result = _run_networks(plan, paper=False, chains=2, steps=None, device="cpu", progress=progress)
     _write(rows, result, json_path, plot_path)
 
 
@@ -149,20 +153,21 @@ def dln(
     size: Annotated[str, typer.Option(help="Class of networks: 1k, 10k, 1M, 10M, 30M or 100M parameters.")] = "1k",
     networks: Annotated[int, typer.Option(min=1, help="How many networks.")] = 4,
     seed: Seed = 0,
-    chains: Annotated[int, typer.Option(min=1, help="Chains for each network.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=10, help="Steps of a chain; default: the paper's.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="SGLD with the paper's settings, set by hand.")] = False,
+    chains: Annotated[int, typer.Option(min=1, help="Chains for each network.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=10, help="Steps of a chain; default: 8,800, or the paper's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     json_path: JsonPath = None,
     plot_path: PlotPath = None,
     progress: Progress = True,
 ) -> None:
-    """Estimate deep linear networks of one of the classes of Furman & Lau 2024, with that paper's settings."""
+    """Estimate deep linear networks of one of the classes of Furman & Lau 2024, calibrated or with its settings."""
     from llc_fast.problems.deep_linear import SIZE_CLASSES
 
     if size not in SIZE_CLASSES:
         raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZE_CLASSES)}", param_hint="--size")
     plan = [(size, seed + k) for k in range(networks)]
-    rows, result = _run_networks(plan, chains=chains, steps=steps, device=device, progress=progress)
+    rows, result = _run_networks(plan, paper=paper, chains=chains, steps=steps, device=device, progress=progress)
     _write(rows, result, json_path, plot_path)
 
 

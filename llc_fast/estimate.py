@@ -341,12 +341,14 @@ def calibrate(
     generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
     with generators, large_blocks_apart(where.type == "cpu" and _num_elements(model) > LARGE_MODEL):
         posterior = _posterior(request, model, data, loss_fn, where, params)
-        plan = make_plan(posterior, request.sampler_with(1.0, 1.0), 1, strategy=strategy)
+        # The plan of the run: another number of threads may round differently.
+        plan = make_plan(posterior, request.sampler_with(1.0, 1.0), request.num_chains, strategy=strategy)
         check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
         with threads(plan.num_threads):
             at_anchor = losses_at_anchor(posterior, request.nbeta_for(posterior.source), request.seed)
             chosen = _choose(request, posterior, at_anchor, plan, None, None, _PilotBar(progress))
     request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
+    is_loader = isinstance(posterior.source, LoaderSource)
     found = Calibration(
         sampler=request.sampler,
         lr=chosen["lr"],
@@ -356,10 +358,13 @@ def calibrate(
         num_draws=request.schedule.num_draws,
         num_burnin=request.schedule.num_burnin,
         num_steps_bw_draws=request.schedule.num_steps_bw_draws,
-        batch_size=posterior.source.batch_size,
+        # A loader decides for itself, and adjusted samplers take everything.
+        batch_size=request.batch_size if is_loader or request.is_adjusted else posterior.source.batch_size,
         heat_correction=chosen["heat_correction"],
     )
-    extra = {"momentum_decay": request.options["momentum_decay"]} if "momentum_decay" in request.options else {}
+    # With an lr that is given, adjusted samplers would not adapt it.
+    kept = ("momentum_decay", "adapt_steps") if request.is_adjusted else ("momentum_decay",)
+    extra = {k: request.options[k] for k in kept if k in request.options}
     if sampler_options or extra:
         found["sampler_options"] = {**(sampler_options or {}), **extra}
     found.reason = _why(chosen, request)
@@ -639,7 +644,7 @@ def _result(
 ) -> LLCResult:
     losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
     if chosen["heat_correction"]:
-        with np.errstate(invalid="ignore"):  # of lost chains both are infinite
+        with np.errstate(invalid="ignore"):  # of a lost chain
             losses = losses - heats / chosen["nbeta"]
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     schedule = request.schedule

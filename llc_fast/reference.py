@@ -174,6 +174,7 @@ class Coordinates:
         thermostat: of the chain, for SGNHT.
         drift: nβ·g + γ(w − w*) + μ·w, set by the rule.
         scale: the preconditioner p that the rule used.
+        heat: q of the rule; Σ nβ·g·q is what its steps add to nβ·L, see :meth:`llc_fast.samplers.Sampler.heat`.
     """
 
     w: Tensor
@@ -185,6 +186,7 @@ class Coordinates:
     thermostat: Tensor | float = 0.0
     drift: Tensor | float = 0.0
     scale: Tensor | float = 1.0
+    heat: Tensor | float = 0.0
 
 
 def _drift(x: Coordinates, grad: Tensor, s: StepScalars) -> Tensor:
@@ -200,6 +202,7 @@ def _clamp_to_box(w: Tensor, anchor: Tensor, s: StepScalars) -> Tensor:
 def _langevin(x: Coordinates, grad: Tensor, p: Tensor | float, s: StepScalars) -> None:
     """w ← w − (ε/2)·p·drift + σ·√(ε p)·ξ, then the box."""
     x.drift, x.scale = _drift(x, grad, s), p
+    x.heat = s.lr / 8 * p * x.drift
     x.w = _clamp_to_box(
         x.w - 0.5 * s.lr * p * x.drift + s.noise_level * math.sqrt(s.lr) * p**0.5 * x.noise, x.anchor, s
     )
@@ -243,6 +246,7 @@ def adam_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
 def sghmc(x: Coordinates, s: StepScalars, step: int) -> None:
     """SGHMC (Chen et al. 2014, eq. 15, η = ε/2): v ← (1 − α)v − (ε/2)·drift + σ√(εα)·ξ (state 0), w ← w + v."""
     x.drift = _drift(x, x.grad, s)
+    x.heat = (s.lr / 8 * x.drift - (1 - s.friction) / 2 * x.state[0]) / s.friction
     noise = s.noise_level * math.sqrt(s.lr * s.friction) * x.noise
     _move_with_momentum(x, (1 - s.friction) * x.state[0] - 0.5 * s.lr * x.drift + noise, s)
 
@@ -267,12 +271,12 @@ RULES: dict[str, Callable[[Coordinates, StepScalars, int], None]] = {
 }
 """Every rule by name; the native module knows the same ones."""
 
-METRICS = ("grad", "distance", "weight", "noise", "drift", "drift_noise", "momentum")
-"""What a step can sum up: Σg², Σ(w − w*)² before the step, Σw² after it, Σξ², Σp·drift², Σ√p·drift·ξ, Σv²."""
+METRICS = ("grad", "distance", "weight", "noise", "drift", "drift_noise", "momentum", "heat")
+"""What a step can sum up: Σg², Σ(w − w*)² before the step, Σw² after it, Σξ², Σp·drift², Σ√p·drift·ξ, Σv², Σg·q."""
 
 
 def apply(rule: str, x: Coordinates, s: StepScalars, step: int) -> Tensor:
-    """Run one rule on `x` and return the seven sums of `METRICS`, float64."""
+    """Run one rule on `x` and return the eight sums of `METRICS`, float64."""
     before = x.w
     RULES[rule](x, s, step)
     momentum = x.state[0] if x.state else torch.zeros_like(x.w)
@@ -285,5 +289,6 @@ def apply(rule: str, x: Coordinates, s: StepScalars, step: int) -> Tensor:
         scale * drift**2,
         scale.sqrt() * drift * x.noise,
         momentum**2,
+        x.grad * x.heat,
     ]
     return torch.stack([term.double().sum() for term in terms])

@@ -189,23 +189,23 @@ class Sampler:
         return scalars._replace(eps=scalars.eps * math.sqrt(mean))
 
     @classmethod
-    def heat(cls, scalars: StepScalars, metrics: Any, count: int) -> Any:
-        r"""What step size and gradient noise add to nβ·(L − L(w*)): (ε/8)·Σ p·G², G the stochastic drift of the step.
+    def heat(cls, scalars: StepScalars, metrics: Any) -> Any:
+        r"""What step size and gradient noise add to nβ·(L − L(w*)): (ε/8)·Σ p·G·nβg, G the drift as the step saw it.
 
-        In a stationary chain ‖w − w*‖² does not grow: with w' = w − (ε/2)pG + √(εp)ξ and d elements this says
-        E[(w − w*)·G] = d + (ε/4)·E[Σ pG²]. The posterior has d there, and in a quadratic well half of
-        (w − w*)·∇(nβL) is nβ·(L − L(w*)), so the second term is what λ̂ has too much, half of it: exactly, whatever
-        the step size and the covariance of the minibatch noise.
+        In a stationary chain ‖w − w*‖² does not grow: in a direction of curvature a = nβh + γ of a quadratic well,
+        w' = w − (ε/2)pG + √(εp)ξ says a·E[(w − w*)²] = 1 + (ε/4)·E[pG²]. The posterior has 1 there, and the loss has
+        the share nβh/a of half of the rest. That share of G is nβg, so this is exact whatever the step size; only
+        minibatch noise in directions that γ holds more than the loss is counted whole. Directions that the loss does
+        not see count nothing, wherever the chain is in them.
 
         Args:
             scalars: of the step.
-            metrics: its sums, float64 ``[num_chains, 7]``, a tensor or an array.
-            count: elements that may move.
+            metrics: its sums, float64 ``[num_chains, 8]``, a tensor or an array.
 
         Returns:
             One number for each chain, in units of λ.
         """
-        return scalars.lr / 8 * metrics[:, METRICS.index("drift")]
+        return scalars.nbeta * metrics[:, METRICS.index("heat")]
 
     @classmethod
     def follow(
@@ -355,6 +355,9 @@ class SGHMC(Sampler):
     With α = 1 it is SGLD with the same ε; smaller α keeps momentum for about 1/α steps and crosses flat directions
     faster. The noise of the gradients is not estimated (their B̂ = 0). The start is v = 0.
 
+    Its heat is Σ nβg·((ε/8)·G − (1 − α)·v/2)/α with v the momentum before the step: a·E[w²] = (2 − α)·E[v²]/ε from
+    E[w·v] = E[v²]/2 in a stationary chain, and what is above 1 there follows from the balance of v², both linear in G.
+
     Attributes:
         momentum_decay: the friction α, in (0, 1].
     """
@@ -371,14 +374,6 @@ class SGHMC(Sampler):
     @classmethod
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
         return super().scalars(options)._replace(friction=float(options["momentum_decay"]))
-
-    @classmethod
-    def heat(cls, scalars: StepScalars, metrics: Any, count: int) -> Any:
-        r"""((2 − α)·Σv²/ε − d)/2: here the drift does E[(w − w*)·G] = (2 − α)·E[Σv²]/ε.
-
-        From E[w·v] = E[v²]/2, the same stationarity as for SGLD, which is the case α = 1.
-        """
-        return ((2 - scalars.friction) / scalars.lr * metrics[:, METRICS.index("momentum")] - count) / 2
 
 
 @dataclass(frozen=True)

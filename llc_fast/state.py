@@ -253,7 +253,7 @@ class ChainState:
 
     def heat(self) -> Any:
         """What the last step tells about :meth:`Sampler.heat`, ``[num_chains]``: NumPy's on a CPU, else a tensor."""
-        return self._sampler.heat(self._scalars, self._sums, self._num_moving)
+        return self._sampler.heat(self._scalars, self._sums)
 
     def start_parts(self) -> None:
         """Before the first :meth:`move_one` of a step."""

@@ -225,7 +225,7 @@ class SegmentTable:
             scalars: hyperparameters.
             key: names the noise; chain c of the table uses ``key.chain + c``.
             thermostat: float64, one value for each chain, read by SGNHT.
-            metrics: float64 ``[num_chains, 7]``, receives the sums named in ``reference.METRICS``; the same bits for
+            metrics: float64 ``[num_chains, 8]``, receives the sums named in ``reference.METRICS``; the same bits for
                 any number of threads. None: not computed.
             device_scalars, device_step: on a CUDA device, the scalars (float64) and the step (int64) to read when the
                 kernel runs, instead of those given here: a captured CUDA graph then follows them.

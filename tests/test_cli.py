@@ -115,7 +115,7 @@ def test_dln_repeats_itself(tmp_path: Path) -> None:
 def test_dln_of_another_class(tmp_path: Path) -> None:
     """--size chooses the class; its name and its steps are in the row."""
     (row,) = _rows(tmp_path / "rows.json", "--size", "10k", "--networks", "1", "--steps", "10", "--seed", "2")
-    assert row["size"] == "10k" and row["steps"] == 10
+    assert row["size"] == "10k" and row["steps"] == 20
     assert row["parameters"] == deep_linear.make_problem("10k", 2).num_parameters
 
 
@@ -123,14 +123,21 @@ def test_dln_steps_default_to_the_papers(tmp_path: Path, monkeypatch: pytest.Mon
     """Without --steps a chain is as long as its class says."""
     shorter = dataclasses.replace(deep_linear.SIZE_CLASSES["1k"], num_steps=30, num_samples=2000)
     monkeypatch.setitem(deep_linear.SIZE_CLASSES, "1k", shorter)
-    (row,) = _rows(tmp_path / "rows.json", "--networks", "1", "--chains", "3")
+    (row,) = _rows(tmp_path / "rows.json", "--networks", "1", "--chains", "3", "--paper")
     assert row["steps"] == 90
+
+
+def test_dln_counts_the_pilots_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrated estimates say what they took in all: at most a fifth more than the chains themselves."""
+    monkeypatch.setattr(cli, "CALIBRATED_STEPS", 400)
+    (row,) = _rows(tmp_path / "rows.json", "--networks", "1", "--chains", "3")
+    assert 1200 < row["steps"] <= 1440
 
 
 def test_what_can_not_be_estimated_is_null(tmp_path: Path) -> None:
     """Too few draws for an error bar: null, since NaN is no JSON; the screen says nan."""
     path = tmp_path / "rows.json"
-    (row,) = _rows(path, "--networks", "1", "--steps", "10")
+    (row,) = _rows(path, "--paper", "--networks", "1", "--chains", "1", "--steps", "10")
     assert row["llc_stderr"] is None and math.isfinite(row["llc_mean"])
     assert "NaN" not in path.read_text()
 
@@ -141,7 +148,7 @@ def test_lost_estimates_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     wild = dataclasses.replace(deep_linear.SIZE_CLASSES["1k"], lr=1e3, num_samples=2000)
     monkeypatch.setitem(deep_linear.SIZE_CLASSES, "1k", wild)
     rows, plot = tmp_path / "rows.json", tmp_path / "plot.png"
-    arguments = ["--networks", "2", "--steps", "50", "--json", str(rows), "--plot", str(plot)]
+    arguments = ["--paper", "--networks", "2", "--steps", "50", "--json", str(rows), "--plot", str(plot)]
     result = _run("dln", "--no-progress", *arguments)
     assert result.exit_code == 0, result.output
     for row in json.loads(rows.read_text()):
@@ -184,8 +191,8 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo estimates nine networks of two classes and leaves one picture in the working folder."""
     pytest.importorskip("matplotlib")
     for size, settings in list(deep_linear.SIZE_CLASSES.items()):
-        shorter = dataclasses.replace(settings, num_steps=20, num_samples=2000)
-        monkeypatch.setitem(deep_linear.SIZE_CLASSES, size, shorter)
+        monkeypatch.setitem(deep_linear.SIZE_CLASSES, size, dataclasses.replace(settings, num_samples=2000))
+    monkeypatch.setattr(cli, "CALIBRATED_STEPS", 20)
     monkeypatch.chdir(tmp_path)
     result = _run("demo", "--no-progress", "--json", "rows.json")
     assert result.exit_code == 0, result.output

@@ -283,7 +283,7 @@ def test_metrics_are_what_they_say(name: str) -> None:
     torch.testing.assert_close(optimizer.dws[0], drift)
     with pytest.raises(AttributeError, match="was not measured"):
         _ = llc_fast.SGLD([a]).distance
-    assert len(METRICS) == 7
+    assert len(METRICS) == 8
 
 
 def test_sgld_moves_by_its_reported_drift_and_noise() -> None:

@@ -115,6 +115,7 @@ def _check(rule: str, w: Tensor, grad: Tensor, s: StepScalars, *, offset: int = 
     sums = x.sums  # type: ignore[attr-defined]
     scale = sums.abs() + wide_terms.square().sum() * torch.finfo(w.dtype).eps * 64
     scale[reference.METRICS.index("drift_noise")] += float((x.drift.abs() * p.sqrt() * x.noise.abs()).sum())  # type: ignore[union-attr]
+    scale[reference.METRICS.index("heat")] += float((x.grad * torch.as_tensor(x.heat)).abs().sum())
     assert ((metrics[0] - sums).abs() <= 600 * torch.finfo(w.dtype).eps * scale).all()
 
 
