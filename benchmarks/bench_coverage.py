@@ -201,9 +201,7 @@ def row_of(name: str, mode: str, problem: Problem, results: list[LLCResult], sec
         "spread / stated": spread / float(np.sqrt((stated**2).mean())),
         "half width / spread": float((bounds[:, 1] - bounds[:, 0]).mean()) / 2 / spread,
         "ESS": float(np.median([r.diagnostics["ess_bulk"] for r in results])),
-        "heat removed": None
-        if mode != "defaults"
-        else float(np.median([r.diagnostics["heat_removed"] for r in results])),
+        "heat removed": float(np.median([r.diagnostics["heat_removed"] for r in results])) if corrected else None,
         "with a warning": sum(bool(r.warnings) for r in results),
         "seconds": seconds,
     }
