@@ -1,7 +1,7 @@
 """How far λ̂ is from λ: deep linear networks of Furman & Lau 2024, nothing tuned for any of them.
 
-    python benchmarks/bench_accuracy.py [--networks 30] [--sizes 1k 10k] [--seed 700000] [--defaults] [--rivals]
-                                        [--json PATH]
+    python benchmarks/bench_accuracy.py [--networks 30] [--sizes 1k 10k] [--seed 700000] [--defaults]
+                                        [--rivals | --only-rivals] [--json PATH]
 
 λ is Aoyagi's for the rank of the product (global; where single layers have a higher rank than the product, the local
 coefficient at w* is larger). Every estimate may take 4 chains × 10,000 gradients, pilot chains included, with the
@@ -105,14 +105,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=700_000, help="of the first network")
     parser.add_argument("--defaults", action="store_true")
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--only-rivals", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for size in options.sizes:
-        methods: dict[str, Any] = {"llc_fast, nothing tuned": with_nothing_given}
+        methods: dict[str, Any] = {}
+        if not options.only_rivals:
+            methods["llc_fast, nothing tuned"] = with_nothing_given
         if options.defaults:
             methods["llc_fast, defaults"] = with_defaults
-        if options.rivals:
+        if options.rivals or options.only_rivals:
             paper = SIZE_CLASSES[size].lr
             methods[f"SGLD as in the paper, ε = {paper:g}"] = lambda p, lr=paper: with_papers_settings(p, lr)
             for step in RMSPROP_GRID:
