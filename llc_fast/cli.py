@@ -141,7 +141,8 @@ def demo(
         "The learning coefficient λ says how fast the volume of almost-as-good parameters grows around a trained\n"
         "network: the smaller λ, the simpler the solution. For deep linear networks theory gives λ exactly, so they\n"
         "show whether an estimator works. Each row is one random network; λ̂ comes from sampling near its weights.\n"
-        "Nothing is set by hand: step size, momentum and the correction of λ̂ come from short pilot chains.\n"
+        "Nothing is set by hand: step size, momentum and the correction of λ̂ come from short pilot chains. Where a\n"
+        "warning stands below a row the chains were too short: some deep networks of low rank are that flat.\n"
     )
     plan = [("1k", seed + k) for k in range(6)] + [("10k", seed + k) for k in range(3)]
     rows, result = _run_networks(plan, paper=False, chains=2, steps=None, device="cpu", progress=progress)
