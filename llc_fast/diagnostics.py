@@ -46,8 +46,7 @@ def standard_error(draws: NDArray[np.float64]) -> StandardError:
     candidates = []
     if chains and length >= 4:
         batches = math.ceil(length ** (1 / 3))
-        size = length // batches
-        means = draws[:, length - batches * size :].reshape(chains, batches, size).mean(axis=2)
+        means = _batch_means(draws, batches)
         within = means.var(axis=1, ddof=1).mean()
         candidates.append(StandardError(math.sqrt(within / (chains * batches)), chains * (batches - 1)))
         error, variance = error_within(draws), float(draws.var(axis=1).mean())
@@ -58,6 +57,14 @@ def standard_error(draws: NDArray[np.float64]) -> StandardError:
         between = draws.mean(axis=1).var(ddof=1)
         candidates.append(StandardError(math.sqrt(between / chains), chains - 1))
     return max(candidates, default=StandardError(math.nan, 0))
+
+
+def _batch_means(draws: NDArray[np.float64], batches: int) -> NDArray[np.float64]:
+    """Means ``[chain, batch]`` of consecutive batches of equal length; what is left over is dropped at the start."""
+    chains, length = draws.shape
+    size = length // batches
+    means: NDArray[np.float64] = draws[:, length - batches * size :].reshape(chains, batches, size).mean(axis=2)
+    return means
 
 
 # ---- traces ------------------------------------------------------------------------------------------------
@@ -80,8 +87,7 @@ def drift(draws: NDArray[np.float64]) -> Drift:
     batches = math.isqrt(length)
     if not chains or batches < 3:
         return Drift(math.nan, math.nan)
-    size = length // batches
-    means = draws[:, length - batches * size :].reshape(chains, batches, size).mean(axis=2)
+    means = _batch_means(draws, batches)
     time = (np.arange(batches) - (batches - 1) / 2) / batches
     slopes = means @ time / (time @ time)
     residuals = means - means.mean(axis=1, keepdims=True) - np.outer(slopes, time)

@@ -82,7 +82,7 @@ class Metropolis:
     ) -> None:
         self._sampler, self._state, self._gradient, self._feed = sampler, state, gradient, feed
         self._first_chain = first_chain
-        self._anchor, self._metric = state.anchor_rows(), state.metric_rows()
+        self._anchor, self._metric = state.rows_of(state.anchor, torch.float64), state.metric_rows()
         self._place: _Place | None = None
 
     # ---- what the engine calls -----------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Metropolis:
     def _look(self, batch: Batch) -> _Place:
         """Energy and slope at `state`, apart from the memory that the next evaluation writes to."""
         sampler, evaluation = self._sampler, self._gradient.evaluate(batch)
-        grads = self._state.pack(self._gradient.gradients())
+        grads = self._state.rows_of(self._gradient.gradients(), torch.float64)
         samples = evaluation.samples
         if samples is None:
             loss = evaluation.loss.to(torch.float64, copy=True)

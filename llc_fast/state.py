@@ -103,9 +103,12 @@ class ChainState:
         """The step from which on the metric stays as it is."""
         return self._scalars.adapt_steps if self._sampler.adaptive else 0
 
-    def rows_of(self, values: Sequence[Tensor | float]) -> Tensor:
-        """A copy of what is given for each parameter, of one chain or all, laid out like `w`; 0 in between."""
-        rows = torch.zeros_like(self.w)
+    def rows_of(self, values: Sequence[Tensor | float], dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of what is given for each parameter, of one chain or all, laid out like `w`; 0 in between.
+
+        In the precision of `w` unless `dtype` says otherwise.
+        """
+        rows = self._rows(dtype or self.w.dtype)
         for k, value in enumerate(values):
             self._view(rows, k).copy_(torch.as_tensor(value))
         return rows
@@ -163,13 +166,11 @@ class ChainState:
     def at(self, w: Tensor) -> Iterator[None]:
         """The parameters elsewhere for a while."""
         before = self.w.clone()
-        self.w.copy_(w)
-        self._show()
+        self.put(w)
         try:
             yield
         finally:
-            self.w.copy_(before)
-            self._show()
+            self.put(before)
 
     def arrays(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: the state of a chain row by row, ``[num_chains, …]``."""
@@ -198,28 +199,19 @@ class ChainState:
         """What the sampler keeps beside tensors like w: a number, or a tensor with a row for each chain."""
         return self._memory
 
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor for each parameter, that of each chain or one for all, in the layout of `w`; 0 in the gaps."""
-        rows = self._rows(torch.float64)
-        for k, tensor in enumerate(tensors):
-            self._view(rows, k).copy_(tensor)
-        return rows
-
-    def anchor_rows(self) -> Tensor:
-        """w*."""
-        return self.pack(self._anchor)
-
     def metric_rows(self) -> Tensor:
         """√A, the root of the preconditioner; 0 where nothing moves: outside masks, and in the gaps."""
         roots = [torch.as_tensor(s.preconditioner, dtype=torch.float64).to(self._device).sqrt() for s in self._segments]
-        return self.pack([r if m is None else r * m for r, m in zip(roots, self._masks, strict=True)])
+        return self.rows_of([r if m is None else r * m for r, m in zip(roots, self._masks, strict=True)], torch.float64)
 
     def noise_rows(self, step: int) -> Tensor:
         """ξ of a step, the same that the fused step makes."""
         total = self._offsets[-1] + self._anchor[-1].numel()
         flat = self._normals(total, step)
         parts = zip(self._offsets, self._anchor, strict=True)
-        return self.pack([flat[:, start : start + p.numel()].view(-1, *p.shape) for start, p in parts])
+        return self.rows_of(
+            [flat[:, start : start + p.numel()].view(-1, *p.shape) for start, p in parts], torch.float64
+        )
 
     def numbers(self, step: int, stream: int) -> Tensor:
         """Four normals for each chain, ``[num_chains, 4]``, of another stream than the noise."""
