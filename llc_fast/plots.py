@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from llc_fast.result import LLCResult
 
 
-def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float = 4.4) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its axes, row by row; `width` and `height` of each in inches."""
     # Not pyplot: no global state, no display, nothing to close.
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('plots need Matplotlib: pip install "llc_fast[plot]"') from error
-    figure = Figure(figsize=(5.2 * columns, 4.4), layout="constrained")
-    return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(rows * columns)]
 
 
 def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -46,7 +47,7 @@ def draw_traces(axes: Axes, result: LLCResult, *, known: float | None = None) ->
 
 def plot_result(result: LLCResult) -> Figure:
     """Loss traces, and the running λ̂ of each chain with the final interval."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     draw_traces(left, result)
     left.set_title("loss along the chains")
     draws = np.arange(1, result.schedule.num_draws + 1)
@@ -68,7 +69,7 @@ def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None)
         rows: dictionaries with ``lambda_true``, ``llc_mean``, ``llc_stderr`` and ``size`` (the class).
         example: the result of the last row.
     """
-    figure, axes = _figure(1 if example is None else 2)
+    figure, axes = new_figure(1 if example is None else 2)
     from matplotlib.ticker import LogFormatter
 
     values = np.array([[r["lambda_true"], r["llc_mean"]] for r in rows])
