@@ -133,7 +133,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 
-    per_chain = [r.llc_per_chain for r in results]
+    per_chain = np.array([r.llc_per_chain for r in results])
     intervals = np.array([r.interval() for r in results]).reshape(-1, 2)
     return xarray.Dataset(
         {
@@ -141,7 +141,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
             "llc_stderr": column(lambda r: r.llc_stderr),
             "llc_low": (dim, intervals[:, 0]),
             "llc_high": (dim, intervals[:, 1]),
-            "llc_per_chain": ((dim, "chain"), np.array(per_chain).reshape(len(results), -1)),
+            "llc_per_chain": ((dim, "chain"), per_chain if results else np.empty((0, 0))),
             "init_loss": column(lambda r: r.init_loss),
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
