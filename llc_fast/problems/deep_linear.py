@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ def make_problem(size: str, seed: int, device: torch.device | str = "cpu") -> De
         rank = min(rank, weight_rank)
     return DeepLinearProblem(
         model=network(weights),
-        data=LinearTeacher(_product(weights), cls.num_samples, generator),
+        data=LinearTeacher(end_to_end(weights), cls.num_samples, generator),
         widths=widths,
         rank=rank,
         learning_coefficient=theory.deep_linear(widths, rank).value,
@@ -149,8 +150,8 @@ def _random_weight(fan_in: int, fan_out: int, generator: torch.Generator, device
     return weight.to(torch.float32), rank
 
 
-def _product(weights: list[Tensor]) -> Tensor:
-    """The end-to-end matrix of the float32 weights, multiplied in float64."""
+def end_to_end(weights: Sequence[Tensor]) -> Tensor:
+    """The product W_L ⋯ W_1 of the weights, multiplied in float64."""
     product = weights[0].double()
     for weight in weights[1:]:
         product = weight.double() @ product
