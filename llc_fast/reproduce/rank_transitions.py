@@ -387,8 +387,7 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     _draw_values(values, steps, np.array(curve["singular_values"], dtype=np.float64), settings)
     _draw_levels(main, steps, ranks, settings)
     _draw_estimates(main, row, settings)
-    other.plot(steps, -default_nbeta(settings.num_samples) * np.array(curve["loss"]), "--", color=_GREY, lw=1.2)
-    _draw_training_loss(other, tables["sweeps"][TRAINING])
+    _draw_training_loss(other, tables["sweeps"][TRAINING], steps, np.array(curve["loss"]), settings)
     other.set(xlabel="step of training (full-batch gradient descent)", xlim=(row["step"][0] / 1.1, 1.1 * steps[-1]))
     figure.align_ylabels()
     return {"rank_transitions": figure}
@@ -433,10 +432,7 @@ def _draw_levels(axes: Axes, steps: NDArray[np.float64], ranks: Sequence[int | N
 
 
 def _draw_estimates(axes: Axes, row: Row, settings: Settings) -> None:
-    def numbers(name: str) -> NDArray[np.float64]:
-        return np.array([math.nan if v is None else v for v in row[name]], dtype=np.float64)
-
-    step, llc, low, high = (numbers(name) for name in ("step", "llc", "low", "high"))
+    step, llc, low, high = (_numbers(row, name) for name in ("step", "llc", "low", "high"))
     plateau = np.array([settings.rank(v) is not None for v in row["singular_values"]])
     warned = np.array([bool(w) for w in row["warnings"]])
     axes.plot([], [], color="k", lw=2, label="λ of the rank, exact")
@@ -464,17 +460,21 @@ def _draw_estimates(axes: Axes, row: Row, settings: Settings) -> None:
     axes.legend(loc="upper left", framealpha=1)
 
 
-def _draw_training_loss(axes: Axes, row: Row) -> None:
-    llc = np.array([math.nan if v is None else v for v in row["llc"]], dtype=np.float64)
-    warned = np.array([bool(w) for w in row["warnings"]])
-    steps = np.array(row["step"], dtype=np.float64)
+def _draw_training_loss(
+    axes: Axes, row: Row, steps: NDArray[np.float64], loss: NDArray[np.float64], settings: Settings
+) -> None:
+    """λ̂ of the training loss, and what it is if chains find the teacher from wherever they start."""
+    llc, warned = _numbers(row, "llc"), np.array([bool(w) for w in row["warnings"]])
+    learned = settings.levels[-1] - default_nbeta(settings.num_samples) * loss
     axes.set_yscale("symlog", linthresh=100)
     axes.axhline(0, color="0.6", lw=0.7)
-    axes.plot(
-        steps[warned], llc[warned], "o", color="k", ms=5, mfc="white", label="with warnings: chains leave the saddle"
-    )
-    axes.plot(steps[~warned], llc[~warned], "o", color="k", ms=5)
-    axes.plot([], [], "--", color=_GREY, lw=1.2, label="−nβ·L(w*): what is left to learn")
-    axes.set(ylabel="λ̂ of the\ntraining loss", ylim=(-6e4, 400))
-    axes.set_yticks([-10_000, -1000, -100, 0, 100], ["−10⁴", "−10³", "−100", "0", "100"])
+    axes.plot(steps, learned, "--", color=_GREY, lw=1.2, label="if chains find the teacher: λ of its rank − nβ·L(w*)")
+    places = np.array(row["step"], dtype=np.float64)
+    for some, fill, label in ((~warned, "k", None), (warned, "white", "with warnings: w* is no minimum")):
+        axes.plot(places[some], llc[some], "o", color="k", ms=5, mfc=fill, label=label)
+    axes.set(ylabel="λ̂ of the\ntraining loss", ylim=(4 * learned.min(), 50 * settings.levels[-1]))
     axes.legend(loc="upper left", framealpha=1)
+
+
+def _numbers(row: Row, name: str) -> NDArray[np.float64]:
+    return np.array([math.nan if v is None else v for v in row[name]], dtype=np.float64)
