@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from llc_fast.calibration import DEFAULT_NUM_DRAWS
 from llc_fast.estimate import estimate_llc
+from llc_fast.extras import require
 from llc_fast.posterior import LossFunction
 from llc_fast.result import LLCResult
 
@@ -81,8 +82,7 @@ def sweep_checkpoints(
         FileNotFoundError: a checkpoint's file.
         ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
     """
-    import xarray  # noqa: F401  # missing? better now than after the work
-
+    require("xarray", "xarray")  # before the work
     names = _checked(model, checkpoints, labels, dim, settings)
     burnin = num_draws if num_burnin is None else num_burnin
     kept = None if folder is None else Path(folder)
@@ -128,14 +128,12 @@ def sweep_checkpoints(
 
 
 def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dataset:
-    import xarray
-
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 
     per_chain = np.array([r.llc_per_chain for r in results])
     intervals = np.array([r.interval() for r in results]).reshape(-1, 2)
-    return xarray.Dataset(
+    found: xarray.Dataset = require("xarray", "xarray").Dataset(
         {
             "llc_mean": column(lambda r: r.llc_mean),
             "llc_stderr": column(lambda r: r.llc_stderr),
@@ -154,6 +152,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
         coords={dim: names[: len(results)]},
         attrs={"partial": int(len(results) < len(names))},
     )
+    return found
 
 
 def _number(value: float | None) -> float:
