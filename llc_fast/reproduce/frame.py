@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from llc_fast.files import atomic_write
 from llc_fast.result import LLCResult
 
 if TYPE_CHECKING:
+    import xarray
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
@@ -141,6 +142,20 @@ class Study:
         if result.is_partial:
             raise KeyboardInterrupt
         return result
+
+    def sweep(
+        self, key: str, model: torch.nn.Module, checkpoints: Sequence[Any], data: Any, loss_fn: Any, **settings: Any
+    ) -> xarray.Dataset:
+        """:func:`llc_fast.sweep_checkpoints` with this study's device, seed and progress bar, resumed if stopped.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the same study goes on from there.
+        """
+        wanted: dict[str, Any] = {"device": self.device, "seed": self.seed, "progress": self.progress} | settings
+        found = llc_fast.sweep_checkpoints(model, checkpoints, data, loss_fn, folder=self.path(key), **wanted)
+        if found.attrs["partial"]:
+            raise KeyboardInterrupt
+        return found
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make` returns, made once and kept for later runs of the study: tensors, numbers, strings, and lists,
