@@ -93,7 +93,7 @@ def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
                 mfc="white" if is_warned else color,
                 ms=5,
                 capsize=3,
-                label=f"_{size}" if is_warned else f"{size} networks (± 2 standard errors)",
+                label=f"_{size}" if is_warned else f"{size} networks",
             )
     if any(r.get("warnings") for r in rows):
         axes.plot([], [], "o", color="0.4", mfc="white", ms=5, label="hollow: with a warning")
@@ -103,13 +103,13 @@ def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         xlim=(low, high),
         ylim=(low, high),
         xlabel="λ known in closed form",
-        ylabel="λ̂ estimated",
+        ylabel="λ̂ estimated, ± 2 standard errors",
         title="deep linear networks",
     )
     for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few of them; setting the scale undoes this
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 0.5)))
-    axes.legend(loc="upper left")
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.legend(loc="upper left", fontsize=9)
 
 
 def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None) -> Figure:
