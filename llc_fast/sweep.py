@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from llc_fast.calibration import DEFAULT_NUM_DRAWS
 from llc_fast.estimate import estimate_llc
+from llc_fast.extras import require
 from llc_fast.posterior import LossFunction
 from llc_fast.result import LLCResult
 
@@ -81,8 +82,7 @@ def sweep_checkpoints(
         FileNotFoundError: a checkpoint's file.
         ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
     """
-    import xarray  # noqa: F401  # missing? better now than after the work
-
+    require("xarray", "xarray")  # before the work
     names = _checked(model, checkpoints, labels, dim, settings)
     burnin = num_draws if num_burnin is None else num_burnin
     kept = None if folder is None else Path(folder)
@@ -128,20 +128,18 @@ def sweep_checkpoints(
 
 
 def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dataset:
-    import xarray
-
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 
-    per_chain = [r.llc_per_chain for r in results]
+    per_chain = np.array([r.llc_per_chain for r in results])
     intervals = np.array([r.interval() for r in results]).reshape(-1, 2)
-    return xarray.Dataset(
+    found: xarray.Dataset = require("xarray", "xarray").Dataset(
         {
             "llc_mean": column(lambda r: r.llc_mean),
             "llc_stderr": column(lambda r: r.llc_stderr),
             "llc_low": (dim, intervals[:, 0]),
             "llc_high": (dim, intervals[:, 1]),
-            "llc_per_chain": ((dim, "chain"), np.array(per_chain).reshape(len(results), -1)),
+            "llc_per_chain": ((dim, "chain"), per_chain if results else np.empty((0, 0))),
             "init_loss": column(lambda r: r.init_loss),
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
@@ -154,6 +152,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
         coords={dim: names[: len(results)]},
         attrs={"partial": int(len(results) < len(names))},
     )
+    return found
 
 
 def _number(value: float | None) -> float:
