@@ -275,7 +275,9 @@ def bytes_per_parameter(row: Row) -> dict[str, float]:
         "activations": row["activations_bytes"],
     }
     rest = row["peak_bytes"] - sum(parts.values())
-    return {name: size / row["num_parameters"] for name, size in {"parameters, chain, gradients": rest, **parts}.items()}
+    return {
+        name: size / row["num_parameters"] for name, size in {"parameters, chain, gradients": rest, **parts}.items()
+    }
 
 
 def _about_large(row: Row) -> str:
@@ -366,7 +368,9 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     left.set_title("estimated against known")
     _draw_errors(right, rows, list(settings.samples))
     smallest, largest = (f"{pick(r['num_parameters'] for r in rows):,}" for pick in (min, max))
-    title = f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned: half of the estimates are within "
+    title = (
+        f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned: half of the estimates are within "
+    )
     title += f"{np.median(_errors(rows)):.1%}\nof the exact learning coefficient"
     if any(not r["warnings"] for r in rows):
         title += f", and those without a warning within {_errors(r for r in rows if not r['warnings']).max():.1%}"

@@ -109,7 +109,9 @@ def measure(study: Study, settings: Settings) -> None:
     study.rows("quadrature", models, lambda model: _quadrature_row(model, settings))
     ideal = {f"{name}, nβ = {nbeta:g}": (name, nbeta) for name in models for nbeta in settings.nbetas}
     study.rows("idealized", ideal, lambda case: _ideal_row(study, case[0], case[1], settings), _about)
-    study.rows("empirical", dict(zip(models, models, strict=True)), lambda m: _empirical_row(study, m, settings), _about)
+    study.rows(
+        "empirical", dict(zip(models, models, strict=True)), lambda m: _empirical_row(study, m, settings), _about
+    )
     study.rows("local", dict(zip(models, models, strict=True)), lambda m: _local_row(study, m, settings), _about)
 
 
@@ -431,7 +433,9 @@ def _draw_asymptotics(tables: Tables) -> Figure:
         left.plot(row["threshold"] * np.exp(-depth), law, color=color, lw=1.5, marker=marker, label=label, markevery=[])
         curve = tables["quadrature"][name]
         right.plot(curve["nbetas"], np.array(curve["expected"]) / row["lambda"], color=color, lw=1.5)
-        right.plot([], [], marker, ms=5.5, color=color, label=f"{name}: λ = {row['lambda']:g}, m = {row['multiplicity']}")
+        right.plot(
+            [], [], marker, ms=5.5, color=color, label=f"{name}: λ = {row['lambda']:g}, m = {row['multiplicity']}"
+        )
         for point in (r for r in tables["idealized"].values() if r["model"] == name and r["llc"] is not None):
             right.errorbar(
                 point["nbeta"] * 1.12**place,  # side by side
@@ -450,6 +454,8 @@ def _draw_asymptotics(tables: Tables) -> Figure:
     right.legend(fontsize=8, loc="lower right")
     right.set(xscale="log", xlabel="nβ", ylabel="nβ·E[K] / λ  (lines: exact, points: sampled)")
     right.set_title("the tempered mean tends to λ, with m = 2 as 1/log nβ")
-    figure.suptitle("Volumes give λ where they can be measured; sampling gives it as nβ grows,\nlogarithmically slowly "
-                    "where the multiplicity is 2")
+    figure.suptitle(
+        "Volumes give λ where they can be measured; sampling gives it as nβ grows,\nlogarithmically slowly "
+        "where the multiplicity is 2"
+    )
     return figure
