@@ -411,8 +411,8 @@ def _spans(ranks: Sequence[int | None]) -> list[tuple[int, int, int | None]]:
 def _draw_values(axes: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], settings: Settings) -> None:
     bounds = [math.sqrt(e / settings.energy_scale) for e in (INVISIBLE, min(settings.visible), max(settings.visible))]
     axes.axhspan(bounds[0], bounds[2], color=_ORANGE, alpha=0.15, lw=0)
-    axes.text(0.01, bounds[2] * 1.15, "↑ visible from n samples", transform=axes.get_yaxis_transform(), color=_ORANGE)
-    axes.text(0.01, bounds[0] / 1.15, "↓ invisible", transform=axes.get_yaxis_transform(), color=_ORANGE, va="top")
+    for height, text in ((3 * bounds[2], "visible from\nn samples"), (bounds[0] / 3, "invisible")):
+        axes.text(1.01, height, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=_ORANGE)
     axes.loglog(steps, values[:, : len(settings.visible)], color=_BLUE, lw=1.5)
     axes.loglog(steps, values[:, len(settings.visible) :], color=_GREY, lw=0.8)
     axes.set(ylabel="singular values\nof the product", ylim=(1e-4, 3 * max(settings.singular_values)))
