@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llc_fast.extras import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,11 +19,8 @@ if TYPE_CHECKING:
 def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float = 4.4) -> tuple[Figure, list[Axes]]:
     """An empty figure and its axes, row by row; `width` and `height` of each in inches."""
     # Not pyplot: no global state, no display, nothing to close.
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots need Matplotlib: pip install "llc_fast[plot]"') from error
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    made = require("matplotlib.figure", "plot").Figure
+    figure: Figure = made(figsize=(width * columns, height * rows), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(rows * columns)]
 
 
