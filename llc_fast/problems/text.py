@@ -13,7 +13,7 @@ RAREST = 100
 """Characters found less often than this are all read as `OTHER`."""
 OTHER = "�"
 HELD_OUT = 5
-"""Every fifth topic is for testing."""
+"""Every fifth paragraph is for testing."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Text:
     Attributes:
         vocabulary: the characters; a token is a position in it.
         train: int64 ``[sequence, length]``.
-        test: the same of topics that `train` has nothing of.
+        test: the same of other paragraphs.
     """
 
     vocabulary: str
@@ -35,10 +35,11 @@ class Text:
         return "".join(self.vocabulary[k] for k in tokens.tolist())
 
 
-def python_manual() -> dict[str, str]:
-    """The texts of ``help("…")`` by topic, some 400,000 characters, with single spaces for all white space.
+def python_manual() -> list[str]:
+    """The paragraphs of ``help("…")``, some 350,000 characters, with single spaces for all white space.
 
-    They are those of the running Python: other versions say it in other words.
+    Topics repeat each other at length; here each paragraph comes once. They are those of the running Python: other
+    versions say it in other words.
 
     Raises:
         ModuleNotFoundError: this Python was installed without its help texts.
@@ -49,7 +50,8 @@ def python_manual() -> dict[str, str]:
         raise ModuleNotFoundError(
             "this Python lacks its help texts (module pydoc_data.topics): install its whole standard library"
         ) from error
-    return {name: re.sub(r"\s+", " ", text) for name, text in sorted(topics.items())}
+    parts = (part for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name]))
+    return [part for part in dict.fromkeys(" ".join(part.split()) for part in parts) if part]
 
 
 def load_text(length: int, num_train: int | None = None, num_test: int | None = None) -> Text:
@@ -64,8 +66,8 @@ def load_text(length: int, num_train: int | None = None, num_test: int | None = 
     Raises:
         ValueError: the manual has not as many.
     """
-    topics = list(python_manual().values())
-    counts = Counter("".join(topics))
+    paragraphs = python_manual()
+    counts = Counter("".join(paragraphs))
     vocabulary = "".join(sorted(c for c, count in counts.items() if count >= RAREST)) + OTHER
     found = {c: k for k, c in enumerate(vocabulary)}
 
@@ -77,7 +79,7 @@ def load_text(length: int, num_train: int | None = None, num_test: int | None = 
         order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))
         return cut[order[:wanted]]
 
-    train = [text for k, text in enumerate(topics) if k % HELD_OUT]
+    train = [text for k, text in enumerate(paragraphs) if k % HELD_OUT]
     return Text(
-        vocabulary, sequences(train, num_train, "num_train"), sequences(topics[::HELD_OUT], num_test, "num_test")
+        vocabulary, sequences(train, num_train, "num_train"), sequences(paragraphs[::HELD_OUT], num_test, "num_test")
     )

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         """``[batch, position, width]`` to the same."""
 
         def split(weight: Tensor) -> Tensor:  # to [batch, head, position, width / heads]
-            return F.linear(x, weight.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return F.linear(x, weight.flatten(0, 1)).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
         query, key, value = split(self.query), split(self.key), split(self.value)
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
@@ -84,6 +84,7 @@ class Transformer(nn.Module):
         if width % heads:
             raise ValueError(f"heads={heads} does not divide width={width}")
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.heads, self.layers = heads, layers
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.unembedding = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         self._initialize(torch.Generator().manual_seed(seed))
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
             else:
                 writes = name.endswith(("attention.output", "mlp.2.weight"))
                 fan_in = p.shape[0] * p.shape[2] if name.endswith("attention.output") else p.shape[-1]
-                p.normal_(0, (fan_in * (2 * len(self.blocks) if writes else 1)) ** -0.5, generator=generator)
+                p.normal_(0, (fan_in * (2 * self.layers if writes else 1)) ** -0.5, generator=generator)
         self.unembedding.weight.zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -127,8 +128,7 @@ def head_masks(model: Transformer, layer: int, head: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has no such head.
     """
-    heads = model.blocks[0].attention.heads
-    if not (0 <= layer < len(model.blocks) and 0 <= head < heads):
-        raise ValueError(f"layer={layer}, head={head}: the model has {len(model.blocks)} layers of {heads} heads")
-    mask = (torch.arange(heads) == head)[:, None, None]
+    if not (0 <= layer < model.layers and 0 <= head < model.heads):
+        raise ValueError(f"layer={layer}, head={head}: the model has {model.layers} layers of {model.heads} heads")
+    mask = (torch.arange(model.heads) == head)[:, None, None]
     return {f"blocks.{layer}.attention.{name}": mask for name in ("query", "key", "value", "output")}
