@@ -189,7 +189,7 @@ def test_the_papers_scale(tmp_path: Path) -> None:
     """Its model and data, in chains that are too short for anything but to run."""
     pytest.importorskip("xarray")
     few = Chains(2, 8, 4)
-    short = {"checkpoints": (0, 2), "head_checkpoints": (2,), "subset": 36, "layers": 1, "heads": 2}
+    short = {"checkpoints": (0, 2), "head_checkpoints": (2,), "batch_size": 4, "subset": 8, "layers": 1, "heads": 2}
     settings = dataclasses.replace(
         SCALES["paper"],
         **short,

@@ -419,8 +419,9 @@ def _draw_agreement(axes: Axes, table: Mapping[str, Row]) -> None:
     if exact is not None:
         low, high = exact * (1 - MAX_DIFFERENCE), exact * (1 + MAX_DIFFERENCE)
         axes.axhspan(low, high, color=_GREEN, alpha=0.15, lw=0, label=f"MALA ± {MAX_DIFFERENCE:.0%}")
-        axes.legend(frameon=False)
-        axes.set_ylim(exact * (1 - 2.5 * MAX_DIFFERENCE), exact * (1 + 2.5 * MAX_DIFFERENCE))
+        axes.legend(frameon=False, loc="upper left")
+        for margin in (-2.5, 2.5):  # small differences shall look small
+            axes.axhline(exact * (1 + margin * MAX_DIFFERENCE), lw=0)
     _points(axes, x, rows, color=_BLUE)
     axes.set_xticks(x, [way.replace(", ", ",\n") for way in table])
     axes.set(
