@@ -67,7 +67,7 @@ class Settings:
     here 0.3 to 0.4 of ‖w*‖ and a seventeenth of what γ = 1 allows; closer still, the noise of minibatches, which falls
     as 1/√γ while λ̂ falls as 1/γ, hides λ̂. nβ then is the resolution: directions count that are steeper than
     γ/nβ = 10. What λ̂ loses to the gradient at w* grows with nβ² and what curvature adds with nβ: at nβ = 100 the same γ
-    gave −23 for the untrained network, at 30 about −1. (n/log n would be 900.)
+    gave −23 for the untrained network, at 30 −0.3. (n/log n would be 890.)
 
     Attributes:
         context: characters that are predicted in each sequence.
