@@ -98,10 +98,10 @@ class Settings:
     batch_size: int = 32
     whole: Chains = Chains(4, 400, 200)
     single: Chains = Chains(2, 300, 100)
-    subset: int = 256
+    subset: int = 128
     minibatches: Chains = Chains(4, 400, 200)
-    full_gradients: Chains = Chains(2, 200, 100)
-    mala: Chains = Chains(2, 300, 200)
+    full_gradients: Chains = Chains(2, 400, 150)
+    mala: Chains = Chains(2, 600, 400)
 
 
 _LONG = Chains(8, 2000, 1000)
