@@ -74,6 +74,7 @@ def diagnose(
         lr=settings["lr"],
         num_parameters=settings["num_parameters"],
         friction=settings.get("momentum_decay", 1.0),
+        localization=settings["localization"] if settings.get("sampler", "sgld") == "sgld" else 0.0,
     )
     moved = drift(draws)
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan

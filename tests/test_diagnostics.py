@@ -240,7 +240,7 @@ _REASONS: dict[str, tuple[Callable[[], LLCResult], list[str]]] = {
         ["too large (MALA acceptance 0.74", "unknown amount", "lr=0.0001"],
     ),
     "standing": (
-        lambda: _judged(_good(), table=_table(curvature=1.0, squared_curvature=5.0)),
+        lambda: _judged(_good(), table=_table(curvature=1.0, squared_curvature=5.0), localization=0.0),
         ["5 relaxation times", "hardly left w*", "lr=0.01"],
     ),
     "standing, step size at its limit": (
@@ -277,8 +277,18 @@ def test_nothing_to_tell() -> None:
         math.exp(-0.5)
     )
     assert figures["distance"] == [2.0] * 4 and figures["distance_over_prior"] == pytest.approx(4 / 40)
-    assert figures["relaxations"] == pytest.approx(0.5e-3 * 100 * 2000)
+    assert figures["relaxations"] == pytest.approx(0.5e-3 * (100 + 1) * 2000)
     json.dumps(figures, allow_nan=False)
+
+
+def test_strong_localization_relaxes_chains() -> None:
+    """Directions that γ holds more than the loss does forget at γ's pace; a metric's are not known to."""
+    table = _table(curvature=1.0, squared_curvature=5.0)
+    assert any("5 relaxation times" in w for w in _judged(_good(), table=table, localization=0.0).warnings)
+    held = _judged(_good(), table=table, localization=100.0)
+    assert held.warnings == [] and held.diagnostics["relaxations"] == pytest.approx(0.5e-3 * (5 + 100) * 2000)
+    other = _judged(_good(), table=table, localization=100.0, sampler="preconditioned-sgld")
+    assert other.diagnostics["relaxations"] == pytest.approx(0.5e-3 * 5 * 2000)
 
 
 def test_lost_chains_are_left_out() -> None:
@@ -430,7 +440,7 @@ def test_heating_and_gradient_noise_of_a_quadratic() -> None:
     # 16 probes of 4 chains with 100 directions of squared normals each: √(2/6400) = 1.8 %.
     assert figures["heating"] * result.llc_mean / float(exact.sum()) == pytest.approx(share, rel=0.09)
     assert figures["gradient_noise_share"] == pytest.approx(ratio / (1 + ratio), rel=0.05)
-    stiffness = float(((nbeta * h.double()) ** 2).sum() / (nbeta * h.double()).sum())
+    stiffness = gamma + float(((nbeta * h.double()) ** 2).sum() / (nbeta * h.double()).sum())
     assert figures["relaxations"] == pytest.approx(lr / 2 * stiffness * 1500, rel=0.05)
     assert any(f"makes {figures['heating']:.0%} of λ̂" in w for w in result.warnings)
 

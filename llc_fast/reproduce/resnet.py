@@ -95,10 +95,10 @@ SCALES = {
         batch_sizes=(16, 64, 256),
         learning_rate=0.1,
         batch_size=64,
-        checkpoints=(25, 75, 150, 250, 400, 600),
+        checkpoints=(30, 80, 160, 320, 600),
         trainings=3,
-        num_draws=300,
-        num_burnin=100,
+        num_draws=200,
+        num_burnin=80,
         sampling_batch_size=256,
     ),
     "paper": Settings(
@@ -251,7 +251,7 @@ class Final:
     @property
     def stderr(self) -> float:
         """The larger of the two: the spread contains the Monte Carlo error, but is itself known from few trainings."""
-        return float(np.nanmax([self.sampling, self.spread]))
+        return self.sampling if math.isnan(self.spread) else max(self.sampling, self.spread)
 
     def __str__(self) -> str:
         return f"{self.value:.3g} ± {self.stderr:.2g}"
