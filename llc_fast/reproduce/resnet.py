@@ -1,12 +1,14 @@
 """How learning rate and batch size shape a residual network: λ̂ along SGD, as in Lau et al. 2023 (arXiv 2308.12108).
 
 SGD is said to prefer degenerate solutions, the more so the noisier it is: with larger learning rates and smaller
-batches. The local learning coefficient λ counts degeneracy: half as many directions as the loss has where nothing is
-degenerate, and fewer the flatter the valley. The paper followed it along the training of ResNet-18 on CIFAR-10; here
-the pictures are the 1797 digits that come with scikit-learn, and the network has the width that a machine bears.
+batches. The local learning coefficient λ measures degeneracy: it is half the number of parameters where nothing is
+degenerate, and the less the more there is. The paper followed it along the training of ResNet-18 on CIFAR-10; here the
+pictures are the 1797 digits that come with scikit-learn, and the network has the width that a machine bears.
 
 Runs of plain SGD (no momentum, no weight decay) start from the same initialization and take the same number of steps,
-with several learning rates at one batch size and several batch sizes at one learning rate. At some of the steps
+with several learning rates at one batch size and several batch sizes at one learning rate. (Steps and not epochs: with
+a sixteenth of the steps the largest batches would hardly be trained, and batch size would be how far a run got.) At
+some of the steps
 
     λ̂ = nβ·(mean of L over draws − L(w*)),    nβ = n / log n,    L: cross-entropy over the n training pictures,
 
@@ -21,7 +23,12 @@ localization of a customary 1,000 to 3,000 steps of 10⁻⁶ to 10⁻⁷, whatev
 get there. It is not free: a direction of curvature h adds ½·nβh/(nβh + γ), not ½, so that λ̂ is smaller than λ, weighs
 directions by their stiffness up to γ, and compares networks with each other only.
 
-**Early checkpoints are no minima.** Chains then walk downhill and λ̂ comes out too low, or negative; γ limits how far.
+**Step size.** ε = pace/γ, the same for all runs: directions that only γ holds forget where they were in 2/pace steps,
+so that chains of hundreds of steps are long. What it adds to the loss is measured and subtracted (heat_correction).
+Pilot chains (lr=None) are of no use here: they judge heat by its share of nβ·(L − L(w*)), which is next to nothing
+where chains walk downhill, and chose steps up to thirty times too small at some early checkpoints.
+
+**Early checkpoints are no minima.** Chains there walk downhill and λ̂ comes out too low, or negative; γ limits how far.
 Such estimates carry a warning, and hollow markers in the figure.
 
 **The other reason for a low λ̂** is a low loss: where all pictures are told apart with certainty cross-entropy is flat,
@@ -66,6 +73,7 @@ class Settings:
         trainings: of each run, from initializations of their own.
         reach: how far from w* γ alone lets chains go (root mean square), as a share of ‖w₀‖. A fifth is local, changes
             each weight by a fifth on average and the loss by something that can be measured.
+        pace: ε·γ. Stiff directions are stable up to nβh = 4γ/pace − γ.
         sampling_batch_size, num_chains, num_draws, num_burnin: of the estimates; burn-in is that of chains from w*.
     """
 
@@ -84,6 +92,7 @@ class Settings:
     num_train: int = NUM_TRAIN
     num_chains: int = 4
     reach: float = 0.2
+    pace: float = 0.1
 
 
 SCALES = {
@@ -98,7 +107,7 @@ SCALES = {
         checkpoints=(30, 80, 160, 320, 600),
         trainings=3,
         num_draws=200,
-        num_burnin=80,
+        num_burnin=120,
         sampling_batch_size=256,
     ),
     "paper": Settings(
@@ -162,6 +171,8 @@ def measure(study: Study, settings: Settings) -> None:
             labels=settings.checkpoints[first:],
             dim="step",
             localization=gamma,
+            lr=settings.pace / gamma,
+            heat_correction=True,
             num_chains=settings.num_chains,
             num_draws=settings.num_draws,
             num_burnin=settings.num_burnin,
