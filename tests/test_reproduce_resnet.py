@@ -230,6 +230,8 @@ def test_check_of_bad_tables() -> None:
     assert verdicts(tables(GOOD | {(0.3, 8): [20.2, 20.3]}))[3:] == [False, True]
     assert verdicts(tables(GOOD | {(0.3, 8): [15.0, 22.0]}))[3:] == [False, True]
     assert verdicts(tables(GOOD, llc_stderr=[12.0])) == [False, True, True, False, False]
+    # One run has no neighbours.
+    assert experiment.check(tables(GOOD), dataclasses.replace(TINY, batch_sizes=(8,)))[4].passed is False
     # Silent: no warning where one is due.
     assert verdicts(tables(GOOD, r_hat=[1.2])) == [True, False, True, True, True]
     assert verdicts(tables(GOOD, r_hat=[1.2], warnings=[["the chains disagree"]])) == [True] * 5
