@@ -73,8 +73,8 @@ def diagnose(
         llc=llc,
         lr=settings["lr"],
         num_parameters=settings["num_parameters"],
+        localization=settings["localization"] if settings.get("sampler") in ("sgld", "sghmc") else 0.0,
         friction=settings.get("momentum_decay", 1.0),
-        localization=settings["localization"] if settings.get("sampler", "sgld") == "sgld" else 0.0,
     )
     moved = drift(draws)
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan

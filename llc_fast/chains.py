@@ -139,8 +139,9 @@ class ChainRecord:
         losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
         probes = [r.probes for r in records if r.probes is not None]
         together = np.concatenate(probes) if len(probes) == len(records) else None
-        # Of chains that are done, which are not run on.
-        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together)
+        found = [r.ends for r in records if r.ends is not None]
+        ends = {k: np.concatenate([e[k] for e in found]) for k in found[0]} if len(found) == len(records) else None
+        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together, ends)
 
 
 LOST_AFTER = 64

@@ -178,8 +178,8 @@ def probe_figures(
     llc: float,
     lr: float,
     num_parameters: int,
-    friction: float = 1.0,
     localization: float = 0.0,
+    friction: float = 1.0,
 ) -> ProbeFigures:
     """Figures of the probes ``[chain, probe, column]`` of the chains that λ̂ comes from.
 
@@ -188,8 +188,8 @@ def probe_figures(
         llc: λ̂.
         lr: ε.
         num_parameters: P.
+        localization: γ, where the metric is 1; in others it pulls each direction differently, and is left out.
         friction: of a sampler with momentum, whose steps inject ε·friction.
-        localization: γ, where the metric is 1; 0 where it is not, and the rate a lower bound.
     """
     columns = {name: probes[:, :, k] for k, name in enumerate(COLUMNS)}
     mean = {name: _mean(values) for name, values in columns.items()}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llc_fast.chains import Schedule
 from llc_fast.diagnostics import StandardError, standard_error
+from llc_fast.extras import require
 from llc_fast.files import atomic_write
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class LLCResult:
         Raises:
             ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
         """
+        require("xarray", "xarray")
         import xarray
 
         steps = np.arange(self.loss_trace.shape[1])
@@ -243,9 +245,7 @@ class LLCResult:
         Raises:
             ModuleNotFoundError: ArviZ is not installed (``pip install "llc_fast[xarray]"``).
         """
-        import arviz
-
-        return arviz.from_dict(posterior={"llc": self._good})
+        return require("arviz", "xarray").from_dict(posterior={"llc": self._good})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from llc_fast.calibration import DEFAULT_NUM_DRAWS
 from llc_fast.estimate import estimate_llc
+from llc_fast.extras import require
 from llc_fast.posterior import LossFunction
 from llc_fast.result import LLCResult
 
@@ -48,8 +49,10 @@ def sweep_checkpoints(
     Step sizes are chosen anew at every checkpoint, as curvature changes by orders of magnitude in training; pass ``lr``
     to fix it. With `warm`, the chains of a checkpoint start where those of the one before ended, moved by as much as w*
     has moved between them (``estimate_llc(warm_start=…)``). They are chains of their own checkpoint, only better
-    begun, so that a quarter of the burn-in will do; where one is lost, the checkpoint is estimated again from w*. The
-    model is left as it was.
+    begun, so that a quarter of the burn-in will do. Where training has learned something in between, they may be worse
+    begun: far from where that holds. So a checkpoint whose warm chains give rise to a warning is estimated again from
+    w*, and that estimate is kept, with its own warnings. Chains that are all led astray together are not noticed; where
+    a jump between checkpoints is what you look for, pass ``warm=False``. The model is left as it was.
 
     Ctrl-C ends the sweep after the present step; the checkpoints that were finished are returned, with the attribute
     ``partial``.
@@ -60,7 +63,7 @@ def sweep_checkpoints(
         data, loss_fn: as for :func:`llc_fast.estimate_llc`.
         labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …
         dim: name of the dimension.
-        warm: whether chains start where those of the checkpoint before ended.
+        warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
         num_draws: losses of each chain that enter λ̂.
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
@@ -81,8 +84,7 @@ def sweep_checkpoints(
         FileNotFoundError: a checkpoint's file.
         ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
     """
-    import xarray  # noqa: F401  # missing? better now than after the work
-
+    require("xarray", "xarray")  # before the work
     names = _checked(model, checkpoints, labels, dim, settings)
     burnin = num_draws if num_burnin is None else num_burnin
     kept = None if folder is None else Path(folder)
@@ -113,7 +115,7 @@ def sweep_checkpoints(
 
             start = previous if warm else None
             result = estimate(start, f"{k:05d}")
-            if start is not None and result.lost_chains and not result.is_partial:
+            if start is not None and result.warnings and not result.is_partial:
                 start = None
                 result = estimate(None, f"{k:05d}-cold")
             if result.is_partial:
@@ -128,20 +130,18 @@ def sweep_checkpoints(
 
 
 def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dataset:
-    import xarray
-
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 
-    per_chain = [r.llc_per_chain for r in results]
+    per_chain = np.array([r.llc_per_chain for r in results])
     intervals = np.array([r.interval() for r in results]).reshape(-1, 2)
-    return xarray.Dataset(
+    found: xarray.Dataset = require("xarray", "xarray").Dataset(
         {
             "llc_mean": column(lambda r: r.llc_mean),
             "llc_stderr": column(lambda r: r.llc_stderr),
             "llc_low": (dim, intervals[:, 0]),
             "llc_high": (dim, intervals[:, 1]),
-            "llc_per_chain": ((dim, "chain"), np.array(per_chain).reshape(len(results), -1)),
+            "llc_per_chain": ((dim, "chain"), per_chain if results else np.empty((0, 0))),
             "init_loss": column(lambda r: r.init_loss),
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
@@ -154,6 +154,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
         coords={dim: names[: len(results)]},
         attrs={"partial": int(len(results) < len(names))},
     )
+    return found
 
 
 def _number(value: float | None) -> float:

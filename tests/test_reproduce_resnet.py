@@ -71,7 +71,7 @@ def test_what_is_wrong_with_digits_is_told(monkeypatch: pytest.MonkeyPatch) -> N
             load_digits(num_train=num_train)
     with pytest.raises(ValueError, match="size must be at least 8"):
         load_digits(size=4)
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "llc_fast\[reproduce\]"'):
         load_digits()
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llc_fast.extras import require
+
 NUM_PICTURES, SIDE, NUM_CLASSES = 1797, 8, 10
 NUM_TRAIN = 1437
 """Four fifths of the pictures."""
@@ -37,11 +39,7 @@ def load_digits(*, num_train: int = NUM_TRAIN, size: int = SIDE, seed: int = 0) 
         raise ValueError(f"num_train must be between 1 and {NUM_PICTURES - 1}, got {num_train}")
     if size < SIDE:
         raise ValueError(f"size must be at least {SIDE}, as the pictures are, got {size}")
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the digits need scikit-learn: pip install "llc_fast[reproduce]"') from error
-    pixels, labels = datasets.load_digits(return_X_y=True)
+    pixels, labels = require("sklearn.datasets", "reproduce").load_digits(return_X_y=True)
     order = torch.randperm(NUM_PICTURES, generator=torch.Generator().manual_seed(seed))
     x = torch.from_numpy(pixels.astype(np.float32)).view(-1, 1, SIDE, SIDE)[order]
     y = torch.from_numpy(labels.astype(np.int64))[order]

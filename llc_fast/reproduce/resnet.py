@@ -74,7 +74,7 @@ class Settings:
         reach: how far from w* γ alone lets chains go (root mean square), as a share of ‖w₀‖. A fifth is local, changes
             each weight by a fifth on average and the loss by something that can be measured.
         pace: ε·γ. Stiff directions are stable up to nβh = 4γ/pace − γ.
-        sampling_batch_size, num_chains, num_draws, num_burnin: of the estimates; burn-in is that of chains from w*.
+        sampling_batch_size, num_chains, num_draws, num_burnin: of the estimates.
     """
 
     width: int
@@ -107,7 +107,7 @@ SCALES = {
         checkpoints=(30, 80, 160, 320, 600),
         trainings=3,
         num_draws=200,
-        num_burnin=120,
+        num_burnin=80,
         sampling_batch_size=256,
     ),
     "paper": Settings(
@@ -170,6 +170,7 @@ def measure(study: Study, settings: Settings) -> None:
             F.cross_entropy,
             labels=settings.checkpoints[first:],
             dim="step",
+            warm=False,  # burn-in is short, and networks change between checkpoints
             localization=gamma,
             lr=settings.pace / gamma,
             heat_correction=True,
