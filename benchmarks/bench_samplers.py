@@ -22,26 +22,12 @@ from harness import median, peak_memory, print_table, ratio, time_in_turn, write
 
 import llc_fast
 from llc_fast import optim
+from llc_fast.bench import TENSORS, floor_bytes, make_params
 from llc_fast.samplers import SAMPLERS
-from llc_fast.update import NUM_STATES
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 METRICS = ["noise_norm", "grad_norm", "weight_norm", "distance"]
-TENSORS = 100
-
-
-def make_params(total: int, device: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    size = total // TENSORS
-    params = [torch.nn.Parameter(torch.randn(size, device=device).to(dtype)) for _ in range(TENSORS)]
-    for p in params:
-        p.grad = 1e-3 * torch.randn_like(p)
-    return params
-
-
-def floor_bytes(name: str, *, low: bool = False) -> int:
-    gradient, copy = (2, 2) if low else (4, 0)
-    return 12 + gradient + copy + 8 * NUM_STATES[name] + 4 * (name == "preconditioned-sgld")
 
 
 def options_of(name: str, params: list[torch.nn.Parameter]) -> dict[str, Any]:

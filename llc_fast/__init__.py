@@ -11,6 +11,7 @@ from llc_fast.chains import Draw
 from llc_fast.estimate import calibrate, default_nbeta, estimate_llc
 from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
 from llc_fast.result import LLCResult
+from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "calibrate",
     "default_nbeta",
     "estimate_llc",
+    "sweep_checkpoints",
     "theory",
 ]

@@ -96,6 +96,7 @@ class ChainRecord:
         arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
         probes: what was measured on the way, float64 ``[chain, probe, column]``, see ``llc_fast.probes.COLUMNS``; NaN
             where there is nothing, or nothing yet.
+        ends: w − w* by parameter, ``[chain, …]``, where the chains stopped; None unless they are done and it was asked.
     """
 
     first_chain: int
@@ -105,6 +106,7 @@ class ChainRecord:
     observables: dict[str, NDArray[np.float64]]
     arrays: dict[str, NDArray[Any]] | None
     probes: NDArray[np.float64] | None = None
+    ends: dict[str, NDArray[Any]] | None = None
 
     @property
     def chains(self) -> range:
@@ -117,7 +119,8 @@ class ChainRecord:
         observables = {name: a[k : k + 1] for name, a in self.observables.items()}
         probes = None if self.probes is None else self.probes[k : k + 1]
         losses, heats = self.losses[k : k + 1], self.heats[k : k + 1]
-        return ChainRecord(chain, self.step, losses, heats, observables, arrays, probes)
+        ends = None if self.ends is None else {name: a[k : k + 1] for name, a in self.ends.items()}
+        return ChainRecord(chain, self.step, losses, heats, observables, arrays, probes, ends)
 
     @staticmethod
     def stack(records: Sequence[ChainRecord]) -> ChainRecord:
@@ -136,7 +139,9 @@ class ChainRecord:
         losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
         probes = [r.probes for r in records if r.probes is not None]
         together = np.concatenate(probes) if len(probes) == len(records) else None
-        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together)
+        found = [r.ends for r in records if r.ends is not None]
+        ends = {k: np.concatenate([e[k] for e in found]) for k in found[0]} if len(found) == len(records) else None
+        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together, ends)
 
 
 LOST_AFTER = 64
@@ -159,7 +164,11 @@ class _Group:
         shapes: dict[str, tuple[int, ...]],
         resumed: ChainRecord | None,
         baseline: Baseline | None,
+        start: Mapping[str, NDArray[Any]] | None,
+        keep_ends: bool,
     ) -> None:
+        self._start, self._keep_ends = start, keep_ends
+        self._ends = None if resumed is None else resumed.ends
         self._posterior, self._sampler, self._schedule, self._plan = posterior, sampler, schedule, plan
         self._seed, self._shapes, self._resumed, self._baseline = seed, shapes, resumed, baseline
         self._given = self._functions = observables
@@ -193,6 +202,9 @@ class _Group:
         self._probed = gradient
         if self._resumed is not None and self._resumed.arrays is not None:
             self._restore(self._resumed.arrays)
+        elif self._start is not None:
+            mine = slice(first, first + len(self.chains))
+            self._state.displace({name: torch.from_numpy(a[mine]) for name, a in self._start.items()})
         self._resumed = None
         if isinstance(self._sampler, MetropolisSampler):
             adjusted = Metropolis(self._sampler, self._state, gradient, self._feed, first)
@@ -256,6 +268,8 @@ class _Group:
         """Keep the record, give the memory to whoever comes next."""
         self.losses, self.heats = self.losses.cpu(), self.heats.cpu()
         memory, self._state = self._state, None
+        if self._keep_ends and memory is not None:
+            self._ends = {name: _numpy(t, copy=False) for name, t in memory.displacement().items()}
         for name in ("_gradient", "_probed", "_feed", "_buffers", "_graph"):
             self.__dict__.pop(name, None)
         return memory
@@ -304,7 +318,7 @@ class _Group:
         losses, heats = _numpy(self.losses, copy), _numpy(self.heats, copy)
         observables = {k: a.copy() if copy else a for k, a in self._observables.items()}
         probes = self._probe.table.copy() if copy else self._probe.table
-        return ChainRecord(self.chains[0], self.step, losses, heats, observables, arrays, probes)
+        return ChainRecord(self.chains[0], self.step, losses, heats, observables, arrays, probes, self._ends)
 
     def _changing_buffers(self) -> dict[str, Tensor]:
         return self._buffers if self._posterior.writes_buffers else {}
@@ -432,6 +446,8 @@ def run_chains(
     observables: Mapping[str, Observable] | None = None,
     resumed: Sequence[ChainRecord] = (),
     baseline: Baseline | None = None,
+    start: Mapping[str, NDArray[Any]] | None = None,
+    keep_ends: bool = False,
     monitor: Monitor | None = None,
     stop: threading.Event | None = None,
 ) -> ChainRun:
@@ -451,6 +467,8 @@ def run_chains(
         observables: functions of every draw, by name.
         resumed: records of earlier runs, one for each chain in any grouping.
         baseline: subtracted from the loss of every minibatch before it is recorded; None: nothing.
+        start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
+        keep_ends: whether records tell where the chains stopped.
         monitor: told of progress and snapshots.
         stop: ends the run after the present step, with what there is, once it is set; see :func:`stopped_by_sigint`.
     """
@@ -462,7 +480,20 @@ def run_chains(
 
         def build(plan: Plan) -> list[_Group]:
             return [
-                _Group(posterior, sampler, schedule, plan, seed, members, observables, shapes, record, baseline)
+                _Group(
+                    posterior,
+                    sampler,
+                    schedule,
+                    plan,
+                    seed,
+                    members,
+                    observables,
+                    shapes,
+                    record,
+                    baseline,
+                    start,
+                    keep_ends,
+                )
                 for members, record in _grouped(chains, plan.group_size, resumed)
             ]
 

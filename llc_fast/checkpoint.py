@@ -21,7 +21,7 @@ from llc_fast.data import DataSource, IndexedSource, leaves, spread_indices
 from llc_fast.files import atomic_write, remove_partial
 from llc_fast.posterior import Posterior
 
-_FORMAT = 2
+_FORMAT = 3
 INTERVAL = 60.0
 """Seconds between snapshots."""
 
@@ -125,6 +125,7 @@ def write(path: Path, saved: Saved) -> None:
     for k, record in enumerate(saved.records):
         named = {f"observable.{n}": a for n, a in record.observables.items()}
         named |= {f"state.{n}": a for n, a in (record.arrays or {}).items()}
+        named |= {f"end.{n}": a for n, a in (record.ends or {}).items()}
         arrays |= {f"{k}/{n}": a for n, a in (_traces(record) | named).items()}
         groups.append(
             {
@@ -132,6 +133,7 @@ def write(path: Path, saved: Saved) -> None:
                 "step": record.step,
                 "num_steps": record.losses.shape[1],
                 "has_state": record.arrays is not None,
+                "has_ends": record.ends is not None,
             }
         )
     meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
@@ -166,8 +168,9 @@ def read(path: Path) -> Saved:
                 return {n.removeprefix(prefix): a for n, a in mine.items() if n.startswith(prefix)}
 
             state = part("state.") if group["has_state"] else None
-            first, step = group["first_chain"], group["step"]
-            records.append(ChainRecord(first, step, losses, heats, part("observable."), state, mine.get("probes")))
+            ends = part("end.") if group["has_ends"] else None
+            first, step, probes = group["first_chain"], group["step"], mine.get("probes")
+            records.append(ChainRecord(first, step, losses, heats, part("observable."), state, probes, ends))
         if is_current:
             return Saved(meta["identity"], meta["chosen"], records)
     except (PermissionError, IsADirectoryError):
@@ -210,6 +213,11 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         for piece in torch.split(flat, 2**22):  # a GPU's tensors come over in pieces
             total.update(piece.contiguous().view(torch.uint8).cpu().numpy().data)
     return total.hexdigest()
+
+
+def arrays_identity(arrays: Mapping[str, Any]) -> str:
+    """A fingerprint of NumPy arrays by name."""
+    return digest((name, torch.from_numpy(a)) for name, a in arrays.items())
 
 
 def option_identity(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``llc-fast demo | dln | reproduce | info``."""
+"""The command line: ``llc-fast demo | dln | estimate | reproduce | bench | info``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from llc_fast.files import plain
 
 CALIBRATED_STEPS = 8800
 """Of a chain; half of them are draws."""
@@ -106,12 +108,14 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    typer.echo(f"numbers written to {path}")
+
+
 def _write(rows: list[dict[str, Any]], result: Any, json_path: Path | None, plot_path: Path | None) -> None:
     if json_path is not None:
-        # NaN is not JSON: a lost estimate is written as null.
-        clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows]
-        json_path.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n")
-        typer.echo(f"rows written to {json_path}")
+        _write_json(json_path, rows)
     if plot_path is not None:
         from llc_fast.plots import plot_known
 
@@ -170,6 +174,145 @@ def dln(
     plan = [(size, seed + k) for k in range(networks)]
     rows, result = _run_networks(plan, paper=paper, chains=chains, steps=steps, device=device, progress=progress)
     _write(rows, result, json_path, plot_path)
+
+
+def _problem_of(where: str) -> Any:
+    """(model, data, loss_fn) from FILE.py:FUNCTION or package.module:FUNCTION."""
+    import importlib
+    import importlib.util
+    import sys
+
+    place, colon, name = where.rpartition(":")
+    if not colon or not place or not name:
+        raise typer.BadParameter(f"{where!r} is not FILE.py:FUNCTION", param_hint="PROBLEM")
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise typer.BadParameter(f"there is no file {place}", param_hint="PROBLEM")
+        sys.path.insert(0, str(path.resolve().parent))  # as if the file had been run
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, "")
+        module = importlib.import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise typer.BadParameter(f"{place} has no function {name!r}", param_hint="PROBLEM")
+    found = function()
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise typer.BadParameter(
+            f"{name}() must return (model, data, loss_fn), got {type(found).__name__}", param_hint="PROBLEM"
+        )
+    return found
+
+
+@app.command()
+def estimate(
+    problem: Annotated[
+        str, typer.Argument(help="FILE.py:FUNCTION or module:FUNCTION; the function returns (model, data, loss_fn).")
+    ],
+    sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, mala, …; default: chosen.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")] = None,
+    nbeta: Annotated[float | None, typer.Option(help="nβ; default: n / log n.")] = None,
+    localization: Annotated[float | None, typer.Option(help="γ; default: 1.")] = None,
+    chains: Annotated[int, typer.Option(min=1)] = 4,
+    draws: Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: chosen.")] = None,
+    burnin: Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 512, or what the loader gives.")] = None,
+    params: Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: where the model is.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to resume from.", dir_okay=False)] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the result, for LLCResult.load.", dir_okay=False, callback=_writable),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this file.", dir_okay=False, callback=_writable)
+    ] = None,
+    plot_path: PlotPath = None,
+    progress: Progress = True,
+) -> None:
+    """Estimate the local learning coefficient of a model of your own.
+
+    A file with a function that returns the trained model, its data and the loss is all that is needed:
+
+        def problem():
+            return model, (x, y), torch.nn.functional.mse_loss
+    """
+    import sys
+
+    from llc_fast.estimate import estimate_llc
+
+    model, data, loss_fn = _problem_of(problem)
+    result = estimate_llc(
+        model,
+        data,
+        loss_fn,
+        sampler=sampler,
+        lr=lr,
+        nbeta=nbeta,
+        localization=localization,
+        num_chains=chains,
+        num_draws=draws,
+        num_burnin=burnin,
+        batch_size=batch_size,
+        params=params or None,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    typer.echo(result.summary())
+    if save is not None:
+        result.save(save)
+        typer.echo(f"result written to {save}")
+    if json_path is not None:
+        low, high = result.interval()
+        numbers = {
+            "llc_mean": result.llc_mean,
+            "llc_stderr": result.llc_stderr,
+            "interval": [low, high],
+            "llc_per_chain": result.llc_per_chain.tolist(),
+            "init_loss": result.init_loss,
+            "nbeta": result.nbeta,
+            "settings": result.settings,
+            "diagnostics": result.diagnostics,
+            "warnings": result.warnings,
+        }
+        _write_json(json_path, numbers)
+    if plot_path is not None:
+        result.plot(plot_path)
+        typer.echo(f"picture written to {plot_path}")
+    if math.isnan(result.llc_mean):
+        sys.exit(1)
+
+
+@app.command()
+def bench(
+    parameters: Annotated[int, typer.Option(min=1, help="How many, in 100 float32 tensors.")] = 10_000_000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    seconds: Annotated[float, typer.Option(min=0.01, help="For each measurement.")] = 1.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Time every sampler's step on this machine, against a plain copy of the parameters."""
+    from llc_fast.bench import step_rows
+    from llc_fast.estimate import check_device
+
+    check_device(device)
+    typer.echo(f"{'sampler':>20} {'ns/parameter':>13} {'bytes at the floor':>19} {'GB/s':>7} {'share of copy':>14}")
+    rows = []
+    for row in step_rows(parameters, device, seconds=seconds):
+        rows.append(row)
+        typer.echo(
+            f"{row['sampler']:>20} {row['ns_per_parameter']:>13.3f} {row['floor_bytes']:>19} {row['gb_per_s']:>7.1f} "
+            f"{row['share_of_copy']:>13.0%}"
+        )
+    if json_path is not None:
+        _write_json(json_path, rows)
 
 
 @app.command()

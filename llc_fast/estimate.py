@@ -28,7 +28,15 @@ from llc_fast.calibration import (
     run_pilot,
 )
 from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, stopped_by_sigint, threads
-from llc_fast.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity, option_identity
+from llc_fast.checkpoint import (
+    INTERVAL,
+    Checkpoint,
+    Saved,
+    arrays_identity,
+    data_identity,
+    model_identity,
+    option_identity,
+)
 from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.distributed import Team, default_device, join
 from llc_fast.gradients import LARGE_MODEL, Plan, make_plan
@@ -40,6 +48,8 @@ from llc_fast.result import LLCResult
 from llc_fast.samplers import ADJUSTED, MetropolisSampler, Sampler, check_number, make_sampler
 from llc_fast.update import is_low_precision
 
+Progress = Callable[[int, int, float], None]
+"""Told the steps done, the steps in all and λ̂ so far."""
 DEFAULT_LOCALIZATION = 1.0
 _SMALL = 2e7
 """Parameters × batch size below which the first look at a model uses one thread; what it counts decides from there."""
@@ -87,7 +97,9 @@ def estimate_llc(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_interval: float = INTERVAL,
     distributed: bool | None = None,
-    progress: bool = True,
+    warm_start: LLCResult | None = None,
+    keep_ends: bool = False,
+    progress: bool | Progress = True,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
 
@@ -151,7 +163,11 @@ def estimate_llc(
         distributed: spread the chains over processes. None: over those of ``torchrun`` or of an initialized
             torch.distributed, if there are several; False: never. Any number of processes gives the same chains, and
             each gets the whole result.
-        progress: show a bar with λ̂ so far.
+        warm_start: an earlier result with as many chains, made with ``keep_ends=True``: each chain starts where that of
+            the earlier result ended, moved by as much as w* has moved since. None: at w*.
+        keep_ends: keep where the chains end in ``result.ends``, as much memory as all chains' parameters.
+        progress: show a bar with λ̂ so far; or a function that is called a few times a second with the steps done, the
+            steps in all and λ̂ so far (NaN before the first draw).
 
     Returns:
         An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``.
@@ -194,6 +210,7 @@ def estimate_llc(
             keeper = Checkpoint(checkpoint, rank=team.rank if team.size > 1 else None, interval=checkpoint_interval)
         posterior = _posterior(request, model, data, loss_fn, where, params)
         source = posterior.source
+        start = None if warm_start is None else _ends_of(warm_start, posterior, request.num_chains)
         plan = make_plan(
             posterior,
             request.sampler_with(1.0, 1.0),
@@ -206,10 +223,11 @@ def estimate_llc(
         identity, saved = {}, None
         if keeper is not None:
             identity = {**request.identity(), **model_identity(posterior), **data_identity(source)}
+            identity |= {"keep_ends": keep_ends, "warm_start": None if start is None else arrays_identity(start)}
             saved = keeper.load(identity)
         with threads(plan.num_threads):
             at_anchor = losses_at_anchor(posterior, request.nbeta_for(source), request.seed)
-            pilot_bar = _PilotBar(progress and team.rank == 0)
+            pilot_bar = _PilotBar(progress is True and team.rank == 0)
             chosen = _choose(request, posterior, at_anchor, plan, keeper, saved, pilot_bar)
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
@@ -229,6 +247,8 @@ def estimate_llc(
                 observables=request.observables,
                 resumed=saved.records if saved is not None else (),
                 baseline=baseline,
+                start=start,
+                keep_ends=keep_ends,
                 monitor=observer,
                 stop=stop,
             )
@@ -671,6 +691,7 @@ def _result(
             "seed": request.seed,
         },
         heat_trace=heats,
+        ends=_joined_ends(records),
         observables={name: _joined(name, records, schedule.num_draws) for name in names},
         steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
     )
@@ -719,12 +740,14 @@ class _Observer(Monitor):
         chosen: Mapping[str, Any],
         keeper: Checkpoint | None,
         identity: Mapping[str, Any],
-        progress: bool,
+        progress: bool | Progress,
     ) -> None:
+        self._tell = progress if callable(progress) else None
         self._schedule, self._chosen, self._keeper, self._identity = schedule, chosen, keeper, identity
+        self._total = len(team.share(num_chains)) * schedule.num_steps
         self._bar = tqdm(
-            total=len(team.share(num_chains)) * schedule.num_steps,
-            disable=not progress or team.rank != 0,
+            total=self._total,
+            disable=progress is not True or team.rank != 0,
             unit="step",
             desc="LLC" if team.size == 1 else f"LLC (1 of {team.size} processes)",
             mininterval=0.2,
@@ -737,24 +760,27 @@ class _Observer(Monitor):
         self._bar.close()
 
     def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
-        if self._bar.disable:
+        if self._bar.disable and self._tell is None:
             return
-        self._bar.update(steps - self._bar.n)
         done = [(r, slice(self._schedule.num_burnin, r.step)) for r in records()]
         values = [r.losses[:, draws].mean() for r, draws in done if r.step > draws.start]
         if self._chosen["heat_correction"]:
             heats = [r.heats[:, draws].mean() for r, draws in done if r.step > draws.start]
             values = [value - heat / self._chosen["nbeta"] for value, heat in zip(values, heats, strict=True)]
+        mean = float(np.mean(values)) if values else math.nan
+        estimate = self._chosen["nbeta"] * (mean - self._chosen["init_loss"])
+        if self._tell is not None:
+            self._tell(steps, self._total, estimate)
+            return
+        self._bar.update(steps - self._bar.n)
         if values:
-            estimate = self._chosen["nbeta"] * (float(np.mean(values)) - self._chosen["init_loss"])
             self._bar.set_postfix_str(f"λ̂ ≈ {estimate:.4g}", refresh=False)
 
     def wants_snapshot(self) -> bool:
         return self._keeper is not None and self._keeper.is_due
 
     def snapshot(self, records: list[ChainRecord]) -> None:
-        if not self._bar.disable:
-            self.report(lambda: records, sum(r.step * len(r.losses) for r in records))
+        self.report(lambda: records, sum(r.step * len(r.losses) for r in records))
         if self._keeper is not None:
             self._keeper.save(Saved(dict(self._identity), dict(self._chosen), records))
 
@@ -785,11 +811,36 @@ def _joined(name: str, records: list[ChainRecord], num_draws: int) -> NDArray[np
     return np.concatenate([r.observables.get(name, e) for r, e in zip(records, empty, strict=True)])
 
 
+def _joined_ends(records: list[ChainRecord]) -> dict[str, NDArray[Any]] | None:
+    """Where all chains ended, if they did and it was asked."""
+    found = [r.ends for r in records if r.ends is not None]
+    if not found or len(found) < len(records):
+        return None
+    return {name: np.concatenate([ends[name] for ends in found]) for name in found[0]}
+
+
 def _joined_probes(records: list[ChainRecord]) -> NDArray[np.float64]:
     """The probes of all chains; NaN where a group has none."""
     shape = next((r.probes.shape[1:] for r in records if r.probes is not None), (0, len(COLUMNS)))
     empty = [np.full((len(r.losses), *shape), np.nan) for r in records]
     return np.concatenate([e if r.probes is None else r.probes for r, e in zip(records, empty, strict=True)])
+
+
+def _ends_of(warm_start: LLCResult, posterior: Posterior, num_chains: int) -> dict[str, NDArray[Any]]:
+    """Where the chains of an earlier result ended, checked to fit."""
+    if not isinstance(warm_start, LLCResult):
+        raise TypeError(f"warm_start must be the result of an earlier estimate, got {type(warm_start).__name__}")
+    if warm_start.ends is None:
+        raise ValueError("warm_start does not know where its chains ended: make it with keep_ends=True")
+    shapes = {name: (num_chains, *w.shape) for name, w in posterior.anchor.items()}
+    given = {name: a.shape for name, a in warm_start.ends.items()}
+    if shapes != given:
+        name = next(n for n in {**shapes, **given} if shapes.get(n) != given.get(n))
+        raise ValueError(
+            f"warm_start is of other chains or parameters: {name!r} is {given.get(name)} there and {shapes.get(name)} "
+            "here, [chain, …]; pass the same num_chains and params as to the earlier estimate"
+        )
+    return warm_start.ends
 
 
 def _norm(posterior: Posterior) -> float:

@@ -1,13 +1,14 @@
-"""Files that a crash leaves whole: the old one or the new one, never half of either."""
+"""Files that a crash leaves whole, the old one or the new one, and values as JSON has them."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -33,6 +34,19 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON would give it back: lists for arrays, tensors and tuples, None for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):  # arrays, tensors and NumPy's numbers
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def remove_partial(path: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llc_fast.chains import Schedule
 from llc_fast.diagnostics import StandardError, standard_error
+from llc_fast.extras import require
 from llc_fast.files import atomic_write
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class LLCResult:
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         heat_trace: what step size and gradient noise add to nβ·(L − L(w*)) at every step, measured, float64
             ``[chain, step]``, see :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
+        ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, if ``keep_ends`` asked for it;
+            what ``estimate_llc(warm_start=…)`` goes on from.
     """
 
     loss_trace: NDArray[np.float64]
@@ -60,6 +63,7 @@ class LLCResult:
     observables: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     steps_done: list[int] | None = None
     heat_trace: NDArray[np.float64] | None = None
+    ends: dict[str, NDArray[Any]] | None = None
 
     @property
     def is_partial(self) -> bool:
@@ -205,6 +209,7 @@ class LLCResult:
         Raises:
             ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
         """
+        require("xarray", "xarray")
         import xarray
 
         steps = np.arange(self.loss_trace.shape[1])
@@ -240,9 +245,7 @@ class LLCResult:
         Raises:
             ModuleNotFoundError: ArviZ is not installed (``pip install "llc_fast[xarray]"``).
         """
-        import arviz
-
-        return arviz.from_dict(posterior={"llc": self._good})
+        return require("arviz", "xarray").from_dict(posterior={"llc": self._good})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one."""
@@ -259,6 +262,7 @@ class LLCResult:
         arrays: dict[str, Any] = {f"observable.{name}": values for name, values in self.observables.items()}
         if self.heat_trace is not None:
             arrays["heat_trace"] = self.heat_trace
+        arrays |= {f"end.{name}": values for name, values in (self.ends or {}).items()}
         with atomic_write(Path(path)) as file:
             np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **arrays)
 
@@ -273,11 +277,14 @@ class LLCResult:
             with np.load(path, allow_pickle=False) as file:
                 trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
                 heats = file["heat_trace"] if "heat_trace" in file.files else None
-                prefix = "observable."
-                observables = {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
+                observables, ends = (
+                    {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
+                    for prefix in ("observable.", "end.")
+                )
             if meta.pop("format") == _FORMAT:
                 schedule = Schedule(**meta.pop("schedule"))
-                return cls(loss_trace=trace, heat_trace=heats, schedule=schedule, observables=observables, **meta)
+                traces = {"loss_trace": trace, "heat_trace": heats, "observables": observables, "ends": ends or None}
+                return cls(**traces, schedule=schedule, **meta)
         except FileNotFoundError:
             raise
         except Exception as error:

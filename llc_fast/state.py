@@ -158,6 +158,19 @@ class ChainState:
         if self._seen is not self.w:
             self._seen.copy_(self.w)
 
+    @torch.no_grad()
+    def displacement(self) -> dict[str, Tensor]:
+        """w − w* of all chains, by parameter, ``[num_chains, *shape]``."""
+        return {name: self._view(self.w, k) - self._anchor[k] for k, name in enumerate(self._names)}
+
+    @torch.no_grad()
+    def displace(self, by: Mapping[str, Tensor]) -> None:
+        """Move all chains by what :meth:`displacement` gave, where they may move; back to w* in one that was lost."""
+        rows = self.rows_of([by[name] for name in self._names])
+        rows *= self.rows_of(self.moving)
+        rows[~torch.isfinite(rows).all(dim=1)] = 0
+        self.put(self.w + rows)
+
     def displaced(self) -> contextlib.AbstractContextManager[None]:
         """The parameters a little elsewhere, to see whether something depends on them."""
         return self.at(1.01 * self.w)

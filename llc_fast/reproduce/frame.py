@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 import llc_fast
-from llc_fast.files import atomic_write
+from llc_fast.files import atomic_write, plain
 from llc_fast.result import LLCResult
 
 if TYPE_CHECKING:
+    import xarray
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
@@ -117,7 +116,7 @@ class Study:
             if is_new:
                 started = time.perf_counter()
                 row = {**measure(case), "seconds": round(time.perf_counter() - started, 2)}
-                kept[key] = _plain(row)
+                kept[key] = plain(row)
                 self._write()
                 for path in self._opened:
                     path.unlink(missing_ok=True)
@@ -141,6 +140,20 @@ class Study:
         if result.is_partial:
             raise KeyboardInterrupt
         return result
+
+    def sweep(
+        self, key: str, model: torch.nn.Module, checkpoints: Sequence[Any], data: Any, loss_fn: Any, **settings: Any
+    ) -> xarray.Dataset:
+        """:func:`llc_fast.sweep_checkpoints` with this study's device, seed and progress bar, resumed if stopped.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the same study goes on from there.
+        """
+        wanted: dict[str, Any] = {"device": self.device, "seed": self.seed, "progress": self.progress} | settings
+        found = llc_fast.sweep_checkpoints(model, checkpoints, data, loss_fn, folder=self.path(key), **wanted)
+        if found.attrs["partial"]:
+            raise KeyboardInterrupt
+        return found
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make` returns, made once and kept for later runs of the study: tensors, numbers, strings, and lists,
@@ -186,7 +199,7 @@ class Study:
     def _write(self, checks: Iterable[Check] = ()) -> None:
         data = {**self._head, "checks": [vars(c) for c in checks], "machine": machine(), "tables": self.tables}
         with atomic_write(self._file) as file:
-            file.write((json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            file.write((json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
     def finish(self, checks: list[Check], figures: Mapping[str, Figure]) -> list[Path]:
         """Write the claims and the pictures; returns the files of the study."""
@@ -245,18 +258,3 @@ def machine() -> Row:
     """Where it was measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

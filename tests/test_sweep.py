@@ -1,0 +1,367 @@
+"""Warm starts, and sweeps over the checkpoints of a training run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from closed_forms import DATA, Quadratic, run
+from runs import assert_same, data, estimate, interrupt_after, mlp, mse
+from torch import Tensor, nn
+
+import llc_fast
+from llc_fast import estimate as estimate_module
+from llc_fast import sweep as sweep_module
+from llc_fast.result import LLCResult
+
+STRATEGIES = ["sequential", "batched"]
+
+# ---- warm starts -------------------------------------------------------------------------------------------
+
+
+def _moved(model: nn.Module, ends: dict[str, Any], chain: int) -> nn.Module:
+    """The model where a chain ended."""
+    found = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in found.named_parameters():
+            p += torch.from_numpy(ends[name][chain])
+    return found.requires_grad_(False)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ends_are_where_chains_stopped(strategy: str) -> None:
+    """A warm start's first loss, over all data, is that of the model moved by what `ends` says; w* may have moved."""
+    first = estimate(batch_size=40, keep_ends=True, strategy=strategy)
+    assert first.ends is not None and {n: a.shape[0] for n, a in first.ends.items()} == dict.fromkeys(first.ends, 3)
+    other = mlp(seed=8)
+    second = estimate(model=other, batch_size=40, warm_start=first, strategy=strategy)
+    x, y = data()
+    for chain in range(3):
+        loss = float(mse(_moved(other, first.ends, chain)(x), y))
+        assert second.loss_trace[chain, 0] == pytest.approx(loss, rel=1e-6)
+    assert second.ends is None
+
+
+def test_a_warm_start_goes_on() -> None:
+    """The same w*: where the first run's chains stopped the second one's begin, however they were grouped."""
+    first = estimate(batch_size=40, keep_ends=True, strategy="sequential")
+    again = estimate(batch_size=40, keep_ends=True, warm_start=first, strategy="batched")
+    assert first.ends is not None and again.ends is not None
+    start = [float(mse(_moved(mlp(), first.ends, c)(data()[0]), data()[1])) for c in range(3)]
+    np.testing.assert_allclose(again.loss_trace[:, 0], start, rtol=1e-6)
+    assert all((first.ends[n] != again.ends[n]).any() for n in first.ends)
+
+
+def test_only_what_is_sampled_moves() -> None:
+    """A warm start from a run over everything leaves what a mask keeps at w* where it is."""
+    mask = torch.arange(12).view(4, 3) < 5
+    first = estimate(batch_size=40, keep_ends=True, params={"0.weight": True})
+    second = estimate(batch_size=40, keep_ends=True, warm_start=first, params={"0.weight": mask})
+    assert second.ends is not None and first.ends is not None
+    assert list(second.ends) == ["0.weight"]
+    assert (second.ends["0.weight"][:, ~mask.numpy()] == 0).all()
+    assert (second.ends["0.weight"][:, mask.numpy()] != 0).all()
+
+
+def test_a_lost_chain_starts_at_its_anchor() -> None:
+    first = estimate(batch_size=40, keep_ends=True)
+    assert first.ends is not None
+    first.ends["0.bias"][1, 2] = math.nan
+    second = estimate(batch_size=40, warm_start=first)
+    cold = estimate(batch_size=40)
+    assert second.loss_trace[1, 0] == cold.loss_trace[1, 0]
+    assert second.loss_trace[0, 0] != cold.loss_trace[0, 0]
+    assert np.isfinite(second.loss_trace).all()
+
+
+def test_ends_are_part_of_the_file(tmp_path: Path) -> None:
+    result = estimate(keep_ends=True)
+    assert result.ends is not None
+    result.save(tmp_path / "result.npz")
+    loaded = LLCResult.load(tmp_path / "result.npz")
+    assert loaded.ends is not None and loaded.ends.keys() == result.ends.keys()
+    for name, values in result.ends.items():
+        np.testing.assert_array_equal(loaded.ends[name], values)
+    assert_same(estimate(warm_start=loaded), estimate(warm_start=result))
+
+
+@pytest.mark.parametrize("sampler", ["sgld", "sghmc", "rmsprop-sgld", "mala"])
+@pytest.mark.parametrize("steps", [1, 17, 30])
+def test_stopped_warm_runs_end_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, steps: int
+) -> None:
+    """Ends included, whether the chains had begun or not."""
+    options: dict[str, Any] = {"sampler": sampler, "keep_ends": True, "strategy": "sequential"}
+    if sampler == "mala":
+        options |= {"batch_size": None}
+    first = estimate(**options)
+    expected = estimate(warm_start=first, **options)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps)
+        partial = estimate(warm_start=first, checkpoint=tmp_path / "c", **options)
+    assert partial.is_partial and partial.ends is None
+    found = estimate(warm_start=first, checkpoint=tmp_path / "c", **options)
+    assert_same(found, expected)
+    kept = estimate(warm_start=first, checkpoint=tmp_path / "c", **options)
+    assert found.ends is not None and expected.ends is not None and kept.ends is not None
+    for name, values in expected.ends.items():
+        np.testing.assert_array_equal(found.ends[name], values)
+        np.testing.assert_array_equal(kept.ends[name], values)
+
+
+def test_other_starts_are_other_runs(tmp_path: Path) -> None:
+    first, second = estimate(keep_ends=True), estimate(keep_ends=True, seed=1)
+    estimate(warm_start=first, checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match="another run: warm_start was"):
+        estimate(warm_start=second, checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match="another run: warm_start was"):
+        estimate(checkpoint=tmp_path / "c")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    first = estimate(keep_ends=True)
+    with pytest.raises(TypeError, match="warm_start must be the result of an earlier estimate, got dict"):
+        estimate(warm_start={})
+    with pytest.raises(ValueError, match="keep_ends=True"):
+        estimate(warm_start=estimate())
+    with pytest.raises(ValueError, match=r"'0.weight' is \(3, 4, 3\) there and \(2, 4, 3\) here.*num_chains"):
+        estimate(warm_start=first, num_chains=2)
+    with pytest.raises(ValueError, match=r"'0.weight' is \(3, 4, 3\) there and None here"):
+        estimate(warm_start=first, params="*.bias")
+
+
+def test_progress_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told the steps done, of how many, and at the end λ̂ itself."""
+    monkeypatch.setattr(llc_fast.chains.Monitor, "interval", 0.0)
+    seen: list[tuple[int, int, float]] = []
+    result = estimate(progress=lambda *figures: seen.append(figures), num_draws=100)
+    steps, totals, llcs = zip(*seen, strict=True)
+    assert list(steps) == sorted(steps) and set(totals) == {3 * 104} and steps[-1] == 3 * 104
+    assert math.isnan(llcs[0]) and llcs[-1] == pytest.approx(result.llc_mean, rel=1e-6)
+
+
+# ---- sweeps ------------------------------------------------------------------------------------------------
+
+
+def _states(count: int = 3) -> list[dict[str, Tensor]]:
+    return [mlp(seed=k).state_dict() for k in range(count)]
+
+
+def _sweep(checkpoints: Any = None, **options: Any) -> Any:
+    chosen: dict[str, Any] = {
+        "lr": 1e-3,
+        "num_chains": 3,
+        "num_draws": 8,
+        "num_burnin": 4,
+        "batch_size": 10,
+        "progress": False,
+    } | options
+    model = chosen.pop("model", None) or mlp()
+    states = _states() if checkpoints is None else checkpoints
+    return llc_fast.sweep_checkpoints(model, states, chosen.pop("data", None) or data(), mse, **chosen)
+
+
+def test_a_cold_sweep_is_an_estimate_for_each() -> None:
+    """The numbers of `estimate_llc` on each model, under the names that were given."""
+    found = _sweep(warm=False, labels=[0, 10, 100], dim="training_step")
+    assert found.sizes == {"training_step": 3, "chain": 3} and list(found.training_step) == [0, 10, 100]
+    for k, label in enumerate([0, 10, 100]):
+        row, expected = found.sel(training_step=label), estimate(model=mlp(seed=k))
+        assert float(row.llc_mean) == expected.llc_mean and float(row.llc_stderr) == expected.llc_stderr
+        np.testing.assert_array_equal(row.llc_per_chain, expected.llc_per_chain)
+        assert (float(row.llc_low), float(row.llc_high)) == expected.interval()
+        assert float(row.init_loss) == expected.init_loss and float(row.lr) == 1e-3
+        assert str(row.warnings.item()) == "\n".join(expected.warnings)
+        assert int(row.gradients) == expected.loss_trace.size and not bool(row.is_warm)
+    assert found.attrs["partial"] == 0
+
+
+def test_a_warm_sweep_goes_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second estimate is that of a warm start from the first, with a quarter of its burn-in."""
+    monkeypatch.setattr(estimate_module, "advise", lambda result: [])
+    found = _sweep()
+    first = estimate(model=mlp(seed=0), keep_ends=True)
+    second = estimate(model=mlp(seed=1), warm_start=first, num_burnin=1)
+    assert list(found.is_warm) == [False, True, True]
+    assert float(found.llc_mean[0]) == first.llc_mean and float(found.llc_mean[1]) == second.llc_mean
+
+
+class _Bowl(Quadratic):
+    """L(w) = ½ Σ h_i (w_i − c_i)²."""
+
+    def __init__(self, curvature: Tensor) -> None:
+        super().__init__(curvature)
+        self.register_buffer("center", torch.zeros_like(curvature))
+
+    def forward(self, _: Tensor) -> Tensor:
+        return 0.5 * (self.curvature * (self.w - self.center).square()).sum()
+
+
+def test_known_coefficients_along_a_sweep() -> None:
+    """λ̂ = ½ Σ nβh/(nβh + γ) for a bowl that moves and whose curvature grows 10⁴ times, with nothing tuned."""
+    nbeta, gamma, d = 100.0, 1.0, 64
+    curvatures = [torch.logspace(-0.5, 0.5, d) * 10**k for k in (-2, -1, 0, 1, 2)]
+    centers = [torch.full((d,), float(k)) for k in range(5)]
+    states = [{"w": c, "center": c, "curvature": h} for c, h in zip(centers, curvatures, strict=True)]
+    found = llc_fast.sweep_checkpoints(
+        _Bowl(torch.ones(d)),
+        states,
+        DATA,
+        lambda output, _: output,
+        nbeta=nbeta,
+        localization=gamma,
+        num_draws=1500,
+        progress=False,
+    )
+    exact = np.array([float((0.5 * nbeta * h / (nbeta * h + gamma)).sum()) for h in curvatures])
+    assert (abs(found.llc_mean - exact) < 4 * found.llc_stderr).all()
+    assert (found.llc_stderr < 0.03 * exact).all()
+    assert list(found.is_warm) == [False, True, True, True, True]
+
+
+def test_files_and_state_dicts_are_the_same(tmp_path: Path) -> None:
+    paths = []
+    for k, state in enumerate(_states()):
+        paths.append(tmp_path / f"{k}.pt")
+        torch.save(state, paths[-1])
+    assert _sweep([str(paths[0]), *paths[1:]]).drop_vars("seconds").identical(_sweep().drop_vars("seconds"))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Also when something fails on the way."""
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    _sweep(model=model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="lr"):
+        _sweep(model=model, lr=-1.0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", [5, 40, 70, 110])
+def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """In the first checkpoint, the second's warm chains or its cold ones, or the last: what is finished is returned."""
+    expected = _sweep()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps)
+        partial = _sweep(folder=tmp_path / "kept" / "here", strategy="sequential")
+    done = {5: 0, 40: 1, 70: 1, 110: 2}[steps]
+    assert partial.attrs["partial"] == 1 and partial.sizes["checkpoint"] == done
+    found = _sweep(folder=tmp_path / "kept" / "here", strategy="sequential")
+    np.testing.assert_array_equal(found.llc_mean, _sweep(strategy="sequential").llc_mean)
+    np.testing.assert_allclose(found.llc_mean, expected.llc_mean, rtol=1e-3)
+    np.testing.assert_array_equal(partial.llc_mean, found.llc_mean[:done])
+
+
+def test_finished_estimates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _sweep(folder=tmp_path)
+    monkeypatch.setattr(llc_fast.chains._Group, "advance", None)  # no step may be taken
+    assert _sweep(folder=tmp_path).drop_vars("seconds").identical(found.drop_vars("seconds"))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        _sweep(_states()[::-1], folder=tmp_path)
+
+
+class _Quartic(nn.Module):
+    """L(w) = a·w⁴ − b·w²/2: flat at w* = 0 for small a and no b, far too steep for chains that come from afar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(8))
+        self.register_buffer("steepness", torch.ones(()))
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.steepness * (self.w.pow(4) + self.w.pow(2)).sum()
+
+
+def test_doubtful_warm_estimates_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From w*, with the whole burn-in: what is kept is the cold estimate and what is said of it."""
+    warned: list[bool] = []
+
+    def advise(result: LLCResult) -> list[str]:
+        warned.append(result.schedule.num_burnin == 1)  # a warm one
+        return ["doubtful"] if warned[-1] else []
+
+    monkeypatch.setattr(estimate_module, "advise", advise)
+    found = _sweep()
+    assert warned == [False, True, False, True, False] and not found.is_warm.any()
+    np.testing.assert_array_equal(found.llc_mean, _sweep(warm=False).llc_mean)
+    assert list(found.warnings) == ["", "", ""]
+
+
+def test_where_a_warm_chain_is_lost_all_start_again() -> None:
+    """From w*, with the whole burn-in, so that the estimate is the cold one."""
+    states = [{"w": torch.zeros(8), "steepness": torch.tensor(a)} for a in (1e-9, 1e3)]
+    options: dict[str, Any] = {
+        "nbeta": 10.0,
+        "localization": 0.01,
+        "lr": 5e-5,
+        "num_draws": 300,
+        "num_burnin": 100,
+        "num_chains": 2,
+        "progress": False,
+    }
+    wide = {"lr": 0.5}
+    model = _Quartic()
+    model.load_state_dict(states[0])
+    far = run(model, **{**options, **wide, "keep_ends": True})
+    model.load_state_dict(states[1])
+    assert run(model, **{**options, "warm_start": far}).lost_chains  # the premise
+    cold = run(model, **options)
+    calls: list[bool] = []
+    original = sweep_module.estimate_llc
+
+    def with_wide_start(*args: Any, **given: Any) -> LLCResult:
+        calls.append(given["warm_start"] is not None)
+        return original(*args, **(given | (wide if len(calls) == 1 else {})))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "estimate_llc", with_wide_start)
+        found = llc_fast.sweep_checkpoints(model, states, DATA, lambda output, _: output, seed=1, **options)
+    assert calls == [False, True, False] and list(found.is_warm) == [False, False]
+    assert float(found.llc_mean[1]) == cold.llc_mean
+
+
+def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    state, other = mlp().state_dict(), nn.Linear(3, 1).state_dict()
+    for checkpoints in (state, "model.pt", tmp_path):
+        with pytest.raises(TypeError, match=r"checkpoints must be a list .* put it in a list"):
+            _sweep(checkpoints)
+    with pytest.raises(ValueError, match="checkpoints is empty"):
+        _sweep([])
+    with pytest.raises(ValueError, match=r"checkpoints\[1\] is no state dict of this model: '0.weight' has shape None"):
+        _sweep([state, other])
+    with pytest.raises(TypeError, match=r"checkpoints\[0\] must be a state dict or a file of one, got Linear"):
+        _sweep([nn.Linear(3, 1)])
+    with pytest.raises(FileNotFoundError, match=r"checkpoints\[0\]=.*nowhere.pt"):
+        _sweep([tmp_path / "nowhere.pt"])
+    with pytest.raises(ValueError, match="labels has 1 entries for 3 checkpoints"):
+        _sweep(labels=[0])
+    with pytest.raises(TypeError, match="checkpoint is not for sweeps: pass folder instead"):
+        _sweep(checkpoint="x")
+    with pytest.raises(ValueError, match="dim='chain'"):
+        _sweep(dim="chain")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        _sweep(model=lambda x: x)
+
+
+def test_one_bar_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at the last checkpoint, and says λ̂."""
+    monkeypatch.setattr(llc_fast.chains.Monitor, "interval", 0.0)
+    found = _sweep(progress=True, labels=["a", "b", "c"])
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "LLC at c" in last and "3.0/3 checkpoints" in last and f"λ̂ ≈ {float(found.llc_mean[-1]):.4g}" in last
+
+
+def test_the_data_set_can_be_written(tmp_path: Path) -> None:
+    xarray = pytest.importorskip("xarray")
+    found = _sweep()
+    found.to_netcdf(tmp_path / "sweep.nc")
+    with xarray.open_dataset(tmp_path / "sweep.nc") as again:
+        np.testing.assert_array_equal(again.llc_mean, found.llc_mean)
+        assert list(again.warnings.values) == list(found.warnings.values)
