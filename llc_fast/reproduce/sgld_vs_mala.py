@@ -215,10 +215,12 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
         xscale="log",
         yscale="log",
         xlabel="n, samples in the data set",
-        ylabel=f"seconds for a run of {settings.steps:,} steps (processor time)",
+        ylabel=f"seconds for a run of {settings.steps:,} steps (CPU: processor time)",
         title="… and its cost does not grow with the data",
     )
     right.set_xlim(right=right.get_xlim()[1] * 100)  # for the names of the lines
+    right.set_xticks([n for n in settings.sizes if math.log10(n).is_integer()])
+    right.tick_params(axis="x", which="minor", bottom=False)
     return {"sgld_vs_mala": figure}
 
 
@@ -235,9 +237,8 @@ def _name_line(axes: Axes, label: str, last: Row, color: str) -> None:
     right, above = {"SGLD": (8, 7), "corrected": (8, -7), "MALA": (-9, 5)}.get(last["name"], (8, 0))
     place = (last["n"], last["seconds_of_run"])
     side = "left" if right > 0 else "right"
-    axes.annotate(
-        label, place, (right, above), textcoords="offset points", color=color, fontsize=8, ha=side, va="center"
-    )
+    look: dict[str, Any] = {"color": color, "fontsize": 8, "ha": side, "va": "center"}
+    axes.annotate(label, place, (right, above), textcoords="offset points", **look)
 
 
 def _row(tables: Tables, name: str, n: int) -> Row | None:
