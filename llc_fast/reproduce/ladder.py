@@ -75,6 +75,7 @@ class Settings:
         num_samples: n.
         chains, burnin, draws: of Hamiltonian Monte Carlo.
         data_sets: other data sets whose exact answers show what the noise does.
+        curve: values of nβ at which the exact answer is drawn.
     """
 
     points: int = 2 * 10**7
@@ -85,6 +86,7 @@ class Settings:
     burnin: int = 500
     draws: int = 2000
     data_sets: int = 100
+    curve: int = 60
 
 
 SCALES = {
@@ -109,7 +111,9 @@ def measure(study: Study, settings: Settings) -> None:
     study.rows("quadrature", models, lambda model: _quadrature_row(model, settings))
     ideal = {f"{name}, nβ = {nbeta:g}": (name, nbeta) for name in models for nbeta in settings.nbetas}
     study.rows("idealized", ideal, lambda case: _ideal_row(study, case[0], case[1], settings), _about)
-    study.rows("empirical", dict(zip(models, models, strict=True)), lambda m: _empirical_row(study, m, settings), _about)
+    study.rows(
+        "empirical", dict(zip(models, models, strict=True)), lambda m: _empirical_row(study, m, settings), _about
+    )
     study.rows("local", dict(zip(models, models, strict=True)), lambda m: _local_row(study, m, settings), _about)
 
 
@@ -203,7 +207,7 @@ def _hamiltonian(nbeta: float, settings: Settings) -> dict[str, Any]:
 def _quadrature_row(model: ProductRegression, settings: Settings) -> Row:
     """nβ·E[K] without a sampler."""
     low, high = math.log10(min(settings.nbetas)) - 1, math.log10(max(settings.nbetas)) + 4
-    nbetas = np.logspace(low, high, 60)
+    nbetas = np.logspace(low, high, settings.curve)
     return {"nbetas": nbetas, "expected": [model.expected_excess(t, BOX) for t in nbetas]}
 
 
@@ -431,7 +435,9 @@ def _draw_asymptotics(tables: Tables) -> Figure:
         left.plot(row["threshold"] * np.exp(-depth), law, color=color, lw=1.5, marker=marker, label=label, markevery=[])
         curve = tables["quadrature"][name]
         right.plot(curve["nbetas"], np.array(curve["expected"]) / row["lambda"], color=color, lw=1.5)
-        right.plot([], [], marker, ms=5.5, color=color, label=f"{name}: λ = {row['lambda']:g}, m = {row['multiplicity']}")
+        right.plot(
+            [], [], marker, ms=5.5, color=color, label=f"{name}: λ = {row['lambda']:g}, m = {row['multiplicity']}"
+        )
         for point in (r for r in tables["idealized"].values() if r["model"] == name and r["llc"] is not None):
             right.errorbar(
                 point["nbeta"] * 1.12**place,  # side by side
@@ -450,6 +456,8 @@ def _draw_asymptotics(tables: Tables) -> Figure:
     right.legend(fontsize=8, loc="lower right")
     right.set(xscale="log", xlabel="nβ", ylabel="nβ·E[K] / λ  (lines: exact, points: sampled)")
     right.set_title("the tempered mean tends to λ, with m = 2 as 1/log nβ")
-    figure.suptitle("Volumes give λ where they can be measured; sampling gives it as nβ grows,\nlogarithmically slowly "
-                    "where the multiplicity is 2")
+    figure.suptitle(
+        "Volumes give λ where they can be measured; sampling gives it as nβ grows,\nlogarithmically slowly "
+        "where the multiplicity is 2"
+    )
     return figure
