@@ -45,7 +45,7 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert row["lambda"] == problem.learning_coefficient and row["widths"] == list(problem.widths)
     assert row["error"] == pytest.approx(row["llc"] / row["lambda"] - 1)
     assert row["warnings"] and len(row["llc_per_chain"]) == 2  # twenty steps are too few
-    assert 50 <= min(rows["100k 0"]["widths"]) and max(rows["100k 0"]["widths"]) <= 200
+    assert min(rows["100k 0"]["widths"]) >= 50 and max(rows["100k 0"]["widths"]) <= 200
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise MemoryError("this run needs 10 GiB")
@@ -148,7 +148,7 @@ def test_claims_that_fail() -> None:
 
 
 def test_warned_points_are_hollow() -> None:
-    """In the picture of known models: color inside where there is no warning, and nothing where there is no estimate."""
+    """In the picture of known models: color inside where there is no warning; nothing where there is no estimate."""
     _, (axes,) = new_figure(1)
     points = [
         {"size": "1k", "lambda_true": k, "llc_mean": llc, "llc_stderr": 0.1, "warnings": warnings}
