@@ -346,7 +346,7 @@ def check(tables: Tables, settings: Settings) -> list[Check]:
     bound, used = BYTES_BESIDES_LAYER + 4 / large["layers"], parts["parameters, chain, gradients"]
     checks.append(
         Check(
-            f"{large['num_parameters']:.3g} parameters: w*, chain and gradients peak at no more than {bound:.2f} bytes each",
+            f"{large['num_parameters']:.3g} parameters: w*, chain and gradients peak at most at {bound:.2f} bytes each",
             f"{used:.2f}; with activations, data and libraries {sum(parts.values()):.2f}",
             used <= bound,
         )
@@ -372,10 +372,9 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     left.set_title("estimated against known")
     _draw_errors(right, rows, list(settings.samples))
     smallest, largest = (f"{pick(r['num_parameters'] for r in rows):,}" for pick in (min, max))
-    title = (
-        f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned: half of the estimates are within "
-    )
-    title += f"{_quantile(_errors(rows), 0.5):.1%}\nof the exact learning coefficient"
+    half = _quantile(_errors(rows), 0.5)
+    title = f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned:\nhalf of the estimates are "
+    title += f"within {half:.1%} of the exact learning coefficient"
     if any(not r["warnings"] for r in rows):
         title += f", and those without a warning within {_errors(r for r in rows if not r['warnings']).max():.1%}"
     figure.suptitle(title, fontsize=12)
