@@ -372,12 +372,14 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     left.set_title("estimated against known")
     _draw_errors(right, rows, list(settings.samples))
     smallest, largest = (f"{pick(r['num_parameters'] for r in rows):,}" for pick in (min, max))
-    half = _quantile(_errors(rows), 0.5)
-    title = f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned:\nhalf of the estimates are "
-    title += f"within {half:.1%} of the exact learning coefficient"
-    if any(not r["warnings"] for r in rows):
-        title += f", and those without a warning within {_errors(r for r in rows if not r['warnings']).max():.1%}"
-    figure.suptitle(title, fontsize=12)
+    medians = [
+        f"{_quantile(_errors(r for r in rows if r['size'] == size), 0.5):.1%} ({size})" for size in settings.samples
+    ]
+    title = f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned:\n"
+    title += f"half of the estimates are within {', '.join(medians)} of the exact λ"
+    if unwarned := [r for r in rows if not r["warnings"]]:
+        title += f"; without a warning all within {_errors(unwarned).max():.1%}"
+    figure.suptitle(title, fontsize=11.5)
     large = _about_large(tables["large"]["large"])
     figure.supxlabel(f"a few steps of a network with {large}", fontsize=9, color="0.3")
     return {"dln-scaling": figure}
@@ -415,7 +417,7 @@ def _draw_errors(axes: Axes, rows: list[Row], sizes: list[str]) -> None:
         axes.plot([], [], marker, color=color, ms=5, label=f"{size}: median |error| {median:.1%}")
     axes.legend(loc="lower left", fontsize=9)
     axes.margins(y=0.12)
-    axes.set(xlabel="weight matrices", ylabel="(λ̂ − λ)/λ, %", title="errors come with depth and with warnings (hollow)")
+    axes.set(xlabel="weight matrices", ylabel="(λ̂ − λ)/λ, %", title="error against depth (hollow: with a warning)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     words = [(PERCENTILE_90, "asked of nine in ten"), (MEDIAN, "asked of the median")]
     for bound, text in words:
