@@ -127,6 +127,35 @@ def make_problem(size: str | SizeClass, seed: int, device: torch.device | str = 
     )
 
 
+def most_singular(
+    widths: tuple[int, ...], rank: int, num_samples: int, seed: int, device: torch.device | str = "cpu"
+) -> DeepLinearProblem:
+    """A network all of whose layers have the rank of their product, where Aoyagi's λ is the local coefficient too.
+
+    Weights are normal with standard deviation 1/√fan_in, truncated to `rank` singular values: in general position the
+    product keeps the rank. Near such a point the network is that of widths H − rank at the origin, its most singular
+    place, times something regular.
+
+    Raises:
+        ValueError: `rank` is larger than a width.
+    """
+    if not 0 < rank <= min(widths):
+        raise ValueError(f"rank must be from 1 to the smallest width, {min(widths)}, got {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        full = torch.randn(fan_out, fan_in, dtype=torch.float64, generator=generator) / fan_in**0.5
+        u, s, v = torch.linalg.svd(full.to(device), full_matrices=False)
+        weights.append((u[:, :rank] * s[:rank]) @ v[:rank])
+    return DeepLinearProblem(
+        model=network(weights),
+        data=LinearTeacher(_product(weights), num_samples, generator),
+        widths=widths,
+        rank=rank,
+        learning_coefficient=theory.deep_linear(widths, rank).value,
+    )
+
+
 def network(weights: list[Tensor]) -> nn.Sequential:
     """Bias-free linear layers with the given weights, each ``[fan_out, fan_in]``, in float32."""
     model = nn.Sequential()
