@@ -149,7 +149,7 @@ def most_singular(
         weights.append((u[:, :rank] * s[:rank]) @ v[:rank])
     return DeepLinearProblem(
         model=network(weights),
-        data=LinearTeacher(_product(weights), num_samples, generator),
+        data=LinearTeacher(end_to_end(weights), num_samples, generator),
         widths=widths,
         rank=rank,
         learning_coefficient=theory.deep_linear(widths, rank).value,
