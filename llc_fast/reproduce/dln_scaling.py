@@ -97,7 +97,7 @@ class Settings:
 
 
 SCALES = {
-    "small": Settings({"1k": Sample(8, 8800), "10k": Sample(5, 8800), "100k": Sample(2, 8800, chains=2)}),
+    "small": Settings({"1k": Sample(10, 8800), "10k": Sample(8, 8800), "100k": Sample(2, 8800, chains=2)}),
     "paper": Settings(
         {
             size: Sample(networks, SIZE_CLASSES[size].num_steps, chains)
