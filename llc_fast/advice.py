@@ -85,6 +85,7 @@ def diagnose(
         llc=llc,
         lr=settings["lr"],
         num_parameters=settings["num_parameters"],
+        localization=settings["localization"] if settings.get("sampler") in ("sgld", "sghmc") else 0.0,
         friction=settings.get("momentum_decay", 1.0),
     )
     moved, slow = drift(draws), slow_part(draws)

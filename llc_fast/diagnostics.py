@@ -186,8 +186,8 @@ class ProbeFigures(NamedTuple):
             stationarity of ‖w − w*‖² gives E[½(w − w*)·∇U] = P/2 + (ε/8)·E[Σ p·G²] for steps with the stochastic
             drift G; each direction gives nβ·L its share of that. Exact there without minibatches, an upper bound with
             them, and in wells that are flatter than quadratic.
-        relaxation_rate: in 1/step, of the stiff directions that make up λ̂: ε/2·tr(H²)/tr(H), H the Hessian of nβ·L in
-            the sampler's metric.
+        relaxation_rate: in 1/step, of the stiff directions that make up λ̂: ε/2·(tr(H²)/tr(H) + γ), H the Hessian of
+            nβ·L in the sampler's metric.
         distance: ‖w − w*‖ of each chain at its last probe.
         growth: of the chains' mean ‖w − w*‖² from the first probe to the last, as a factor.
     """
@@ -201,7 +201,13 @@ class ProbeFigures(NamedTuple):
 
 
 def probe_figures(
-    probes: NDArray[np.float64], *, llc: float, lr: float, num_parameters: int, friction: float = 1.0
+    probes: NDArray[np.float64],
+    *,
+    llc: float,
+    lr: float,
+    num_parameters: int,
+    localization: float = 0.0,
+    friction: float = 1.0,
 ) -> ProbeFigures:
     """Figures of the probes ``[chain, probe, column]`` of the chains that λ̂ comes from.
 
@@ -210,6 +216,7 @@ def probe_figures(
         llc: λ̂.
         lr: ε.
         num_parameters: P.
+        localization: γ, where the metric is 1; in others it pulls each direction differently, and is left out.
         friction: of a sampler with momentum, whose steps inject ε·friction.
     """
     columns = {name: probes[:, :, k] for k, name in enumerate(COLUMNS)}
@@ -225,7 +232,7 @@ def probe_figures(
         acceptance=_mean(accepted),
         gradient_noise_share=ratio / (1 + ratio),
         heating=lr / 8 * mean["heat"] / llc if llc > 0 else math.nan,
-        relaxation_rate=lr / 2 * mean["squared_curvature"] / curvature if curvature > 0 else math.nan,
+        relaxation_rate=lr / 2 * (mean["squared_curvature"] / curvature + localization) if curvature > 0 else math.nan,
         distance=[math.sqrt(d) for d in last],
         growth=sum(last) / len(last) / first if first > 0 else math.nan,
     )

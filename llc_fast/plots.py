@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llc_fast.result import LLCResult
+
+CLASSES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"))
+"""Color and marker of each of several classes, by Okabe & Ito: also people who see few colors can tell them apart."""
 
 
 def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float = 4.4) -> tuple[Figure, list[Axes]]:
@@ -61,45 +65,61 @@ def plot_result(result: LLCResult) -> Figure:
     return figure
 
 
-def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None) -> Figure:
-    """λ̂ against known λ with error bars, one point a model; beside it the traces of one of them.
+def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """λ̂ against known λ with error bars, one point a model, hollow where the estimate came with a warning.
 
     Args:
-        rows: dictionaries with ``lambda_true``, ``llc_mean``, ``llc_stderr`` and ``size`` (the class).
-        example: the result of the last row.
+        axes: where.
+        rows: dictionaries with ``lambda_true``, ``llc_mean``, ``llc_stderr`` and ``size`` (the class), and perhaps
+            ``warnings``. What has no finite positive estimate is left out.
     """
-    figure, axes = new_figure(1 if example is None else 2)
     from matplotlib.ticker import LogFormatter
 
+    rows = [r for r in rows if r["llc_mean"] is not None and 0 < r["llc_mean"] < np.inf and r["lambda_true"] > 0]
     values = np.array([[r["lambda_true"], r["llc_mean"]] for r in rows])
-    values = values[np.isfinite(values) & (values > 0)]
-    low, high = (0.8 * values.min(), 1.25 * values.max()) if len(values) else (1.0, 10.0)
-    axes[0].plot([low, high], [low, high], color="k", lw=1, label="λ̂ = λ")
-    axes[0].fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color="0.9", label="± 10 %")
-    for size in dict.fromkeys(r["size"] for r in rows):
-        chosen = [r for r in rows if r["size"] == size]
-        axes[0].errorbar(
-            [r["lambda_true"] for r in chosen],
-            [r["llc_mean"] for r in chosen],
-            yerr=[2 * r["llc_stderr"] for r in chosen],
-            fmt="o",
-            ms=5,
-            capsize=3,
-            label=f"{size} networks (± 2 standard errors)",
-        )
-    axes[0].set(
+    low, high = (0.8 * values.min(), 1.25 * values.max()) if rows else (1.0, 10.0)
+    axes.plot([low, high], [low, high], color="k", lw=1, label="λ̂ = λ")
+    axes.fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color="0.9", label="± 10 %")
+    for size, (color, marker) in zip(dict.fromkeys(r["size"] for r in rows), itertools.cycle(CLASSES), strict=False):
+        for is_warned in (False, True):
+            chosen = [r for r in rows if r["size"] == size and bool(r.get("warnings")) == is_warned]
+            axes.errorbar(
+                [r["lambda_true"] for r in chosen],
+                [r["llc_mean"] for r in chosen],
+                yerr=[2 * r["llc_stderr"] for r in chosen],
+                fmt=marker,
+                color=color,
+                mfc="white" if is_warned else color,
+                ms=5,
+                capsize=3,
+                label=f"_{size}" if is_warned else f"{size} networks",
+            )
+    if any(r.get("warnings") for r in rows):
+        axes.plot([], [], "o", color="0.4", mfc="white", ms=5, label="hollow: with a warning")
+    axes.set(
         xscale="log",
         yscale="log",
         xlim=(low, high),
         ylim=(low, high),
         xlabel="λ known in closed form",
-        ylabel="λ̂ estimated",
+        ylabel="λ̂ estimated, ± 2 standard errors",
         title="deep linear networks",
     )
-    for axis in (axes[0].xaxis, axes[0].yaxis):  # plain numbers, few of them; setting the scale undoes this
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few of them; setting the scale undoes this
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(4, 0.5)))
-    axes[0].legend()
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    axes.legend(loc="upper left", fontsize=9)
+
+
+def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None) -> Figure:
+    """λ̂ against known λ, see :func:`draw_known`; beside it the traces of one of the models.
+
+    Args:
+        rows: one a model.
+        example: the result of the last row.
+    """
+    figure, axes = new_figure(1 if example is None else 2)
+    draw_known(axes[0], rows)
     if example is not None:
         draw_traces(axes[1], example, known=rows[-1]["lambda_true"])
         axes[1].set_title("loss along the chains of the last network")

@@ -49,8 +49,10 @@ def sweep_checkpoints(
     Step sizes are chosen anew at every checkpoint, as curvature changes by orders of magnitude in training; pass ``lr``
     to fix it. With `warm`, the chains of a checkpoint start where those of the one before ended, moved by as much as w*
     has moved between them (``estimate_llc(warm_start=…)``). They are chains of their own checkpoint, only better
-    begun, so that a quarter of the burn-in will do; where one is lost, the checkpoint is estimated again from w*. The
-    model is left as it was.
+    begun, so that a quarter of the burn-in will do. Where training has learned something in between, they may be worse
+    begun: far from where that holds. So a checkpoint whose warm chains give rise to a warning is estimated again from
+    w*, and that estimate is kept, with its own warnings. Chains that are all led astray together are not noticed; where
+    a jump between checkpoints is what you look for, pass ``warm=False``. The model is left as it was.
 
     Ctrl-C ends the sweep after the present step; the checkpoints that were finished are returned, with the attribute
     ``partial``.
@@ -61,7 +63,7 @@ def sweep_checkpoints(
         data, loss_fn: as for :func:`llc_fast.estimate_llc`.
         labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …
         dim: name of the dimension.
-        warm: whether chains start where those of the checkpoint before ended.
+        warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
         num_draws: losses of each chain that enter λ̂.
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
@@ -113,7 +115,7 @@ def sweep_checkpoints(
 
             start = previous if warm else None
             result = estimate(start, f"{k:05d}")
-            if start is not None and result.lost_chains and not result.is_partial:
+            if start is not None and result.warnings and not result.is_partial:
                 start = None
                 result = estimate(None, f"{k:05d}-cold")
             if result.is_partial:

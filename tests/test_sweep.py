@@ -15,6 +15,7 @@ from runs import assert_same, data, estimate, interrupt_after, mlp, mse
 from torch import Tensor, nn
 
 import llc_fast
+from llc_fast import estimate as estimate_module
 from llc_fast import sweep as sweep_module
 from llc_fast.result import LLCResult
 
@@ -180,8 +181,9 @@ def test_a_cold_sweep_is_an_estimate_for_each() -> None:
     assert found.attrs["partial"] == 0
 
 
-def test_a_warm_sweep_goes_from_one_to_the_next() -> None:
+def test_a_warm_sweep_goes_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second estimate is that of a warm start from the first, with a quarter of its burn-in."""
+    monkeypatch.setattr(estimate_module, "advise", lambda result: [])
     found = _sweep()
     first = estimate(model=mlp(seed=0), keep_ends=True)
     second = estimate(model=mlp(seed=1), warm_start=first, num_burnin=1)
@@ -241,14 +243,14 @@ def test_the_model_is_left_as_it_was() -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("steps", [5, 40, 70])
+@pytest.mark.parametrize("steps", [5, 40, 70, 110])
 def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Stopped in the first, the second or the last checkpoint: what was finished is returned, the rest comes later."""
+    """In the first checkpoint, the second's warm chains or its cold ones, or the last: what is finished is returned."""
     expected = _sweep()
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps)
         partial = _sweep(folder=tmp_path / "kept" / "here", strategy="sequential")
-    done = {5: 0, 40: 1, 70: 2}[steps]
+    done = {5: 0, 40: 1, 70: 1, 110: 2}[steps]
     assert partial.attrs["partial"] == 1 and partial.sizes["checkpoint"] == done
     found = _sweep(folder=tmp_path / "kept" / "here", strategy="sequential")
     np.testing.assert_array_equal(found.llc_mean, _sweep(strategy="sequential").llc_mean)
@@ -274,6 +276,21 @@ class _Quartic(nn.Module):
 
     def forward(self, _: Tensor) -> Tensor:
         return self.steepness * (self.w.pow(4) + self.w.pow(2)).sum()
+
+
+def test_doubtful_warm_estimates_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From w*, with the whole burn-in: what is kept is the cold estimate and what is said of it."""
+    warned: list[bool] = []
+
+    def advise(result: LLCResult) -> list[str]:
+        warned.append(result.schedule.num_burnin == 1)  # a warm one
+        return ["doubtful"] if warned[-1] else []
+
+    monkeypatch.setattr(estimate_module, "advise", advise)
+    found = _sweep()
+    assert warned == [False, True, False, True, False] and not found.is_warm.any()
+    np.testing.assert_array_equal(found.llc_mean, _sweep(warm=False).llc_mean)
+    assert list(found.warnings) == ["", "", ""]
 
 
 def test_where_a_warm_chain_is_lost_all_start_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ INPUT_BOUND = 10.0
 
 @dataclass(frozen=True)
 class SizeClass:
-    """One of the paper's six classes, with the SGLD settings it uses there.
+    """A class of networks, with the SGLD settings that the paper uses there.
 
     Attributes:
         widths: smallest and largest layer width.
@@ -41,6 +42,7 @@ SIZE_CLASSES = {
     "30M": SizeClass((500, 2000), (2, 20), 10**6, 2e-8, 50_000),
     "100M": SizeClass((500, 3000), (2, 40), 10**6, 2e-8, 50_000),
 }
+"""The paper's six, named after the order of their largest networks."""
 BATCH_SIZE, LOCALIZATION = 500, 1.0
 
 
@@ -87,23 +89,23 @@ class DeepLinearProblem:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def make_problem(size: str, seed: int, device: torch.device | str = "cpu") -> DeepLinearProblem:
-    """A random network of one of the paper's classes.
+def make_problem(size: str | SizeClass, seed: int, device: torch.device | str = "cpu") -> DeepLinearProblem:
+    """A random network of one of the paper's classes, or of another.
 
     Widths and depth are uniform in the class's range; each weight is truncated normal with standard deviation
     1/√fan_in and, with probability one half, its rank is reduced to a uniform random rank in 0 … min(shape).
 
     Args:
-        size: a key of `SIZE_CLASSES`.
+        size: a key of `SIZE_CLASSES`, or a class of your own.
         seed: equal seeds give equal networks and data on the same device.
         device: where model and data live.
 
     Raises:
         ValueError: an unknown size.
     """
-    if size not in SIZE_CLASSES:
+    if isinstance(size, str) and size not in SIZE_CLASSES:
         raise ValueError(f"size={size!r} is unknown; choose one of: {', '.join(SIZE_CLASSES)}")
-    cls = SIZE_CLASSES[size]
+    cls = SIZE_CLASSES[size] if isinstance(size, str) else size
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low: int, high: int) -> int:
@@ -118,7 +120,7 @@ def make_problem(size: str, seed: int, device: torch.device | str = "cpu") -> De
         rank = min(rank, weight_rank)
     return DeepLinearProblem(
         model=network(weights),
-        data=LinearTeacher(_product(weights), cls.num_samples, generator),
+        data=LinearTeacher(end_to_end(weights), cls.num_samples, generator),
         widths=widths,
         rank=rank,
         learning_coefficient=theory.deep_linear(widths, rank).value,
@@ -147,7 +149,7 @@ def most_singular(
         weights.append((u[:, :rank] * s[:rank]) @ v[:rank])
     return DeepLinearProblem(
         model=network(weights),
-        data=LinearTeacher(_product(weights), num_samples, generator),
+        data=LinearTeacher(end_to_end(weights), num_samples, generator),
         widths=widths,
         rank=rank,
         learning_coefficient=theory.deep_linear(widths, rank).value,
@@ -178,8 +180,8 @@ def _random_weight(fan_in: int, fan_out: int, generator: torch.Generator, device
     return weight.to(torch.float32), rank
 
 
-def _product(weights: list[Tensor]) -> Tensor:
-    """The end-to-end matrix of the float32 weights, multiplied in float64."""
+def end_to_end(weights: Sequence[Tensor]) -> Tensor:
+    """The product W_L ⋯ W_1 of the weights, multiplied in float64."""
     product = weights[0].double()
     for weight in weights[1:]:
         product = weight.double() @ product

@@ -1,0 +1,277 @@
+"""A ReLU network does not change when a hidden layer is rescaled. Do estimates of its λ?
+
+Multiply the incoming weights and biases of a hidden ReLU layer by a and divide its outgoing weights by a: the function
+is the same, the learning coefficient is the same, but gradients and noise are not. Furman & Lau 2024 (arXiv 2402.03698)
+rescale a network of 30 inputs and widths 40 and 30, six of whose hidden units are copies of another, by a from 10⁻⁴ to
+10⁴, and find mean λ̂ from 1102 to 1119 where SGLD has the diagonal preconditioner that undoes it: a² for the first
+layer, a⁻² for the second's weights. Here:
+
+- "undone": SGLD with that preconditioner and γ = 0, as in the paper's code;
+- "undone, γ = 1": the same, localized;
+- "plain": SGLD without it, γ = 0 and the same ε;
+- "default": `estimate_llc` with nothing but its defaults (ε and momentum chosen by pilot chains, γ = 1);
+- "rmsprop", "adam": the metrics that adapt to gradients, at their defaults;
+- "curvature": the fixed metric 1/H_ii, H the Hessian at w*, which knows nothing of the symmetry; γ = 0.
+
+All see the same noise and minibatches at every a, so that what differs is the rescaling alone, and not chance.
+
+What invariance needs: with w' = D·w and A' = D² the drift of the loss becomes that of the original, and the chain is
+the same chain. The localization does not: γ(w' − w'*) pulls as γ·D² would at w, so that the posterior is another. In a
+quadratic well
+
+    λ(a) = ½ tr nβH·(nβH + γD²)⁻¹,
+
+the dashed line: large a hold the first layer in place, small ones the second. It is what an exact sampler finds, as
+"undone, γ = 1" does while its steps are stable, and where the defaults end too, once they move so little beside the
+slow directions that there is nothing left to warn of. Invariance takes γ = 0, or a localization in the metric,
+(γ/2)·(w' − w'*)ᵀA'⁻¹(w' − w'*), which `estimate_llc` does not offer.
+
+With γ = 0 there is no equilibrium to wait for (copies of a unit leave directions that no loss holds): λ̂ is that of a
+stretch of diffusion, here as in the paper, and warnings say so. RMSprop's metric goes with the first power of D where
+the second is needed; besides, gradients vanish at w* of a network that fits its data, so that its eps is most of it.
+Adam's likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import mse_loss
+
+from llc_fast.estimate import default_nbeta
+from llc_fast.plots import new_figure
+from llc_fast.problems.relu_network import (
+    curvature_preconditioner,
+    gauss_newton,
+    make_data,
+    make_network,
+    rescale,
+    scale_factors,
+    undoing_preconditioner,
+)
+from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        factors: a; 1 among them.
+        widths: of the network.
+        copies: hidden units that are copies of unit 0.
+        num_samples, batch_size: of the data, and of minibatches.
+        lr: ε where it is not chosen.
+        num_chains, num_burnin, num_draws: of every estimate.
+        metric_samples, hessian_samples: that the curvature metric and the Hessian of the dashed line are taken from.
+    """
+
+    factors: tuple[float, ...]
+    widths: tuple[int, ...] = (30, 40, 30)
+    copies: int = 6
+    num_samples: int = 10_000
+    batch_size: int = 500
+    lr: float = 1e-5
+    num_chains: int = 4
+    num_burnin: int = 1000
+    num_draws: int = 2000
+    metric_samples: int = 256
+    hessian_samples: int = 1024
+
+
+SCALES = {
+    "small": Settings(tuple(10.0 ** (k / 2) for k in range(-8, 9)), batch_size=100),
+    "paper": Settings(tuple(10.0 ** (k / 4) for k in range(-16, 17)), num_chains=5, num_burnin=2000, num_draws=8000),
+}
+SAMPLERS = {
+    "undone": "SGLD, scaling undone by a preconditioner, γ = 0",
+    "curvature": "SGLD, metric 1/curvature, γ = 0",
+    "undone, γ = 1": "SGLD, scaling undone, γ = 1",
+    "plain": "SGLD, same ε, no preconditioner, γ = 0",
+    "default": "estimate_llc's defaults (γ = 1)",
+    "rmsprop": "RMSprop-SGLD, ε chosen (γ = 1)",
+    "adam": "Adam-SGLD, ε chosen (γ = 1)",
+}
+TOLERANCE, VISIBLE = 0.02, 0.20
+"""How flat λ̂ must be with the right preconditioner, and how far from flat without, relative to a = 1."""
+
+
+def measure(study: Study, settings: Settings) -> None:
+    """λ̂ of every sampler at every a, and λ(a) in the quadratic well with γ = 1."""
+    network = make_network(settings.widths, study.seed, copies=settings.copies)
+    data = make_data(network, settings.num_samples, study.seed)
+
+    def options(name: str, a: float) -> dict[str, Any]:
+        fixed: dict[str, Any] = {"sampler": "preconditioned-sgld", "lr": settings.lr, "localization": 0.0}
+        undoing = {"preconditioner": undoing_preconditioner(network, 0, a)}
+        if name == "undone":
+            return fixed | {"sampler_options": undoing}
+        if name == "undone, γ = 1":
+            return fixed | {"sampler_options": undoing, "localization": 1.0}
+        if name == "curvature":
+            metric = curvature_preconditioner(rescale(network, 0, a), data[0][: settings.metric_samples])
+            return fixed | {"sampler_options": {"preconditioner": metric}, "lr": None}
+        if name == "plain":
+            return fixed | {"sampler": "sgld"}
+        return {} if name == "default" else {"sampler": f"{name}-sgld"}
+
+    def estimate(case: tuple[str, float]) -> Row:
+        name, a = case
+        result = study.estimate(
+            f"{name} {a:.3g}",
+            rescale(network, 0, a),
+            data,
+            mse_loss,
+            num_chains=settings.num_chains,
+            num_burnin=settings.num_burnin,
+            num_draws=settings.num_draws,
+            batch_size=settings.batch_size,
+            **options(name, a),
+        )
+        return figures_of(result) | {"name": name, "factor": a}
+
+    def localized(a: float) -> Row:
+        hessian = study.once("hessian", lambda: gauss_newton(network, data[0][: settings.hessian_samples])).cpu()
+        scales = scale_factors(network, 0, a)
+        root = torch.cat([(scales[k] * torch.ones_like(p)).flatten() for k, p in network.named_parameters()])
+        # tr K(K + 1)⁻¹ = d − tr (K + 1)⁻¹ with K = D⁻¹·nβH·D⁻¹ in the parameters of the rescaled network.
+        curvature = default_nbeta(settings.num_samples) * hessian / root[:, None] / root
+        curvature.diagonal().add_(1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
+        return {"llc": 0.5 * (len(root) - float(inverse.trace())), "factor": a}
+
+    cases = {f"{name}, a = {a:.3g}": (name, a) for name in SAMPLERS for a in settings.factors}
+    study.rows("estimates", cases, estimate, lambda row: f"λ̂ = {_number(row['llc'])} ± {_number(row['stderr'])}")
+    study.rows(
+        "localized posterior", {f"a = {a:.3g}": a for a in settings.factors}, localized, lambda r: f"λ = {r['llc']:.5g}"
+    )
+    for name, found in _deviations(study.tables).items():
+        study.say(f"{SAMPLERS[name]}: {_furthest(found)}")
+
+
+def check(tables: Tables, settings: Settings) -> list[Check]:
+    """Flat with the right preconditioner, far from flat without."""
+    deviations = _deviations(tables)
+    decades = f"for a from {min(settings.factors):g} to {max(settings.factors):g}"
+    flat = deviations["undone"]
+    checks = [
+        Check(
+            f"with the preconditioner that undoes the scaling (γ = 0) λ̂ stays within {TOLERANCE:.0%} {decades}",
+            _furthest(flat),
+            all(d is not None and abs(d) <= TOLERANCE for d in flat.values()),
+        )
+    ]
+    for name in ("plain", "default"):
+        found = deviations[name]
+        claim = f"{SAMPLERS[name]}: λ̂ is off by at least {VISIBLE:.0%} at some a"
+        checks.append(Check(claim, _furthest(found), any(d is None or abs(d) >= VISIBLE for d in found.values())))
+    return checks
+
+
+def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+    """λ̂(a)/λ̂(1) of every sampler."""
+    figure, (axes,) = new_figure(1, width=8.0, height=6.4)
+    high_up = top = 1.25
+    axes.axhspan(1 - TOLERANCE, 1 + TOLERANCE, color="0.85", zorder=0, label=f"± {TOLERANCE:.0%}")
+    theory = list(tables["localized posterior"].values())
+    at_one = next(row["llc"] for row in theory if row["factor"] == 1)
+    axes.plot(
+        [row["factor"] for row in theory],
+        [row["llc"] / at_one for row in theory],
+        color="k",
+        ls="--",
+        lw=1,
+        zorder=1,
+        label="posterior with γ = 1, by the Hessian at w*",
+    )
+    deviations = _deviations(tables)
+    for name, label in SAMPLERS.items():
+        rows, unit = _rows(tables, name)
+        color, marker, size = _LOOKS[name]
+        axes.plot([], [], color=color, marker=marker, ms=size, label=f"{label}: {_furthest(deviations[name])}")
+        _draw_line(axes, [r for r in rows if r["llc"] is not None], unit, _LOOKS[name])
+        if lost := [row["factor"] for row in rows if row["llc"] is None]:
+            high_up -= 0.035
+            axes.plot(lost, [high_up] * len(lost), ls="", marker="x", ms=6, mew=1.6, color=color)
+    axes.text(min(settings.factors), high_up - 0.03, "× all chains lost", color="0.35", va="top")
+    axes.set(
+        xscale="log",
+        ylim=(0, top),
+        xlabel="rescaling a: first layer × a, second layer's weights / a",
+        ylabel="λ̂ / λ̂ at a = 1  (± 2 standard errors)",
+        title="One function, rescaled: λ̂ stays the same in a metric that follows,\nand without isotropic localization",
+    )
+    figure.legend(
+        loc="outside lower center", ncols=1, fontsize=8.5, title="sampler: largest deviation (hollow: warned)"
+    )
+    return {"rescaling": figure}
+
+
+_LOOKS = {
+    "undone": ("#0072B2", "o", 9),
+    "curvature": ("#56B4E9", "s", 4),
+    "undone, γ = 1": ("#009E73", "D", 5),
+    "plain": ("#000000", "v", 5),
+    "default": ("#D55E00", "o", 5),
+    "rmsprop": ("#CC79A7", "^", 5),
+    "adam": ("#E69F00", "P", 5),
+}
+"""Color, marker and its size."""
+
+
+def _draw_line(axes: Axes, rows: list[Row], unit: float | None, looks: tuple[str, str, int]) -> None:
+    if not rows or unit is None:
+        return
+    color, marker, size = looks
+    axes.plot([r["factor"] for r in rows], [r["llc"] / unit for r in rows], color=color, lw=1.2)
+    for row in rows:
+        axes.errorbar(
+            row["factor"],
+            row["llc"] / unit,
+            yerr=2 * (row["stderr"] or 0.0) / unit,
+            color=color,
+            marker=marker,
+            ms=size,
+            capsize=2,
+            lw=0.9,
+            mfc="white" if row["warnings"] else color,
+        )
+
+
+def _rows(tables: Tables, name: str) -> tuple[list[Row], float | None]:
+    """The rows of a sampler, and its λ̂ at a = 1."""
+    rows = [row for row in tables["estimates"].values() if row["name"] == name]
+    return rows, next(row["llc"] for row in rows if row["factor"] == 1)
+
+
+def _deviations(tables: Tables) -> dict[str, dict[float, float | None]]:
+    """λ̂(a)/λ̂(1) − 1 by sampler and a; None where chains were lost."""
+
+    def of(name: str) -> Iterator[tuple[float, float | None]]:
+        rows, unit = _rows(tables, name)
+        for row in rows:
+            yield row["factor"], None if unit is None or row["llc"] is None else row["llc"] / unit - 1
+
+    return {name: dict(of(name)) for name in SAMPLERS}
+
+
+def _furthest(deviations: Mapping[float, float | None]) -> str:
+    """The largest deviation in words."""
+    known = {a: d for a, d in deviations.items() if d is not None}
+    lost = len(deviations) - len(known)
+    a, d = max(known.items(), key=lambda item: abs(item[1]), default=(1.0, 0.0))
+    at = np.format_float_positional(a, precision=2, fractional=False, trim="-")
+    words = f"{100 * d:+.2g} % at a = {at}".replace("-", "−")
+    return words + (f", lost at {lost} of {len(deviations)}" if lost else "")
+
+
+def _number(value: float | None) -> str:
+    return "lost" if value is None else f"{value:.4g}"

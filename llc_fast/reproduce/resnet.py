@@ -1,0 +1,421 @@
+"""How learning rate and batch size shape a residual network: λ̂ along SGD, as in Lau et al. 2023 (arXiv 2308.12108).
+
+SGD is said to prefer degenerate solutions, the more so the noisier it is: with larger learning rates and smaller
+batches. The local learning coefficient λ measures degeneracy: it is half the number of parameters where nothing is
+degenerate, and the less the more there is. The paper followed it along the training of ResNet-18 on CIFAR-10; here the
+pictures are the 1797 digits that come with scikit-learn, and the network has the width that a machine bears.
+
+Runs of plain SGD (no momentum, no weight decay) start from the same initialization and take the same number of steps,
+with several learning rates at one batch size and several batch sizes at one learning rate. (Steps and not epochs: with
+a sixteenth of the steps the largest batches would hardly be trained, and batch size would be how far a run got.) At
+some of the steps
+
+    λ̂ = nβ·(mean of L over draws − L(w*)),    nβ = n / log n,    L: cross-entropy over the n training pictures,
+
+is measured from p(w) ∝ exp(−nβ·L(w) − γ/2·‖w − w*‖²). Everything is done again from other initializations, of which
+only the last step is measured: the spread over these, and not the Monte Carlo error, tells whether runs differ.
+
+**Localization.** γ = P/(reach·‖w₀‖)², with P parameters and the initialization w₀, is the same for all runs. Directions
+that the loss does not see make up nearly all of a network with more parameters than samples, and each of them is 1/√γ
+wide: chains end at a distance of √(P/γ) from w*. With γ = 1 that is many times ‖w*‖, and the loss found there is that
+of a random network. It does not show in short chains: T steps of ε diffuse by √(εT) only, which makes 1/(εT) the
+localization of a customary 1,000 to 3,000 steps of 10⁻⁶ to 10⁻⁷, whatever γ is. `reach` says what is meant, and chains
+get there. It is not free: a direction of curvature h adds ½·nβh/(nβh + γ), not ½, so that λ̂ is smaller than λ, weighs
+directions by their stiffness up to γ, and compares networks with each other only.
+
+**Step size.** ε = pace/γ, the same for all runs: directions that only γ holds forget where they were in 2/pace steps,
+so that chains of hundreds of steps are long. What it adds to the loss is measured and subtracted (heat_correction).
+Pilot chains (lr=None) are of no use here: they judge heat by its share of nβ·(L − L(w*)), which is next to nothing
+where chains walk downhill, and chose steps up to thirty times too small at some early checkpoints.
+
+**Early checkpoints are no minima.** Chains there walk downhill and λ̂ comes out too low, or negative; γ limits how far.
+Such estimates carry a warning, and hollow markers in the figure.
+
+**The other reason for a low λ̂** is a low loss: where all pictures are told apart with certainty cross-entropy is flat,
+and larger learning rates get there in fewer steps. The last panel therefore has λ̂ over the training loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llc_fast.advice import MAX_R_HAT
+from llc_fast.chains import threads
+from llc_fast.plots import new_figure
+from llc_fast.problems.digits import NUM_TRAIN, Digits, load_digits
+from llc_fast.problems.resnet import resnet
+from llc_fast.reproduce.frame import Check, Row, Study, Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, and how it is looked at.
+
+    Attributes:
+        width, blocks, size: of the network and its pictures, see :func:`llc_fast.problems.resnet.resnet`.
+        num_train: n.
+        learning_rates: of runs with `batch_size`, one of them `learning_rate`.
+        batch_sizes: of runs with `learning_rate`, one of them `batch_size`.
+        checkpoints: numbers of SGD steps, increasing; the last one ends the training.
+        trainings: of each run, from initializations of their own.
+        reach: how far from w* γ alone lets chains go (root mean square), as a share of ‖w₀‖. A fifth is local, changes
+            each weight by a fifth on average and the loss by something that can be measured.
+        pace: ε·γ. Stiff directions are stable up to nβh = 4γ/pace − γ.
+        sampling_batch_size, num_chains, num_draws, num_burnin: of the estimates.
+    """
+
+    width: int
+    blocks: int
+    size: int
+    learning_rates: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
+    learning_rate: float
+    batch_size: int
+    checkpoints: tuple[int, ...]
+    trainings: int
+    num_draws: int
+    num_burnin: int
+    sampling_batch_size: int
+    num_train: int = NUM_TRAIN
+    num_chains: int = 4
+    reach: float = 0.2
+    pace: float = 0.1
+
+
+SCALES = {
+    "small": Settings(
+        width=4,
+        blocks=1,
+        size=8,
+        learning_rates=(0.03, 0.1, 0.3),
+        batch_sizes=(16, 64, 256),
+        learning_rate=0.1,
+        batch_size=64,
+        checkpoints=(30, 80, 160, 320, 600),
+        trainings=3,
+        num_draws=200,
+        num_burnin=80,
+        sampling_batch_size=256,
+    ),
+    "paper": Settings(
+        width=64,
+        blocks=2,
+        size=16,
+        learning_rates=(0.005, 0.01, 0.02, 0.05),
+        batch_sizes=(16, 64, 256, 512),
+        learning_rate=0.02,
+        batch_size=64,
+        checkpoints=(50, 150, 300, 600, 1000, 1500, 2500, 4000, 6000, 10_000),
+        trainings=5,
+        num_draws=1000,
+        num_burnin=1000,
+        sampling_batch_size=512,
+    ),
+}
+"""The paper's scale is ResNet-18 with 11 million parameters, on the digits drawn larger."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    learning_rate: float
+    batch_size: int
+    training: int
+
+    @property
+    def name(self) -> str:
+        return f"lr {self.learning_rate:g}, batch {self.batch_size}, training {self.training}"
+
+
+def plan(settings: Settings) -> list[Run]:
+    """All trainings; those with the full set of checkpoints first."""
+    pairs = [(lr, settings.batch_size) for lr in settings.learning_rates]
+    pairs += [(settings.learning_rate, size) for size in settings.batch_sizes]
+    return [Run(*pair, training=k) for k in range(settings.trainings) for pair in dict.fromkeys(pairs)]
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def measure(study: Study, settings: Settings) -> None:
+    """Train every run and estimate λ along it."""
+    digits = load_digits(num_train=settings.num_train, size=settings.size, seed=study.seed)
+    (train, test) = ((x.to(study.device), y.to(study.device)) for x, y in digits)
+    digits = Digits(train, test)
+    gamma = localization(_network(settings, study.seed), settings.reach)
+
+    def measured(run: Run) -> Row:
+        seed = study.seed + run.training
+        kept = study.once(f"training of {run.name}", lambda: _train(study, settings, digits, run, seed))
+        first = 0 if run.training == 0 else len(settings.checkpoints) - 1
+        found = study.sweep(
+            run.name,
+            _network(settings, seed).to(study.device),
+            kept["states"][first:],
+            digits.train,
+            F.cross_entropy,
+            labels=settings.checkpoints[first:],
+            dim="step",
+            warm=False,  # burn-in is short, and networks change between checkpoints
+            localization=gamma,
+            lr=settings.pace / gamma,
+            heat_correction=True,
+            num_chains=settings.num_chains,
+            num_draws=settings.num_draws,
+            num_burnin=settings.num_burnin,
+            batch_size=settings.sampling_batch_size,
+            seed=seed,
+        )
+        return {
+            "learning_rate": run.learning_rate,
+            "batch_size": run.batch_size,
+            "training": run.training,
+            "localization": gamma,
+            "step": settings.checkpoints[first:],
+            "train_accuracy": kept["train_accuracy"][first:],
+            "test_accuracy": kept["test_accuracy"][first:],
+            **{str(name): values.values for name, values in found.data_vars.items() if name != "warnings"},
+            "warnings": [text.split("\n") if text else [] for text in found["warnings"].values.tolist()],
+        }
+
+    study.rows("runs", {run.name: run for run in plan(settings)}, measured, _words)
+
+
+def localization(model: nn.Module, reach: float) -> float:
+    """γ = P/(reach·‖w‖)², to two digits: with it alone, the root mean square distance from w* is reach·‖w‖."""
+    squares = [float(p.detach().double().square().sum()) for p in model.parameters()]
+    return float(f"{sum(p.numel() for p in model.parameters()) / (reach**2 * sum(squares)):.2g}")
+
+
+def _network(settings: Settings, seed: int) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    return resnet(settings.width, blocks=settings.blocks, size=settings.size, generator=generator)
+
+
+def _train(study: Study, settings: Settings, digits: Digits, run: Run, seed: int) -> dict[str, Any]:
+    """Plain SGD, minibatches without replacement within an epoch: state dicts and accuracies at the checkpoints."""
+    x, y = digits.train
+    model = _network(settings, seed).to(study.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    kept: dict[str, Any] = {"states": [], "train_accuracy": [], "test_accuracy": []}
+    with threads(1 if study.device.type == "cpu" else None):  # kernels are too short to be shared
+        for step in study.steps(settings.checkpoints[-1], f"training, {run.name}"):
+            if len(order) < run.batch_size:
+                order = torch.randperm(len(x), generator=generator)
+            batch, order = order[: run.batch_size].to(study.device), order[run.batch_size :]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if step + 1 in settings.checkpoints:
+                kept["states"].append({name: value.clone() for name, value in model.state_dict().items()})
+                kept["train_accuracy"].append(_accuracy(model, digits.train))
+                kept["test_accuracy"].append(_accuracy(model, digits.test))
+    return kept
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> float:
+    x, y = data
+    return float((model(x).argmax(1) == y).double().mean())
+
+
+def _words(row: Row) -> str:
+    return f"λ̂ = {_number(row['llc_mean'][-1])} ± {_number(row['llc_stderr'][-1])}, L = {_number(row['init_loss'][-1])}"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
+
+
+# ---- what must come out ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Final:
+    """λ̂ at the end of a run.
+
+    Attributes:
+        value: mean over trainings.
+        sampling: Monte Carlo error of that mean.
+        spread: standard error from the spread over trainings; NaN with one.
+    """
+
+    value: float
+    sampling: float
+    spread: float
+
+    @property
+    def stderr(self) -> float:
+        """The larger of the two: the spread contains the Monte Carlo error, but is itself known from few trainings."""
+        return self.sampling if math.isnan(self.spread) else max(self.sampling, self.spread)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.stderr:.2g}"
+
+
+def final(tables: Tables, learning_rate: float, batch_size: int) -> Final:
+    """λ̂ at the end of a run, NaN if any of its trainings has none."""
+    rows = [r for r in tables["runs"].values() if (r["learning_rate"], r["batch_size"]) == (learning_rate, batch_size)]
+    values = _array([r["llc_mean"][-1] for r in rows])
+    errors = _array([r["llc_stderr"][-1] for r in rows])
+    spread = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Final(float(values.mean()), float(np.sqrt(np.square(errors).sum())) / len(rows), float(spread))
+
+
+def check(tables: Tables, settings: Settings) -> list[Check]:
+    """Whether estimates are stable, and runs are told apart; which way round they come out is reported, not claimed."""
+    rows = list(tables["runs"].values())
+    by_rate = {f"{lr:g}": final(tables, lr, settings.batch_size) for lr in settings.learning_rates}
+    by_size = {f"{size}": final(tables, settings.learning_rate, size) for size in settings.batch_sizes}
+    values = np.array([f.value for f in (*by_rate.values(), *by_size.values())])
+    error = max(f.sampling for f in (*by_rate.values(), *by_size.values()))
+    share = error / (values.max() - values.min()) if len(values) > 1 else math.nan
+    points = [
+        (llc, r_hat, bool(warnings))
+        for row in rows
+        for llc, r_hat, warnings in zip(row["llc_mean"], row["r_hat"], row["warnings"], strict=True)
+    ]
+    apart = [warned for _, r_hat, warned in points if r_hat is None or r_hat > MAX_R_HAT]
+    negative = [warned for llc, _, warned in points if llc is None or llc < 0]
+    warned = sum(w for _, _, w in points)
+    return [
+        Check(
+            "the largest Monte Carlo error of a final λ̂ is at most a tenth of the range of final λ̂",
+            f"{share:.1%}",
+            bool(share <= 0.1),
+        ),
+        Check(
+            f"every estimate with R̂ above {MAX_R_HAT:g} is warned about",
+            f"{sum(apart)} of {len(apart)}; {warned} of all {len(points)} estimates have a warning",
+            all(apart),
+        ),
+        Check(
+            "every negative λ̂ is warned about",
+            f"{sum(negative)} of {len(negative)}",
+            all(negative),
+        ),
+        _order_check("learning rates", by_rate),
+        _order_check("batch sizes", by_size),
+    ]
+
+
+def _order_check(what: str, finals: Mapping[str, Final]) -> Check:
+    listed = ", ".join(f"{name}: {value}" for name, value in finals.items())
+    return Check(
+        f"final λ̂ of neighbouring {what} differ by more than 2 standard errors",
+        f"{listed}; λ̂ {direction(list(finals.values()))}",
+        len(finals) > 1 and all(abs(z) > 2 for z in _steps(list(finals.values()))),
+    )
+
+
+def direction(finals: Sequence[Final]) -> str:
+    """In words, what becomes of λ̂ from the first to the last, as far as it is resolved."""
+    up = [z > 0 for z in _steps(finals) if abs(z) > 2]
+    overall = _steps([finals[0], finals[-1]])
+    if up and all(up) and all(z > 2 for z in overall):
+        return "rises"
+    if up and not any(up) and all(z < -2 for z in overall):
+        return "falls"
+    return "has no clear order"
+
+
+def _steps(finals: Sequence[Final]) -> list[float]:
+    """Differences between neighbours in standard errors; NaN, for which every comparison is false, without λ̂."""
+    pairs = itertools.pairwise(finals)
+    return [(b.value - a.value) / (math.hypot(a.stderr, b.stderr) or math.nan) for a, b in pairs]
+
+
+def _array(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([math.nan if v is None else v for v in values])
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which survive colour blindness; the run that both sides have is black."""
+_MARKERS = "osD^vP"
+
+
+def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+    """λ̂ along training by learning rate and by batch size, the loss along training, and λ̂ over the loss.
+
+    Other trainings of a run are the points to the right of its last step.
+    """
+    figure, axes = new_figure(2, 2, width=4.7, height=3.7)
+    rows = list(tables["runs"].values())
+    styles = _styles(settings)
+    by_rate = [(lr, settings.batch_size) for lr in settings.learning_rates]
+    by_size = [(settings.learning_rate, size) for size in settings.batch_sizes]
+    last = settings.checkpoints[-1]
+    for panel, pairs in ((axes[0], by_rate), (axes[1], by_size)):
+        for lr, size in pairs:
+            name = f"{lr:g}" if pairs is by_rate else f"{size}"
+            panel.plot([], [], lw=1.2, ms=5, label=name, **styles[lr, size])
+            for row in rows:
+                if (row["learning_rate"], row["batch_size"]) == (lr, size):
+                    steps = row["step"] if row["training"] == 0 else [last * (1 + 0.03 * row["training"])]
+                    _points(panel, steps, row, styles[lr, size])
+    for row in rows:
+        style = styles[row["learning_rate"], row["batch_size"]]
+        if row["training"] == 0:
+            axes[2].plot(row["step"], _array(row["init_loss"]), lw=1.2, ms=4, **style)
+        _points(axes[3], row["init_loss"], row, style, line=False)
+    words = [direction([final(tables, *pair) for pair in pairs]) for pairs in (by_rate, by_size)]
+    figure.suptitle(
+        f"A ResNet on digits: after {last} SGD steps λ̂ {words[0]} with the learning rate\n"
+        f"and {words[1]} with the batch size"
+    )
+    right = (1.03 + 0.03 * settings.trainings) * last
+    for panel, title in (
+        (axes[0], f"learning rates, batches of {settings.batch_size}"),
+        (axes[1], f"batch sizes, learning rate {settings.learning_rate:g}"),
+    ):
+        panel.set(xlabel="SGD steps (right of the last: other trainings)", xlim=(0, right))
+        panel.set(ylabel="λ̂ (± 2 standard errors)")
+        panel.plot([], [], ls="", marker="o", ms=5, mfc="none", color="0.4", label="warned")
+        above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 6, "frameon": False}
+        panel.legend(title=title, fontsize="small", handletextpad=0.4, columnspacing=1.2, **above)
+    axes[2].set(xlabel="SGD steps", ylabel="training loss L(w*), nats", yscale="log", xlim=(0, right))
+    axes[3].set(xlabel="training loss L(w*), nats", ylabel="λ̂, of all trainings", xscale="log")
+    axes[3].invert_xaxis()
+    for panel in (axes[0], axes[1], axes[3]):
+        panel.axhline(0, color="0.8", lw=0.8, zorder=0)
+    return {"resnet": figure}
+
+
+def _styles(settings: Settings) -> dict[tuple[float, int], dict[str, Any]]:
+    """Colour and marker of each run."""
+    pairs = dict.fromkeys((run.learning_rate, run.batch_size) for run in plan(settings))
+    pairs.pop(common := (settings.learning_rate, settings.batch_size))
+    styles = {
+        pair: {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[(k + 1) % len(_MARKERS)]}
+        for k, pair in enumerate(pairs)
+    }
+    return {common: {"color": "black", "marker": _MARKERS[0]}, **styles}
+
+
+def _points(axes: Axes, x: Sequence[Any], row: Row, style: Mapping[str, Any], *, line: bool = True) -> None:
+    """λ̂ with error bars; hollow where there is a warning."""
+    at, llc, error = _array(x), _array(row["llc_mean"]), 2 * _array(row["llc_stderr"])
+    warned = np.array([bool(warnings) for warnings in row["warnings"]])
+    if line:
+        axes.plot(at, llc, lw=1.2, color=style["color"])
+    for chosen, face in ((~warned, style["color"]), (warned, "white")):
+        bars = {"fmt": style["marker"], "color": style["color"], "mfc": face, "ms": 5, "lw": 1, "capsize": 2}
+        axes.errorbar(at[chosen], llc[chosen], yerr=error[chosen], **bars)

@@ -1,0 +1,261 @@
+"""The experiment `resnet`, its network and its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llc_fast.problems.digits import NUM_PICTURES, load_digits
+from llc_fast.problems.resnet import resnet
+from llc_fast.reproduce import resnet as experiment
+from llc_fast.reproduce.frame import Study, Tables, run
+
+TINY = dataclasses.replace(
+    experiment.SCALES["small"],
+    width=2,
+    learning_rates=(0.1, 0.3),
+    batch_sizes=(8, 16),
+    learning_rate=0.1,
+    batch_size=8,
+    checkpoints=(2, 4),
+    trainings=2,
+    num_train=60,
+    num_chains=2,
+    num_draws=20,
+    num_burnin=8,
+    sampling_batch_size=16,
+)
+
+
+def network(seed: int = 0, **options: Any) -> nn.Sequential:
+    return resnet(**{"width": 4, "blocks": 1, "size": 8} | options, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_and_standardized() -> None:
+    digits = load_digits(num_train=1000, seed=3)
+    (x, y), (other, labels) = digits
+    assert x.shape == (1000, 1, 8, 8) and other.shape == (NUM_PICTURES - 1000, 1, 8, 8)
+    assert x.mean().abs() < 1e-5 and x.std() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(torch.bincount(torch.cat([y, labels])) > 170, torch.ones(10, dtype=torch.bool))
+    # The same pictures, whatever the split: told by their pixels, which are integers from 0 to 16.
+    again = load_digits(num_train=1000, seed=4)
+    assert not torch.equal(again.train[1], y)
+    assert torch.equal(load_digits(num_train=1000, seed=3).train[0], x)
+    levels = torch.cat([x, other]).unique()
+    assert len(levels) == 17 and torch.allclose(levels.diff(), levels.diff().mean(), atol=1e-4)
+
+
+def test_digits_can_be_drawn_larger() -> None:
+    small, large = load_digits().train[0], load_digits(size=16).train[0]
+    # Bilinear interpolation by 2 has weights 9, 3, 3 and 1 of 16: averages over 2 × 2 stay close to the pixels.
+    correlation = np.corrcoef(F.avg_pool2d(large, 2).flatten(), small.flatten())[0, 1]
+    assert large.shape[-2:] == (16, 16) and correlation > 0.95
+
+
+def test_what_is_wrong_with_digits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_train in (0, NUM_PICTURES):
+        with pytest.raises(ValueError, match=f"num_train must be between 1 and 1796, got {num_train}"):
+            load_digits(num_train=num_train)
+    with pytest.raises(ValueError, match="size must be at least 8"):
+        load_digits(size=4)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "llc_fast\[reproduce\]"'):
+        load_digits()
+
+
+# ---- network -----------------------------------------------------------------------------------------------
+
+
+def test_resnet18_has_the_parameters_it_is_known_for() -> None:
+    """11,173,962 with three channels, ten classes and the 3 × 3 stem, as in every CIFAR-10 implementation."""
+    model = resnet(channels=3)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) == 17
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_every_weight_matters(size: int) -> None:
+    """Stages end at 2 × 2 pixels: no place of a filter sees padding only."""
+    model = network(size=size)
+    x = torch.randn(64, 1, size, size, generator=torch.Generator().manual_seed(1))
+    F.cross_entropy(model(x), torch.arange(64) % 10).backward()
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            assert m.weight.grad is not None
+            assert bool((m.weight.grad.abs().sum((0, 1)) > 0).all())
+
+
+def test_samples_do_not_depend_on_their_company() -> None:
+    model = network().double().train()
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-10, atol=1e-12)
+    assert not list(model.buffers())
+
+
+def test_scale_of_normalized_filters_is_free() -> None:
+    """Each group of filters may be multiplied by a number of its own."""
+    model = network().double()
+    for m in model.modules():
+        if isinstance(m, nn.GroupNorm):
+            m.eps = 0.0
+    x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = model(x)
+    with torch.no_grad():
+        for k, m in enumerate(model.modules()):
+            if isinstance(m, nn.Conv2d):
+                for g, group in enumerate(m.weight.split(4)):
+                    group.mul_(0.5 + 0.1 * k + g)
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_wrong_with_a_network_is_told() -> None:
+    for options in ({"width": 0}, {"blocks": 0}, {"width": 24}, {"size": 1}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+            network(**options)
+
+
+# ---- experiment --------------------------------------------------------------------------------------------
+
+
+def test_localization_is_that_of_the_reach() -> None:
+    """A normal law of precision γ in P dimensions has E‖w − w*‖² = P/γ."""
+    model = network()
+    norm = math.sqrt(sum(float(p.detach().square().sum()) for p in model.parameters()))
+    count = sum(p.numel() for p in model.parameters())
+    gamma = experiment.localization(model, 0.2)
+    assert math.sqrt(count / gamma) == pytest.approx(0.2 * norm, rel=0.03)  # γ has two digits
+
+
+def test_experiment_from_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
+    assert len(checks) == 5 and checks[1].passed and checks[2].passed
+    first = (tmp_path / "data.json").read_bytes()
+    rows = json.loads(first)["tables"]["runs"]
+    assert len(rows) == 6 and (tmp_path / "resnet.png").stat().st_size > 10_000
+    for row in rows.values():
+        count = 2 if row["training"] == 0 else 1
+        assert row["step"] == [2, 4][-count:]
+        for name in ("llc_mean", "llc_stderr", "init_loss", "r_hat", "warnings", "test_accuracy"):
+            assert len(row[name]) == count, name
+        assert all(np.isfinite(row["llc_mean"])) and min(row["llc_stderr"]) > 0
+        assert len({r["localization"] for r in rows.values()}) == 1
+    monkeypatch.setattr(Study, "sweep", None)  # nothing is measured again
+    run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
+    assert (tmp_path / "data.json").read_bytes() == first
+
+
+def test_training_is_sgd(tmp_path: Path) -> None:
+    """The same initialization for all runs of a training; batches cover an epoch; larger steps go further."""
+    study = Study("resnet", "small", tmp_path, progress=False)
+    digits = load_digits(num_train=TINY.num_train)
+    begun = network(3, width=2).state_dict()
+
+    def moved(learning_rate: float, steps: int) -> tuple[float, dict[str, Any]]:
+        settings = dataclasses.replace(TINY, checkpoints=(steps,))
+        kept = experiment._train(study, settings, digits, experiment.Run(learning_rate, 60, 0), seed=3)
+        (state,) = kept["states"]
+        return math.sqrt(sum(float((state[k] - begun[k]).square().sum()) for k in begun)), kept
+
+    # One step on all pictures is the full gradient times the learning rate.
+    assert moved(0.2, 1)[0] == pytest.approx(2 * moved(0.1, 1)[0], rel=1e-3)
+    learned = moved(0.1, 60)[1]
+    assert learned["train_accuracy"][0] > 0.5 > learned["test_accuracy"][0] - 0.5
+
+
+def test_paper_scale_is_resnet18() -> None:
+    settings = experiment.SCALES["paper"]
+    model = experiment._network(settings, 0)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962 - 2 * 9 * 64
+    assert model(torch.zeros(2, 1, settings.size, settings.size)).shape == (2, 10)
+    for settings in experiment.SCALES.values():
+        assert settings.learning_rate in settings.learning_rates and settings.batch_size in settings.batch_sizes
+        assert list(settings.checkpoints) == sorted(set(settings.checkpoints))
+
+
+def tables(values: dict[tuple[float, int], list[float]], **changes: Any) -> Tables:
+    """Rows with a final λ̂ for each training."""
+    rows: dict[str, dict[str, Any]] = {}
+    for (lr, size), finals in values.items():
+        for k, value in enumerate(finals):
+            rows[f"{lr} {size} {k}"] = {
+                "learning_rate": lr,
+                "batch_size": size,
+                "training": k,
+                "step": [4],
+                "llc_mean": [value],
+                "llc_stderr": [0.1],
+                "init_loss": [0.2],
+                "r_hat": [1.01],
+                "warnings": [[]],
+            } | changes
+    return {"runs": rows}
+
+
+GOOD = {(0.1, 8): [20.0, 20.4], (0.3, 8): [10.1, 9.9], (0.1, 16): [31.0, 30.0]}
+
+
+def verdicts(found: Tables) -> list[bool]:
+    return [c.passed for c in experiment.check(found, TINY)]
+
+
+def test_check_of_good_tables() -> None:
+    checks = experiment.check(tables(GOOD), TINY)
+    assert [c.passed for c in checks] == [True] * 5
+    assert checks[3].found == "0.1: 20.2 ± 0.2, 0.3: 10 ± 0.1; λ̂ falls"
+    assert checks[4].found == "8: 20.2 ± 0.2, 16: 30.5 ± 0.5; λ̂ rises"
+
+
+def test_check_does_not_care_which_way_round() -> None:
+    other = dict(zip(GOOD, reversed(GOOD.values()), strict=True))
+    checks = experiment.check(tables(other), TINY)
+    assert all(c.passed for c in checks) and "falls" in checks[3].found and "falls" in checks[4].found
+
+
+def test_check_of_bad_tables() -> None:
+    # Within two standard errors, by their own errors or by the spread over trainings.
+    assert verdicts(tables(GOOD | {(0.3, 8): [20.2, 20.3]}))[3:] == [False, True]
+    assert verdicts(tables(GOOD | {(0.3, 8): [15.0, 22.0]}))[3:] == [False, True]
+    assert verdicts(tables(GOOD, llc_stderr=[12.0])) == [False, True, True, False, False]
+    # One run has no neighbours.
+    assert experiment.check(tables(GOOD), dataclasses.replace(TINY, batch_sizes=(8,)))[4].passed is False
+    # Silent: no warning where one is due.
+    assert verdicts(tables(GOOD, r_hat=[1.2])) == [True, False, True, True, True]
+    assert verdicts(tables(GOOD, r_hat=[1.2], warnings=[["the chains disagree"]])) == [True] * 5
+    negative = GOOD | {(0.3, 8): [-3.0, -3.1]}
+    assert verdicts(tables(negative)) == [True, True, False, True, True]
+    assert verdicts(tables(negative, warnings=[["λ̂ is negative"]])) == [True] * 5
+    # Lost chains: no λ̂.
+    lost = tables(GOOD)
+    lost["runs"]["0.3 8 1"] |= {"llc_mean": [None], "llc_stderr": [None], "r_hat": [None], "warnings": [["lost"]]}
+    assert verdicts(lost) == [False, True, True, False, True]
+    experiment.draw(lost, TINY)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1, 2, 3], "rises"),
+        ([3, 2, 1], "falls"),
+        ([1, 3, 2], "has no clear order"),
+        ([2, 2.1, 1.9], "has no clear order"),
+        ([3, 3.05, 1], "falls"),
+        ([3, math.nan, 1], "has no clear order"),
+    ],
+)
+def test_direction(values: list[float], words: str) -> None:
+    finals = [experiment.Final(float(v), sampling=0.1, spread=math.nan) for v in values]
+    assert experiment.direction(finals) == words
