@@ -104,7 +104,7 @@ def test_warnings_as_a_detector() -> None:
     assert [one.is_wrong(0.35) for one in judged] == [False, False, False, False, True, False, True]
     seen = sensitivity.detection(judged)
     assert seen == Detection(wrong=5, warned=4, both=3, total=7)
-    assert (seen.recall, seen.precision) == (3 / 5, 3 / 4)
+    assert (seen.recall, seen.precision, seen.specificity) == (3 / 5, 3 / 4, 1 / 2)
     noisy = copy.deepcopy(tables)
     noisy["estimate"]["1"]["stderr"] = 10.0  # 12 % off, and one standard error
     assert not sensitivity.judge(noisy)[1].is_wrong()
