@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from llc_fast import convergence
 from llc_fast.chains import Schedule
-from llc_fast.diagnostics import burnin_needed, chain_spread, drift, probe_figures, spike_share, standard_error
+from llc_fast.diagnostics import (
+    burnin_needed,
+    chain_spread,
+    drift,
+    probe_figures,
+    slow_part,
+    spike_share,
+    standard_error,
+)
 from llc_fast.result import LLCResult
 
 # ---- thresholds --------------------------------------------------------------------------------------------
@@ -24,6 +32,10 @@ MAX_R_HAT = 1.05
 chance gives 1.03 to four chains once in a thousand runs; with 200, 1.05 once in a hundred."""
 MAX_SPREAD = 0.05
 """Standard deviation of λ̂ between chains, relative to it, up to which disagreement is of no consequence."""
+MIN_SLOW_TIMES = 5
+"""Autocorrelation times of the slow part of λ̂ that a chain spans at least, if that part is more than `MAX_SPREAD` of λ̂.
+Chains start at w*, where λ̂ is 0: those that span three were still 15 to 35 % too low (``llc-fast reproduce
+sensitivity``), those that mix span nine or more."""
 DRIFT_ERRORS, DRIFT_SIZE = 4.0, 0.05
 """A trend counts from four of its standard errors on (batch means of slow chains are still a little correlated, which
 makes four of them worth three), if λ̂ moves by more than 5 % over the run: its mean is then off by half of that."""
@@ -76,7 +88,7 @@ def diagnose(
         localization=settings["localization"] if settings.get("sampler") in ("sgld", "sghmc") else 0.0,
         friction=settings.get("momentum_decay", 1.0),
     )
-    moved = drift(draws)
+    moved, slow = drift(draws), slow_part(draws)
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
     steps = count * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
@@ -86,6 +98,8 @@ def diagnose(
         "ess_bulk": convergence.ess_bulk(draws),
         "ess_tail": convergence.ess_tail(draws),
         "chain_spread": chain_spread(draws),
+        "slow_times": slow.times,
+        "slow_size": slow.size,
         "drift": moved.value,
         "drift_stderr": moved.stderr,
         "burnin_needed": needed,
@@ -212,6 +226,13 @@ def _about_mixing(result: LLCResult, figures: _Figures) -> list[str]:
             f"the chains disagree (R̂ = {figures.r_hat:.3g}, λ̂ of single chains from {low:.4g} to {high:.4g}): they are "
             f"not one distribution, too short or in different places; pass num_draws={4 * schedule.num_draws}, and a "
             "larger localization if plot() shows jumps"
+        )
+    if not sentences and figures.slow_times < MIN_SLOW_TIMES and figures.slow_size > MAX_SPREAD * abs(llc):
+        factor = 2 * MIN_SLOW_TIMES / figures.slow_times
+        sentences.append(
+            f"beneath the noise of single draws λ̂ moves by ± {figures.slow_size:.2g} so slowly that a chain spans "
+            f"{figures.slow_times:.2g} of its autocorrelation times, {MIN_SLOW_TIMES} are the least: it may still be "
+            f"on its way from w*; pass num_draws={_rounded(schedule.num_draws * factor)}, or a larger localization"
         )
     if abs(figures.drift) > max(DRIFT_ERRORS * figures.drift_stderr, DRIFT_SIZE * abs(llc)):
         sentences.append(

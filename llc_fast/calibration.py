@@ -191,6 +191,7 @@ def run_pilot(
     num_chains: int,
     num_steps: int,
     seed: int,
+    start: Mapping[str, NDArray[Any]] | None = None,
     monitor: Monitor | None = None,
 ) -> PilotResult:
     """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each longer than the one before.
@@ -212,6 +213,8 @@ def run_pilot(
         num_chains: of the run that is being prepared.
         num_steps: gradients to spend; more where chains are lost, at most twice.
         seed: of the run; the pilots' noise and minibatches are their own.
+        start: where the chains of the run start, if not at w*, see :func:`llc_fast.chains.run_chains`; pilots start
+            where its first one does.
         monitor: told of progress.
 
     Raises:
@@ -234,6 +237,7 @@ def run_pilot(
             seed=mix(mix(seed, _PILOT), attempt),
             plan=plan,
             baseline=baseline,
+            start=start,
             monitor=monitor,
         )
         record, attempt = run.records[0], attempt + 1

@@ -32,6 +32,11 @@ def ess_bulk(draws: NDArray[np.float64]) -> float:
     return _ess(_normal_scores(_split(draws))) if _is_valid(draws) else math.nan
 
 
+def ess_mean(draws: NDArray[np.float64]) -> float:
+    """Effective number of independent draws for the mean, over all chains ``[chain, draw]``: no ranks, no halves."""
+    return _ess(draws) if _is_valid(draws) else math.nan
+
+
 def ess_tail(draws: NDArray[np.float64]) -> float:
     """The smaller of the effective sample sizes of the 5 % and the 95 % quantile."""
     if not _is_valid(draws):

@@ -431,7 +431,7 @@ def make_source(
 
 def _whole_source(data: Any, batch_size: int | None, device: torch.device, pairs: bool) -> DataSource:
     """The source whose only minibatch is all of the data."""
-    is_loader = isinstance(data, DataLoader) or not hasattr(data, "__getitem__")
+    is_loader = isinstance(data, DataLoader) or not (hasattr(data, "__getitem__") or isinstance(data, IndexedBatches))
     everything = sys.maxsize if batch_size is None and not is_loader else batch_size
     source = make_source(data, everything, device, pairs=pairs)
     if isinstance(source, LoaderSource):

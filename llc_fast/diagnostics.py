@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llc_fast.convergence import error_within
+from llc_fast.convergence import error_within, ess_mean
 from llc_fast.probes import COLUMNS
 
 
@@ -95,6 +95,34 @@ def drift(draws: NDArray[np.float64]) -> Drift:
     if chains > 1:
         variances.append(float(slopes.var(ddof=1)))
     return Drift(float(slopes.mean()), math.sqrt(max(variances) / chains))
+
+
+class SlowPart(NamedTuple):
+    """What moves slowly beneath the noise of single draws.
+
+    Attributes:
+        times: how many of its autocorrelation times a chain spans.
+        size: its standard deviation, in units of the draws.
+    """
+
+    times: float
+    size: float
+
+
+def slow_part(draws: NDArray[np.float64]) -> SlowPart:
+    """The part of draws ``[chain, draw]`` that means of about √draws consecutive ones have in common with the next.
+
+    R̂ and effective sample sizes of draws whose variance is mostly minibatch noise are those of the noise: it forgets at
+    once, and hides chains that have hardly moved. Batch means average it away. NaN with fewer than 256 draws, whose 16
+    means have no autocorrelation time worth the name.
+    """
+    chains, length = draws.shape
+    if not chains or length < 256:
+        return SlowPart(math.nan, math.nan)
+    means = _batch_means(draws, math.isqrt(length))
+    away = means - means.mean()
+    shared = float((away[:, 1:] * away[:, :-1]).mean())
+    return SlowPart(ess_mean(means) / chains, math.sqrt(max(shared, 0.0)))
 
 
 def burnin_needed(losses: NDArray[np.float64], num_windows: int = 100) -> int:

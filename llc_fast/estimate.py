@@ -228,7 +228,7 @@ def estimate_llc(
         with threads(plan.num_threads):
             at_anchor = losses_at_anchor(posterior, request.nbeta_for(source), request.seed)
             pilot_bar = _PilotBar(progress is True and team.rank == 0)
-            chosen = _choose(request, posterior, at_anchor, plan, keeper, saved, pilot_bar)
+            chosen = _choose(request, posterior, at_anchor, plan, keeper, saved, pilot_bar, start)
         # One process's numbers for all: another number of threads may round differently.
         chosen = team.gather(chosen)[0]
         request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
@@ -366,7 +366,7 @@ def calibrate(
         check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
         with threads(plan.num_threads):
             at_anchor = losses_at_anchor(posterior, request.nbeta_for(posterior.source), request.seed)
-            chosen = _choose(request, posterior, at_anchor, plan, None, None, _PilotBar(progress))
+            chosen = _choose(request, posterior, at_anchor, plan, None, None, _PilotBar(progress), None)
     request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
     is_loader = isinstance(posterior.source, LoaderSource)
     found = Calibration(
@@ -600,6 +600,7 @@ def _choose(
     keeper: Checkpoint | None,
     saved: Saved | None,
     monitor: Monitor,
+    start: dict[str, NDArray[Any]] | None,
 ) -> dict[str, Any]:
     """L(w*), and the settings left open: measured, or those of the run that is resumed."""
     init_loss = at_anchor.mean
@@ -647,6 +648,7 @@ def _choose(
             num_chains=request.num_chains,
             num_steps=pilot_steps,
             seed=request.seed,
+            start=start,
             monitor=monitor,
         )
         chosen |= {"lr": pilot.lr, "friction": pilot.friction, "pilot_steps": pilot.num_steps, "pilot_heat": pilot.heat}

@@ -107,7 +107,7 @@ def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     )
     for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few of them; setting the scale undoes this
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     axes.legend(loc="upper left", fontsize=9)
 
 

@@ -38,8 +38,10 @@ class LLCResult:
         settings: everything that was used, chosen values included.
         warnings: reasons not to trust the estimate, each with what to do about it.
         diagnostics: further figures by name, None where there is nothing to make them from. Of the trace: ``r_hat``,
-            ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``drift`` ± ``drift_stderr`` (of λ̂ from
-            the first draw to the last), ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``,
+            ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``slow_times`` (of what single draws
+            hide beneath their noise, the autocorrelation times that a chain spans), ``slow_size`` (of that, in λ̂),
+            ``drift`` ± ``drift_stderr`` (of λ̂ from the first draw to the last), ``burnin_needed`` (steps),
+            ``burnin_effect`` (on λ̂), ``spike_share``,
             ``init_loss_stderr``, ``init_loss_sensitivity`` (its share of λ̂). Of probes: ``acceptance`` (MALA),
             ``gradient_noise_share``, ``heating`` (the share of λ̂ that the step size makes), ``relaxations`` (of the
             stiff directions, among a chain's draws), ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""
+_NAMES = (
+    *("chain", "llc_mean", "llc_stderr", "llc_low", "llc_high", "llc_per_chain", "init_loss", "nbeta", "lr"),
+    *("warnings", "is_warm", "gradients", "seconds"),
+)
 _DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "drift", "heat_removed", "distance_over_anchor", "init_loss_stderr")
 
 
@@ -86,6 +91,7 @@ def sweep_checkpoints(
     """
     require("xarray", "xarray")  # before the work
     names = _checked(model, checkpoints, labels, dim, settings)
+    checkpoints = _apart_from(model, checkpoints)
     burnin = num_draws if num_burnin is None else num_burnin
     kept = None if folder is None else Path(folder)
     if kept is not None:
@@ -97,7 +103,7 @@ def sweep_checkpoints(
     try:
         for k, checkpoint in enumerate(checkpoints):
             bar.begin(k, names[k])
-            model.load_state_dict(_loaded(checkpoint))
+            model.load_state_dict(_loaded(checkpoint, k))
 
             def estimate(start: LLCResult | None, name: str) -> LLCResult:
                 return estimate_llc(
@@ -114,10 +120,13 @@ def sweep_checkpoints(
                 )
 
             start = previous if warm else None
-            result = estimate(start, f"{k:05d}")
-            if start is not None and result.warnings and not result.is_partial:
-                start = None
-                result = estimate(None, f"{k:05d}-cold")
+            try:
+                result = estimate(start, f"{k:05d}")
+                if start is not None and result.warnings and not result.is_partial:
+                    start = None
+                    result = estimate(None, f"{k:05d}-cold")
+            except ValueError as error:
+                raise ValueError(f"checkpoints[{k}] ({dim} {names[k]}): {error}") from error
             if result.is_partial:
                 break
             result.diagnostics["is_warm"] = start is not None
@@ -184,8 +193,10 @@ def _checked(
         raise ValueError("checkpoints is empty: give one state dict at least")
     if labels is not None and len(labels) != len(checkpoints):
         raise ValueError(f"labels has {len(labels)} entries for {len(checkpoints)} checkpoints")
-    if dim == "chain":
-        raise ValueError("dim='chain' is taken by the chains: call it otherwise")
+    if dim in (*_NAMES, *_DIAGNOSTICS):
+        raise ValueError(f"dim={dim!r} is the name of something else in the data set: call it otherwise")
+    if labels is not None and not all(isinstance(label, (str, numbers.Real, np.generic)) for label in labels):
+        raise TypeError(f"labels must be numbers or strings, got {list(labels)!r:.80}")
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     for k, checkpoint in enumerate(checkpoints):
         if isinstance(checkpoint, Mapping):
@@ -203,10 +214,26 @@ def _checked(
     return list(range(len(checkpoints))) if labels is None else list(labels)
 
 
-def _loaded(checkpoint: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+def _apart_from(model: nn.Module, checkpoints: Sequence[Any]) -> list[Any]:
+    """The checkpoints; ``model.state_dict()`` itself, which changes when another one is loaded, as a copy."""
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values() if isinstance(t, torch.Tensor)}
+
+    def is_live(checkpoint: Any) -> bool:
+        tensors = checkpoint.values() if isinstance(checkpoint, Mapping) else ()
+        return any(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in own for t in tensors)
+
+    return [copy.deepcopy(c) if is_live(c) else c for c in checkpoints]
+
+
+def _loaded(checkpoint: Mapping[str, Any] | str | os.PathLike[str], k: int) -> Mapping[str, Any]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    loaded: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        loaded: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever kind torch raises for files that are none of its own
+        raise ValueError(
+            f"checkpoints[{k}]={os.fspath(checkpoint)!r} can't be read by torch.load(weights_only=True): {error}"
+        ) from error
     return loaded
 
 
@@ -225,6 +252,7 @@ class _Bar:
     def begin(self, k: int, label: Any) -> None:
         self._begun = k
         self._bar.set_description(f"LLC at {label}", refresh=False)
+        self._bar.set_postfix_str("", refresh=False)
 
     def tell(self, steps: int, total: int, llc: float) -> None:
         if not math.isnan(llc):

@@ -132,6 +132,13 @@ def test_batch_as_large_as_the_data(kind: str, batch_size: int | None) -> None:
         assert sorted(batch) == list(range(N))
 
 
+@pytest.mark.parametrize("make", [_tensors, _MapStyle, _MakesBatches])
+def test_whole_data(make: Callable[[int], Any]) -> None:
+    """Adjusted samplers take all n, without being told how many there are."""
+    source = make_source(make(600), None, CPU, whole=True)
+    assert source.batch_size == 600
+
+
 def test_default_batch_size() -> None:
     """min(512, n)."""
     for n, size in ((511, 511), (512, 512), (513, 512), (5000, 512)):

@@ -162,6 +162,22 @@ def _judged(llc_trace: Traces, burnin: int = 0, table: Traces | None = None, **s
     return result
 
 
+def test_slow_part() -> None:
+    """Of a slow series beneath noise nine times as strong: its size, and how many of its times a chain spans."""
+    rng = np.random.default_rng(9)
+    found = []
+    for phi in (0.5, 0.99, 0.998):
+        slow = _ar1(rng, 4 * 50, 1024, phi).reshape(50, 4, -1)
+        found.append([diagnostics.slow_part(x + 3 * rng.standard_normal(x.shape)) for x in slow])
+    fast, middle, slowest = (np.median([(f.times, f.size) for f in row], axis=0) for row in found)
+    # 32 batches, all of them independent; (1 + φ)/(1 − φ) = 199 draws, a fifth of a chain; and 999, a whole one.
+    assert fast[0] > 25 and 4 < middle[0] < 9 and slowest[0] < 3
+    assert fast[1] < 0.25 and 0.6 < middle[1] < 1 and 0.6 < slowest[1] < 1.2
+    # By draws alone the chains look well mixed.
+    assert np.median([convergence.ess_bulk(x + 6 * rng.standard_normal(x.shape)) for x in slow]) > 400
+    assert math.isnan(diagnostics.slow_part(slow[0][:, :255]).times)
+
+
 @pytest.mark.parametrize(
     ("chains", "draws", "burnin", "phi"),
     [(4, 1200, 800, 0.8), (2, 1000, 0, 0.5), (4, 400, 100, 0.0), (8, 500, 0, 0.6)],
@@ -175,8 +191,25 @@ def test_false_alarms(chains: int, draws: int, burnin: int, phi: float) -> None:
     assert sum(map(bool, loud)) <= 0.01 * count, [w for w in loud if w]
 
 
+@pytest.mark.parametrize(("chains", "draws"), [(4, 2000), (4, 1000), (2, 1000), (8, 500)])
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_false_alarms_of_slow_motion(chains: int, draws: int, noise: float) -> None:
+    """Fewer than one of a hundred, of chains whose slow part is worth 400 independent draws, with noise or without."""
+    rng, count = np.random.default_rng(11), 200
+    times = chains * draws / 400
+    series = _ar1(rng, chains * count, draws, (times - 1) / (times + 1)).reshape(count, chains, -1)
+    loud = [_judged(10 + 2 * (x + noise * rng.standard_normal(x.shape))).warnings for x in series]
+    assert sum("beneath the noise" in w for told in loud for w in told) <= 0.01 * count
+
+
 def _good() -> Traces:
     return 10 + _ar1(np.random.default_rng(6), 4, 2000, 0.5)
+
+
+def _slow_beneath_noise() -> Traces:
+    """For R̂ and the effective draws the noise alone, which is nine times the variance of what it hides."""
+    rng = np.random.default_rng(8)
+    return _ar1(rng, 4, 2000, 0.996) + 3 * rng.standard_normal((4, 2000))
 
 
 def _spiky() -> Traces:
@@ -202,6 +235,10 @@ _REASONS: dict[str, tuple[Callable[[], LLCResult], list[str]]] = {
     "slow": (
         lambda: _judged(10 + 0.1 * _ar1(np.random.default_rng(7), 4, 2000, 0.995)),
         ["R̂ = ", "num_draws=8000"],
+    ),
+    "slow beneath noise": (
+        lambda: _judged(10 + 1.5 * _slow_beneath_noise()),
+        ["beneath the noise of single draws λ̂ moves by ± 1", "autocorrelation times, 5 are the least", "num_draws="],
     ),
     "apart": (
         lambda: _judged(_good() + np.array([[0], [0], [0], [3]])),

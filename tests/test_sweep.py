@@ -15,6 +15,7 @@ from runs import assert_same, data, estimate, interrupt_after, mlp, mse
 from torch import Tensor, nn
 
 import llc_fast
+from llc_fast import calibration
 from llc_fast import estimate as estimate_module
 from llc_fast import sweep as sweep_module
 from llc_fast.result import LLCResult
@@ -232,6 +233,42 @@ def test_files_and_state_dicts_are_the_same(tmp_path: Path) -> None:
     assert _sweep([str(paths[0]), *paths[1:]]).drop_vars("seconds").identical(_sweep().drop_vars("seconds"))
 
 
+def test_the_live_state_of_the_model_is_a_checkpoint_too() -> None:
+    """It changes while the others are loaded, which must not change what it stands for."""
+    model = mlp(seed=2)
+    found = _sweep([*_states(2), model.state_dict()], model=model, warm=False)
+    np.testing.assert_array_equal(found.llc_mean, _sweep(_states(3), warm=False).llc_mean)
+
+
+def test_errors_name_the_checkpoint(tmp_path: Path) -> None:
+    states = _states()
+    states[1] = {name: torch.full_like(t, math.nan) for name, t in states[1].items()}
+    with pytest.raises(ValueError, match=r"checkpoints\[1\] \(checkpoint b\): "):
+        _sweep(states, labels=["a", "b", "c"])
+    (tmp_path / "no.pt").write_text("no state dict")
+    with pytest.raises(ValueError, match=r"checkpoints\[0\]=.*no.pt' can't be read"):
+        _sweep([tmp_path / "no.pt"])
+
+
+def test_pilots_start_where_the_chains_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the curvature is the one that the step size is for."""
+    first = estimate(keep_ends=True)
+    starts: list[Any] = []
+    original = calibration.run_chains
+
+    def spied(*args: Any, **options: Any) -> Any:
+        starts.append(options["start"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(calibration, "run_chains", spied)
+    options: dict[str, Any] = {"lr": None, "num_draws": 300, "num_burnin": 100}
+    estimate(warm_start=first, **options)
+    assert starts and all(start is first.ends for start in starts)
+    starts.clear()
+    estimate(**options)
+    assert starts and all(start is None for start in starts)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     """Also when something fails on the way."""
     model = mlp()
@@ -344,8 +381,11 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
         _sweep(labels=[0])
     with pytest.raises(TypeError, match="checkpoint is not for sweeps: pass folder instead"):
         _sweep(checkpoint="x")
-    with pytest.raises(ValueError, match="dim='chain'"):
-        _sweep(dim="chain")
+    for name in ("chain", "llc_mean", "r_hat"):
+        with pytest.raises(ValueError, match=f"dim='{name}' is the name of something else"):
+            _sweep(dim=name)
+    with pytest.raises(TypeError, match="labels must be numbers or strings, got"):
+        _sweep(labels=[(0, 1), (0, 2), (0, 3)])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         _sweep(model=lambda x: x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,36 @@ def make_problem(size: str | SizeClass, seed: int, device: torch.device | str = 
         rank = min(rank, weight_rank)
     return DeepLinearProblem(
         model=network(weights),
-        data=LinearTeacher(_product(weights), cls.num_samples, generator),
+        data=LinearTeacher(end_to_end(weights), cls.num_samples, generator),
+        widths=widths,
+        rank=rank,
+        learning_coefficient=theory.deep_linear(widths, rank).value,
+    )
+
+
+def most_singular(
+    widths: tuple[int, ...], rank: int, num_samples: int, seed: int, device: torch.device | str = "cpu"
+) -> DeepLinearProblem:
+    """A network all of whose layers have the rank of their product, where Aoyagi's λ is the local coefficient too.
+
+    Weights are normal with standard deviation 1/√fan_in, truncated to `rank` singular values: in general position the
+    product keeps the rank. Near such a point the network is that of widths H − rank at the origin, its most singular
+    place, times something regular.
+
+    Raises:
+        ValueError: `rank` is larger than a width.
+    """
+    if not 0 < rank <= min(widths):
+        raise ValueError(f"rank must be from 1 to the smallest width, {min(widths)}, got {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        full = torch.randn(fan_out, fan_in, dtype=torch.float64, generator=generator) / fan_in**0.5
+        u, s, v = torch.linalg.svd(full.to(device), full_matrices=False)
+        weights.append((u[:, :rank] * s[:rank]) @ v[:rank])
+    return DeepLinearProblem(
+        model=network(weights),
+        data=LinearTeacher(end_to_end(weights), num_samples, generator),
         widths=widths,
         rank=rank,
         learning_coefficient=theory.deep_linear(widths, rank).value,
@@ -150,8 +180,8 @@ def _random_weight(fan_in: int, fan_out: int, generator: torch.Generator, device
     return weight.to(torch.float32), rank
 
 
-def _product(weights: list[Tensor]) -> Tensor:
-    """The end-to-end matrix of the float32 weights, multiplied in float64."""
+def end_to_end(weights: Sequence[Tensor]) -> Tensor:
+    """The product W_L ⋯ W_1 of the weights, multiplied in float64."""
     product = weights[0].double()
     for weight in weights[1:]:
         product = weight.double() @ product

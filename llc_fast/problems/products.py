@@ -2,14 +2,14 @@
 
     y = c(b)·(a·x) + noise,    c_j(b) = b_j^k,    a ∈ R^M, b ∈ R^N,    x ~ N(0, 1_M), noise ~ N(0, 1_N)
 
-The truth is a = b = 0, y is noise. With the loss ½‖y − prediction‖², the negative log likelihood but for a constant, the
-population loss exceeds its minimum by
+The truth is a = b = 0, y is noise. With the loss ½‖y − prediction‖², the negative log likelihood but for a constant,
+the population loss exceeds its minimum by
 
     K(a, b) = ½ |a|²·Σ_j b_j^(2k).
 
-Both factors are powers of independent parameters, and ζ(z) = ∫ K^z has the poles −M/2 and −N/(2k). So λ is the smaller of
-M/2 and N/(2k), and m = 2 if they are equal. Familiar ones among them: k = 0 is regular (b plays no part, λ = M/2); M = N = 1
-is the normal crossing a²b^(2k); k = 1 is reduced-rank regression with one hidden unit and true rank 0.
+The factors depend on different parameters, and ζ(z) = ∫ K^z has the poles −M/2 and −N/(2k). So λ is the smaller of
+M/2 and N/(2k), and m = 2 if they are equal. Familiar ones among them: k = 0 is regular (there is no b, λ = M/2);
+M = N = 1 is the normal crossing a²b^(2k); k = 1 is reduced-rank regression with one hidden unit and true rank 0.
 
 K is quadratic in a, so that a is integrated out by hand, and what a sampler should find at a finite nβ is left as an
 integral over b: :meth:`ProductRegression.expected_excess`.
@@ -159,7 +159,7 @@ class ProductRegression(nn.Module):
 def correlation(data: tuple[Tensor, Tensor]) -> Array:
     """C, the mean of y·xᵀ, ``[outputs, inputs]``."""
     x, y = (part.double() for part in data)
-    return (y.T @ x / len(x)).numpy()  # type: ignore[no-any-return]
+    return (y.T @ x / len(x)).numpy()
 
 
 def _nodes(count: int, prior: Box | Gaussian, points: int) -> tuple[Array, Array]:
@@ -178,7 +178,7 @@ def _nodes(count: int, prior: Box | Gaussian, points: int) -> tuple[Array, Array
     line, log_weight = np.concatenate([-size, size]), np.tile(np.log(half * w * size), 2)
     axes = np.meshgrid(*[line] * count, indexing="ij")
     b = np.stack([axis.ravel() for axis in axes], axis=1)
-    weights = sum(np.meshgrid(*[log_weight] * count, indexing="ij")).ravel()
+    weights: Array = np.sum(np.meshgrid(*[log_weight] * count, indexing="ij"), axis=0).ravel()
     if isinstance(prior, Gaussian):
         weights = weights - 0.5 * prior.precision * np.square(b - center).sum(axis=1)
     return b, weights

@@ -1,8 +1,8 @@
 """The ladder of a well-known guide to learning coefficients: four ways to λ, from the definition to practice.
 
-λ is defined by volumes and estimated by sampling, and on the way from one to the other each rung gives something up. The
-rungs, for four small models whose λ is known in closed form (:mod:`llc_fast.problems.products`, true parameter 0, prior
-uniform on the box |w_i| ≤ 1 for the first three):
+λ is defined by volumes and estimated by sampling, and on the way from one to the other each rung gives something up.
+The rungs, for four small models whose λ is known in closed form (:mod:`llc_fast.problems.products`, true parameter 0,
+prior uniform on the box |w_i| ≤ 1 for the first three):
 
 1. *Volumes.* λ is the exponent in V(ε) = P(K(w) < ε) ~ c·ε^λ·(−log ε)^(m−1), with K the population loss above its
    minimum. Draw parameters from the prior and look at the smallest K among them. If V is a power below some ε₀, then
@@ -10,18 +10,19 @@ uniform on the box |w_i| ≤ 1 for the first three):
    likelihood has the logarithm's size as a second parameter; without it the exponent comes out too small.
    It works for a handful of parameters and no more: V is gone.
 2. *Idealized.* Sample exp(−nβ·K) instead and take λ̂ = nβ·E[K] (Watanabe 2013). That is −d log Z/d log nβ with
-   Z ~ (nβ)^(−λ)·(log nβ)^(m−1), so it tends to λ − (m − 1)/log nβ: with m = 2 it is below λ at every nβ that anyone will
-   ever use. Hamiltonian Monte Carlo, at several nβ.
+   Z ~ (nβ)^(−λ)·(log nβ)^(m−1), so it goes like λ − (m − 1)/log nβ: with m = 2 it is below λ at every nβ that anyone
+   will ever use. Hamiltonian Monte Carlo, at several nβ.
 3. *Empirical.* Nobody has K: there are n noisy samples, y = noise, and the loss over all of them. WBIC: nβ = n / log n,
-   and λ̂ = nβ·(E[L_n(w)] − L_n(true w)). The noise shifts λ̂, by about √(λ/(2 log n)) and to a different place for
-   each data set.
-4. *Local.* Nobody has the true parameter or all posterior: w* is where training ended, chains stay near it by a Gaussian
-   of precision γ, see minibatches, and make steps of finite size. λ̂ = nβ·(E[L_n(w)] − L_n(w*)) (Lau et al. 2023,
-   arXiv 2308.12108): :func:`llc_fast.estimate_llc` with all its defaults.
+   and λ̂ = nβ·(E[L_n(w)] − L_n(true w)). The noise shifts λ̂, to a different place for each data set, by amounts that
+   fall only like 1/√log n.
+4. *Local.* Nobody has the true parameter, nor the whole posterior: w* is where training ended, chains stay near it by a
+   Gaussian of precision γ, see minibatches, and make steps of finite size. λ̂ = nβ·(E[L_n(w)] − L_n(w*)) (Lau et al.
+   2023, arXiv 2308.12108): :func:`llc_fast.estimate_llc` with all its defaults. Training ends beside the origin, where
+   the model may be less singular: this λ̂ may be above λ.
 
 The last three have exact answers too: what a sampler without any error would find at this nβ, on these data, by
-quadrature. So there are two things to look at: whether the sampler is right (the estimate is where quadrature says), and
-whether λ is what is being sampled (quadrature is where λ is).
+quadrature. So there are two things to look at: whether the sampler is right (the estimate is where quadrature says),
+and whether λ is what is being sampled (quadrature is where λ is).
 
 Estimates are held to their exact answer within three standard errors. The local estimate has a known error on top: the
 heat that its correction takes off is right in quadratic wells, and too much elsewhere. Of the heat that is taken in a
@@ -75,6 +76,7 @@ class Settings:
         num_samples: n.
         chains, burnin, draws: of Hamiltonian Monte Carlo.
         data_sets: other data sets whose exact answers show what the noise does.
+        curve: values of nβ at which the exact answer is drawn.
     """
 
     points: int = 2 * 10**7
@@ -85,6 +87,7 @@ class Settings:
     burnin: int = 500
     draws: int = 2000
     data_sets: int = 100
+    curve: int = 60
 
 
 SCALES = {
@@ -104,15 +107,14 @@ SCALES = {
 
 def measure(study: Study, settings: Settings) -> None:
     """Rung by rung, each for all models."""
-    models = {name: ProductRegression(**options) for name, options in MODELS.items()}  # type: ignore[arg-type]
+    models = {name: ProductRegression(**options) for name, options in MODELS.items()}
     study.rows("volume", models, lambda model: _volume_row(study, model, settings), _about_volume)
     study.rows("quadrature", models, lambda model: _quadrature_row(model, settings))
     ideal = {f"{name}, nβ = {nbeta:g}": (name, nbeta) for name in models for nbeta in settings.nbetas}
     study.rows("idealized", ideal, lambda case: _ideal_row(study, case[0], case[1], settings), _about)
-    study.rows(
-        "empirical", dict(zip(models, models, strict=True)), lambda m: _empirical_row(study, m, settings), _about
-    )
-    study.rows("local", dict(zip(models, models, strict=True)), lambda m: _local_row(study, m, settings), _about)
+    names = {name: name for name in models}
+    study.rows("empirical", names, lambda name: _empirical_row(study, name, settings), _about)
+    study.rows("local", names, lambda name: _local_row(study, name, settings), _about)
 
 
 # ---- 1: volumes --------------------------------------------------------------------------------------------
@@ -187,13 +189,17 @@ def _about_volume(row: Row) -> str:
 # ---- 2: the population loss --------------------------------------------------------------------------------
 
 
-def _hamiltonian(nbeta: float, settings: Settings) -> dict[str, Any]:
-    """Settings of chains that sample the whole box."""
+def _hamiltonian(model: ProductRegression, nbeta: float, settings: Settings) -> dict[str, Any]:
+    """Settings of chains that sample the whole box.
+
+    The step size is that of where the posterior is narrowest, the arms of {K = 0} at the edge of the box, where the
+    curvature is M or N. One that adapts is frozen at what chains have met by then, which may be the wide middle only:
+    then the arms reject it, and a chain that gets into one does not come out.
+    """
     return {
         "sampler": "hmc",
-        # At the origin there is no curvature to choose a step size by: it adapts from that of a regular model.
-        "sampler_options": {"bounding_box_size": BOX.half_width, "adapt_steps": settings.burnin},
-        "lr": 0.1 / nbeta,
+        "sampler_options": {"bounding_box_size": BOX.half_width},
+        "lr": 1 / (nbeta * max(model.inputs, model.outputs)),
         "nbeta": nbeta,
         "localization": 0.0,
         "num_chains": settings.chains,
@@ -205,7 +211,7 @@ def _hamiltonian(nbeta: float, settings: Settings) -> dict[str, Any]:
 def _quadrature_row(model: ProductRegression, settings: Settings) -> Row:
     """nβ·E[K] without a sampler."""
     low, high = math.log10(min(settings.nbetas)) - 1, math.log10(max(settings.nbetas)) + 4
-    nbetas = np.logspace(low, high, 60)
+    nbetas = np.logspace(low, high, settings.curve)
     return {"nbetas": nbetas, "expected": [model.expected_excess(t, BOX) for t in nbetas]}
 
 
@@ -223,7 +229,7 @@ def _model(name: str) -> ProductRegression:
 
 def _ideal_row(study: Study, name: str, nbeta: float, settings: Settings) -> Row:
     model, no_data = _model(name), (torch.zeros(2, 1), torch.zeros(2, 1))
-    options = _hamiltonian(nbeta, settings)
+    options = _hamiltonian(model, nbeta, settings)
     result = study.estimate(f"{name} {nbeta:g}", model, no_data, _population_loss, **options)
     return figures_of(result) | {"model": name, "exact": model.expected_excess(nbeta, BOX)}
 
@@ -243,7 +249,7 @@ def _data(study: Study, model: ProductRegression, settings: Settings) -> tuple[T
 def _empirical_row(study: Study, name: str, settings: Settings) -> Row:
     model = _model(name)
     data, nbeta = _data(study, model, settings), llc_fast.default_nbeta(settings.num_samples)
-    options = _hamiltonian(nbeta, settings)
+    options = _hamiltonian(model, nbeta, settings)
     result = study.estimate(f"{name} empirical", model, data, _half_squares, **options)
     # What other data would have given: C is all that the answer depends on.
     shape = (settings.data_sets, model.outputs, model.inputs)
@@ -447,7 +453,7 @@ def _draw_asymptotics(tables: Tables) -> Figure:
                 color=color,
                 mfc="white" if point["warnings"] else color,
             )
-    left.legend(fontsize=8, loc="upper left", title="slope, fitted where the line is", title_fontsize=8)
+    left.legend(fontsize=7.5, loc="upper left", title="slope, fitted where the line is", title_fontsize=8)
     left.set(xscale="log", yscale="log", xlabel="ε", ylabel="V(ε) = P(K(w) < ε) under the prior")
     left.set_title("the exponent of volumes is λ")
     right.axhline(1, color="k", lw=1)

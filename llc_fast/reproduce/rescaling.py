@@ -89,7 +89,7 @@ class Settings:
 
 SCALES = {
     "small": Settings(tuple(10.0 ** (k / 2) for k in range(-8, 9)), batch_size=100),
-    "paper": Settings(tuple(10.0 ** (k / 4) for k in range(-16, 17)), num_chains=5, num_burnin=0, num_draws=10_000),
+    "paper": Settings(tuple(10.0 ** (k / 4) for k in range(-16, 17)), num_chains=5, num_burnin=2000, num_draws=8000),
 }
 SAMPLERS = {
     "undone": "SGLD, scaling undone by a preconditioner, γ = 0",

@@ -1,0 +1,302 @@
+"""λ̂ along saddle-to-saddle training: the problem against autograd, the rules, the claims, all of it from end to end."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llc_fast.problems.deep_linear import end_to_end
+from llc_fast.problems.saddle_to_saddle import (
+    LinearDeviation,
+    SaddleToSaddle,
+    balanced_weights,
+    behavioural,
+    mean_square,
+    small_weights,
+)
+from llc_fast.reproduce import rank_transitions as experiment
+from llc_fast.reproduce.frame import Study, Tables, run
+
+TINY = experiment.Settings(
+    widths=(4, 2, 2, 4),
+    singular_values=(2.0, 1.0),
+    num_samples=4000,
+    scale=0.1,
+    lr=0.1,
+    num_checkpoints=6,
+    num_training_loss=2,
+    num_draws=60,
+    num_burnin=40,
+    batch_size=64,
+)
+
+
+@pytest.fixture(scope="module")
+def problem() -> SaddleToSaddle:
+    return SaddleToSaddle.make(5, 3, (3.0, 1.0), 200, torch.Generator().manual_seed(0))
+
+
+# ---- the problem -------------------------------------------------------------------------------------------
+
+
+def test_loss_and_step_are_those_of_autograd(problem: SaddleToSaddle) -> None:
+    weights = small_weights((5, 4, 6, 3), 1.0, torch.Generator().manual_seed(1))
+    leaves = [w.clone().requires_grad_() for w in weights]
+    x = problem.inputs.double()
+    output = x
+    for leaf in leaves:
+        output = output @ leaf.T
+    loss = (output - x @ problem.teacher.T).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert problem.loss(weights) == pytest.approx(loss.item(), rel=1e-12)
+    for stepped, leaf in zip(problem.step(weights, 0.1), leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(stepped, leaf.detach() - 0.1 * leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_one_layer_is_trained_too(problem: SaddleToSaddle) -> None:
+    weights = small_weights((5, 3), 1.0, torch.Generator().manual_seed(1))
+    for _ in range(300):
+        weights = problem.step(weights, 0.5)
+    torch.testing.assert_close(weights[0], problem.teacher, rtol=1e-6, atol=1e-6)
+
+
+def test_teacher_has_the_singular_values_it_was_given(problem: SaddleToSaddle) -> None:
+    assert torch.linalg.svdvals(problem.teacher).tolist() == pytest.approx([3.0, 1.0, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("values", [(), (2.0,), (8.0, 0.5)])
+def test_balanced_layers_share_the_rank_of_their_product(values: tuple[float, ...]) -> None:
+    weights = balanced_weights((5, 4, 2, 6), values, torch.Generator().manual_seed(0))
+    assert [tuple(w.shape) for w in weights] == [(4, 5), (2, 4), (6, 2)]
+    for matrix, power in [(end_to_end(weights), 1.0), *((w, 1 / 3) for w in weights)]:
+        found = torch.linalg.svdvals(matrix).tolist()
+        expected = [v**power for v in values]
+        assert found == pytest.approx(expected + [0.0] * (len(found) - len(values)), abs=1e-12)
+
+
+def test_too_many_singular_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 singular values do not fit through widths=\(5, 2, 5\)"):
+        balanced_weights((5, 2, 5), (3.0, 2.0, 1.0), torch.Generator())
+
+
+def test_deviation_is_the_loss_of_training_or_of_behaviour(problem: SaddleToSaddle) -> None:
+    weights = small_weights((5, 4, 3), 1.0, torch.Generator().manual_seed(1))
+    held, own = LinearDeviation(weights, problem.teacher), behavioural(weights)
+    batch = (problem.inputs,)
+    assert float(mean_square(held, batch).mean().detach()) == pytest.approx(problem.loss(weights), rel=1e-5)
+    assert float(mean_square(own, batch).mean().detach()) < 1e-12
+    other = copy.deepcopy(own)
+    other.load_state_dict(held.state_dict())  # the reference comes along
+    assert float(mean_square(other, batch).mean().detach()) == pytest.approx(problem.loss(weights), rel=1e-5)
+    assert [name for name, _ in own.named_parameters()] == ["layers.0.weight", "layers.1.weight"]
+
+
+def test_training_keeps_layers_balanced() -> None:
+    """W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ is constant under gradient flow; a step Δ adds Δ_{l+1}ᵀ Δ_{l+1} − Δ_l Δ_lᵀ."""
+    generator = torch.Generator().manual_seed(0)
+    problem = SaddleToSaddle.make(4, 4, (2.0, 1.0), 500, generator)
+    weights = small_weights((4, 3, 3, 4), 0.05, generator)
+
+    def imbalance(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [after.T @ after - before @ before.T for before, after in itertools.pairwise(layers)]
+
+    begin, moved = imbalance(weights), 0.0
+    for _ in range(6000):
+        before, weights = weights, problem.step(weights, 0.05)
+        moved += sum(float((now - then).square().sum()) for now, then in zip(weights, before, strict=True))
+    assert problem.loss(weights) < 1e-3  # it has gone all the way
+    assert moved < 0.1
+    for now, then in zip(imbalance(weights), begin, strict=True):
+        assert float(torch.linalg.matrix_norm(now - then)) < moved
+
+
+# ---- rules -------------------------------------------------------------------------------------------------
+
+
+def _value(settings: experiment.Settings, energy: float) -> float:
+    return math.sqrt(energy / settings.energy_scale)
+
+
+def test_levels_and_thresholds() -> None:
+    assert TINY.levels == [2.0, 4.0, 6.0]
+    nbeta = 4000 / math.log(4000)
+    assert TINY.energy_scale == pytest.approx(nbeta / 4)
+    assert TINY.visible == pytest.approx([4 * math.log(nbeta)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("energies", "rank"),
+    [
+        ((0.01, 0.01), 0),
+        ((0.03, 0.03), None),  # together they are too much
+        ((20.0, 0.001), None),
+        ((30.0, 0.001), 1),
+        ((30.0, 1.0), None),
+        ((3000.0, 30.0), 2),
+    ],
+)
+def test_rank_is_that_of_visible_singular_values(energies: tuple[float, float], rank: int | None) -> None:
+    assert TINY.rank([_value(TINY, e) for e in energies]) == rank
+
+
+def test_singular_values_that_the_teacher_has_not_must_stay_invisible() -> None:
+    settings = dataclasses.replace(TINY, singular_values=(2.0,))
+    assert settings.rank([2.0, _value(settings, 0.01)]) == 1
+    assert settings.rank([2.0, 2.0]) is None
+
+
+@pytest.mark.parametrize("scale", experiment.SCALES)
+def test_all_of_a_teacher_can_be_seen(scale: str) -> None:
+    settings = experiment.SCALES[scale]
+    count = len(settings.singular_values)
+    assert [settings.rank(settings.singular_values[:k] + (0.0,) * (count - k)) for k in range(count + 1)] == list(
+        range(count + 1)
+    )
+
+
+def test_checkpoints_are_where_things_change() -> None:
+    steps = [0, *range(1, 1001)]
+    value = [_value(TINY, 1e-6 * min(math.exp((max(t - 500, 0)) / 2), 1e10)) for t in steps]
+    curve = {"step": steps, "loss": [1.0] * len(steps), "singular_values": [[v, 1e-9] for v in value]}
+    chosen = experiment._choose(dataclasses.replace(TINY, num_checkpoints=30), curve)
+    assert chosen == sorted(set(chosen))
+    assert steps[chosen[0]] == 34  # the first in the last 29/30 of training
+    assert steps[chosen[-1]] == 1000
+    inside = [k for k in chosen if experiment.INVISIBLE < TINY.energy_scale * value[k] ** 2 < TINY.visible[0]]
+    # One of the two transitions happens, half of the way that the other half of checkpoints are spread over.
+    assert 8 <= len(inside) <= 12
+
+
+# ---- claims ------------------------------------------------------------------------------------------------
+
+
+def _tables() -> Tables:
+    """As if measured: ranks 0, transition, 1, 2."""
+    energies = [(0.001, 0.001), (5.0, 0.001), (100.0, 0.001), (100.0, 100.0)]
+    values = [[_value(TINY, e) for e in pair] for pair in energies]
+    llc = [2.1, 3.0, 3.9, 6.2]
+    row = {
+        "step": [10, 20, 30, 40],
+        "singular_values": values,
+        "layers": [[[v ** (1 / 3) for v in pair]] * 3 for pair in values],
+        "llc": llc,
+        "low": [v - 0.4 for v in llc],
+        "high": [v + 0.4 for v in llc],
+        "warnings": [[], ["oh"], [], []],
+    }
+    controls = {
+        f"rank {k}": {"rank": k, "known": level, "llc": level, "interval": [level - 0.3, level + 0.3], "warnings": []}
+        for k, level in enumerate(TINY.levels)
+    }
+    curve = {"step": row["step"], "loss": [2.0, 1.5, 1.0, 1e-9], "singular_values": values}
+    return {
+        "control": controls,
+        "training": {"curve": curve},
+        "sweeps": {experiment.BEHAVIOURAL: row, experiment.TRAINING: {**row, "llc": [-500.0, None, -20.0, 6.0]}},
+    }
+
+
+def _verdicts(tables: Tables) -> list[bool]:
+    return [c.passed for c in experiment.check(tables, TINY)]
+
+
+def test_claims_hold_where_they_do() -> None:
+    tables = _tables()
+    assert _verdicts(tables) == [True] * 4
+    found = experiment.check(tables, TINY)
+    assert "rank 0: 1, rank 1: 1, rank 2: 1 checkpoints; 1 in transitions" in found[1].found
+    assert "0 with warnings" in found[3].found
+    (figure,) = experiment.draw(tables, TINY).values()
+    figure.canvas.draw()
+
+
+def test_estimates_off_the_level_fail() -> None:
+    tables = _tables()
+    row = tables["sweeps"][experiment.BEHAVIOURAL]
+    row["llc"][2], row["low"][2], row["high"][2] = 4.6, 4.2, 5.0  # 1.5 error bars; three at once may be 1.22 off
+    assert _verdicts(tables) == [True, True, True, False]
+    row["llc"][2], row["low"][2], row["high"][2] = 4.45, 4.05, 4.85
+    assert _verdicts(tables) == [True] * 4
+
+
+def test_lost_estimates_fail_and_are_drawn() -> None:
+    tables = _tables()
+    row = tables["sweeps"][experiment.BEHAVIOURAL]
+    row["llc"][3] = row["low"][3] = row["high"][3] = None
+    tables["control"]["rank 1"]["llc"], tables["control"]["rank 1"]["interval"] = None, [None, None]
+    assert _verdicts(tables) == [False, True, True, False]
+    experiment.draw(tables, TINY)["rank_transitions"].canvas.draw()
+
+
+def test_error_bars_that_tell_nothing_fail() -> None:
+    tables = _tables()
+    tables["sweeps"][experiment.BEHAVIOURAL]["high"][0] += 2.0
+    assert _verdicts(tables) == [True, True, True, False]
+
+
+def test_transitions_are_not_judged() -> None:
+    tables = _tables()
+    tables["sweeps"][experiment.BEHAVIOURAL]["llc"][1] = 1000.0
+    assert _verdicts(tables) == [True] * 4
+
+
+def test_ranks_out_of_order_or_left_out_fail() -> None:
+    tables = _tables()
+    for name in ("singular_values", "layers", "llc", "low", "high", "warnings"):
+        rows = tables["sweeps"][experiment.BEHAVIOURAL][name]
+        rows[2], rows[3] = rows[3], rows[2]
+    assert _verdicts(tables) == [True, False, True, True]
+    for values in tables["sweeps"][experiment.BEHAVIOURAL].values():
+        del values[2:]
+    assert _verdicts(tables)[1] is False
+
+
+def test_layers_of_a_higher_rank_fail() -> None:
+    tables = _tables()
+    tables["sweeps"][experiment.BEHAVIOURAL]["layers"][2][1] = [3.0, 1.5]
+    assert _verdicts(tables) == [True, True, False, True]
+
+
+# ---- from end to end ---------------------------------------------------------------------------------------
+
+
+def test_experiment_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study("rank-transitions", "small", tmp_path, progress=False)
+    checks = run(experiment, study, TINY)
+    assert checks[1].passed, checks[1]  # training is exact; λ̂ of so short chains need not be
+    assert checks[2].passed, checks[2]
+    assert (tmp_path / "rank_transitions.png").stat().st_size > 10_000
+    tables = json.loads((tmp_path / "data.json").read_text())["tables"]
+    row = tables["sweeps"][experiment.BEHAVIOURAL]
+    assert row["init_loss"] == pytest.approx([0] * len(row["step"]), abs=1e-12)
+    assert [len(row[name]) for name in ("llc", "warnings", "layers", "lr")] == [len(row["step"])] * 4
+    before = tables["sweeps"][experiment.TRAINING]
+    assert before["llc"][0] < -100  # w* is a saddle
+    assert "negative" in " ".join(before["warnings"][0])
+
+    def unwanted(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("llc_fast.estimate_llc", unwanted)
+    monkeypatch.setattr("llc_fast.sweep_checkpoints", unwanted)
+    monkeypatch.setattr(experiment, "_train", unwanted)
+    again = Study("rank-transitions", "small", tmp_path, progress=False)
+    assert run(experiment, again, TINY) == checks
+    assert again.tables == tables
+
+
+def test_paper_scale_takes_the_same_path(tmp_path: Path) -> None:
+    paper = experiment.SCALES["paper"]
+    few = {"num_samples": 2000, "most_steps": 40, "num_draws": 4, "num_burnin": 4, "num_checkpoints": 2}
+    settings = dataclasses.replace(paper, **few, num_training_loss=1, singular_values=paper.singular_values[:2])
+    checks = run(experiment, Study("rank-transitions", "paper", tmp_path, progress=False), settings)
+    assert len(checks) == 4
+    assert not checks[1].passed  # 40 steps are no training

@@ -1,0 +1,283 @@
+"""The experiment on a transformer, its text and its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llc_fast.problems.text import HELD_OUT, OTHER, load_text, python_manual
+from llc_fast.problems.transformer import Transformer, head_masks, sequence_losses
+from llc_fast.reproduce import transformer as experiment
+from llc_fast.reproduce.frame import Study, run
+from llc_fast.reproduce.transformer import SCALES, Chains, Settings
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+
+def test_sequences_are_pieces_of_the_manual() -> None:
+    """Every fifth paragraph cut into the sequences for testing, the others into those for training; always the same."""
+    text, paragraphs = load_text(20), python_manual()
+    assert len(set(paragraphs)) == len(paragraphs) and sum(map(len, paragraphs)) > 300_000
+    train = [part for k, part in enumerate(paragraphs) if k % HELD_OUT]
+    for tokens, parts in ((text.test, paragraphs[::HELD_OUT]), (text.train, train)):
+        whole = "".join(c if c in text.vocabulary else OTHER for c in " ".join(parts))
+        pieces = [whole[k : k + 20] for k in range(0, len(whole) - 19, 20)]
+        found = [text.decode(sequence) for sequence in tokens]
+        assert sorted(found) == sorted(pieces) and found[:100] != pieces[:100]  # in no order
+    again = load_text(20, num_train=100, num_test=10)
+    torch.testing.assert_close(again.train, text.train[:100])
+    torch.testing.assert_close(again.test, text.test[:10])
+
+
+def test_too_many_sequences() -> None:
+    with pytest.raises(ValueError, match=r"num_train=10000000 sequences of 33 characters: the manual has \d+"):
+        load_text(33, num_train=10**7)
+
+
+# ---- model -------------------------------------------------------------------------------------------------
+
+
+def _model(**options: Any) -> Transformer:
+    """One whose outputs are not all equal."""
+    model = Transformer(11, 6, **({"width": 8, "heads": 2, "layers": 2} | options))
+    torch.nn.init.normal_(model.unembedding.weight, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def _tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_nothing_is_seen_of_later_tokens() -> None:
+    model, tokens = _model(), _tokens(3, 6)
+    other = tokens.clone()
+    other[:, 4:] = (other[:, 4:] + 1) % 11
+    before, after = model(tokens), model(other)
+    torch.testing.assert_close(after[:, :4], before[:, :4])
+    assert (after[:, 4:] - before[:, 4:]).abs().amax() > 0.01
+    torch.testing.assert_close(model(tokens[:, :4]), before[:, :4])  # shorter ones are the same
+
+
+def test_attention_is_that_of_torch() -> None:
+    attention = _model().blocks[0].attention
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2))
+    theirs = torch.nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(
+            torch.cat([w.flatten(0, 1) for w in (attention.query, attention.key, attention.value)])
+        )
+        theirs.out_proj.weight.copy_(torch.cat(list(attention.output), dim=1))
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(attention(x), theirs(x, x, x, attn_mask=later, need_weights=False)[0])
+
+
+def test_masks_are_heads() -> None:
+    """Each weight of attention belongs to one head; what attention adds is the sum of what its heads do."""
+    model, tokens = _model(), _tokens(2, 6)
+    count = 0
+    for layer in range(2):
+        for head in range(2):
+            masks = head_masks(model, layer, head)
+            count += sum(int(m.expand(model.get_parameter(name).shape).sum()) for name, m in masks.items())
+    assert count == sum(
+        p.numel() for name, p in model.named_parameters() if "attention." in name and "norm" not in name
+    )
+    attention, x = model.blocks[1].attention, torch.randn(2, 6, 8)
+    whole, alone = attention(x), []
+    for head in range(2):
+        changed = _model()
+        for name, mask in head_masks(changed, 1, head).items():
+            with torch.no_grad():
+                changed.get_parameter(name).mul_(~mask)
+        alone.append(whole - changed.blocks[1].attention(x))
+        assert not torch.allclose(changed(tokens), model(tokens))
+    torch.testing.assert_close(alone[0] + alone[1], whole)
+    with pytest.raises(ValueError, match="layer=2, head=0: the model has 2 layers of 2 heads"):
+        head_masks(model, 2, 0)
+
+
+def test_at_first_all_tokens_are_equally_likely() -> None:
+    tokens = _tokens(4, 7)
+    losses = sequence_losses(Transformer(11, 6, width=8)(tokens[:, :-1]), tokens[:, 1:])
+    torch.testing.assert_close(losses, torch.full((4,), math.log(11)))
+
+
+def test_losses_of_sequences() -> None:
+    logits, tokens = _model()(_tokens(4, 6)), _tokens(4, 6).roll(1, 1)
+    whole = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    losses = sequence_losses(logits, tokens)
+    assert losses.shape == (4,)
+    torch.testing.assert_close(losses.mean(), whole)
+    torch.testing.assert_close(losses[2], F.cross_entropy(logits[2], tokens[2]))
+
+
+def test_seeds_and_widths() -> None:
+    first, same, other = (Transformer(11, 6, width=8, seed=seed).blocks[0].mlp[0].weight for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    with pytest.raises(ValueError, match="heads=3 does not divide width=8"):
+        Transformer(11, 6, width=8, heads=3)
+
+
+# ---- experiment --------------------------------------------------------------------------------------------
+
+_TINY = Settings(
+    context=8,
+    width=8,
+    heads=2,
+    layers=1,
+    num_train=256,
+    num_test=64,
+    checkpoints=(0, 4, 20),
+    head_checkpoints=(20,),
+    whole=Chains(2, 24, 8),
+    single=Chains(2, 24, 8),
+    subset=64,
+    minibatches=Chains(2, 24, 8),
+    full_gradients=Chains(2, 24, 8),
+    mala=Chains(2, 24, 8),
+)
+
+
+def _study(folder: Path) -> Study:
+    return Study("transformer", "small", folder, progress=False)
+
+
+def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row, the same from a second run, which measures nothing; nothing that was warned about is lost."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("xarray")
+    study = _study(tmp_path)
+    checks = run(experiment, study, _TINY)
+    tables = study.tables
+    assert list(tables["training"]) == ["step 0", "step 4", "step 20"]
+    assert list(tables["heads"]) == ["layer 0 head 0 step 20", "layer 0 head 1 step 20"]
+    assert len(tables["agreement"]) == 3 and 0 < tables["agreement"]["MALA, full gradients"]["acceptance"] <= 1
+    first, *_, last = tables["training"].values()
+    assert first["test_loss"] == pytest.approx(first["init_loss"], rel=1e-6) and last["test_loss"] < first["test_loss"]
+    assert first["init_loss"] == pytest.approx(math.log(len(load_text(9).vocabulary)))
+    assert not first["is_warm"]
+    for row in (*tables["training"].values(), *tables["heads"].values(), *tables["agreement"].values()):
+        assert row["llc"] is not None and row["stderr"] > 0 and row["warnings"]  # so few draws are worth little
+    assert [check.passed for check in checks[:3]] == [True] * 3
+    for name in ("training", "heads"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+    for name in ("sweep", "estimate"):
+        monkeypatch.setattr(Study, name, lambda *_, **__: pytest.fail("measured again"))
+    again = _study(tmp_path)
+    assert run(experiment, again, _TINY) == checks and again.tables == tables
+
+
+def test_gradients_of_training(tmp_path: Path) -> None:
+    """The norm that is kept is that of the loss over all training sequences."""
+    text = load_text(9, 700, 64)
+    model = Transformer(len(text.vocabulary), 8, width=8, heads=2)
+    found = experiment._gradient_norm(model, text.train)
+    model.zero_grad()
+    sequence_losses(model(text.train[:, :-1]), text.train[:, 1:]).mean().backward()
+    exact = math.hypot(*(float(p.grad.norm()) for p in model.parameters() if p.grad is not None))
+    assert found == pytest.approx(exact, rel=1e-4)
+
+
+def test_the_papers_scale(tmp_path: Path) -> None:
+    """Its model and data, in chains that are too short for anything but to run."""
+    pytest.importorskip("xarray")
+    few = Chains(2, 8, 4)
+    short = {"checkpoints": (0, 2), "head_checkpoints": (2,), "batch_size": 4, "subset": 8, "layers": 1, "heads": 2}
+    settings = dataclasses.replace(
+        SCALES["paper"],
+        **short,
+        num_train=64,
+        num_test=16,
+        whole=few,
+        single=few,
+        minibatches=few,
+        full_gradients=few,
+        mala=few,
+    )
+    study = Study("transformer", "paper", tmp_path, progress=False)
+    experiment.measure(study, settings)
+    assert {len(rows) for rows in study.tables.values()} == {2, 3}
+    assert SCALES["paper"].checkpoints[0] == 0 and SCALES["paper"].checkpoints[-1] == 10_000
+    assert set(SCALES["paper"].head_checkpoints) <= set(SCALES["paper"].checkpoints)
+
+
+# ---- claims ------------------------------------------------------------------------------------------------
+
+
+def _row(llc: float | None, stderr: float | None = 0.2, **more: Any) -> dict[str, Any]:
+    return {"llc": llc, "stderr": stderr, "r_hat": 1.01, "ess": 300.0, "warnings": [], "num_parameters": 9} | more
+
+
+def _tables() -> dict[str, dict[str, dict[str, Any]]]:
+    """Of an experiment in which everything came out."""
+    about = {"init_loss": 2.0, "test_loss": 2.1, "gradient_norm": 0.3, "layer": 0}
+    return {
+        "training": {str(s): _row(s + 1.0, step=s, **about) for s in _TINY.checkpoints},
+        "heads": {str(h): _row(1.0, step=20, head=h, **about) for h in range(2)},
+        "agreement": {
+            "SGLD, minibatches": _row(10.1),
+            "SGLD, full gradients": _row(10.3),
+            "MALA, full gradients": _row(10.0),
+        },
+    }
+
+
+def _passed(tables: dict[str, dict[str, dict[str, Any]]]) -> list[bool]:
+    return [check.passed for check in experiment.check(tables, _TINY)]
+
+
+def test_claims_hold() -> None:
+    assert _passed(_tables()) == [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "change", "failing"),
+    [
+        ("training", "4", {"llc": None, "stderr": None, "warnings": ["lost"]}, [0]),
+        ("training", "4", {"stderr": None, "warnings": ["lost"]}, [0]),
+        ("training", "4", {"llc": -1.0}, [2]),
+        ("training", "4", {"llc": -1.0, "warnings": ["negative"]}, []),
+        ("training", "0", {"r_hat": 1.2}, [2]),
+        ("heads", "1", {"ess": 50.0}, [2]),
+        ("heads", "1", {"llc": None, "warnings": ["lost"]}, [1]),
+        ("agreement", "SGLD, minibatches", {"llc": None, "warnings": ["lost"]}, [3, 4]),
+        ("agreement", "MALA, full gradients", {"llc": 9.5}, [4]),  # 6 %, 2.1 standard errors
+        ("agreement", "MALA, full gradients", {"llc": 9.8, "stderr": 0.02}, []),
+        ("agreement", "SGLD, minibatches", {"llc": 10.4, "stderr": 0.01}, []),
+        ("agreement", "SGLD, full gradients", {"llc": 10.5, "stderr": 0.001}, []),
+        ("agreement", "SGLD, full gradients", {"llc": 9.49, "stderr": 0.001}, [3]),  # 6 %, 3.05 standard errors
+    ],
+)
+def test_claims_fail(table: str, row: str, change: dict[str, Any], failing: list[int]) -> None:
+    tables = _tables()
+    tables[table][row] |= change
+    assert _passed(tables) == [k not in failing for k in range(5)]
+
+
+def test_close_but_too_precise() -> None:
+    """4 % apart is within 5 %, and too far for errors of 0.1 %."""
+    tables = _tables()
+    tables["agreement"] = {k: _row(v, 0.01) for k, v in zip(tables["agreement"], (10.4, 10.41, 10.0), strict=True)}
+    assert _passed(tables) == [True, True, True, True, False]
+
+
+def test_pictures_of_what_is_missing() -> None:
+    """Estimates that are missing or warned about are drawn as what they are, and no growth is claimed that is none."""
+    pytest.importorskip("matplotlib")
+    tables = _tables()
+    tables["training"]["4"] |= {"llc": None, "stderr": None, "warnings": ["lost"]}
+    tables["training"]["20"] |= {"llc": 1.1, "warnings": ["slow"]}
+    tables["agreement"]["MALA, full gradients"] |= {"llc": None}
+    figure = experiment.draw(tables, _TINY)["training"]
+    assert figure.axes[0].get_title() == "λ̂ while a transformer learns to predict text"
+    filled, hollow = figure.axes[1].containers
+    assert [list(part[0].get_xdata()) for part in (filled, hollow)] == [[0], [20]]
+    assert hollow[0].get_markerfacecolor() == "white" != filled[0].get_markerfacecolor()
+    assert "grows to 21 ± 0.2" in experiment.draw(_tables(), _TINY)["training"].axes[0].get_title()
