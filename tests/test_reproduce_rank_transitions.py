@@ -233,7 +233,7 @@ def test_lost_estimates_fail_and_are_drawn() -> None:
     row["llc"][3] = row["low"][3] = row["high"][3] = None
     tables["control"]["rank 1"]["llc"], tables["control"]["rank 1"]["interval"] = None, [None, None]
     assert _verdicts(tables) == [False, True, True, False]
-    experiment.draw(tables, TINY)["rank_transitions"].canvas.draw()
+    experiment.draw(tables, TINY)["rank-transitions"].canvas.draw()
 
 
 def test_error_bars_that_tell_nothing_fail() -> None:
@@ -273,7 +273,7 @@ def test_experiment_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monke
     checks = run(experiment, study, TINY)
     assert checks[1].passed, checks[1]  # training is exact; λ̂ of so short chains need not be
     assert checks[2].passed, checks[2]
-    assert (tmp_path / "rank_transitions.png").stat().st_size > 10_000
+    assert (tmp_path / "rank-transitions.png").stat().st_size > 10_000
     tables = json.loads((tmp_path / "data.json").read_text())["tables"]
     row = tables["sweeps"][experiment.BEHAVIOURAL]
     assert row["init_loss"] == pytest.approx([0] * len(row["step"]), abs=1e-12)

@@ -18,7 +18,7 @@ TINY = sgld_vs_mala.Settings(sizes=(40, 100), runs=3, exact_runs=2, steps=40, tr
 def test_the_experiment_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study("sgld-vs-mala", "small", tmp_path, progress=False)
     checks = run(load("sgld-vs-mala"), study, TINY)
-    assert {p.name for p in tmp_path.iterdir()} == {"data.json", "sgld_vs_mala.png", "work"}
+    assert {p.name for p in tmp_path.iterdir()} == {"data.json", "sgld-vs-mala.png", "work"}
     rows = study.tables["estimates"]
     assert [key for key in rows if key.startswith("MALA")] == ["MALA, n = 40"] and len(rows) == 7
     assert {len(row["llc_per_chain"]) for row in rows.values()} == {3, 2}
@@ -78,7 +78,7 @@ def shifted(by: float) -> Row:
 def test_what_is_claimed(changes: dict[str, Row], passed: list[bool]) -> None:
     tables = made_up(**changes)
     assert [c.passed for c in sgld_vs_mala.check(tables, SETTINGS)] == passed
-    sgld_vs_mala.draw(tables, SETTINGS)["sgld_vs_mala"].canvas.draw()
+    sgld_vs_mala.draw(tables, SETTINGS)["sgld-vs-mala"].canvas.draw()
 
 
 def test_differences_are_paired_where_the_noise_is_shared() -> None:

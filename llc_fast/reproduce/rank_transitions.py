@@ -390,7 +390,7 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     _draw_training_loss(other, tables["sweeps"][TRAINING], steps, np.array(curve["loss"]), settings)
     other.set(xlabel="step of training (full-batch gradient descent)", xlim=(row["step"][0] / 1.1, 1.1 * steps[-1]))
     figure.align_ylabels()
-    return {"rank_transitions": figure}
+    return {"rank-transitions": figure}
 
 
 def _title(tables: Tables, settings: Settings) -> str:

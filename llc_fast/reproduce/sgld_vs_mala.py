@@ -221,7 +221,7 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     right.set_xlim(right=right.get_xlim()[1] * 100)  # for the names of the lines
     right.set_xticks([n for n in settings.sizes if math.log10(n).is_integer()])
     right.tick_params(axis="x", which="minor", bottom=False)
-    return {"sgld_vs_mala": figure}
+    return {"sgld-vs-mala": figure}
 
 
 _LOOKS = {
