@@ -4,6 +4,7 @@
 #
 #     bash benchmarks/gpu.sh [OUTPUT_FOLDER]      (default: benchmarks/results/gpu)
 #
+# REPRODUCE=SECONDS adds the deep linear networks of all six classes, smallest first, for as long as that.
 # Uses the Python environment it is started in (PYTHON=…): torch with CUDA, pybind11, ninja, setuptools, pytest, and
 # what the package itself needs. Nothing is fetched and nothing is installed into that environment. devinterp's rows
 # appear if devinterp 1.3.2 is there. A stage that fails does not stop the next; the exit status tells.
@@ -39,6 +40,11 @@ if command -v compute-sanitizer >/dev/null; then
             --rootdir "$repo" -c "$repo/pyproject.toml" "$repo/tests/test_update.py" -k "gpu_equals_cpu or low_precision" \
             -p no:cacheprovider
     done
+fi
+# Hours at full length: what is done in $REPRODUCE seconds is kept in $out, and the same command goes on with it.
+if [[ -n ${REPRODUCE:-} ]]; then
+    stage dln-scaling timeout --signal=INT "$REPRODUCE" "$python" -m llc_fast.cli reproduce dln-scaling --scale paper \
+        --device cuda --output "$out/dln-scaling"
 fi
 stage step "$python" "$repo/benchmarks/bench_step.py" --device cuda --repeats 20 --json "$out/step.json"
 stage samplers "$python" "$repo/benchmarks/bench_samplers.py" --device cuda --repeats 20 --json "$out/samplers.json"
