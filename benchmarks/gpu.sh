@@ -43,8 +43,8 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 # Hours at full length: what is done in $REPRODUCE seconds is kept in $out, and the same command goes on with it.
 if [[ -n ${REPRODUCE:-} ]]; then
-    stage dln-scaling timeout --signal=INT "$REPRODUCE" "$python" -m llc_fast.cli reproduce dln-scaling --scale paper \
-        --device cuda --output "$out/dln-scaling"
+    stage dln-scaling bash -c 'timeout --signal=INT "$0" "$@"; (($? == 0 || $? == 124))' "$REPRODUCE" \
+        "$python" -m llc_fast.cli reproduce dln-scaling --scale paper --device cuda --output "$out/dln-scaling"
 fi
 stage step "$python" "$repo/benchmarks/bench_step.py" --device cuda --repeats 20 --json "$out/step.json"
 stage samplers "$python" "$repo/benchmarks/bench_samplers.py" --device cuda --repeats 20 --json "$out/samplers.json"
