@@ -163,7 +163,9 @@ def _about_network(row: Row) -> str:
 
 def in_own_process(spec: Mapping[str, Any]) -> Row:
     """:func:`large_figures` of a process that has done nothing else; ``{"problem": …}`` if it fails."""
-    code = f"from {__name__} import large_figures; large_figures({json.dumps(dict(spec))!r})"
+    # With the path of this process: with one of its own it would find a source folder that it is started in.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import large_figures; "
+    code += f"large_figures({json.dumps(dict(spec))!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
