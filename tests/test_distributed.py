@@ -291,6 +291,9 @@ _KILLED_ALL = """
 def observe(draw):
     time.sleep(0.01)
     if draw.draw == 20 and draw.chain % 2 == 0:
+        open(f"here.{draw.chain}", "w").close()
+        while not (os.path.exists("here.0") and os.path.exists("here.2")):
+            time.sleep(0.001)  # together: who is late would notice that the other has died, and stop by itself
         os.kill(os.getpid(), signal.SIGKILL)
     return draw.params["0.weight"]
 
