@@ -200,9 +200,11 @@ class ChainState:
         for j, state in enumerate(self.states):
             state.copy_(arrays[f"state{j}"])
         for name in arrays.keys() - {"w", *(f"state{j}" for j in range(len(self.states)))}:
-            value = arrays[name]
-            is_tensor = isinstance(self._memory.get(name), Tensor)
-            self._memory[name] = value.to(self._device) if is_tensor else float(value[0])
+            value, place = arrays[name], self._memory.get(name)
+            if isinstance(place, Tensor):
+                place.copy_(value)  # a CUDA graph knows the place, not the name
+            else:
+                self._memory[name] = float(value[0])
         self._show()
 
     # ---- as rows of float64, for transitions that are not one fused step ------------------------------------

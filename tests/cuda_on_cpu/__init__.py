@@ -1,0 +1,165 @@
+"""A CPU that plays a GPU, so that tests marked ``gpu`` run where there is none: ``pytest -p cuda_on_cpu -m gpu``.
+
+Played are torch's `cuda` device (device.cpp) and the threads of the kernels (cuda_runtime.h). Real are the kernels'
+source, all of llc_fast, autograd and vmap. So this finds what is wrong in those, a race or a tensor on the wrong device
+too, and nothing that is the compiler's, the driver's or the chip's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import itertools
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+TORCH = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr,arg-type]
+FLAGS = ["-O1", "-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off", f"-isystem{TORCH / 'include'}"]
+KERNELS = ["-std=c++17", "-mfma", f"-I{HERE}", f"-I{CSRC}", f"-isystem{sysconfig.get_paths()['include']}"]
+KERNELS += ["-DLLC_WITH_CUDA", '-DLLC_CUDA_VERSION="13.0"', '-DLLC_CUDA_ARCHS="CPU"', "-DLLC_ISA=baseline"]
+DEVICE = ["-std=c++20", "-fvisibility=default", f"-isystem{TORCH / 'include/torch/csrc/api/include'}"]
+
+
+def build(folder: Path) -> None:
+    """Compile ``device.so`` and ``_native.so``, which is ``llc_fast._native`` with its kernels, into `folder`."""
+    source = (CSRC / "step_cuda.cu").read_text()
+    # kernel<<<grid, block, …>>>(arguments); is no C++.
+    kernels, launches = re.subn(r"(\w+)<<<(.*)>>>\((.*)\);", r"cuda_on_cpu::launch(\2)(\1, \3);", source)
+    assert launches == source.count("<<<")
+    (folder / "step_cuda.cpp").write_text(kernels)
+
+    def compiled(path: Path, flags: list[str]) -> str:
+        out = folder / f"{path.stem}.o"
+        subprocess.run(["c++", *FLAGS, *flags, "-c", str(path), "-o", str(out)], check=True)
+        return str(out)
+
+    natives = [folder / "step_cuda.cpp", *(CSRC / f"{name}.cpp" for name in ("module", "cpu_dispatch", "step_cpu"))]
+    with ThreadPoolExecutor(2) as pool:
+        device = pool.submit(compiled, HERE / "device.cpp", DEVICE)
+        objects = list(pool.map(lambda path: compiled(path, KERNELS), natives))
+    link = ["c++", "-shared", "-o"]
+    subprocess.run([*link, str(folder / "_native.so"), *objects], check=True)
+    libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"]
+    subprocess.run([*link, str(folder / "device.so"), device.result(), *libraries], check=True)
+
+
+def play() -> None:
+    """From here on this process has a GPU; to be called before torch is imported."""
+    assert "torch" not in sys.modules, "torch must not have looked for GPUs yet"
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        device = ctypes.CDLL(f"{folder}/device.so")
+        spec = importlib.util.spec_from_file_location("_native", f"{folder}/_native.so")
+        assert spec and spec.loader
+        native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(native)
+    _replace_parts_of_torch(device)
+
+    from llc_fast import update
+
+    update._native = _Native(native, device)
+
+
+def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
+    """What torch.cuda asks of a driver."""
+    import torch
+
+    device.random_state_bytes.restype = ctypes.c_void_p
+    size = torch.get_rng_state().numel()
+
+    def random_state() -> torch.Tensor:
+        bytes_ = ctypes.cast(device.random_state_bytes(), ctypes.POINTER(ctypes.c_uint8 * size)).contents
+        return torch.frombuffer(bytes_, dtype=torch.uint8)
+
+    def set_rng_state(state: torch.Tensor, *_: Any) -> None:
+        random_state().copy_(state)
+
+    def seed(number: int) -> None:
+        set_rng_state(torch.Generator().manual_seed(number + 1).get_state())
+
+    class Stream:
+        numbers = itertools.count(1)
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.cuda_stream = next(self.numbers)
+
+        def wait_stream(self, other: Stream) -> None: ...
+        def synchronize(self) -> None: ...
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            device.replay(self.number)
+
+    @contextlib.contextmanager
+    def graph(graph: Any, **_: Any) -> Iterator[None]:
+        device.begin_capture()
+        try:
+            yield
+        finally:
+            graph.number = device.end_capture()
+
+    default, nothing = Stream(), contextlib.nullcontext
+    for name, value in {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "_lazy_init": lambda: None,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda *_: "a CPU that plays a GPU",
+        "mem_get_info": lambda *_: (2**33, 2**33),
+        "synchronize": lambda *_: None,
+        "device": nothing,
+        "stream": nothing,
+        "Stream": Stream,
+        "current_stream": lambda *_: default,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "is_current_stream_capturing": lambda: bool(device.is_capturing()),
+        "get_rng_state": lambda *_: random_state().clone(),
+        "set_rng_state": set_rng_state,
+        "manual_seed": seed,
+        "manual_seed_all": seed,
+    }.items():
+        setattr(torch.cuda, name, value)
+    torch.version.cuda = "13.0"
+
+    clone_of_cpu = torch.UntypedStorage.clone
+
+    def clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        if storage.device.type == "cpu":
+            return clone_of_cpu(storage)
+        return torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage).clone().untyped_storage()
+
+    torch.UntypedStorage.clone = clone  # type: ignore[method-assign]
+
+
+class _Native:
+    """The native module; what is launched on a stream while a graph is captured waits for its replay."""
+
+    def __init__(self, module: Any, device: ctypes.CDLL) -> None:
+        self._module, self._device = module, device
+        self._kept: list[Callable[[], None]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+
+        def call(*arguments: Any) -> Any:
+            if not self._device.is_capturing() or not arguments or arguments[-1] is None:
+                return function(*arguments)
+            self._kept.append(ctypes.CFUNCTYPE(None)(lambda: function(*arguments)))
+            return self._device.keep(self._kept[-1])
+
+        return call
+
+
+play()
