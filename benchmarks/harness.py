@@ -21,7 +21,7 @@ import torch
 
 Times = dict[str, list[float]]
 STEPS_BETWEEN_EVENTS = 20
-"""On a GPU. A step of 10⁸ parameters takes half a millisecond there; launching one and waiting for it, a tenth of that."""
+"""On a GPU: a step of 10⁸ parameters takes half a millisecond there; launching and awaiting it, a tenth of that."""
 
 
 def time_in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> Times:
@@ -92,7 +92,8 @@ def write_json(path: Path | None, tables: dict[str, Any]) -> None:
         from llc_fast.cli import collect_info
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"info": collect_info(), **tables}, indent=1) + "\n")
+        info = collect_info() | {"date": time.strftime("%Y-%m-%d")}
+        path.write_text(json.dumps({"info": info, **tables}, indent=1) + "\n")
 
 
 def in_fresh_process(script: str, spec: Mapping[str, Any], cache: str | None = None) -> dict[str, Any]:
