@@ -18,8 +18,8 @@ to all: nobody calibrates. Two rows of canonical-interp are exceptions, which sh
 the cache that an earlier process left on disk, "warm" is the second estimate in one process.
 
 `--per-step` adds a second estimate in the same process and one of two steps: the difference is what steps take, and
-what they leave of the first estimate is its "set-up". With `--rival-steps N` rivals make N steps in all chains together,
-and the rest of their seconds is extrapolated by that difference. Such rows say so, and have no λ̂.
+what they leave of the first estimate is its "set-up". With `--rival-steps N` rivals make N steps, over all chains, and
+the rest of their seconds is extrapolated by that difference. Such rows say so, and have no λ̂.
 
 contenders.py says how the rivals are called, and which defaults of theirs would not be the same work. Rivals that are
 not installed are left out, with a note.

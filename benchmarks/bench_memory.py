@@ -141,7 +141,9 @@ def main() -> None:
         f"{options.steps} steps, batch {BATCH}",
         [{column: row.get(column) for column in columns} for row in rows],
     )
-    write_json(options.json, {"parameters": parameters, "chains": options.chains, "rows": rows})
+    write_json(
+        options.json, {"parameters": parameters, "device": options.device, "chains": options.chains, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ NCU = {
     "Achieved Occupancy": "occupancy",
 }
 """Nsight Compute's metrics that get a column."""
+FULL: dict[str, dict[str, float]] = {
+    "step": {"parameters": 10**8},
+    "samplers": {"parameters": 10**8},
+    "chains": {"steps": 10_000},
+    "memory": {"parameters": 10**8},
+    "large-tf32": {"parameters": 0.99e8, "steps": 50_000},
+    "large-float32": {"parameters": 0.99e8, "steps": 50_000},
+}
+"""What the targets are for, at least."""
 LARGE = {"llc_fast:tf32": "TF32", "llc_fast:float32": "float32"}
 
 
@@ -63,10 +72,16 @@ class Results:
     def rows(self, stage: str, key: str = "rows") -> list[Row]:
         return self.tables.get(stage, {}).get(key) or []
 
+    def is_full(self, stage: str) -> bool:
+        """Whether it ran on a GPU, at the size that the targets are for."""
+        table = self.tables.get(stage, {})
+        given = {**table, **table.get("work", {}), **table.get("network", {})}
+        return given.get("device") == "cuda" and all(given.get(k, v) >= v for k, v in FULL[stage].items())
+
     def last_in_log(self, pattern: str, stage: str) -> str:
         """The last match of a pattern in what a stage printed last; empty if there is none."""
         printed = self.log.rpartition(f"==> {stage}\n")[2].partition("\n==> ")[0]
-        return (re.findall(pattern, printed) or [""])[-1]
+        return str((re.findall(pattern, printed) or [""])[-1])
 
 
 def _text(path: Path) -> str:
@@ -108,16 +123,24 @@ def targets(results: Results) -> list[Target]:
     counts = results.tables.get("step", {}).get("launches") or {}
     ours = counts.get("llc_fast SGLD")
     measured = ", ".join(f"{count} × {_short(name)}" for name, count in (ours or {}).items())
-    found.append(Target("what one SGLD step of 100 tensors launches", measured, "1 kernel", ours and _is_one(ours)))
+    found.append(
+        Target(
+            "what one SGLD step of 100 tensors launches",
+            measured,
+            "1 kernel",
+            sum(ours.values()) == 1 if ours else None,
+        )
+    )
     for layout in LAYOUTS:
-        rows = _samplers(results, layout)
+        rows = _samplers(results, layout) if results.is_full("samplers") else {}
         for name in SAMPLERS:
             row = rows.get(name, {})
             share, asked = row.get("share of copy's GB/s"), row.get("asked") or (0.9 if name == "sgld" else 0.85)
             found.append(
                 _number(f"{name}, {layout}: bytes of the floor per second, of a copy's", share, asked, "≥", "{:.0%}")
             )
-    step = next((row.get("µs per step") for row in results.rows("chains", "1024") if row.get("µs asked")), None)
+    small = results.rows("chains", "1024") if results.is_full("chains") else []
+    step = next((row.get("µs per step") for row in small if row.get("µs asked")), None)
     found.append(_number("1,024 parameters, 4 chains: µs a step", step, 100.0, "≤", "{:.0f}"))
     for contender, precision in LARGE.items():
         row = _large(results, contender)
@@ -127,7 +150,7 @@ def targets(results: Results) -> list[Target]:
         found.append(_number(f"{what}: seconds", seconds, 300.0, "≤", "{:.0f}", note))
         asked = float((row.get("asked, bytes") or "≤ 8.85").split()[1])
         found.append(_number(f"{what}: bytes a parameter", row.get("bytes per parameter"), asked, "≤", "{:.2f}"))
-    for row in results.rows("memory"):
+    for row in results.rows("memory") if results.is_full("memory") else ():
         if row.get("asked"):
             what = f"{row['contender']}: bytes a parameter"
             found.append(_number(what, row.get("besides"), float(row["asked"].split()[1]), "≤", "{:.2f}"))
@@ -140,10 +163,6 @@ def _stage(results: Results, name: str, what: str, pattern: str, must: str = "")
         return Target(what, "", "passes", None)
     said, status = results.last_in_log(pattern, name), results.status[name]
     return Target(what, said or f"exit status {status}", "passes", status == 0 and must in said)
-
-
-def _is_one(counts: Row) -> bool:
-    return sum(counts.values()) == 1
 
 
 def _number(what: str, value: float | None, target: float, sign: str, form: str, note: str = "") -> Target:
@@ -160,7 +179,8 @@ def _samplers(results: Results, layout: str) -> dict[str, Row]:
 
 def _large(results: Results, contender: str) -> Row:
     """The row of one contender of bench_large, from whichever stage ran it."""
-    rows = [row for stage in ("large-tf32", "large-float32") for row in results.rows(stage)]
+    stages = [stage for stage in ("large-tf32", "large-float32") if results.is_full(stage)]
+    rows = [row for stage in stages for row in results.rows(stage)]
     return next((row for row in rows if row["contender"].partition(",")[0] == contender), {})
 
 
@@ -172,9 +192,8 @@ def report(results: Results) -> str:
     device = next(iter(info.get("gpus") or []), "no GPU")
     lines = [f"# {device}, {info.get('date', 'date unknown')}", ""]
     lines += [
-        f"llc_fast {info.get('llc_fast', '?')}, built with CUDA {info.get('cuda', '?')}; torch {info.get('torch', '?')}, "
-        f"Python {info.get('python', '?')}. Medians over rounds, ratios within a round; what is counted is said in the "
-        "benchmarks' own documentation.",
+        f"llc_fast {info.get('llc_fast')} built with CUDA {info.get('cuda')}, torch {info.get('torch')}, Python "
+        f"{info.get('python')}. Medians over rounds, ratios within a round; the benchmarks say what is counted.",
         "",
     ]
     lines += _table(
@@ -239,7 +258,7 @@ def _table(rows: list[Row]) -> list[str]:
     """Rows in Markdown: a column for each key that any row has a value for."""
     columns = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
     shown = [key for key in columns if key not in _LEFT_OUT]
-    lines = ["| " + " | ".join(shown) + " |", "| " + " | ".join("---" for _ in shown) + " |"]
+    lines = ["| " + " | ".join(map(_cell, shown)) + " |", "| " + " | ".join("---" for _ in shown) + " |"]
     return lines + ["| " + " | ".join(_cell(row.get(key)) for key in shown) + " |" for row in rows]
 
 
