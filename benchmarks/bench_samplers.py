@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from harness import median, peak_memory, print_table, ratio, time_in_turn, write_json
+from harness import median, peak_memory, print_table, ratio, those_that_run, time_in_turn, write_json
 
 import llc_fast
 from llc_fast import optim
@@ -110,6 +110,7 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
         theirs = rival(name, total, device) if layout == LAYOUTS["1"] else None
         if theirs:
             steps["devinterp"] = theirs
+        steps = those_that_run(steps, rivals=["devinterp"])
         seconds = time_in_turn(steps, repeats, device)
         plain, updated = seconds["plain"], layout.chains * total
         floor = floor_bytes(name, low=layout.dtype != torch.float32, chains=layout.chains)
@@ -124,7 +125,7 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
                 "asked": TARGETS[name] if device == "cuda" else None,
                 "over noise-free": ratio(plain, seconds["no noise"]),
                 "metrics over plain": ratio(seconds["metrics"], plain),
-                "devinterp over ours": ratio(seconds["devinterp"], plain) if theirs else None,
+                "devinterp over ours": ratio(seconds["devinterp"], plain) if "devinterp" in seconds else None,
             }
         )
         del steps, theirs, source, target

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import median, print_table, ratio, time_in_turn, write_json
+from harness import median, print_table, ratio, those_that_run, time_in_turn, write_json
 from torch import Tensor
 
 import llc_fast
@@ -110,6 +110,7 @@ def main() -> None:
     for p in params:
         p.grad = 1e-3 * torch.randn_like(p)
     steps = contenders(params)
+    steps = those_that_run(steps, rivals=steps.keys() - {COPY, FLOOR, OURS})
     seconds = time_in_turn(steps, arguments.repeats, arguments.device)
     total, info = size * arguments.tensors, collect_info()
     on_gpu = {name: launches(step) for name, step in steps.items()} if arguments.device == "cuda" else {}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def _seconds_on_gpu(step: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000 / STEPS_BETWEEN_EVENTS
+
+
+def those_that_run(steps: Mapping[str, Callable[[], Any]], rivals: Container[str]) -> dict[str, Callable[[], Any]]:
+    """The steps without those `rivals` that can't take one here; it is said why not."""
+    found = dict(steps)
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception as error:
+            if name not in rivals:
+                raise
+            del found[name]
+            print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+    return found
 
 
 def median(times: list[float]) -> float:
