@@ -7,9 +7,9 @@
 The setting is that of Furman & Lau 2024 (llc_fast.problems.deep_linear.SIZE_CLASSES): of class "100M" n = 10⁶ samples,
 minibatches of 500, SGLD with ε = 2e-8 and γ = 1, one chain of 50,000 steps from w*, nβ = n / log n; the second half
 of the steps are draws. Of that class's first 400 networks number 342 comes nearest to 10⁸ parameters: 23 layers of 803
-to 2970 units, 99.65 million parameters. Its product has rank 49, for which Aoyagi's λ is 393,986 (at rank 10, 341,804;
-at rank 0, 328,343). What llc_fast.reproduce.dln_scaling says of deep networks of low rank holds here: most of those 49
-singular values are too small for n samples to show.
+to 2970 units, 99.65 million parameters. Its product has rank 49, for which Aoyagi's λ is 393,986. What
+llc_fast.reproduce.dln_scaling says of deep networks of low rank holds here: none of those 49 singular values, 0.018 at
+most, shows in n samples (nβ·σ²·E[x²] / outputs is 0.3), so that the λ of rank 0, 328,343, is what to expect.
 
 A contender is LIBRARY:PRECISION or LIBRARY:PRECISION:HOW. PRECISION is that of matrix products, float32 or tf32. HOW is
 a strategy of estimate_llc, or "kept" for gradients that are not released during the backward pass. llc_fast makes all
