@@ -15,7 +15,7 @@
 #     chains             1.5      4    1,024 parameters, 4 and 64 chains × 10,000 steps by CUDA graphs
 #     memory             1        4    peak memory of estimates of 10⁸ parameters
 #     large-tf32         4        8    10⁸ parameters at the paper's setting, 50,000 steps, TF32; and rivals, fewer steps
-#     large-float32      7        9    the same in float32, stopped and extrapolated after 400 s
+#     large-float32      7        9    the same in float32, stopped and extrapolated after 350 s
 #     dln-scaling        8        9    the six classes of deep linear networks, smallest first, for REPRODUCE=400 seconds
 #     scaling            6        9    only by name: how a step's time grows with chains and parameters
 #
@@ -54,7 +54,7 @@ python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-site=${SITE:-$work/site}
+site=$(realpath -m "${SITE:-$work/site}")
 failed=()
 
 # stage NAME SECONDS COMMAND…: run it for at most so long, note how it ended, and bring the results up to date.
@@ -130,7 +130,7 @@ bench chains 240 bench_estimate --sizes 1024 --chains 4 64 --per-step "${chains[
 bench memory 240 bench_memory "${memory[@]}"
 bench large-tf32 480 bench_large "${large[@]}" "${short[@]}" --contenders llc_fast:tf32 llc_fast:tf32:kept \
     llc_fast:tf32:cuda-graph devinterp:tf32
-bench large-float32 540 bench_large "${large[@]}" --seconds 400 --contenders llc_fast:float32
+bench large-float32 540 bench_large "${large[@]}" --seconds 350 --contenders llc_fast:float32
 # What is done is kept in FOLDER/dln-scaling, and the same command goes on with it.
 # shellcheck disable=SC2016
 when dln-scaling $((reproduce + 100)) bash -c 'timeout --foreground --signal=INT "$@"; (($? == 0 || $? == 124))' _ \
