@@ -1,7 +1,8 @@
 """Whole estimates: llc_fast against devinterp and canonical-interp, wall time and λ̂ of the same statistical work.
 
-    python benchmarks/bench_estimate.py [--sizes 1024 10000 102400] [--repeats 1] [--steps 2000] [--json PATH]
+    python benchmarks/bench_estimate.py [--sizes 1024 10000 102400] [--chains 4] [--steps 2000] [--repeats 1]
                                         [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
+                                        [--device cpu|cuda] [--per-step] [--rival-steps N] [--json PATH]
     python benchmarks/bench_estimate.py --scaling [--growing chains parameters batch]
                                         [--strategies default batched …] [--budget SECONDS]
 
@@ -11,10 +12,14 @@ half are draws. λ̂ stands beside the seconds, so that one sees that the work i
 yet the theory's λ.
 
 The seconds: every measurement has a process of its own with an empty torch.compile cache. The clock starts when torch
-and the contender are imported and the model and the tensors exist, for all alike, and stops when λ̂ is there; tracing,
-compiling and what a library imports on first use are inside. The step size is given to all: nobody calibrates.
-Two rows of canonical-interp are exceptions, which show compilation's share: "cached" finds the cache that an earlier
-process left on disk, "warm" is the second estimate in one process.
+and the contender are imported, the model and the tensors exist in the host's memory and a GPU is awake, for all alike,
+and stops when λ̂ is there; tracing, compiling and what a library imports on first use are inside. The step size is given
+to all: nobody calibrates. Two rows of canonical-interp are exceptions, which show compilation's share: "cached" finds
+the cache that an earlier process left on disk, "warm" is the second estimate in one process.
+
+`--per-step` adds a second estimate in the same process and one of two steps: the difference is what steps take, and
+what they leave of the first estimate is its "set-up". With `--rival-steps N` rivals make N steps, over all chains, and
+the rest of their seconds is extrapolated by that difference. Such rows say so, and have no λ̂.
 
 contenders.py says how the rivals are called, and which defaults of theirs would not be the same work. Rivals that are
 not installed are left out, with a note.
@@ -60,6 +65,8 @@ LR, NBETA, LOCALIZATION = 2e-6, SAMPLES / math.log(SAMPLES), 1.0
 SIZES = [1024, 10_000, 102_400]
 ASKED = {"devinterp": {1024: 15.0, 10_000: 10.0, 102_400: 4.0}, "canonical": {1024: 5.0, 10_000: 3.5, 102_400: 2.0}}
 """How many times faster than a rival llc_fast is to be, by number of parameters."""
+ASKED_MICROSECONDS = {(1024, 4): 100.0}
+"""What a step of all chains may take on a GPU, by numbers of parameters and chains."""
 
 DISTRIBUTIONS = {
     "devinterp": "devinterp",
@@ -85,45 +92,55 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
-    estimate = make_estimate(spec["contender"])
+    estimate, steps, device = make_estimate(spec["contender"]), spec["steps"], spec["device"] or "cpu"
     model, data = make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
-    if spec.get("device"):
-        model, data = model.to(spec["device"]), tuple(t.to(spec["device"]) for t in data)
-    draws = max(1, spec["steps"] // 2)
+    torch.ones(1, device=device).item()  # the first touch of a GPU takes half a second
+    draws = max(1, steps // 2)
     work = Work(
         spec["lr"],
         NBETA,
         LOCALIZATION,
         batch=spec["batch"],
         chains=spec["chains"],
-        burnin=spec["steps"] - draws,
+        burnin=steps - draws,
         draws=draws,
         seed=spec["seed"],
+        device=device,
     )
+
+    def run(count: int) -> dict[str, Any]:
+        return estimate(model, data, replace(work, burnin=count - 1, draws=1))
+
     if spec.get("budget"):
-        return slope(lambda steps: estimate(model, data, replace(work, burnin=steps - 1, draws=1)), spec["budget"])
+        return slope(run, spec["budget"])
     if spec["contender"].endswith("-warm"):
-        estimate(model, data, replace(work, burnin=2, draws=2))
+        run(4)
+    seconds, found = timed(lambda: estimate(model, data, work))
+    found |= {"seconds": seconds, "threads": torch.get_num_threads()}
+    if spec.get("per_step"):
+        found["per step"] = (timed(lambda: run(steps))[0] - timed(lambda: run(2))[0]) / (steps - 2)
+    return found
+
+
+def timed(run: Callable[[], dict[str, Any]]) -> tuple[float, dict[str, Any]]:
     started = time.perf_counter()
-    found = estimate(model, data, work)
-    return {"seconds": time.perf_counter() - started, "threads": torch.get_num_threads(), **found}
+    found = run()
+    return time.perf_counter() - started, found
 
 
 def slope(run: Callable[[int], dict[str, Any]], budget: float) -> dict[str, Any]:
     """Seconds per step: the median of three differences between a long and a short run, `budget` seconds in all."""
 
-    def timed(steps: int) -> tuple[float, dict[str, Any]]:
-        started = time.perf_counter()
-        found = run(steps)
-        return time.perf_counter() - started, found
+    def seconds_of(steps: int) -> float:
+        return timed(lambda: run(steps))[0]
 
-    first, found = timed(2)
+    first, found = timed(lambda: run(2))
     more, elapsed = 4, 0.0
     while elapsed < budget / 10 and more < 20_000:
         more *= 2
-        elapsed = timed(2 + more)[0] - timed(2)[0]
+        elapsed = seconds_of(2 + more) - seconds_of(2)
     more = max(int(more * min(budget / 3 / elapsed, 4)), 10)
-    differences = [timed(2 + more)[0] - timed(2)[0] for _ in range(3)]
+    differences = [seconds_of(2 + more) - seconds_of(2) for _ in range(3)]
     return {"seconds": median(differences) / more, "set-up": first, "strategy": found.get("strategy")}
 
 
@@ -142,33 +159,55 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimates_table(
-    parameters: int, options: argparse.Namespace, versions: dict[str, str | None]
+    parameters: int, chains: int, options: argparse.Namespace, versions: dict[str, str | None]
 ) -> list[dict[str, Any]]:
-    """One size: every contender in turn, round after round."""
+    """One size and number of chains: every contender in turn, round after round."""
     found: dict[str, list[dict[str, Any]]] = {contender: [] for contender in options.contenders}
     for round_ in range(options.repeats):
         for contender, results in found.items():
             if versions.get(DISTRIBUTIONS.get(contender, ""), "") is None:
                 continue
-            spec = {"contender": contender, "parameters": parameters, "steps": options.steps, "seed": round_}
-            spec |= {"batch": BATCH, "chains": CHAINS, "lr": LR, "threads": options.threads}
-            results.append(measure(spec))
+            spec = {"contender": contender, "parameters": parameters, "seed": round_, "device": options.device}
+            spec |= {"batch": BATCH, "chains": chains, "lr": LR, "threads": options.threads}
+            steps = steps_of(contender, chains, options)
+            result = measure(spec | {"steps": steps, "per_step": options.per_step or steps < options.steps})
+            if "error" not in result and steps < options.steps:
+                result["seconds"] += (options.steps - steps) * result["per step"]
+            results.append(result)
     base = next((results for contender, results in found.items() if contender.startswith("llc_fast")), None)
     rows = []
     for contender, results in found.items():
         row: dict[str, Any] = {"contender": title(contender, versions, (results or [{}])[0].get("strategy"))}
+        row["chains"] = chains
         rows.append(row)
         if not results or any("error" in r for r in results):
             row["seconds"] = "failed" if results else "not installed"
             continue
-        seconds = [r["seconds"] for r in results]
-        llc = torch.tensor([r["llc"] for r in results])
-        row |= {"seconds": median(seconds), "λ̂": float(llc.mean()), "std over chains": float(llc.std(dim=1).mean())}
+        seconds, steps = [r["seconds"] for r in results], steps_of(contender, chains, options)
+        row["seconds"] = median(seconds)
+        if steps < options.steps:
+            row |= {"contender": f"{row['contender']}, extrapolated from {steps} steps", "steps": steps}
+        else:
+            llc = torch.tensor([r["llc"] for r in results])
+            row |= {"λ̂": float(llc.mean()), "std over chains": float(llc.std(dim=1).mean())}
+        if "per step" in results[0]:
+            step = median([r["per step"] for r in results])
+            row |= {"µs per step": 1e6 * step, "set-up, s": row["seconds"] - options.steps * step}
         if base and results is not base and not any("error" in r for r in base):
             row["llc_fast is faster"] = ratio(seconds, [r["seconds"] for r in base])
-        asked = ASKED.get(contender.partition("-")[0], {}).get(parameters)
-        row |= {"asked": asked, "every run": seconds, "threads": results[0]["threads"]}
+        if options.device == "cuda" and results is base:
+            row["µs asked"] = ASKED_MICROSECONDS.get((parameters, chains))
+        elif options.device is None and chains == CHAINS:
+            row["asked"] = ASKED.get(contender.partition("-")[0], {}).get(parameters)
+        row |= {"every run": seconds, "threads": results[0]["threads"]}
     return rows
+
+
+def steps_of(contender: str, chains: int, options: argparse.Namespace) -> int:
+    """Of each chain: rivals may make fewer."""
+    if contender in DISTRIBUTIONS and options.rival_steps:
+        return min(options.steps, max(10, options.rival_steps // chains))
+    return options.steps  # type: ignore[no-any-return]
 
 
 def title(contender: str, versions: dict[str, str | None], strategy: str | None) -> str:
@@ -182,16 +221,21 @@ def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
     from llc_fast.theory import deep_linear
 
     versions = installed(DISTRIBUTIONS[c] for c in options.contenders if c in DISTRIBUTIONS)
-    tables: dict[str, Any] = {"work": {"steps": options.steps, "chains": CHAINS, "lr": LR, "nbeta": NBETA}}
+    tables: dict[str, Any] = {"work": {"steps": options.steps, "lr": LR, "nbeta": NBETA, "device": options.device}}
     columns = ["contender", "seconds", "llc_fast is faster", "asked", "λ̂", "std over chains"]
+    if options.per_step:
+        columns = [c for c in columns if c != "asked"] + ["µs per step", "µs asked", "set-up, s"]
     for parameters in options.sizes:
-        rows = tables[str(parameters)] = estimates_table(parameters, options, versions)
+        tables[str(parameters)] = []
         width = math.isqrt(parameters // LAYERS)
         known = deep_linear((width,) * (LAYERS + 1), width).value
-        heading = f"{parameters:,} parameters, {CHAINS} chains × {options.steps:,} steps, λ of the theory {known:g}"
-        print_table(heading, [{c: times(row.get(c), c) for c in columns} for row in rows])
-        sys.stdout.flush()
-    if options.steps != STEPS:
+        for chains in options.chains:
+            rows = estimates_table(parameters, chains, options, versions)
+            tables[str(parameters)] += rows
+            heading = f"{parameters:,} parameters, {chains} chains × {options.steps:,} steps, λ of the theory {known:g}"
+            print_table(heading, [{c: times(row.get(c), c) for c in columns} for row in rows])
+            sys.stdout.flush()
+    if options.steps != STEPS and options.device is None:
         print(f"\nThe asked ratios are for {STEPS:,} steps.")
     return tables
 
@@ -252,7 +296,10 @@ def main() -> None:
         help="llc_fast, llc_fast:STRATEGY, devinterp, canonical, canonical-cached, canonical-warm; "
         "the first llc_fast is the base",
     )
+    parser.add_argument("--chains", type=int, nargs="+", default=[CHAINS])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--per-step", action="store_true", help="µs per step and set-up apart")
+    parser.add_argument("--rival-steps", type=int, help="steps of a rival's chains together; the rest is extrapolated")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, help="torch threads of every contender; default: torch's own choice")
     parser.add_argument("--scaling", action="store_true", help="llc_fast alone: how a step's time grows")
@@ -260,7 +307,7 @@ def main() -> None:
     parser.add_argument(
         "--growing", nargs="+", default=list(GROWING), choices=GROWING, help="with --scaling: what grows"
     )
-    parser.add_argument("--device", help="with --scaling: cpu or cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="with --scaling: seconds for each row")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -276,8 +323,12 @@ def main() -> None:
             parser.error(f"unknown contender {contender!r}")
     if not has_strategies and (any(wanted) or any(":" in c for c in options.contenders)):
         parser.error("this version's estimate_llc has no parameter strategy")
-    if options.steps < 2 or any(LAYERS * math.isqrt(s // LAYERS) ** 2 != s for s in options.sizes):
-        parser.error(f"--steps must be at least 2, and each of --sizes {LAYERS} times a square")
+    if (
+        min(options.chains) < 1
+        or options.steps < 3
+        or any(LAYERS * math.isqrt(s // LAYERS) ** 2 != s for s in options.sizes)
+    ):
+        parser.error(f"--chains must be at least 1, --steps 3, and each of --sizes {LAYERS} times a square")
     tables = run_scaling(options) if options.scaling else run_estimates(options)
     write_json(options.json, tables)
 

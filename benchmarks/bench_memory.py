@@ -1,7 +1,7 @@
 """Peak memory of whole estimates on a network of 10⁸ float32 parameters, in bytes per parameter (Linux).
 
     python benchmarks/bench_memory.py [--contenders sgld sgld-released rmsprop-sgld …] [--width 2000] [--layers 25]
-                                      [--chains 2] [--steps 3] [--json PATH]
+                                      [--chains 2] [--steps 3] [--device cpu|cuda] [--json PATH]
 
 The network: 25 bias-free linear layers of 2000×2000, built without a second copy. Each contender has a process of its
 own, and its peak resident set is read when torch and the contender are imported and have made an estimate of 128
@@ -13,6 +13,8 @@ layer is allowed on top.
 
 Part of a rival's peak is the C library's: glibc does not give freed tensors of this size back at once. llc_fast makes
 it while it runs; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does for every contender alike.
+
+On a GPU the peak is what torch had allocated there at most; "imports" are then what its libraries keep for themselves.
 
 λ̂ means nothing after three steps; the step size is so small that no chain is lost. For a quick try: --width 500.
 Rivals (contenders.py says how they are called) that are not installed are left out, with a note.
@@ -72,17 +74,18 @@ def make_estimate(contender: str) -> Estimate:
 def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     estimate = make_estimate(spec["contender"])
-    nbeta, draws = SAMPLES / math.log(SAMPLES), max(1, spec["steps"] - 1)
-    work = Work(LR, nbeta, LOCALIZATION, BATCH, chains=spec["chains"], burnin=spec["steps"] - draws, draws=draws)
+    nbeta, draws, device = SAMPLES / math.log(SAMPLES), max(1, spec["steps"] - 1), spec["device"]
+    length = {"chains": spec["chains"], "burnin": spec["steps"] - draws, "draws": draws}
+    work = Work(LR, nbeta, LOCALIZATION, BATCH, **length, device=device)
     estimate(*make_problem(8, 2, BATCH), work)
-    imports = peak_memory()
+    imports = peak_memory(device)
     model, data = make_problem(spec["width"], spec["layers"], SAMPLES)
     started = time.perf_counter()
     found = estimate(model, data, work)
     if not all(map(math.isfinite, found["llc"])):
         raise RuntimeError(f"a chain was lost, so not all steps were made: {found['llc']}")
     seconds = time.perf_counter() - started
-    return {"imports": imports, "peak": peak_memory(), "seconds": seconds, **found}
+    return {"imports": imports, "peak": peak_memory(device), "seconds": seconds, **found}
 
 
 def row_of(contender: str, options: argparse.Namespace, version: str | None) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def row_of(contender: str, options: argparse.Namespace, version: str | None) -> 
     if not ours and version is None:
         return row | {"peak": "not installed"}
     print(f"… {contender}", file=sys.stderr, flush=True)
-    spec = {"contender": contender} | {k: getattr(options, k) for k in ("width", "layers", "chains", "steps")}
+    spec = {"contender": contender} | {k: getattr(options, k) for k in ("width", "layers", "chains", "steps", "device")}
     found = in_fresh_process(__file__, spec)
     if "error" in found:
         print(f"{contender}: {found['error']}", file=sys.stderr)
@@ -120,6 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=25)
     parser.add_argument("--chains", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,7 +141,9 @@ def main() -> None:
         f"{options.steps} steps, batch {BATCH}",
         [{column: row.get(column) for column in columns} for row in rows],
     )
-    write_json(options.json, {"parameters": parameters, "chains": options.chains, "rows": rows})
+    write_json(
+        options.json, {"parameters": parameters, "device": options.device, "chains": options.chains, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

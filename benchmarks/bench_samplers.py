@@ -1,10 +1,16 @@
 """Every sampler's step: time, bytes over the floor, cost of noise and of metrics, growth, overhead, memory.
 
-    python benchmarks/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--quick] [--json PATH]
+    python benchmarks/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--layouts 1 4 bfloat16]
+                                        [--quick] [--json PATH]
 
-The floor is the traffic that a step cannot avoid, in bytes per float32 parameter (read w, gradient and w*, write w;
-a preconditioner read; each state read and written); "GB/s at the floor" is floor over time, to hold against the tensor
-copy of the same run. devinterp's equivalents run in the same rounds if devinterp 1.3.2 is installed.
+Each sampler steps one chain, four chains that share w*, and one chain of a bfloat16 model (float32 chains, bfloat16
+gradients, and a bfloat16 copy of w for the next forward pass), `--parameters` in each chain. The floor is the traffic
+that a step cannot avoid, in bytes per parameter of each chain (read w and gradient, write w; each state read and
+written; w* and a preconditioner read once for all chains; the copy written); "GB/s at the floor" is floor over time, to
+hold against the tensor copy of the same run, which reads and writes 4 bytes a parameter. "metrics" are the sums that
+estimates take at every step. devinterp's equivalents run in the same rounds if devinterp 1.3.2 is installed.
+
+`--once` takes each step once between cudaProfilerStart and cudaProfilerStop, for `ncu --profile-from-start off`.
 """
 
 from __future__ import annotations
@@ -15,19 +21,39 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
-from harness import median, peak_memory, print_table, ratio, time_in_turn, write_json
+from harness import median, peak_memory, print_table, ratio, those_that_run, time_in_turn, write_json
 
 import llc_fast
 from llc_fast import optim
 from llc_fast.bench import TENSORS, floor_bytes, make_params
+from llc_fast.reference import NoiseKey
 from llc_fast.samplers import SAMPLERS
+from llc_fast.state import ChainState
+from llc_fast.update import NUM_METRICS
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
-METRICS = ["noise_norm", "grad_norm", "weight_norm", "distance"]
+TARGETS = {name: 0.9 if name == "sgld" else 0.85 for name in SAMPLERS}
+"""On a GPU: the share of the copy's bytes per second, at least."""
+
+
+class Layout(NamedTuple):
+    """How a step's chains lie in memory."""
+
+    title: str
+    chains: int = 1
+    dtype: torch.dtype = torch.float32
+
+
+LAYOUTS = {
+    "1": Layout("1 chain"),
+    "4": Layout("4 chains", chains=4),
+    "bfloat16": Layout("bfloat16 model", dtype=torch.bfloat16),
+}
 
 
 def options_of(name: str, params: list[torch.nn.Parameter]) -> dict[str, Any]:
@@ -36,54 +62,91 @@ def options_of(name: str, params: list[torch.nn.Parameter]) -> dict[str, Any]:
     return OPTIONS
 
 
-def rival(name: str, params: list[torch.nn.Parameter]) -> Callable[[], Any] | None:
-    """devinterp's optimizer for the same sampler, if it has one."""
+def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str, Callable[[], Any]]:
+    """The step of `layout` as the chain engine takes it, without noise, and with metrics."""
+    anchor = {str(k): p.detach() for k, p in enumerate(make_params(total, device, layout.dtype))}
+    options = dict(OPTIONS)
+    if name == "preconditioned-sgld":
+        options["preconditioner"] = {k: torch.ones(p.shape, device=device) for k, p in anchor.items()}
+    posterior = SimpleNamespace(anchor=anchor, masks={}, num_parameters=total)  # what the memory of chains needs of it
+    state = ChainState(posterior, SAMPLERS[name](**options), layout.chains)  # type: ignore[arg-type]
+    state.start(0, seed=0)
+    table, scalars = state._table, state._scalars
+    grads = [1e-3 * torch.randn(layout.chains, *p.shape, device=device, dtype=p.dtype) for p in anchor.values()]
+    sums = torch.zeros(layout.chains, NUM_METRICS, dtype=torch.float64, device=device)
+    thermostat = state.memory.get("thermostat")
+
+    def step(noise_level: float = 1.0, metrics: bool = SAMPLERS[name].thermostatted) -> Callable[[], None]:
+        used, out = scalars._replace(noise_level=noise_level), sums if metrics else None
+        return lambda: table.step(grads, used, NoiseKey(0), thermostat=thermostat, metrics=out)
+
+    return {"plain": step(), "no noise": step(noise_level=0.0), "metrics": step(metrics=True)}
+
+
+def rival(name: str, total: int, device: str) -> Callable[[], Any] | None:
+    """The step of devinterp's optimizer for the same sampler, if it has one."""
     try:
         from devinterp.optim.sgmcmc import SGMCMC
         from devinterp.optim.sgnht import SGNHT
     except ImportError:
         return None
     if name == "sgld":
-        return SGMCMC.sgld(params, **OPTIONS).step  # type: ignore[no-any-return]
+        return SGMCMC.sgld(make_params(total, device), **OPTIONS).step  # type: ignore[no-any-return]
     if name == "rmsprop-sgld":
-        return SGMCMC.rmsprop_sgld(params, **OPTIONS).step  # type: ignore[no-any-return]
+        return SGMCMC.rmsprop_sgld(make_params(total, device), **OPTIONS).step  # type: ignore[no-any-return]
     if name == "sgnht":
-        return SGNHT(params, lr=1e-6, nbeta=1000.0).step  # type: ignore[no-any-return]
+        return SGNHT(make_params(total, device), lr=1e-6, nbeta=1000.0).step  # type: ignore[no-any-return]
     return None
 
 
-def samplers_table(total: int, device: str, repeats: int) -> list[dict[str, Any]]:
+def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> list[dict[str, Any]]:
     rows = []
-    for name, optimizer in OPTIMIZERS.items():
+    for name in SAMPLERS:
         gc.collect()
-        params = make_params(total, device)
-        options = options_of(name, params)
-        source = torch.cat([p.detach() for p in params])
+        source = torch.randn(total, device=device)
         target = torch.empty_like(source)
-        steps: dict[str, Callable[[], Any]] = {
-            "copy": lambda source=source, target=target: target.copy_(source),  # type: ignore[misc]
-            "plain": optimizer(params, seed=0, **options).step,
-            "no noise": optimizer(params, seed=0, noise_level=0.0, **options).step,
-            "metrics": optimizer(params, seed=0, metrics=METRICS, **options).step,
-        }
-        if theirs := rival(name, params):
+        steps = chain_steps(name, total, device, layout)
+        steps["copy"] = lambda source=source, target=target: target.copy_(source)  # type: ignore[misc]
+        theirs = rival(name, total, device) if layout == LAYOUTS["1"] else None
+        if theirs:
             steps["devinterp"] = theirs
+        steps = those_that_run(steps, rivals=["devinterp"])
         seconds = time_in_turn(steps, repeats, device)
-        plain, floor = seconds["plain"], floor_bytes(name)
+        plain, updated = seconds["plain"], layout.chains * total
+        floor = floor_bytes(name, low=layout.dtype != torch.float32, chains=layout.chains)
         rows.append(
             {
                 "sampler": name,
-                "ns per parameter": 1e9 * median(plain) / total,
+                "ns per parameter": 1e9 * median(plain) / updated,
                 "floor, bytes": floor,
-                "GB/s at the floor": floor * total / median(plain) / 1e9,
-                "share of copy's GB/s": floor / 8 * ratio(seconds["copy"], plain),
+                "GB/s at the floor": floor * updated / median(plain) / 1e9,
+                "copy's GB/s": 8 * total / median(seconds["copy"]) / 1e9,
+                "share of copy's GB/s": floor * layout.chains / 8 * ratio(seconds["copy"], plain),
+                "asked": TARGETS[name] if device == "cuda" else None,
                 "over noise-free": ratio(plain, seconds["no noise"]),
                 "metrics over plain": ratio(seconds["metrics"], plain),
-                "devinterp over ours": ratio(seconds["devinterp"], plain) if theirs else None,
+                "devinterp over ours": ratio(seconds["devinterp"], plain) if "devinterp" in seconds else None,
             }
         )
-        del steps, params, options
+        del steps, theirs, source, target
     return rows
+
+
+def step_once(total: int, device: str, layout: Layout) -> None:
+    """Each sampler's step, plain and with metrics, once where a profiler looks, after one where it does not."""
+    for name in SAMPLERS:
+        gc.collect()
+        steps = chain_steps(name, total, device, layout)
+        for variant in ("plain", "metrics"):
+            steps[variant]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+            steps[variant]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+        print(f"{name}, {layout.title}: stepped")
 
 
 def growth_table(sizes: list[int], device: str, repeats: int) -> list[dict[str, Any]]:
@@ -128,22 +191,22 @@ def overhead_table(device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_table(total: int) -> list[dict[str, Any]]:
-    """What steps allocate beyond the declared state: growth of the peak resident set while they run."""
+def memory_table(total: int, device: str) -> list[dict[str, Any]]:
+    """What steps allocate beyond the declared state: growth of the peak while they run."""
     rows = []
     for name, optimizer in OPTIMIZERS.items():
         gc.collect()
-        params = make_params(total, "cpu")
+        params = make_params(total, device)
         built = optimizer(params, seed=0, **options_of(name, params))
         state = [v for p in params for v in built.state[p].values()]
         for value in state:  # zeros take no memory until they are touched
             value.add_(0)
         built.step()  # tables
-        before = peak_memory(reset=True)
+        before = peak_memory(device, reset=True)
         for _ in range(3):
             built.step()
         declared = sum(v.nbytes for v in state) / total
-        grown = (peak_memory() - before) / total
+        grown = (peak_memory(device) - before) / total
         rows.append({"sampler": name, "declared state, B/parameter": declared, "allocated, B/parameter": grown})
         del params, built, state, value
     return rows
@@ -154,21 +217,30 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=10**8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--quick", action="store_true", help="10⁶ parameters, to see that it runs")
+    parser.add_argument("--once", action="store_true", help="each step once, for a profiler")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    total = 10**6 if arguments.quick else arguments.parameters
-    tables: dict[str, Any] = {"parameters": total, "device": arguments.device}
-    if Path("/proc/self/clear_refs").exists() and arguments.device == "cpu":
-        tables["memory"] = memory_table(total)
+    total, device = 10**6 if arguments.quick else arguments.parameters, arguments.device
+    if arguments.once:
+        for key in arguments.layouts:
+            step_once(total, device, LAYOUTS[key])
+        return
+    tables: dict[str, Any] = {"parameters": total, "device": device}
+    if device == "cuda" or Path("/proc/self/clear_refs").exists():
+        tables["memory"] = memory_table(total, device)
         print_table("Memory beyond parameters and gradients", tables["memory"])
-    tables["samplers"] = samplers_table(total, arguments.device, arguments.repeats)
-    print_table(f"{total:.3g} float32 parameters in {TENSORS} tensors", tables["samplers"])
+    tables["samplers"] = {}
+    for key in arguments.layouts:
+        layout = LAYOUTS[key]
+        tables["samplers"][layout.title] = rows = samplers_table(total, device, arguments.repeats, layout)
+        print_table(f"{layout.title}, {total:.3g} parameters in {TENSORS} tensors, float32 chains", rows)
     sizes = [10**k for k in range(4, 7 if arguments.quick else 10)]
-    tables["growth"] = growth_table(sizes, arguments.device, arguments.repeats)
+    tables["growth"] = growth_table(sizes, device, arguments.repeats)
     print_table("Growth of SGLD", tables["growth"])
-    tables["overhead"] = overhead_table(arguments.device)
+    tables["overhead"] = overhead_table(device)
     print_table("Overhead", tables["overhead"])
     write_json(arguments.json, tables)
 

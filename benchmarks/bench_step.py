@@ -1,29 +1,42 @@
 """One SGLD step on 10⁸ float32 parameters in 100 tensors: llc_fast against devinterp, torch.compile and the floor.
 
-    python benchmarks/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--json PATH]
+    python benchmarks/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--device cpu|cuda]
+                                    [--json PATH]
 
 Contenders run in turn, round after round, in one process with the same number of threads; the figure is the median
 over rounds, and ratios are taken round by round, so that a drift of the machine's speed cancels. devinterp's rows need
 devinterp 1.3.2 (``pip install devinterp==1.3.2``); they are left out, with a note, if it is missing.
+
+torch's fused Adam does another job: it is there as a step whose speed people know. "bytes" are those that a step has to
+move, a parameter, where the step is one pass: a copy's 8, SGLD's 16 (llc_fast.bench.floor_bytes), Adam's 28 (it reads
+w, gradient and two states, and writes w and the states). On a GPU, "launches" is how many kernels, copies and fills
+torch.profiler saw there in a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import median, print_table, ratio, time_in_turn, write_json
+from harness import median, print_table, ratio, those_that_run, time_in_turn, write_json
 from torch import Tensor
 
 import llc_fast
+from llc_fast.bench import floor_bytes
 from llc_fast.cli import collect_info
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
-OURS, FLOOR = "llc_fast SGLD", "llc_fast SGLD, no noise"
+COPY, OURS, FLOOR, ADAM = "tensor copy", "llc_fast SGLD", "llc_fast SGLD, no noise", "torch Adam, fused"
+BYTES = {COPY: 8.0, OURS: floor_bytes("sgld"), FLOOR: floor_bytes("sgld"), ADAM: 28.0}
+ON_A_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+"""What torch.profiler's traces call work that a GPU does."""
 
 
 def compiled_formula(params: list[Tensor], anchors: list[Tensor]) -> Callable[[], None]:
@@ -49,10 +62,11 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[], Any]]:
     anchors = [p.detach().clone() for p in params]
     source = torch.cat([p.detach().flatten() for p in params])
     target = torch.empty_like(source)
-    found["tensor copy"] = lambda: target.copy_(source)
+    found[COPY] = lambda: target.copy_(source)
     found[FLOOR] = llc_fast.SGLD(params, **OPTIONS, noise_level=0.0, seed=0).step
     found[OURS] = llc_fast.SGLD(params, **OPTIONS, seed=0).step
     found["torch.compile"] = compiled_formula(params, anchors)
+    found[ADAM] = torch.optim.Adam(params, lr=OPTIONS["lr"], fused=True).step
     try:
         from devinterp.optim.sgld import SGLD as TheirSGLD
         from devinterp.optim.sgmcmc import SGMCMC
@@ -62,6 +76,23 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[], Any]]:
     except ImportError as error:
         print(f"devinterp's rows are left out: {error}")
     return found
+
+
+def launches(step: Callable[[], Any]) -> Counter[str]:
+    """What one step makes a GPU do, by name: kernels, copies, fills."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        return launches_in(json.loads(path.read_text()))
+
+
+def launches_in(trace: Mapping[str, Any]) -> Counter[str]:
+    return Counter(event["name"] for event in trace["traceEvents"] if event.get("cat") in ON_A_GPU)
 
 
 def main() -> None:
@@ -78,20 +109,29 @@ def main() -> None:
     params = [torch.nn.Parameter(torch.randn(size, device=arguments.device)) for _ in range(arguments.tensors)]
     for p in params:
         p.grad = 1e-3 * torch.randn_like(p)
-    seconds = time_in_turn(contenders(params), arguments.repeats, arguments.device)
+    steps = contenders(params)
+    steps = those_that_run(steps, rivals=steps.keys() - {COPY, FLOOR, OURS})
+    seconds = time_in_turn(steps, arguments.repeats, arguments.device)
     total, info = size * arguments.tensors, collect_info()
+    on_gpu = {name: launches(step) for name, step in steps.items()} if arguments.device == "cuda" else {}
     rows = [
         {
             "step": name,
             "ns per parameter": 1e9 * median(times) / total,
+            "bytes": (moved := BYTES.get(name)),
+            "GB/s": moved and moved * total / median(times) / 1e9,
             "times llc_fast": ratio(times, seconds[OURS]),
             "times its noise-free pass": ratio(times, seconds[FLOOR]),
+            "launches": sum(on_gpu[name].values()) if name in on_gpu else None,
         }
         for name, times in seconds.items()
     ]
     where = f"{info['threads']} threads, {info['backend']}" if arguments.device == "cpu" else info["gpus"][0]
     print_table(f"{total:.3g} float32 parameters in {arguments.tensors} tensors, {where}", rows)
-    write_json(arguments.json, {"parameters": total, "device": arguments.device, "rows": rows})
+    if OURS in on_gpu:
+        print(f"\nOn the GPU, one step of {OURS} is: {dict(on_gpu[OURS])}")
+    tables = {"parameters": total, "device": arguments.device, "rows": rows, "launches": on_gpu}
+    write_json(arguments.json, tables)
 
 
 if __name__ == "__main__":

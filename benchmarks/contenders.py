@@ -3,7 +3,7 @@
 Rivals are called as their own documentation does. devinterp: a shuffled DataLoader without workers, its
 ``evaluate_mse``, chains one after another (``cores=1``, its default). canonical-interp: an unshuffled DataLoader,
 compiled, all chains at once (its defaults); it keeps the first epoch's batches and shows the same ones, in the same
-order, to all chains.
+order, to all chains. On a GPU both rivals' data stay in the host's memory and travel batch by batch, as they do it.
 
 All three mean the same by ε, nβ and γ: the drift is (ε/2)·(nβ·∇L + γ·(w − w*)), L the mean over a batch, and
 λ̂ = nβ·(mean L − L(w*)). But devinterp's default nβ is that of a data set as large as one batch, and
@@ -44,6 +44,7 @@ class Work:
     burnin: int
     draws: int
     seed: int = 0
+    device: str = "cpu"
 
 
 Estimate = Callable[[nn.Module, Data, Work], dict[str, Any]]
@@ -109,6 +110,7 @@ def with_llc_fast(**options: Any) -> Estimate:
             num_draws=work.draws,
             batch_size=work.batch,
             seed=work.seed,
+            device=work.device,
             progress=False,
             **options,
         )
@@ -135,6 +137,7 @@ def with_devinterp(sampler: str = "sgld") -> Estimate:
             num_burnin_steps=work.burnin,
             num_draws=work.draws,
             seed=work.seed,
+            device=work.device,
             verbose=False,
         )
         return {"llc": [results[f"llc-chain/{k}"] for k in range(work.chains)]}
@@ -169,7 +172,9 @@ def with_canonical() -> Estimate:
             nbeta=work.nbeta,
         )
         loader = DataLoader(TensorDataset(*data), batch_size=work.batch, shuffle=False)
-        estimator.estimate_llc(model, loader, criterion_fn=mse_loss, seed=work.seed, show_progress=False)
+        estimator.estimate_llc(
+            model, loader, criterion_fn=mse_loss, seed=work.seed, devices=work.device, show_progress=False
+        )
         return {"llc": estimator.get_metrics()["llcs"].tolist()}
 
     return estimate

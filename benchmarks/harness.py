@@ -13,32 +13,62 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 Times = dict[str, list[float]]
+STEPS_BETWEEN_EVENTS = 20
+"""On a GPU: a step of 10⁸ parameters takes half a millisecond there; launching and awaiting it, a tenth of that."""
 
 
 def time_in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> Times:
-    """Seconds of each contender in each round; the first round warms up and is not counted.
+    """Seconds of one step of each contender in each round; the first round warms up and is not counted.
 
-    Contenders run one after another within a round, so that a drift of the machine's speed hits all of them.
+    Contenders run one after another within a round, so that a drift of the machine's speed hits all of them. On a GPU a
+    round is several steps between two CUDA events: what a stream of steps takes there, or the host, if that is slower.
     """
+    timed = _seconds_on_gpu if torch.device(device).type == "cuda" else _seconds
     seconds: Times = {name: [] for name in steps}
     for round_ in range(repeats + 1):
         for name, step in steps.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            taken = timed(step)
             if round_:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     return seconds
+
+
+def _seconds(step: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _seconds_on_gpu(step: Callable[[], Any]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(STEPS_BETWEEN_EVENTS):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / STEPS_BETWEEN_EVENTS
+
+
+def those_that_run(steps: Mapping[str, Callable[[], Any]], rivals: Container[str]) -> dict[str, Callable[[], Any]]:
+    """The steps without those `rivals` that can't take one here; it is said why not."""
+    found = dict(steps)
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception as error:
+            if name not in rivals:
+                raise
+            del found[name]
+            print(f"{name} is left out: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+    return found
 
 
 def median(times: list[float]) -> float:
@@ -76,7 +106,8 @@ def write_json(path: Path | None, tables: dict[str, Any]) -> None:
         from llc_fast.cli import collect_info
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"info": collect_info(), **tables}, indent=1) + "\n")
+        info = collect_info() | {"date": time.strftime("%Y-%m-%d")}
+        path.write_text(json.dumps({"info": info, **tables}, indent=1) + "\n")
 
 
 def in_fresh_process(script: str, spec: Mapping[str, Any], cache: str | None = None) -> dict[str, Any]:
@@ -102,12 +133,16 @@ def in_fresh_process(script: str, spec: Mapping[str, Any], cache: str | None = N
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def peak_memory(*, reset: bool = False) -> int:
+def peak_memory(device: str = "cpu", *, reset: bool = False) -> int:
     """This process's largest resident set so far, in bytes (Linux); with `reset`, forget it first.
 
     It is what ``getrusage`` calls ru_maxrss, but for one thing: ru_maxrss is inherited from the process that started
-    this one, and would hide anything smaller than that.
+    this one, and would hide anything smaller than that. On a GPU it is what torch had allocated there at most.
     """
+    if torch.device(device).type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,14 +16,15 @@ TENSORS = 100
 """That the parameters are split into."""
 
 
-def floor_bytes(name: str, *, low: bool = False) -> int:
-    """What a step can't avoid moving, in bytes per float32 parameter.
+def floor_bytes(name: str, *, low: bool = False, chains: int = 1) -> float:
+    """What a step can't avoid moving, in bytes per float32 parameter of each chain.
 
     w, gradient and w* are read and w is written; a preconditioner is read; each state is read and written. With `low`
-    the gradient is bfloat16, and a bfloat16 copy of w is written.
+    the gradient is bfloat16, and a bfloat16 copy of w is written. w* and preconditioner are read once for all `chains`.
     """
     gradient, copy = (2, 2) if low else (4, 0)
-    return 12 + gradient + copy + 8 * NUM_STATES[name] + 4 * (name == "preconditioned-sgld")
+    shared = 4 + 4 * (name == "preconditioned-sgld")
+    return 8 + gradient + copy + 8 * NUM_STATES[name] + shared / chains
 
 
 def make_params(total: int, device: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

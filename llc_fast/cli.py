@@ -308,7 +308,7 @@ def bench(
     for row in step_rows(parameters, device, seconds=seconds):
         rows.append(row)
         typer.echo(
-            f"{row['sampler']:>20} {row['ns_per_parameter']:>13.3f} {row['floor_bytes']:>19} {row['gb_per_s']:>7.1f} "
+            f"{row['sampler']:>20} {row['ns_per_parameter']:>13.3f} {row['floor_bytes']:>19g} {row['gb_per_s']:>7.1f} "
             f"{row['share_of_copy']:>13.0%}"
         )
     if json_path is not None:

@@ -1,0 +1,302 @@
+"""The benchmarks run, at tiny sizes on a CPU, and the report tells targets that are held from those that are not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import llc_fast
+from llc_fast.bench import floor_bytes
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not part of this distribution")
+HAS_DEVINTERP = importlib.util.find_spec("devinterp") is not None
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the benchmarks' folder by its name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def _run(script: str, *options: str, path: Path) -> dict[str, Any]:
+    """The JSON file that a benchmark writes."""
+    command = [sys.executable, str(FOLDER / script), "--device", "cpu", "--json", str(path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+# ---- timing --------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_is_timed_by_events_around_several_steps(benchmark_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up round is left out, and nobody waits for the GPU between the steps of a round."""
+    harness: ModuleType = benchmark_module("harness")
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000.0 * harness.STEPS_BETWEEN_EVENTS * len(log)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    seconds = harness.time_in_turn({"ours": lambda: log.append("step")}, 2, "cuda")
+    one_round = ["synchronize", "record", *["step"] * harness.STEPS_BETWEEN_EVENTS, "record", "synchronize"]
+    assert log == 3 * one_round
+    assert seconds == {"ours": [2 * len(one_round), 3 * len(one_round)]}
+
+
+def test_what_a_step_launches(benchmark_module: Any) -> None:
+    """Kernels, copies and fills on the GPU count; what the host does, and the ranges that it marks, do not."""
+    events = [
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+        {"ph": "X", "cat": "kernel", "name": "step_kernel"},
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD"},
+        {"ph": "X", "cat": "gpu_user_annotation", "name": "Optimizer.step#SGLD.step"},
+        {"ph": "M", "name": "process_name"},
+    ]
+    counts = benchmark_module("bench_step").launches_in({"traceEvents": events})
+    assert counts == {"step_kernel": 1, "Memcpy HtoD": 1}
+
+
+def test_floor_of_chains_that_share_their_anchor() -> None:
+    """The table of bytes a parameter: w* is read once for four chains, a bfloat16 gradient pays for the copy of w."""
+    assert [floor_bytes("sgld"), floor_bytes("sgld", chains=4), floor_bytes("sgld", low=True)] == [16, 13, 16]
+    assert [floor_bytes(name) for name in ("preconditioned-sgld", "rmsprop-sgld", "adam-sgld")] == [20, 24, 32]
+    assert floor_bytes("preconditioned-sgld", chains=4) == 14
+
+
+# ---- the modes that a GPU session runs -----------------------------------------------------------------------
+
+
+def test_every_layout_of_every_sampler(benchmark_module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark_module("bench_samplers")
+    for layout in module.LAYOUTS.values():
+        rows = module.samplers_table(2000, "cpu", 1, layout)
+        assert [row["sampler"] for row in rows] == list(module.SAMPLERS)
+        assert all(row["ns per parameter"] > 0 for row in rows)
+    module.step_once(2000, "cpu", module.LAYOUTS["4"])
+    assert capsys.readouterr().out.count("4 chains: stepped") == len(module.SAMPLERS)
+
+
+def test_steps_of_an_estimate_and_its_set_up(tmp_path: Path) -> None:
+    """Rivals make fewer steps, whose rest is extrapolated, and then they have no λ̂."""
+    rivals = ["devinterp"] if HAS_DEVINTERP else []
+    options = ["--sizes", "16", "--chains", "2", "--steps", "30", "--per-step", "--rival-steps", "20"]
+    tables = _run("bench_estimate.py", *options, "--contenders", "llc_fast", *rivals, path=tmp_path / "chains.json")
+    ours, *theirs = tables["16"]
+    assert ours["λ̂"] > 0 and ours["chains"] == 2 and "extrapolated" not in ours["contender"]
+    assert ours["seconds"] == pytest.approx(ours["set-up, s"] + 30e-6 * ours["µs per step"])
+    for row in theirs:
+        assert row["contender"].endswith("extrapolated from 10 steps") and "λ̂" not in row
+        assert row["seconds"] == pytest.approx(row["set-up, s"] + 30e-6 * row["µs per step"])
+
+
+def test_the_large_network(tmp_path: Path) -> None:
+    """One whole estimate, and one of few steps that is extrapolated; the network is kept for the next call."""
+    network, contenders = tmp_path / "network.pt", ["llc_fast:tf32", "llc_fast:tf32:kept"]
+    options = ["--size", "1k", "--seed", "0", "--steps", "60", "--short", "20", "--network", str(network)]
+    tables = _run("bench_large.py", *options, "--contenders", *contenders, path=tmp_path / "large.json")
+    whole, short = tables["rows"]
+    assert whole["done"] == 60 and whole["λ̂"] > 0 and network.exists()
+    assert whole["λ̂/λ − 1"] == pytest.approx(whole["λ̂"] / tables["network"]["lambda"] - 1)
+    assert short["done"] == 20 and short["λ̂"] is None and "extrapolated" in short["contender"]
+
+
+def test_an_estimate_that_takes_too_long_is_interrupted_once(benchmark_module: Any) -> None:
+    """What it has done is returned: a second interruption would raise."""
+    model, x = nn.Linear(3, 1), torch.randn(50, 3)
+    interrupt = benchmark_module("bench_large").interrupt_after(0.3)
+    data = (x, model(x).detach())
+    options: dict[str, Any] = {"lr": 1e-4, "num_chains": 1, "num_burnin": 1, "num_draws": 10**7, "progress": interrupt}
+    result = llc_fast.estimate_llc(model, data, nn.functional.mse_loss, **options)
+    assert result.is_partial and 0 < sum(result.steps_done) < 10**7
+
+
+# ---- the script ----------------------------------------------------------------------------------------------
+
+_FAKES = {
+    # Everything but the report succeeds at once; the stage `step` takes too long.
+    "python": 'case "$*" in *gpu_report.py*) exec {python} "$@";; *bench_step.py*) exit 124;; esac\necho "ran $*"',
+    "compute-sanitizer": 'while [[ $1 == --* ]]; do [[ $1 == --tool ]] && tool=$2; shift 2; done; "$@" || exit\n'
+    "[[ $tool == memcheck ]] && echo '========= ERROR SUMMARY: 0 errors' || "
+    "echo '========= RACECHECK SUMMARY: 0 hazards displayed'",
+    "ncu": 'if [[ $1 == --import ]]; then echo \'"ID","Kernel Name","Metric Name"\'; exit; fi\n'
+    'while [[ $1 == --* ]]; do shift 2; done; "$@"',
+}
+
+
+def _gpu_script(folder: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    (folder / "bin").mkdir()
+    for name, body in _FAKES.items():
+        path = folder / "bin" / name
+        path.write_text(f"#!{bash}\n{body.replace('{python}', sys.executable)}\n")
+        path.chmod(0o755)
+    paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SITE": str(Path(llc_fast.__file__).parents[1])}
+    command = [bash, str(FOLDER / "gpu.sh"), "-o", str(folder / "out"), *stages]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | paths | {"DEVICE": "cpu", "SMOKE": "1"} | environment
+    )
+
+
+def test_stages_of_the_script(tmp_path: Path) -> None:
+    """Those that were named run, in their order; one that fails stops no other, and everything is packed."""
+    python = str(tmp_path / "bin" / "python")
+    done = _gpu_script(tmp_path, "ncu", "step", "memcheck", "samplers", PYTHON=python)
+    out = tmp_path / "out"
+    lines = [line.split("\t")[:2] for line in (out / "stages.tsv").read_text().splitlines()]
+    assert lines == [["info", "0"], ["memcheck", "0"], ["step", "124"], ["samplers", "0"], ["ncu", "0"]]
+    assert done.returncode == 1 and done.stdout.rstrip().endswith("FAILED: step")
+    assert "| memcheck on the kernels | ERROR SUMMARY: 0 errors | passes | yes |" in (out / "report.md").read_text()
+    with tarfile.open(out / "results.tar.gz") as packed:
+        assert {"./gpu.log", "./stages.tsv", "./ncu.csv", "./report.md"} <= set(packed.getnames())
+
+
+def test_unknown_stage(tmp_path: Path) -> None:
+    done = _gpu_script(tmp_path, "stpe")
+    assert done.returncode == 2 and "unknown stage 'stpe'" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_script(tmp_path: Path) -> None:
+    """Every stage with the real benchmarks at tiny sizes: all options exist, all files are written."""
+    done = _gpu_script(tmp_path, PYTHON=sys.executable, REPRODUCE="5")
+    assert done.returncode == 0, done.stdout[-3000:]
+    names = {path.name for path in (tmp_path / "out").glob("*.json")}
+    assert names == {f"{n}.json" for n in ("step", "samplers", "chains", "memory", "large-tf32", "large-float32")}
+
+
+# ---- the report ----------------------------------------------------------------------------------------------
+
+
+def _made_up(good: bool) -> dict[str, dict[str, Any]]:
+    """What gpu.sh leaves after a full run, of a machine that holds all targets or misses all that can be missed."""
+    info = {"gpus": ["NVIDIA H100"], "date": "2026-11-22", "llc_fast": "0.1.0", "cuda": "13.0"}
+    gpu = {"info": info, "device": "cuda", "parameters": 10**8}
+    samplers = [
+        {"sampler": name, "share of copy's GB/s": (0.95 if name == "sgld" else 0.86) if good else 0.84}
+        for name in ("sgld", "preconditioned-sgld", "rmsprop-sgld", "adam-sgld", "sghmc", "sgnht")
+    ]
+    kernel = "void llc::(anonymous namespace)::step_kernel<llc::Sgld<float>, float, false>(llc::Step)"
+    launches = {"llc_fast SGLD": {kernel: 1} if good else {kernel: 1, "Memcpy HtoD (Pageable -> Device)": 1}}
+
+    def large(precision: str) -> dict[str, Any]:
+        row = {"contender": f"llc_fast:{precision}", "seconds": 299.0 if good else 330.0, "asked, bytes": "≤ 8.85"}
+        network = {"parameters": 99_649_917, "widths": [1374, 1032], "lambda": 393_986.5}
+        row["bytes per parameter"] = 8.4 if good else 12.0
+        return {"info": info, "device": "cuda", "steps": 50_000, "network": network, "rows": [row]}
+
+    return {
+        "step": gpu | {"launches": launches, "rows": [{"step": "llc_fast SGLD", "GB/s": 2900.0}]},
+        "samplers": gpu | {"samplers": dict.fromkeys(("1 chain", "4 chains", "bfloat16 model"), samplers)},
+        "chains": {
+            "info": info,
+            "work": {"steps": 10_000, "device": "cuda"},
+            "1024": [{"contender": "llc_fast", "µs per step": 80.0 if good else 130.0, "µs asked": 100.0}],
+        },
+        "memory": gpu | {"rows": [{"contender": "sgld", "besides": 11.9 if good else 13.0, "asked": "≤ 12.50"}]},
+        "large-tf32": large("tf32"),
+        "large-float32": large("float32"),
+    }
+
+
+def _write(folder: Path, tables: dict[str, dict[str, Any]], status: int = 0, passed: bool = True) -> None:
+    folder.mkdir()
+    for name, table in tables.items():
+        (folder / f"{name}.json").write_text(json.dumps(table))
+    stages = ("build", "tests", "memcheck", "racecheck")
+    (folder / "stages.tsv").write_text("".join(f"{name}\t{status}\t1\n" for name in stages))
+    said = {
+        "build": "",
+        "tests": "145 passed, 2855 deselected in 60.00s" if passed else "145 skipped in 1.00s",
+        "memcheck": "========= ERROR SUMMARY: 0 errors" if passed else "========= ERROR SUMMARY: 10 errors",
+        "racecheck": "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" if passed else "killed",
+    }
+    (folder / "gpu.log").write_text("".join(f"\n==> {name}\n{text}\n" for name, text in said.items()))
+
+
+def test_report_of_targets_held(benchmark_module: Any, tmp_path: Path) -> None:
+    module = benchmark_module("gpu_report")
+    _write(tmp_path / "a", _made_up(good=True))
+    results = module.Results([tmp_path / "a"])
+    found = module.targets(results)
+    assert len(found) == 5 + 18 + 1 + 4 + 1 and all(target.holds is True for target in found)
+    text = module.report(results)
+    assert text.startswith("# NVIDIA H100, 2026-11-22\n") and "**no**" not in text and "not measured" not in text
+    assert "| 1 × step_kernel<Sgld<float>, float, false> | 1 kernel | yes |" in text
+
+
+def test_report_of_targets_missed(benchmark_module: Any, tmp_path: Path) -> None:
+    """A stage that ended well but tested nothing, or did not say that it found nothing, does not count either."""
+    module = benchmark_module("gpu_report")
+    _write(tmp_path / "a", _made_up(good=False), passed=False)
+    found = module.targets(module.Results([tmp_path / "a"]))
+    assert [target.what for target in found if target.holds is not False] == ["builds from source"]
+
+
+def test_report_of_what_was_not_measured(benchmark_module: Any, tmp_path: Path) -> None:
+    """Missing stages, failed and uninstalled contenders, and tiny or CPU runs hold no target and break nothing."""
+    module = benchmark_module("gpu_report")
+    (tmp_path / "empty").mkdir()
+    results = module.Results([tmp_path / "empty"])
+    assert all(target.holds is None for target in module.targets(results))
+    assert "not measured" in module.report(results)
+
+    tables = _made_up(good=True)
+    tables["samplers"]["parameters"] = 10**6
+    tables["chains"]["work"]["device"] = "cpu"
+    tables["memory"]["rows"].append({"contender": "devinterp", "peak": "not installed"})
+    tables["large-tf32"]["rows"] = [{"contender": "llc_fast:tf32", "seconds": "failed", "error": "exit status 1"}]
+    tables["large-float32"]["steps"] = 40
+    _write(tmp_path / "part", tables)
+    results = module.Results([tmp_path / "part"])
+    unmeasured = [target for target in module.targets(results) if target.holds is None]
+    assert len(unmeasured) == 18 + 1 + 4 and "| failed |" in module.report(results)
+
+
+def test_report_joins_calls(
+    benchmark_module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that measured the same the later one counts; the report lies in the first folder."""
+    module = benchmark_module("gpu_report")
+    good, bad = _made_up(good=True), _made_up(good=False)
+    _write(tmp_path / "first", {"step": bad["step"], "chains": good["chains"]})
+    _write(tmp_path / "second", {"step": good["step"]})
+    kernel = '"0","void llc::<unnamed>::step_kernel<llc::Sgld<float>, float, (bool)1>(llc::Step)"'
+    (tmp_path / "second" / "ncu.csv").write_text(
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        f'{kernel},"Duration","us","530.1"\n{kernel},"DRAM Throughput","%","91"\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tmp_path / "first"), str(tmp_path / "second")])
+    module.main()
+    text = (tmp_path / "first" / "report.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip() and "| yes |" in text and "**no**" not in text
+    assert "| step_kernel<Sgld<float>, float, 1> | 530.1 us | 91 % |" in text
