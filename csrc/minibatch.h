@@ -62,10 +62,10 @@ LLC_HD Permutation permutation(int64_t num_samples, NoiseKey key, uint64_t epoch
     key.step = epoch;
     key.stream = kMinibatchStream;
     for (uint64_t half = 0; half < 2; ++half) {
-        uint64_t c0 = half, c1 = counter_word1(key), c2 = counter_word2(key), c3 = counter_word3(key, half);
+        uint32_t c0 = uint32_t(half), c1 = counter_word1(key), c2 = counter_word2(key), c3 = counter_word3(key, half);
         philox(c0, c1, c2, c3, key.seed, ScalarMultiply{});
-        const uint64_t words[4] = {c0, c1, c2, c3};
-        for (int k = 0; k < 4; ++k) p.keys[4 * half + k] = uint32_t(words[k]);
+        const uint32_t words[4] = {c0, c1, c2, c3};
+        for (int k = 0; k < 4; ++k) p.keys[4 * half + k] = words[k];
     }
     return p;
 }

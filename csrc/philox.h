@@ -67,13 +67,19 @@ LLC_HD To bit_cast(From from) {
     return to;
 }
 
-// The low 32 bits of each (64-bit) lane times m, all 64 bits of the product.
+// The low 32 bits of each lane times m, all 64 bits of the product.
 struct ScalarMultiply {
-    LLC_HD uint64_t operator()(uint64_t lanes, uint32_t m) const { return static_cast<uint32_t>(lanes) * uint64_t{m}; }
+    LLC_HD uint64_t operator()(uint32_t lane, uint32_t m) const {
+#ifdef __CUDA_ARCH__
+        return uint64_t{__umulhi(lane, m)} << 32 | lane * m;  // one IMAD.WIDE; as a 64-bit product one addition more
+#else
+        return lane * uint64_t{m};
+#endif
+    }
 };
 
-// Philox on counters held in 64-bit lanes, of which only the low halves count: the widening product leaves
-// the new word in place, so that no round needs a shuffle or a mask. `Lanes` is uint64_t or a vector of them.
+// Philox on one counter of 32-bit words, or on vectors of 64-bit lanes, of which only the low halves count: the
+// widening product leaves the new word in place, so that no round needs a shuffle or a mask.
 template <class Lanes, class Multiply>
 LLC_HD void philox(Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3, uint64_t seed, Multiply multiply) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -83,25 +89,25 @@ LLC_HD void philox(Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3, uint64_t seed, Mu
 #pragma GCC unroll 10
 #endif
     for (int round = 0; round < kPhiloxRounds; ++round) {
-        const Lanes p0 = multiply(c0, kPhiloxM0), p1 = multiply(c2, kPhiloxM1);
-        c0 = (p1 >> 32) ^ c1 ^ uint64_t{k0};
-        c2 = (p0 >> 32) ^ c3 ^ uint64_t{k1};
-        c1 = p1;
-        c3 = p0;
+        const auto p0 = multiply(c0, kPhiloxM0), p1 = multiply(c2, kPhiloxM1);
+        c0 = Lanes(p1 >> 32) ^ c1 ^ k0;
+        c2 = Lanes(p0 >> 32) ^ c3 ^ k1;
+        c1 = Lanes(p1);
+        c3 = Lanes(p0);
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
     }
 }
 
 // The counter's other three words; the first is the low half of `counter` itself.
-LLC_HD uint64_t counter_word1(const NoiseKey& key) {
-    return static_cast<uint32_t>(key.step);
+LLC_HD uint32_t counter_word1(const NoiseKey& key) {
+    return uint32_t(key.step);
 }
-LLC_HD uint64_t counter_word2(const NoiseKey& key) {
+LLC_HD uint32_t counter_word2(const NoiseKey& key) {
     return key.chain;
 }
-LLC_HD uint64_t counter_word3(const NoiseKey& key, uint64_t counter) {
-    return ((counter >> 32) & 0xFFFFu) | (((key.step >> 32) & 0xFFu) << 16) | (uint64_t{key.stream} << 24);
+LLC_HD uint32_t counter_word3(const NoiseKey& key, uint64_t counter) {
+    return uint32_t((counter >> 32) & 0xFFFFu) | uint32_t((key.step >> 32) & 0xFFu) << 16 | key.stream << 24;
 }
 
 // log(u) for u = (x | 1) / 2^32, that is for the midpoints of 2^31 equal cells: never 0, never 1. Written as
@@ -218,10 +224,10 @@ LLC_HD void box_muller(uint32_t radius_word, uint32_t angle_word, T& first, T& s
 // The normals of elements 4*counter … 4*counter + 3.
 template <class T>
 LLC_HD void normals4(const NoiseKey& key, uint64_t counter, T (&z)[4]) {
-    uint64_t c0 = counter, c1 = counter_word1(key), c2 = counter_word2(key), c3 = counter_word3(key, counter);
+    uint32_t c0 = uint32_t(counter), c1 = counter_word1(key), c2 = counter_word2(key), c3 = counter_word3(key, counter);
     philox(c0, c1, c2, c3, key.seed, ScalarMultiply{});
-    box_muller(static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), z[0], z[1]);
-    box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
+    box_muller(c0, c1, z[0], z[1]);
+    box_muller(c2, c3, z[2], z[3]);
 }
 
 }  // namespace LLC_ISA

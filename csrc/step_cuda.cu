@@ -25,17 +25,17 @@ struct alignas(sizeof(T) * kQuad < 16 ? sizeof(T) * kQuad : 16) Quad {
     T v[kQuad];
 };
 
-// Whether a quad at p can be moved in the widest loads (16 bytes, or 8 for low precision).
+// Whether quads at p can be moved in the widest accesses (16 bytes, or 8 for low precision).
 template <class T>
 __device__ inline bool aligned(const T* p) {
     return (reinterpret_cast<uintptr_t>(p) & (alignof(Quad<T>) - 1)) == 0;
 }
 
 // The first segment that ends after element i.
-__device__ inline int64_t find_segment(const Segment* segments, int64_t count, int64_t i) {
-    int64_t low = 0, high = count;
+__device__ inline int find_segment(const Segment* segments, int count, int64_t i) {
+    int low = 0, high = count;
     while (low < high) {
-        const int64_t middle = (low + high) / 2;
+        const int middle = (low + high) / 2;
         if (segments[middle].offset + segments[middle].length <= i) {
             low = middle + 1;
         } else {
@@ -45,22 +45,33 @@ __device__ inline int64_t find_segment(const Segment* segments, int64_t count, i
     return low;
 }
 
-// Four elements of one operand, of which [from, to) exist. Whole, aligned quads are one load.
-template <class T>
-__device__ inline void load_quad(T (&out)[kQuad], const T* p, int from, int to) {
-    if (from == 0 && to == kQuad && aligned(p)) {
+// Elements [from, to) of a quad.
+struct Part {
+    int from, to;
+    __device__ bool has(int k) const { return k >= from && k < to; }
+    __device__ uint32_t mask() const { return ~0u << 8 * from & ~0u >> 8 * (kQuad - to); }  // a byte for each element
+};
+
+__device__ inline int clamp(int64_t x, int high) {
+    return x < 0 ? 0 : x > high ? high : int(x);
+}
+
+// Whole quads, at aligned addresses, are one access.
+template <bool kWhole, class T>
+__device__ inline void load_quad(T (&out)[kQuad], const T* p, Part part) {
+    if (kWhole) {
         const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(p);
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) out[k] = quad.v[k];
     } else {
 #pragma unroll
-        for (int k = 0; k < kQuad; ++k) out[k] = k >= from && k < to ? p[k] : T(0);
+        for (int k = 0; k < kQuad; ++k) out[k] = part.has(k) ? p[k] : T(0);
     }
 }
 
-template <class T>
-__device__ inline void store_quad(T* p, const T (&in)[kQuad], int from, int to) {
-    if (from == 0 && to == kQuad && aligned(p)) {
+template <bool kWhole, class T>
+__device__ inline void store_quad(T* p, const T (&in)[kQuad], Part part) {
+    if (kWhole) {
         Quad<T> quad;
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) quad.v[k] = in[k];
@@ -68,147 +79,234 @@ __device__ inline void store_quad(T* p, const T (&in)[kQuad], int from, int to) 
     } else {
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) {
-            if (k >= from && k < to) p[k] = in[k];
+            if (part.has(k)) p[k] = in[k];
         }
     }
 }
 
-// Elements [from, to) of the quad at flat index i, which lie in segment s, for one chain. `anchor` holds the quad's
-// w* across chains that share it: it is loaded for the `first` of them. Adds to `sums` if metrics are wanted.
-template <class Rule, class T, bool kMeasure>
-__device__ inline void update_quad(const Rule& rule, const Step& step, const Segment& s, int64_t i, int from, int to,
-                                   int64_t chain, bool first, const T (&noise)[kQuad], T (&anchor)[kQuad], T* sums) {
-    const int64_t local = i - s.offset, row = chain * s.stride + local;
-    T w[kQuad], grad[kQuad], state[2][kQuad], given[kQuad];
-    load_quad(w, static_cast<const T*>(s.w) + row, from, to);
-    if (step.low == Low::none) {
-        load_quad(grad, static_cast<const T*>(s.grad) + chain * s.grad_stride + local, from, to);
-    } else {
+// What one chain has of a segment inside a tile, as a thread keeps it in registers until it gets to the next segment:
+// with the table read for every quad, the latency of those loads would come before that of the data's.
+template <class Rule, class T>
+struct View {
+    int begin = 0, end = 0;  // in the tile, whose first element all addresses are of
+    T *w, *state[2];
+    const T *anchor, *preconditioner;
+    const void* grad;  // of T or of low precision
+    const uint8_t* mask;
+    uint16_t* copy;
+    T preconditioner_scale;
+    bool is_aligned;
+
+    __device__ void load(const Step& step, int index, int64_t chain, int64_t tile) {
+        begin = end = kTile;  // behind the last segment
+        if (index >= step.num_segments) return;
+        const Segment& s = step.segments[index];
+        const int64_t start = tile * kTile - s.offset, row = chain * s.stride + start;
+        begin = clamp(-start, kTile), end = clamp(s.length - start, kTile);
+        w = static_cast<T*>(s.w) + row;
+        anchor = static_cast<const T*>(s.anchor) + chain * s.anchor_stride + start;
+        is_aligned = aligned(w) && aligned(anchor);
+        const int64_t grad_row = chain * s.grad_stride + start;
+        if (step.low == Low::none) {
+            grad = static_cast<const T*>(s.grad) + grad_row;
+            is_aligned = is_aligned && aligned(static_cast<const T*>(grad));
+        } else {
+            grad = static_cast<const uint16_t*>(s.grad) + grad_row;
+            is_aligned = is_aligned && aligned(static_cast<const uint16_t*>(grad));
+        }
+#pragma unroll
+        for (int k = 0; k < Rule::kStates; ++k) {
+            state[k] = static_cast<T*>(s.state[k]) + row;
+            is_aligned = is_aligned && aligned(state[k]);
+        }
+        mask = s.mask ? s.mask + start : nullptr;
+        copy = s.copy ? static_cast<uint16_t*>(s.copy) + row : nullptr;
+        is_aligned = is_aligned && aligned(mask) && aligned(copy);
+        if (Rule::kPreconditioned) {
+            preconditioner = s.preconditioner ? static_cast<const T*>(s.preconditioner) + start : nullptr;
+            preconditioner_scale = T(s.preconditioner_scale);
+            is_aligned = is_aligned && aligned(preconditioner);
+        }
+    }
+};
+
+// What a step reads of a quad, and what it writes.
+template <class Rule, class T>
+struct Operands {
+    T w[kQuad], grad[kQuad], anchor[kQuad], given[kQuad], state[2][kQuad];
+    uint32_t mask;  // four bytes; 0: the element stays
+
+    template <bool kWhole>
+    __device__ void load(const View<Rule, T>& s, Low low, int i, Part part) {
+        load_quad<kWhole>(w, s.w + i, part);
+        load_quad<kWhole>(anchor, s.anchor + i, part);
+#pragma unroll
+        for (int k = 0; k < Rule::kStates; ++k) load_quad<kWhole>(state[k], s.state[k] + i, part);
+        if (Rule::kPreconditioned && s.preconditioner) load_quad<kWhole>(given, s.preconditioner + i, part);
+        if (low == Low::none) {
+            load_quad<kWhole>(grad, static_cast<const T*>(s.grad) + i, part);
+        } else {  // as they are: to convert them would be to wait for them
+            uint16_t bits[kQuad];
+            load_quad<kWhole>(bits, static_cast<const uint16_t*>(s.grad) + i, part);
+            memcpy(grad, bits, sizeof(bits));
+        }
+        mask = kWhole ? ~0u : part.mask();
+        if (s.mask) {
+            uint8_t bytes[kQuad];
+            load_quad<kWhole>(bytes, s.mask + i, part);
+            memcpy(&mask, bytes, sizeof(mask));
+        }
+    }
+
+    __device__ bool moves(int k) const { return mask >> 8 * k & 0xFFu; }
+
+    __device__ void convert_grad(Low low) {
+        if (low == Low::none) return;
         uint16_t bits[kQuad];
-        load_quad(bits, static_cast<const uint16_t*>(s.grad) + chain * s.grad_stride + local, from, to);
+        memcpy(bits, grad, sizeof(bits));
 #pragma unroll
-        for (int k = 0; k < kQuad; ++k) grad[k] = T(from_low(bits[k], step.low));
+        for (int k = 0; k < kQuad; ++k) grad[k] = T(from_low(bits[k], low));
     }
-    if (first || s.anchor_stride != 0) {
-        load_quad(anchor, static_cast<const T*>(s.anchor) + chain * s.anchor_stride + local, from, to);
-    }
+
+    template <bool kWhole>
+    __device__ void store(const View<Rule, T>& s, Low low, int i, Part part) const {
+        store_quad<kWhole>(s.w + i, w, part);
 #pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) load_quad(state[k], static_cast<const T*>(s.state[k]) + row, from, to);
-    if (Rule::kPreconditioned && s.preconditioner) {
-        load_quad(given, static_cast<const T*>(s.preconditioner) + local, from, to);
+        for (int k = 0; k < Rule::kStates; ++k) store_quad<kWhole>(s.state[k] + i, state[k], part);
+        if (s.copy) {
+            uint16_t bits[kQuad];
+#pragma unroll
+            for (int k = 0; k < kQuad; ++k) bits[k] = to_low(float(w[k]), low);
+            store_quad<kWhole>(s.copy + i, bits, part);
+        }
     }
-    const T thermostat = step.thermostat ? T(step.thermostat[chain]) : T(0);
+};
+
+// The part of a tile's quad at element i that lies in segment s. The loads come before the noise, whose arithmetic then
+// fills the time until they arrive. Adds to `sums` if metrics are wanted.
+template <class Rule, class T, bool kMeasure>
+__device__ inline void update_quad(const Rule& rule, Low low, const View<Rule, T>& s, int i, Part part,
+                                   const NoiseKey& key, uint64_t counter, bool noisy, T thermostat,
+                                   T (&sums)[kNumMetrics]) {
+    const bool whole = s.is_aligned && part.from == 0 && part.to == kQuad;
+    Operands<Rule, T> o;
+    if (whole) {
+        o.template load<true>(s, low, i, part);
+    } else {
+        o.template load<false>(s, low, i, part);
+    }
+    T noise[kQuad] = {};
+    if (noisy) normals4(key, counter, noise);
+    o.convert_grad(low);
 
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
-        const bool moves = k >= from && k < to && (!s.mask || s.mask[local + k]);
         Coordinate<T> x;
-        x.grad = grad[k], x.anchor = anchor[k], x.noise = noise[k], x.w = w[k], x.thermostat = thermostat;
+        x.grad = o.grad[k], x.anchor = o.anchor[k], x.noise = noise[k], x.w = o.w[k], x.thermostat = thermostat;
         x.preconditioner = T(1);
-        if (Rule::kPreconditioned) x.preconditioner = T(s.preconditioner_scale) * (s.preconditioner ? given[k] : T(1));
+        if (Rule::kPreconditioned) x.preconditioner = s.preconditioner_scale * (s.preconditioner ? o.given[k] : T(1));
 #pragma unroll
-        for (int j = 0; j < Rule::kStates; ++j) x.state[j] = state[j][k];
+        for (int j = 0; j < Rule::kStates; ++j) x.state[j] = o.state[j][k];
         rule(x);
-        if (kMeasure && moves) {
-            const T distance = w[k] - anchor[k];
-            sums[kGradSquare] += x.grad * x.grad;
-            sums[kDistanceSquare] += distance * distance;
-            sums[kWeightSquare] += x.w * x.w;
-            sums[kNoiseSquare] += x.noise * x.noise;
-            sums[kDriftSquare] += x.scale * x.drift * x.drift;
-            sums[kDriftNoise] += root(x.scale) * x.drift * x.noise;
-            sums[kHeat] += x.grad * x.heat;
-            if (Rule::kStates > 0) sums[kMomentumSquare] += x.state[0] * x.state[0];
+        const bool moves = o.moves(k);
+        if (kMeasure) {
+            const T distance = o.w[k] - x.anchor;
+            const auto add = [&](Metric metric, T a, T b) {
+                sums[metric] = moves ? fused(a, b, sums[metric]) : sums[metric];  // no branch
+            };
+            add(kGradSquare, x.grad, x.grad);
+            add(kDistanceSquare, distance, distance);
+            add(kWeightSquare, x.w, x.w);
+            add(kNoiseSquare, x.noise, x.noise);
+            add(kDriftSquare, x.scale * x.drift, x.drift);
+            add(kDriftNoise, root(x.scale) * x.drift, x.noise);
+            add(kHeat, x.grad, x.heat);
+            if (Rule::kStates > 0) add(kMomentumSquare, x.state[0], x.state[0]);
         }
-        if (moves) w[k] = x.w;
+        if (moves) o.w[k] = x.w;
 #pragma unroll
-        for (int j = 0; j < Rule::kStates; ++j) state[j][k] = x.state[j];
+        for (int j = 0; j < Rule::kStates; ++j) o.state[j][k] = x.state[j];
     }
 
-    store_quad(static_cast<T*>(s.w) + row, w, from, to);
-#pragma unroll
-    for (int k = 0; k < Rule::kStates; ++k) store_quad(static_cast<T*>(s.state[k]) + row, state[k], from, to);
-    if (s.copy) {
-        uint16_t bits[kQuad];
-#pragma unroll
-        for (int k = 0; k < kQuad; ++k) bits[k] = to_low(float(w[k]), step.low);
-        store_quad(static_cast<uint16_t*>(s.copy) + row, bits, from, to);
+    if (whole) {
+        o.template store<true>(s, low, i, part);
+    } else {
+        o.template store<false>(s, low, i, part);
     }
 }
 
-// The sum over the thread block, in thread 0 (0 in the others): a tree, so that the order, and with it the bits, are
-// fixed.
-__device__ inline double block_sum(double value) {
-    __shared__ double shared[kThreads];
-    shared[threadIdx.x] = value;
-    for (int width = kThreads / 2; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
+// Adds each of kCount values over the thread block: to out[0], out[stride], ... Called by all threads. The order, and
+// with it the bits, are fixed: warp m takes value m, a lane every 32nd thread's, then lanes pairwise.
+template <int kCount, class T>
+__device__ inline void block_sums(const T (&values)[kCount], double* out, int64_t stride) {
+    constexpr int kWarp = 32;
+    static_assert(kCount * kWarp <= kThreads, "a warp for each value");
+    __shared__ T shared[kCount][kThreads];
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) shared[m][threadIdx.x] = values[m];
+    __syncthreads();
+    const int m = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (m < kCount) {
+        double sum = 0;
+#pragma unroll
+        for (int k = 0; k < kThreads; k += kWarp) sum += double(shared[m][k + lane]);
+        for (int width = kWarp / 2; width > 0; width /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, width);
+        if (lane == 0) out[m * stride] = sum;
     }
-    const double sum = threadIdx.x == 0 ? shared[0] : 0.0;  // only the thread that wrote it last may read it
-    __syncthreads();                                        // before the next sum overwrites it
-    return sum;
+    __syncthreads();  // before the next values overwrite these
 }
 
-// Thread block `blockIdx.x` takes every gridDim.x-th tile. With kMeasure it handles one chain (blockIdx.y) and leaves
-// that tile's sums in step.scratch[chain][tile][metric]; without, it handles all chains, so that they share w*.
-// The bound's 1 tells ptxas to take the registers it needs: left to itself it spills a few to round occupancy up.
+// Thread blocks that ptxas shall make room for on a multiprocessor: as many as it can without spilling registers.
 template <class Rule, class T, bool kMeasure>
-__global__ void __launch_bounds__(kThreads, 1) step_kernel(const Step step) {
+constexpr int kResident = sizeof(T) == 8 ? 1 : (kMeasure && Rule::kStates == 0 ? 3 : 4 - Rule::kStates);
+
+// Thread block (x, y) takes every gridDim.x-th tile, and of each every gridDim.y-th chain: chain by chain, so that what
+// they share, w* and perhaps the gradient, is in the cache from the second on. With kMeasure it leaves the tile's sums
+// in step.scratch[chain][metric][tile].
+template <class Rule, class T, bool kMeasure>
+__global__ void __launch_bounds__(kThreads, kResident<Rule, T, kMeasure>) step_kernel(const Step step) {
     const Scalars scalars = step.device_scalars ? *step.device_scalars : step.scalars;
     NoiseKey key = step.key;
     if (step.device_step) key.step = uint64_t(*step.device_step);
     const Rule rule(scalars, key.step);
-    const bool noisy = scalars.noise_level != 0;
+    const bool noisy = T(scalars.noise_level) != 0;
     const int64_t first_tile = step.begin / kTile, last_tile = (step.end + kTile - 1) / kTile;
-    const int64_t first_chain = kMeasure ? blockIdx.y : 0, last_chain = kMeasure ? blockIdx.y + 1 : step.num_chains;
 
     for (int64_t tile = first_tile + blockIdx.x; tile < last_tile; tile += gridDim.x) {
-        T sums[kNumMetrics] = {};
-        int64_t segment = find_segment(step.segments, step.num_segments, tile * kTile);
-        for (int64_t i = tile * kTile + threadIdx.x * kQuad; i < (tile + 1) * kTile; i += kThreads * kQuad) {
-            while (segment < step.num_segments && step.segments[segment].offset + step.segments[segment].length <= i) {
-                ++segment;
-            }
-            // Usually one segment covers the quad; several short ones may share it, and so its noise.
-            for (int64_t part = segment; part < step.num_segments && step.segments[part].offset < i + kQuad; ++part) {
-                const Segment& s = step.segments[part];
-                const int from = int(max(s.offset - i, int64_t(0)));
-                const int to = int(min(s.offset + s.length - i, int64_t(kQuad)));
-                if (from >= to) continue;
-                T anchor[kQuad];
-                for (int64_t chain = first_chain; chain < last_chain; ++chain) {
-                    NoiseKey chain_key = key;
-                    chain_key.chain += uint32_t(chain);
-                    T noise[kQuad] = {};
-                    if (noisy) normals4(chain_key, uint64_t(i) / kQuad, noise);
-                    update_quad<Rule, T, kMeasure>(rule, step, s, i, from, to, chain, chain == first_chain, noise,
-                                                   anchor, sums);
+        const int first_segment = find_segment(step.segments, int(step.num_segments), tile * kTile);
+        for (int64_t chain = blockIdx.y; chain < step.num_chains; chain += gridDim.y) {
+            key.chain = step.key.chain + uint32_t(chain);
+            const T thermostat = step.thermostat ? T(step.thermostat[chain]) : T(0);
+            T sums[kNumMetrics] = {};
+            View<Rule, T> segment;
+            int next = first_segment;
+#pragma unroll 1
+            for (int at = threadIdx.x * kQuad; at < kTile;) {
+                while (segment.end <= at) segment.load(step, next++, chain, tile);
+                const int i = at & ~(kQuad - 1);
+                const Part part{max(at - i, min(segment.begin - i, kQuad)), min(segment.end - i, kQuad)};
+                if (part.from < part.to) {
+                    const uint64_t counter = uint64_t(tile * kTile + i) / kQuad;
+                    update_quad<Rule, T, kMeasure>(rule, step.low, segment, i, part, key, counter, noisy, thermostat,
+                                                   sums);
                 }
+                // Usually one segment covers the quad; several short ones may share it, and so its noise.
+                at = i + (part.to < kQuad ? part.to : kThreads * kQuad);
             }
-        }
-        if (kMeasure) {
-            double* out = step.scratch + (blockIdx.y * (last_tile - first_tile) + tile - first_tile) * kNumMetrics;
-#pragma unroll
-            for (int metric = 0; metric < kNumMetrics; ++metric) {
-                const double sum = block_sum(sums[metric]);
-                if (threadIdx.x == 0) out[metric] = sum;
+            if (kMeasure) {
+                const int64_t tiles = last_tile - first_tile;
+                block_sums(sums, step.scratch + chain * kNumMetrics * tiles + tile - first_tile, tiles);
             }
         }
     }
 }
 
-// Adds the tiles' sums, one thread block a chain: a thread adds every kThreads-th tile, then a tree adds the threads.
+// Adds the tiles' sums, one thread block for a metric of a chain: a thread adds every kThreads-th tile.
 __global__ void __launch_bounds__(kThreads) sum_metrics(const double* scratch, int64_t tiles, double* metrics) {
-    const int64_t chain = blockIdx.x;
-    for (int metric = 0; metric < kNumMetrics; ++metric) {
-        double sum = 0;
-        for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) {
-            sum += scratch[(chain * tiles + tile) * kNumMetrics + metric];
-        }
-        sum = block_sum(sum);
-        if (threadIdx.x == 0) metrics[chain * kNumMetrics + metric] = sum;
-    }
+    double sum[1] = {0};
+#pragma unroll 8
+    for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) sum[0] += scratch[blockIdx.x * tiles + tile];
+    block_sums(sum, metrics + blockIdx.x, 0);
 }
 
 template <class T>
@@ -238,14 +336,14 @@ __global__ void __launch_bounds__(kThreads) minibatch_kernel(const Minibatch bat
     }
 }
 
-// As many thread blocks as the device holds at once, and no more than there is work for.
+// Thread blocks that the device holds at once.
 template <class Kernel>
-int grid_size(Kernel kernel, int64_t tiles) {
+int64_t resident_blocks(Kernel kernel) {
     int device = 0, processors = 0, resident = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), "occupancy");
-    return int(std::max<int64_t>(1, std::min<int64_t>(tiles, int64_t(processors) * resident)));
+    return std::max<int64_t>(1, int64_t(processors) * resident);
 }
 
 int64_t num_tiles(const Step& step) {
@@ -254,18 +352,17 @@ int64_t num_tiles(const Step& step) {
 
 template <class Rule, class T>
 void launch(const Step& step, cudaStream_t stream, const char* operation) {
-    const int64_t tiles = num_tiles(step);
-    if (step.metrics) {
-        const auto kernel = step_kernel<Rule, T, true>;
-        const dim3 grid(unsigned(grid_size(kernel, tiles)), unsigned(step.num_chains));
-        kernel<<<grid, kThreads, 0, stream>>>(step);
-        check(cudaGetLastError(), operation);
-        sum_metrics<<<unsigned(step.num_chains), kThreads, 0, stream>>>(step.scratch, tiles, step.metrics);
-    } else {
-        const auto kernel = step_kernel<Rule, T, false>;
-        kernel<<<grid_size(kernel, tiles), kThreads, 0, stream>>>(step);
-    }
+    const auto kernel = step.metrics ? step_kernel<Rule, T, true> : step_kernel<Rule, T, false>;
+    const int64_t tiles = num_tiles(step), blocks = resident_blocks(kernel);
+    const int64_t x = std::clamp<int64_t>(tiles, 1, blocks);
+    const int64_t y = std::clamp<int64_t>(blocks / x, 1, step.num_chains);  // few tiles: chains side by side
+    kernel<<<dim3(unsigned(x), unsigned(y)), kThreads, 0, stream>>>(step);
     check(cudaGetLastError(), operation);
+    if (step.metrics) {
+        sum_metrics<<<unsigned(step.num_chains * kNumMetrics), kThreads, 0, stream>>>(step.scratch, tiles,
+                                                                                      step.metrics);
+        check(cudaGetLastError(), operation);
+    }
 }
 
 template <template <class> class Rule>
@@ -282,7 +379,8 @@ template <class T>
 void launch_normals(const Normals& request, cudaStream_t stream) {
     const int64_t quads = request.length / kQuad + 2;
     const auto kernel = normals_kernel<T>;
-    kernel<<<grid_size(kernel, (quads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(request);
+    const int64_t blocks = std::min((quads + kThreads - 1) / kThreads, resident_blocks(kernel));
+    kernel<<<unsigned(blocks), kThreads, 0, stream>>>(request);
     check(cudaGetLastError(), "launching normals");
 }
 

@@ -34,7 +34,7 @@ def build(folder: Path) -> None:
     """Compile ``device.so`` and ``_native.so``, which is ``llc_fast._native`` with its kernels, into `folder`."""
     source = (CSRC / "step_cuda.cu").read_text()
     # kernel<<<grid, block, …>>>(arguments); is no C++.
-    kernels, launches = re.subn(r"(\w+)<<<(.*)>>>\((.*)\);", r"cuda_on_cpu::launch(\2)(\1, \3);", source)
+    kernels, launches = re.subn(r"(\w+)<<<(.*?)>>>\((.*?)\);", r"cuda_on_cpu::launch(\2)(\1, \3);", source, flags=re.S)
     assert launches == source.count("<<<")
     (folder / "step_cuda.cpp").write_text(kernels)
 

@@ -1,6 +1,6 @@
 // As much of the CUDA runtime as csrc/step_cuda.cu uses, on a CPU: a kernel's threads are fibers that take turns.
 //
-// A thread runs until it ends or waits in __syncthreads(), then another does. Blocks and threads come in another order,
+// A thread runs until it ends or waits for others, of its block or its warp, then another does. Blocks and threads come in another order,
 // and the GPU has another number of multiprocessors, at every launch: results that follow those show that they do.
 // Launches run at once; streams mean nothing.
 #pragma once
@@ -52,38 +52,72 @@ inline std::mt19937 chance;
 // The threads of one block.
 class Block {
   public:
+    enum class Waits { no, for_warp, for_block, done };
+    static constexpr unsigned kWarp = 32;
+
     static void run(unsigned threads, std::function<void()> body) {
         body_ = std::move(body);
         while (fibers_.size() < threads) make_fiber();
+        for (unsigned k = 0; k < threads; ++k) fibers_[k].waits = Waits::no;
         std::vector<unsigned> order(threads);
         std::iota(order.begin(), order.end(), 0u);
-        for (const unsigned thread : order) fibers_[thread].done = false;
-        while (!order.empty()) {
+        for (;;) {
             std::shuffle(order.begin(), order.end(), chance);
-            for (const unsigned thread : order) {
-                threadIdx.x = thread;
-                resume(fibers_[thread]);
+            for (const unsigned k : order) {
+                if (fibers_[k].waits != Waits::no) continue;
+                threadIdx.x = k;
+                resume(fibers_[k]);
             }
-            const auto ended = std::count_if(order.begin(), order.end(), [](unsigned k) { return fibers_[k].done; });
-            if (ended == 0) continue;
-            // Undefined on a GPU: threads wait for others that have left.
-            if (size_t(ended) < order.size()) fail("__syncthreads() that not all threads of a block reach");
-            order.clear();
+            if (all(0, threads, Waits::done)) return;
+            if (all(0, threads, Waits::for_block)) {
+                release(0, threads);
+                continue;
+            }
+            bool moved = false;
+            for (unsigned first = 0; first < threads; first += kWarp) {
+                if (!all(first, min(first + kWarp, threads), Waits::for_warp)) continue;
+                release(first, min(first + kWarp, threads));
+                moved = true;
+            }
+            // Undefined on a GPU: threads wait for others that wait elsewhere, or have left.
+            if (!moved) fail("a barrier that not all threads of a block or a warp reach");
         }
     }
 
-    // The present thread waits until the others have got as far.
-    static void pause() {
+    // The present thread waits until the others of its block or warp do.
+    static void wait(Waits how) {
+        running_->waits = how;
         if (_setjmp(running_->place) == 0) _longjmp(scheduler_, 1);
+    }
+
+    template <class T>
+    static T shuffle_down(T value, unsigned by) {
+        static T lanes[1024];
+        const unsigned thread = threadIdx.x, source = thread + by;
+        lanes[thread] = value;
+        wait(Waits::for_warp);
+        const T found = thread % kWarp + by < kWarp ? lanes[source] : value;
+        wait(Waits::for_warp);  // before the next values overwrite these
+        return found;
     }
 
   private:
     struct Fiber {
         ucontext_t start;
         std::jmp_buf place;  // jumps, since swapping contexts calls the kernel
-        bool started = false, done = false;
+        Waits waits = Waits::no;
+        bool started = false;
         std::vector<char> stack = std::vector<char>(1 << 16);
     };
+
+    static bool all(unsigned first, unsigned last, Waits how) {
+        const auto begin = fibers_.begin() + first, end = fibers_.begin() + last;
+        return std::all_of(begin, end, [how](const Fiber& fiber) { return fiber.waits == how; });
+    }
+
+    static void release(unsigned first, unsigned last) {
+        for (unsigned k = first; k < last; ++k) fibers_[k].waits = Waits::no;
+    }
 
     static void make_fiber() {
         Fiber& fiber = fibers_.emplace_back();
@@ -96,8 +130,7 @@ class Block {
     static void live() {
         for (;;) {
             body_();
-            running_->done = true;
-            pause();
+            wait(Waits::done);
         }
     }
 
@@ -142,7 +175,12 @@ inline Launch launch(dim3 grid, dim3 block, size_t = 0, cudaStream_t = nullptr) 
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() {
-    cuda_on_cpu::Block::pause();
+    cuda_on_cpu::Block::wait(cuda_on_cpu::Block::Waits::for_block);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+    if (mask != 0xFFFFFFFFu) cuda_on_cpu::fail("a shuffle of part of a warp");
+    return cuda_on_cpu::Block::shuffle_down(value, by);
 }
 
 inline cudaError_t cudaGetLastError() {
