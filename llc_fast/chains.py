@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from llc_fast.baseline import Baseline
 from llc_fast.data import map_tensors, mix
-from llc_fast.gradients import Feed, Gradient, Plan, make_gradient, make_plan
+from llc_fast.gradients import Feed, Gradient, Plan, check_replay, make_gradient, make_plan
 from llc_fast.metropolis import Metropolis
 from llc_fast.posterior import Evaluation, Posterior
 from llc_fast.probes import Probe
+from llc_fast.recording import NotReplayableError
 from llc_fast.samplers import MetropolisSampler, Sampler
 from llc_fast.state import ChainState
 
@@ -144,6 +145,8 @@ class ChainRecord:
         return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together, ends)
 
 
+_MAY_FAIL = {"cuda-graph": "capturing", "batched": "batching"}
+"""Strategies that a model may turn out not to be made for."""
 LOST_AFTER = 64
 """Steps at most until it is noticed that all chains of a group are lost."""
 _NUMPY_HAS = (torch.float32, torch.float64)
@@ -350,52 +353,81 @@ def _numpy(tensor: Tensor, copy: bool) -> NDArray[Any]:
 
 
 class _CapturedStep:
-    """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet."""
+    """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet.
+
+    Raises:
+        NotReplayableError: the step waits for the GPU, or its replay does not do what the step itself does.
+    """
 
     def __init__(
         self,
         state: ChainState,
         feed: Feed,
-        gradient: Any,
+        gradient: Gradient,
         baseline: Baseline | None,
         losses: Tensor,
         heats: Tensor | None,
         start: int,
     ) -> None:
         self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
-        arrays = {k: t.clone() for k, t in state.arrays().items()}
-
-        # Gradients are allocated anew during capture; the table of addresses that the update reads can't be sent to the
-        # GPU then, so it knows a place of its own.
-        fixed = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in state.params().values()]
+        grads: list[Tensor] = []
 
         def body() -> None:
             evaluation = gradient.evaluate(feed(0, self._step))
             loss = _paired(evaluation.loss, baseline, feed)
             losses.index_copy_(1, self._step.reshape(1), loss.to(losses.dtype).reshape(-1, 1))
-            for place, grad in zip(fixed, gradient.gradients(), strict=True):
-                place.copy_(grad.view_as(place))
-            state.move(fixed, 0, self._step)
+            grads[:] = gradient.gradients()
+            state.move(grads, 0, self._step)
             if heats is not None:
                 heats.index_copy_(1, self._step.reshape(1), state.heat().reshape(-1, 1))
             self._step += 1
 
+        def rewind(arrays: Mapping[str, Tensor]) -> None:
+            self._step.fill_(start)
+            state.restore(arrays)
+
+        begin = {k: t.clone() for k, t in state.arrays().items()}
+        elsewhere = begin | {"w": 1.01 * begin["w"]}  # at w* itself a gradient may be nothing
+        rewind(elsewhere)
         side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(losses.device))
         with torch.cuda.stream(side):
             body()  # libraries allocate their workspaces outside the graph
+            rewind(elsewhere)
+            with _refusing_to_wait():
+                body()
         torch.cuda.current_stream(losses.device).wait_stream(side)
+        fresh = [losses[:, start].clone(), *(g.clone() for g in grads)]
+
+        rewind(elsewhere)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             body()
-        self._step.fill_(start)
+        state.send_addresses()
+        self._graph.replay()
+        check_replay([losses[:, start], *grads], fresh)
+        rewind(begin)
         losses[:, start:] = torch.nan
         if heats is not None:
             heats[:, start:] = torch.nan
-        state.restore(arrays)
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@contextlib.contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU raises NotReplayableError: during a capture it would do harm."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # torch calls this mode a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        raise NotReplayableError(str(error).splitlines()[0]) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -497,22 +529,23 @@ def run_chains(
                 for members, record in _grouped(chains, plan.group_size, resumed)
             ]
 
-        groups = build(plan)
-        waiting = [g for g in groups if not g.is_done]
-        if waiting:
+        groups, failed = build(plan), dict[str, str]()
+        while waiting := [g for g in groups if not g.is_done]:
             try:
                 memory = waiting[0].prepare()
+                break
             except Exception as error:
-                if plan.strategy != "batched" or plan.asked:
+                if plan.asked and isinstance(error, NotReplayableError):
+                    raise ValueError(
+                        f'strategy="{plan.strategy}" is not possible here: {error}; use strategy="batched"'
+                    ) from error
+                if plan.asked or plan.strategy not in _MAY_FAIL:
                     raise
-                # Not every model can be batched; one after another, all can.
-                plan = make_plan(
-                    posterior, sampler, len(chains), strategy="sequential", has_observables=bool(observables)
-                )
-                plan = dataclasses.replace(plan, reason=f"batching failed: {str(error).splitlines()[0]}")
+                # Not every model can be captured or batched; one after another, all can.
+                failed[plan.strategy] = f"{_MAY_FAIL[plan.strategy]} failed: {str(error).splitlines()[0]}"
+                plan = make_plan(posterior, sampler, len(chains), has_observables=bool(observables), failed=failed)
                 groups = build(plan)
-                waiting = [g for g in groups if not g.is_done]
-                memory = waiting[0].prepare()
+        if waiting:
             _Driver(groups, waiting, memory, plan, monitor, stop).run()
         records = [g.record() for g in groups]
         monitor.snapshot(records)

@@ -161,7 +161,8 @@ class IndexedSource:
         if self.is_full_batch:
             return out
         key = key._replace(step=key.step * self._stride)
-        device_step = None if device_step is None else device_step * self._stride
+        if device_step is not None and self._stride > 1:
+            device_step = device_step * self._stride
         return minibatch_indices(self._n, key, out, device_step=device_step)
 
     def gather(self, indices: Tensor, out: Sequence[Tensor] | None = None) -> Batch:

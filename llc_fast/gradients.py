@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,11 +75,13 @@ def make_plan(
     strategy: str | None = None,
     release_gradients: bool | None = None,
     has_observables: bool = False,
+    failed: Mapping[str, str] | None = None,
 ) -> Plan:
     """Choose a strategy, or complete the one that was asked for.
 
     The choice is a rule on what a trial gradient was measured to be: its floating-point operations, its memory, what
     it reads and writes. It looks at no clock, so that equal seeds give equal bits on a busy machine and an idle one.
+    It does not fall on strategies that `failed`, for the reason given there, which the plan passes on.
 
     Raises:
         ValueError: the strategy is unknown or can't run this model, these data or this sampler; the message says why.
@@ -88,27 +90,26 @@ def make_plan(
         raise ValueError(f"strategy={strategy!r} is unknown; choose one of: {', '.join(STRATEGIES)}, or None")
     cuda = posterior.device.type == "cuda"
     apart = _why_apart(posterior, sampler)
-    asked = strategy is not None
+    uncaptured = _why_not_captured(posterior, sampler, has_observables)
+    asked, failed = strategy is not None, failed or {}
     if strategy is None and release_gradients:
         strategy = "sequential"
     elif strategy is None:
-        small = posterior.flops <= _BATCHED_FLOPS and posterior.num_parameters <= _WORKER_PARAMETERS
-        is_free = not apart and not has_observables and not sampler.adjusted_by_metropolis
-        if cuda and is_free and posterior.num_parameters <= _WORKER_PARAMETERS:
+        is_small = posterior.num_parameters <= _WORKER_PARAMETERS
+        is_quick = is_small and posterior.flops <= _BATCHED_FLOPS
+        if is_small and not apart and not uncaptured and "cuda-graph" not in failed:
             strategy = "cuda-graph"
+        elif is_quick and not apart and num_chains > 1 and "batched" not in failed:
+            strategy = "batched"
         else:
-            strategy = "batched" if small and not apart and num_chains > 1 else "sequential"
+            strategy = "sequential"
     elif strategy in ("batched", "cuda-graph") and apart:
         raise ValueError(f'strategy={strategy!r} is not possible here: {apart}; use strategy="sequential"')
+    elif strategy == "cuda-graph" and uncaptured:
+        raise ValueError(f'strategy="cuda-graph" {uncaptured}')
     elif strategy == "compiled" and (posterior.writes_buffers or posterior.microbatch_size is not None):
         why = "the model writes to its buffers" if posterior.writes_buffers else "it takes minibatches as a whole"
         raise ValueError(f'strategy="compiled" is not possible here: {why}; use strategy="sequential"')
-    if strategy == "cuda-graph" and not cuda:
-        raise ValueError(f'strategy="cuda-graph" needs a CUDA device, got device={str(posterior.device)!r}')
-    if strategy == "cuda-graph" and sampler.adjusted_by_metropolis:
-        raise ValueError(f'strategy="cuda-graph" is not made for sampler={sampler.name!r}; use strategy="batched"')
-    if strategy == "cuda-graph" and has_observables:
-        raise ValueError('strategy="cuda-graph" can\'t stop for observables; use strategy="batched"')
 
     measured = sampler.measures(vars(sampler))
     can_release = not measured and strategy == "sequential"
@@ -136,7 +137,7 @@ def make_plan(
         idle = torch.get_num_threads() // workers
         threads = 1 if posterior.flops * group < _SINGLE_THREAD_FLOPS else max(1, idle)
     size = f"{posterior.flops / 1e6:.3g} MFLOP a gradient"
-    reason = "asked for" if asked else f"{size}, {apart}" if apart else size
+    reason = "; ".join(failed.values()) or ("asked for" if asked else f"{size}, {apart}" if apart else size)
     return Plan(strategy, group, workers, threads, replay, release, asked, reason)
 
 
@@ -154,6 +155,19 @@ def _why_apart(posterior: Posterior, sampler: Sampler) -> str:
         return "microbatches are for models that fill the memory"
     if getattr(sampler, "relative_eps", False):
         return "relative_eps follows one chain's gradients"
+    return ""
+
+
+def _why_not_captured(posterior: Posterior, sampler: Sampler, has_observables: bool) -> str:
+    """Why a step can't be one CUDA graph, and what to do about it; empty if it may."""
+    if posterior.device.type != "cuda":
+        return f"needs a CUDA device, got device={str(posterior.device)!r}"
+    if sampler.adjusted_by_metropolis:
+        return f'is not made for sampler={sampler.name!r}; use strategy="batched"'
+    if has_observables:
+        return 'can\'t stop for observables; use strategy="batched"'
+    if not _can_be_replayed(posterior):
+        return "can't read minibatches by the data set's own code; use strategy=\"batched\", or give tensors"
     return ""
 
 
@@ -315,19 +329,29 @@ class BatchedGradient:
         if state.num_chains > 1:
             function = vmap(value, in_dims=(0, None if shared_batch else 0))
         self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._ones: Tensor | None = None
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        losses, samples = self._function(self._params, batch)
-        self._total, chains = losses.sum(), self._state.num_chains
-        return Evaluation(
-            losses.detach().reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None
-        )
+        self._losses, samples = self._function(self._params, batch)
+        if self._ones is None:
+            self._ones = torch.ones_like(self._losses)
+        losses, chains = self._losses.detach(), self._state.num_chains
+        return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
 
     def gradients(self) -> list[Tensor]:
-        return list(torch.autograd.grad(self._total, list(self._params.values()), materialize_grads=True))
+        params = list(self._params.values())
+        return list(torch.autograd.grad(self._losses, params, self._ones, materialize_grads=True))
 
     def move(self, step: int, device_step: Tensor | None = None) -> None:
         self._state.move(self.gradients(), step, device_step)
+
+
+def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
+    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
+    for ours, theirs in zip(replayed, fresh, strict=True):
+        slack = 1e-5 * float(theirs.detach().nan_to_num().abs().max())
+        if not torch.allclose(ours, theirs.detach(), rtol=1e-3, atol=slack, equal_nan=True):
+            raise NotReplayableError("a replay differs from the model")
 
 
 class ReplayedGradient:
@@ -357,10 +381,7 @@ class ReplayedGradient:
             except RuntimeError as error:
                 raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
             evaluation, grads = both()
-        for replayed, fresh in zip((self._evaluation.loss, *self._grads), (evaluation.loss, *grads), strict=True):
-            slack = 1e-5 * float(fresh.detach().nan_to_num().abs().max())
-            if not torch.allclose(replayed, fresh.detach(), rtol=1e-3, atol=slack, equal_nan=True):
-                raise NotReplayableError("a replay differs from the model")
+        check_replay((self._evaluation.loss, *self._grads), (evaluation.loss, *grads))
         feed(step)
 
     def evaluate(self, batch: Batch) -> Evaluation:

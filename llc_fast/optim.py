@@ -344,6 +344,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 device_scalars=device_scalars,
                 device_step=group["step"] if self._capturable else None,
             )
+            if not table.is_sent:
+                raise RuntimeError(
+                    "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
+                    "CUDA graph is captured: take a step before, and keep them in place (zero_grad(set_to_none=False))"
+                )
             if part is not None:
                 for mesh, axis in axes:
                     torch.distributed.all_reduce(part, group=mesh.get_group(axis))

@@ -258,6 +258,10 @@ class ChainState:
             assert self._metrics is not None
             self._sampler.follow(scalars, self._memory, step, self._metrics, self._num_moving)
 
+    def send_addresses(self) -> None:
+        """After a step was captured in a CUDA graph: tell the GPU where the graph keeps the gradients."""
+        self._table.send_addresses()
+
     def heat(self) -> Any:
         """What the last step tells about :meth:`Sampler.heat`, ``[num_chains]``: NumPy's on a CPU, else a tensor."""
         return self._sampler.heat(self._scalars, self._sums)

@@ -167,6 +167,7 @@ class SegmentTable:
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
             self._addresses: list[int] = []
+            self._is_sent = False  # whether the GPU knows them
             self._scratch: Tensor | None = None
 
     def _check_uniform(self) -> None:
@@ -290,7 +291,7 @@ class SegmentTable:
             if self._num_chains > 1:
                 strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
                 self._rows[:, self._GRAD_STRIDE] = self._by_run(strides)
-            self._addresses, self._device_rows = addresses, None
+            self._addresses, self._is_sent = addresses, False
         arguments = (
             *self._constants,
             self._table_address(),
@@ -323,13 +324,22 @@ class SegmentTable:
         if self._on_cpu:
             return self._host_address
         if self._device_rows is None:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
-                    "CUDA graph is captured: take a step before, and keep them in place (zero_grad(set_to_none=False))"
-                )
-            self._device_rows = torch.from_numpy(self._rows.copy()).to(self.device)
+            self._device_rows = torch.empty(self._rows.shape, dtype=torch.int64, device=self.device)
+        if not self._is_sent and not torch.cuda.is_current_stream_capturing():
+            self.send_addresses()
         return self._device_rows.data_ptr()
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the GPU knows where the gradients of the last step are: not if that was captured in a CUDA graph."""
+        return self._on_cpu or not self._native or self._is_sent
+
+    def send_addresses(self) -> None:
+        """Tell the GPU where the gradients of the last step are; after capturing it, and before the graph's replay."""
+        assert self._device_rows is not None
+        # A copy, because the host may write to its rows before the GPU has read them; and it does not wait for that.
+        self._device_rows.copy_(torch.from_numpy(self._rows.copy()), non_blocking=True)
+        self._is_sent = True
 
     def _scratch_address(self) -> int | None:
         """Where a GPU leaves partial sums: allocated once, when metrics are first wanted."""

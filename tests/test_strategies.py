@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -550,6 +551,13 @@ class _Counts(nn.Linear):
         return super().forward(x) * (1 + 0.1 * (self.calls % 3))
 
 
+class _Waits(nn.Linear):
+    """Brings a constant from the CPU at every call: fine for vmap, and nothing for a CUDA graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.full((1,), 2.0, dtype=x.dtype).to(x.device)
+
+
 class _Sparse(nn.Linear):
     """A graph network's product with a sparse matrix."""
 
@@ -608,6 +616,41 @@ def test_models_that_change_between_calls_are_not_recorded(strategy: str | None)
     result = _estimate(model, PLAIN, F.mse_loss, strategy=strategy)
     assert "not recorded: a replay differs from the model" in result.diagnostics["strategy_reason"]
     assert model.calls > 16  # at least once a step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("make", "strategy", "why"),
+    [
+        (_Unbatchable, "sequential", "capturing failed.*; batching failed"),
+        (_Waits, "batched", "capturing failed: .*synchroniz"),
+        (_Counts, "batched", "capturing failed: a replay differs from the model"),
+    ],
+)
+def test_gpu_models_that_can_not_be_captured(
+    make: Callable[..., nn.Module], strategy: str, why: str, plainly: Plainly
+) -> None:
+    """Chosen freely, another strategy takes over and says why; who asks for a graph is told that there is none."""
+    model = make(3, 1).double()
+    result = _estimate(model, PLAIN, F.mse_loss, device="cuda")
+    assert result.settings["strategy"] == strategy
+    assert re.search(why, result.diagnostics["strategy_reason"])
+    if make is _Counts:
+        assert model.calls > 16  # at least once a step
+    else:
+        np.testing.assert_allclose(result.loss_trace, plainly(model, PLAIN, F.mse_loss), rtol=RTOL[torch.float64])
+    if make is not _Unbatchable:
+        with pytest.raises(ValueError, match=r'strategy="cuda-graph" is not possible here: .*; use strategy="batched"'):
+            _estimate(model, PLAIN, F.mse_loss, device="cuda", strategy="cuda-graph")
+
+
+@pytest.mark.gpu
+def test_gpu_data_sets_that_are_not_tensors() -> None:
+    """A user's ``__getitem__`` is called by the host: chosen freely, no graph; asked for one, an error."""
+    model = nn.Linear(3, 1).double()
+    assert _estimate(model, _Noisy(PLAIN), F.mse_loss, device="cuda").settings["strategy"] == "batched"
+    with pytest.raises(ValueError, match=r'strategy="cuda-graph" can.t read minibatches'):
+        _estimate(model, _Noisy(PLAIN), F.mse_loss, device="cuda", strategy="cuda-graph")
 
 
 @pytest.mark.parametrize("num_chains", [2, 7])

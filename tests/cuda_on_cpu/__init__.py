@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +55,12 @@ def build(folder: Path) -> None:
 
 
 def play() -> None:
-    """From here on this process has a GPU; to be called before torch is imported."""
+    """From here on this process has a GPU; to be called before torch is imported.
+
+    Not if torch was built with CUDA: then the tests run on a GPU, or not at all.
+    """
+    if (TORCH / "lib" / "libtorch_cuda.so").exists():
+        return
     assert "torch" not in sys.modules, "torch must not have looked for GPUs yet"
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
@@ -75,6 +81,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
     import torch
 
     device.random_state_bytes.restype = ctypes.c_void_p
+    device.peak_memory.restype = ctypes.c_size_t
     size = torch.get_rng_state().numel()
 
     def random_state() -> torch.Tensor:
@@ -96,6 +103,15 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         def wait_stream(self, other: Stream) -> None: ...
         def synchronize(self) -> None: ...
 
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+        def synchronize(self) -> None: ...
+        def record(self, *_: Any) -> None:
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000 * (end.time - self.time)
+
     class CUDAGraph:
         def replay(self) -> None:
             device.replay(self.number)
@@ -116,15 +132,22 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_name": lambda *_: "a CPU that plays a GPU",
+        "get_device_capability": lambda *_: (9, 0),
+        "is_bf16_supported": lambda *_: True,
         "mem_get_info": lambda *_: (2**33, 2**33),
+        "reset_peak_memory_stats": lambda *_: device.forget_peak_memory(None),
+        "max_memory_allocated": lambda *_: device.peak_memory(None),
         "synchronize": lambda *_: None,
         "device": nothing,
         "stream": nothing,
+        "Event": Event,
         "Stream": Stream,
         "current_stream": lambda *_: default,
         "CUDAGraph": CUDAGraph,
         "graph": graph,
         "is_current_stream_capturing": lambda: bool(device.is_capturing()),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: device.refuse_to_wait(mode == "error"),
         "get_rng_state": lambda *_: random_state().clone(),
         "set_rng_state": set_rng_state,
         "manual_seed": seed,

@@ -1,12 +1,12 @@
 // As much of the CUDA runtime as csrc/step_cuda.cu uses, on a CPU: a kernel's threads are fibers that take turns.
 //
-// A thread runs until it ends or waits for others, of its block or its warp, then another does. Blocks and threads come in another order,
-// and the GPU has another number of multiprocessors, at every launch: results that follow those show that they do.
-// Launches run at once; streams mean nothing.
+// A thread runs until it ends or waits for others, of its block or its warp, then another does. Blocks and threads come
+// in another order, and the GPU has another number of multiprocessors, at every launch: results that follow those show
+// that they do. Launches run at once; streams mean nothing.
 #pragma once
 
-#include <csetjmp>
 #include <ucontext.h>
+#include <csetjmp>
 
 #include <algorithm>
 #include <cmath>

@@ -15,6 +15,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <functional>
 #include <set>
 #include <vector>
@@ -47,6 +48,9 @@ const c10::Device kGpu(c10::DeviceType::CUDA, 0);
 bool capturing = false;
 std::set<void*> captured;  // memory of the graph's own, in which anything may stand until it is replayed
 
+std::atomic<size_t> allocated{0};
+size_t peak = 0;
+
 // With a margin on both sides that nobody may write to.
 struct Allocator final : c10::Allocator {
     static constexpr size_t kMargin = 256;
@@ -59,6 +63,8 @@ struct Allocator final : c10::Allocator {
         unsigned char* data = whole + kMargin;
         std::memset(data, 0xFF, bytes);  // NaN: nobody may read what nobody wrote
         if (capturing) captured.insert(data);
+        allocated += bytes;
+        peak = std::max<size_t>(peak, allocated);
         return {data, data, &free, kGpu};
     }
     static void free(void* data) {
@@ -72,6 +78,7 @@ struct Allocator final : c10::Allocator {
                 std::abort();
             }
         }
+        allocated -= bytes;
         c10::free_cpu(whole);
     }
     c10::DeleterFnPtr raw_deleter() const override { return &free; }
@@ -84,9 +91,12 @@ constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::CUDA);
 
 using Graph = std::vector<std::function<void()>>;
 std::vector<Graph> graphs;
+bool refuses_to_wait = false;  // torch.cuda.set_sync_debug_mode("error")
 
-void not_while_capturing(const std::string& what) {
+// Before what makes the host wait for the GPU.
+void wait(const std::string& what) {
     TORCH_CHECK(!capturing, what, ": operation not permitted when stream is capturing");
+    TORCH_CHECK(!refuses_to_wait, what, ": called a synchronizing CUDA operation");
 }
 
 void write(const at::Tensor& to, std::function<void()> work) {
@@ -122,8 +132,8 @@ at::Tensor gpu_like(const at::Tensor& t) {
     return at::detail::empty_strided_generic(t.sizes(), t.strides(), &allocator, kKeys, t.scalar_type());
 }
 
-at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool) {
-    if (!on_gpu(self) || !on_gpu(source)) not_while_capturing("a copy between CPU and GPU");
+at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
+    if (on_gpu(self) != on_gpu(source) && (capturing || !non_blocking)) wait("a copy between CPU and GPU");
     write(self, [to = here(self), from = here(source)]() mutable { to.copy_(from); });
     return self;
 }
@@ -244,7 +254,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
             written = given[k].isTensor() ? given[k].toTensor() : given[k].toTensorVector().at(0);
         }
         const auto look = [&](const at::Tensor& t) {
-            if (t.defined() && !on_gpu(t) && t.dim() > 0) (k > 0 && takes_indices_of_the_cpu(name) ? reads_other : mixes) = true;
+            if (t.defined() && !on_gpu(t) && t.dim() > 0)
+                (k > 0 && takes_indices_of_the_cpu(name) ? reads_other : mixes) = true;
         };
         if (given[k].isTensor()) look(given[k].toTensor());
         if (given[k].isTensorList()) {
@@ -256,10 +267,12 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
             }
         }
     }
-    TORCH_CHECK(!mixes, name, ": Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!");
+    TORCH_CHECK(!mixes, name,
+                ": Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!");
     bool waits = reads_other || name == "aten::nonzero" || name == "aten::masked_select" || name == "aten::unique_dim";
-    for (const auto& r : schema.returns()) waits |= !r.type()->isSubtypeOf(*c10::TensorType::get()) && r.type()->kind() != c10::TypeKind::ListType;
-    if (waits) not_while_capturing(name);
+    for (const auto& r : schema.returns())
+        waits |= !r.type()->isSubtypeOf(*c10::TensorType::get()) && r.type()->kind() != c10::TypeKind::ListType;
+    if (waits) wait(name);
 
     torch::jit::drop(*stack, count);
     if (!writes && schema.hasAnyAliasInfo()) return push_views(op, given, stack);
@@ -345,9 +358,20 @@ int end_capture() {
     captured.clear();
     return int(graphs.size()) - 1;
 }
-int is_capturing() { return capturing; }
+int is_capturing() {
+    return capturing;
+}
+void refuse_to_wait(int refuse) {
+    refuses_to_wait = refuse;
+}
 void keep(void (*launch)()) {
     graphs.back().push_back(launch);
+}
+size_t peak_memory(const char*) {
+    return peak;
+}
+void forget_peak_memory(const char*) {
+    peak = allocated;
 }
 void* random_state_bytes() {
     return random_state().data_ptr();
