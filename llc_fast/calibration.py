@@ -94,7 +94,8 @@ def top_curvature(
     scale = math.sqrt(sum(float(p.double().square().sum()) for p in anchor.values()))
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in anchor.values())
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
-    roots = {name: torch.as_tensor(1.0 if metric is None else metric[name]).sqrt() for name in anchor}
+    given = {name: 1.0 if metric is None else metric[name] for name in anchor}
+    roots = {name: torch.as_tensor(given[name], device=p.device).sqrt() for name, p in anchor.items()}
     for name, mask in posterior.masks.items():
         roots[name] = roots[name] * mask  # elements that can't move have no curvature
     displaced = {name: p.clone() for name, p in anchor.items()}

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast import LLCResult
+from llc_fast import LLCResult, chains
 from llc_fast.samplers import ADJUSTED, SAMPLERS
 
 pytestmark = pytest.mark.gpu
+mse = nn.functional.mse_loss
 
 
 def _problem(device: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -29,7 +30,7 @@ def _problem(device: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def _estimate(device: str, **options: Any) -> LLCResult:
     model, data = _problem(device)
     settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 3, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
-    return llc_fast.estimate_llc(model, data, nn.functional.mse_loss, progress=False, **settings | options)
+    return llc_fast.estimate_llc(model, data, mse, progress=False, **settings | options)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -52,6 +53,90 @@ def test_adjusted_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
     assert 0.1 < on_cpu.diagnostics["acceptance"] < 0.99
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "calibrated": {"lr": None},
+    "calibrated in a metric": {
+        "lr": None,
+        "sampler": "preconditioned-sgld",
+        "sampler_options": {"preconditioner": {"0.weight": torch.linspace(0.5, 2, 72).view(12, 6), "3.bias": 0.7}},
+        "params": ["0.weight", "3.bias"],
+    },
+    "released": {"release_gradients": True},
+    "microbatches": {"microbatch_size": 20},
+    "masked": {"params": {"0.weight": torch.arange(72).view(12, 6) % 3 > 0, "3.bias": True}},
+    "observed": {"observables": {"away": lambda draw: sum(p.square().sum() for p in draw.params.values())}},
+    "thinned": {"num_steps_bw_draws": 2, "heat_correction": False},
+    "RMSprop's metric": {"sampler": "rmsprop-sgld", "sampler_options": {"adapt_steps": 10}},
+    "ends": {"keep_ends": True},
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_every_option(what: str) -> None:
+    """Whatever an estimate can be asked for comes out as on the CPU, chosen step sizes and draws included."""
+    on_gpu, on_cpu = (_estimate(device, **OPTIONS[what]) for device in ("cuda", "cpu"))
+    assert on_gpu.settings["lr"] == pytest.approx(on_cpu.settings["lr"], rel=1e-6)
+    np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-5)
+    assert on_gpu.llc_mean == pytest.approx(on_cpu.llc_mean, rel=1e-4, abs=1e-6)
+    for name, values in on_cpu.observables.items():
+        np.testing.assert_allclose(on_gpu.observables[name], values, rtol=1e-6)
+    for name, end in (on_cpu.ends or {}).items():
+        assert on_gpu.ends is not None
+        np.testing.assert_allclose(on_gpu.ends[name], end, rtol=1e-4, atol=1e-9)
+
+
+def _near_float64(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> None:
+    """Two runs give the same bits, near those of float64 on the CPU, as near as products in low precision are."""
+    settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 3, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
+    options |= settings
+    first, again = (llc_fast.estimate_llc(model, data, mse, progress=False, **options) for _ in range(2))
+    assert np.array_equal(first.loss_trace, again.loss_trace)
+    np.testing.assert_allclose(first.loss_trace, _estimate("cpu").loss_trace, rtol=0.1, atol=5e-3)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_autocast(precision: torch.dtype) -> None:
+    model, (x, y) = _problem("cuda")
+    _near_float64(model.float(), (x.float(), y.float()), autocast=precision)
+
+
+def test_a_model_in_low_precision() -> None:
+    """Chains in float32 under a bfloat16 model."""
+    model, (x, y) = _problem("cuda")
+    _near_float64(model.to(torch.bfloat16), (x.to(torch.bfloat16), y.to(torch.bfloat16)))
+
+
+def test_a_model_that_draws_random_numbers_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the GPU's generator is part of a checkpoint."""
+    model, data = _problem("cuda")
+    noisy = nn.Sequential(model, nn.Dropout(0.2)).train()
+    settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 2, "num_draws": 40, "num_burnin": 20, "batch_size": 50}
+
+    def estimate(**options: Any) -> LLCResult:
+        return llc_fast.estimate_llc(noisy, data, mse, device="cuda", progress=False, **settings, **options)
+
+    whole = estimate()
+    _stop_after(45, monkeypatch)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run.npz", "checkpoint_interval": 0}
+    with pytest.raises(KeyboardInterrupt):
+        estimate(**options)
+    monkeypatch.undo()
+    resumed = estimate(**options)
+    assert resumed.diagnostics["resumed_steps"] > 0
+    assert np.array_equal(resumed.loss_trace, whole.loss_trace)
+
+
+def test_sweep() -> None:
+    """Warm chains go from one checkpoint to the next on the GPU, as they do on the CPU."""
+    found = []
+    for device in ("cuda", "cpu"):
+        model, data = _problem(device)
+        states = [{k: t * scale for k, t in model.state_dict().items()} for scale in (1.0, 1.02)]
+        settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 2, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
+        found.append(llc_fast.sweep_checkpoints(model, states, data, mse, progress=False, **settings))
+    np.testing.assert_allclose(found[0].llc_per_chain, found[1].llc_per_chain, rtol=1e-4)
+
+
 def test_a_captured_step_repeats_bit_for_bit() -> None:
     """Equal seeds give equal bits, and other seeds others."""
     first, again, other = (_estimate("cuda", strategy="cuda-graph", seed=s) for s in (1, 1, 2))
@@ -59,26 +144,29 @@ def test_a_captured_step_repeats_bit_for_bit() -> None:
     assert not np.array_equal(first.loss_trace, other.loss_trace)
 
 
-@pytest.mark.parametrize("strategy", ["sequential", "cuda-graph"])
-def test_interrupted_and_resumed(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends half-way goes on from its checkpoint with the bits of one that was never stopped."""
-    whole = _estimate("cuda", strategy=strategy)
-    from llc_fast import chains
-
+def _stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt the next run in the midst of its steps."""
     steps, advance = [0], chains._Group.advance
 
     def stop_after_a_while(group: Any, *rest: Any) -> None:
         advance(group, *rest)
         steps[0] += 1
-        if steps[0] == 55:
+        if steps[0] == count:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = {"strategy": strategy, "checkpoint": tmp_path / "run.npz", "checkpoint_interval": 0}
     monkeypatch.setattr(chains.Monitor, "interval", 0.0)
     monkeypatch.setattr(chains._Group, "advance", stop_after_a_while)
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "cuda-graph"])
+def test_interrupted_and_resumed(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends half-way goes on from its checkpoint with the bits of one that was never stopped."""
+    whole = _estimate("cuda", strategy=strategy)
+    options: dict[str, Any] = {"strategy": strategy, "checkpoint": tmp_path / "run.npz", "checkpoint_interval": 0}
+    _stop_after(55, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         _estimate("cuda", **options)
-    monkeypatch.setattr(chains._Group, "advance", advance)
+    monkeypatch.undo()
     resumed = _estimate("cuda", **options)
     assert resumed.diagnostics["resumed_steps"] > 0
     assert np.array_equal(resumed.loss_trace, whole.loss_trace)

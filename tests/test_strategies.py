@@ -440,6 +440,20 @@ def test_falls_back_with_a_reason(kind: str, plainly: Plainly) -> None:
     assert np.array_equal(result.loss_trace, _trace(model, data, F.mse_loss))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", APART)
+def test_gpu_falls_back_with_a_reason(kind: str, plainly: Plainly) -> None:
+    """The same on a GPU, which has a generator of its own."""
+    make, data, reason = APART[kind]
+    model = make().double().train()
+    result = _estimate(model, data, F.mse_loss, device="cuda")
+    assert result.settings["strategy"] == "sequential" and reason in result.diagnostics["strategy_reason"]
+    if kind == "random model":
+        assert np.array_equal(result.loss_trace, _trace(model, data, F.mse_loss, device="cuda"))
+    else:
+        np.testing.assert_allclose(result.loss_trace, plainly(model, data, F.mse_loss), rtol=1e-9)
+
+
 @pytest.mark.parametrize("kind", APART)
 def test_batching_that_is_not_possible(kind: str) -> None:
     """Asked for: an error with the reason and the remedy, before any sampling."""
