@@ -230,7 +230,7 @@ class _Group:
         step = self.step
         if self._plan.strategy == "cuda-graph":
             if step in self._probe.places:
-                self._take_probe(step, None)
+                self._take_probe(step, self._feed(step))
             self._graph.replay()
         else:
             batch = self._feed(step)

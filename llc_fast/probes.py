@@ -96,7 +96,6 @@ class Probe:
         # Nor where an evaluation leaves a trace.
         if (
             not has_memory(posterior, plan)
-            or plan.strategy == "cuda-graph"
             or posterior.writes_buffers
             or posterior.writes_batch
             or not self._has_noise

@@ -85,6 +85,17 @@ def test_every_option(what: str) -> None:
         np.testing.assert_allclose(on_gpu.ends[name], end, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("strategy", ["cuda-graph", "sequential"])
+def test_examined_as_on_the_cpu(strategy: str) -> None:
+    """Between the replays of a graph too: acceptance, gradient noise, heating, and the warnings that follow."""
+    options: dict[str, Any] = {"lr": 1e-3, "num_draws": 500, "num_burnin": 100}
+    on_gpu, on_cpu = _estimate("cuda", strategy=strategy, **options), _estimate("cpu", **options)
+    for name in ("acceptance", "gradient_noise_share", "heating", "relaxations"):
+        assert on_gpu.diagnostics[name] == pytest.approx(on_cpu.diagnostics[name], rel=1e-6), name
+    assert on_gpu.warnings == on_cpu.warnings
+    np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)
+
+
 def _near_float64(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> None:
     """Two runs give the same bits, near those of float64 on the CPU, as near as products in low precision are."""
     settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 3, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
