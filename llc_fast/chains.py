@@ -222,7 +222,8 @@ class _Group:
             self._indices = self._feed.indices.numpy()
         if self._plan.strategy == "cuda-graph":
             traces = (self.losses, self.heats if self._sampler.tells_heat else None)
-            self._graph = _CapturedStep(self._state, self._feed, gradient, self._baseline, *traces, self.step)
+            with torch.cuda.device(posterior.device):  # which need not be the current one
+                self._graph = _CapturedStep(self._state, self._feed, gradient, self._baseline, *traces, self.step)
         return self._state
 
     def advance(self, model: contextlib.AbstractContextManager[object]) -> None:

@@ -349,8 +349,9 @@ class BatchedGradient:
 def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
     """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
     for ours, theirs in zip(replayed, fresh, strict=True):
-        slack = 1e-5 * float(theirs.detach().nan_to_num().abs().max())
-        if not torch.allclose(ours, theirs.detach(), rtol=1e-3, atol=slack, equal_nan=True):
+        rounding = torch.finfo(theirs.dtype).eps
+        slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
+        if not torch.allclose(ours, theirs.detach(), rtol=max(1e-3, 4 * rounding), atol=slack, equal_nan=True):
             raise NotReplayableError("a replay differs from the model")
 
 

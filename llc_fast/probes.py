@@ -94,12 +94,7 @@ class Probe:
         self._is_langevin, self._has_noise = sampler.name in _LANGEVIN, sampler.name in (*_LANGEVIN, "sghmc")
         self._is_compiled = plan.strategy == "compiled"  # for one shape of minibatches
         # Nor where an evaluation leaves a trace.
-        if (
-            not has_memory(posterior, plan)
-            or posterior.writes_buffers
-            or posterior.writes_batch
-            or not self._has_noise
-        ):
+        if not has_memory(posterior, plan) or posterior.writes_buffers or posterior.writes_batch or not self._has_noise:
             self._with_gradients = []
         # A proposal that hits a box, or has other noise, is no Langevin proposal; rounded losses can't be compared.
         self._has_acceptance = (
