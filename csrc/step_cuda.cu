@@ -356,9 +356,11 @@ void launch(const Step& step, cudaStream_t stream, const char* operation) {
     const int64_t tiles = num_tiles(step), blocks = resident_blocks(kernel);
     const int64_t x = std::clamp<int64_t>(tiles, 1, blocks);
     const int64_t y = std::clamp<int64_t>(blocks / x, 1, step.num_chains);  // few tiles: chains side by side
-    kernel<<<dim3(unsigned(x), unsigned(y)), kThreads, 0, stream>>>(step);
+    Step request = step;
+    if (tiles == 1) request.scratch = step.metrics;  // laid out alike, with nothing to add
+    kernel<<<dim3(unsigned(x), unsigned(y)), kThreads, 0, stream>>>(request);
     check(cudaGetLastError(), operation);
-    if (step.metrics) {
+    if (step.metrics && tiles > 1) {
         sum_metrics<<<unsigned(step.num_chains * kNumMetrics), kThreads, 0, stream>>>(step.scratch, tiles,
                                                                                       step.metrics);
         check(cudaGetLastError(), operation);
