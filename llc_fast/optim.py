@@ -284,6 +284,9 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     # Grad mode stays as it is: the native step takes addresses, and the rare arithmetic on gradients turns it off.
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if self._wanted and torch.compiler.is_compiling():  # what reports to the host breaks the graph
+            outside: Callable[..., Any] = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
+            return outside(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -299,10 +302,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
         """One step of a group; the sums that it leaves behind, if anybody wants them."""
         if not torch.compiler.is_compiling():
             return self._step_eagerly(index, group)
-        if not (self._wanted or self._capturable or self._sharded or group.get("relative_eps")):
+        if not (self._capturable or self._sharded or group.get("relative_eps")):
             self._step_compiled(group)
             return None
-        # What reports to the host, or talks to other ranks, breaks the graph.
+        # So does what talks to other ranks.
         outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
         return outside(index, group)
 
