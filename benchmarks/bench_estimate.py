@@ -35,7 +35,6 @@ llc_fast where it runs on one. Measure on an idle machine, and look at --threads
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -43,7 +42,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +56,7 @@ from contenders import (
     with_devinterp,
     with_llc_fast,
 )
-from harness import in_fresh_process, median, print_table, ratio, write_json
+from harness import in_fresh_process, median, parse, print_table, ratio, write_json
 
 LAYERS, SAMPLES, BATCH, CHAINS, STEPS = 4, 10_000, 500, 4, 2000
 LR, NBETA, LOCALIZATION = 2e-6, SAMPLES / math.log(SAMPLES), 1.0
@@ -309,12 +307,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="with --scaling: seconds for each row")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(work_in_this_process(json.loads(options.worker))))
-        return
+    options = parse(parser, work_in_this_process)
     has_strategies = offers("strategy")
     wanted = [None if s == "default" else s for s in options.strategies or ["default"]]
     options.strategies = STRATEGIES if has_strategies and not options.strategies else wanted

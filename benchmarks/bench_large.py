@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import signal
 import sys
@@ -44,7 +43,7 @@ from typing import Any
 
 import torch
 from contenders import Work, installed, with_devinterp
-from harness import in_fresh_process, peak_memory, print_table, write_json
+from harness import in_fresh_process, parse, peak_memory, print_table, write_json
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -193,12 +192,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of each estimate at most")
     parser.add_argument("--short", type=int, default=200, help="steps where the rest is extrapolated")
     parser.add_argument("--network", type=Path, help="file that the network is kept in; default: a temporary one")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(work_in_this_process(json.loads(options.worker))))
-        return
+    options = parse(parser, work_in_this_process)
     from llc_fast.gradients import STRATEGIES
     from llc_fast.problems.deep_linear import BATCH_SIZE, SIZE_CLASSES
 

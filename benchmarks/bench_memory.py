@@ -23,12 +23,10 @@ Rivals (contenders.py says how they are called) that are not installed are left 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 from contenders import (
@@ -42,7 +40,7 @@ from contenders import (
     with_devinterp,
     with_llc_fast,
 )
-from harness import in_fresh_process, peak_memory, print_table, write_json
+from harness import in_fresh_process, parse, peak_memory, print_table, write_json
 
 SAMPLES, BATCH, LR, LOCALIZATION = 1000, 500, 1e-12, 1.0
 OURS: dict[str, dict[str, Any]] = {
@@ -124,12 +122,7 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(work_in_this_process(json.loads(options.worker))))
-        return
+    options = parse(parser, work_in_this_process)
     if min(options.width, options.layers, options.chains, options.steps) < 1:
         parser.error("--width, --layers, --chains and --steps must be at least 1")
     versions = installed(RIVALS[c] for c in options.contenders if c in RIVALS)

@@ -6,6 +6,7 @@ measures a rival holds nothing of ours.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -110,11 +111,24 @@ def write_json(path: Path | None, tables: dict[str, Any]) -> None:
         path.write_text(json.dumps({"info": info, **tables}, indent=1) + "\n")
 
 
+def parse(
+    parser: argparse.ArgumentParser, work_in_this_process: Callable[[dict[str, Any]], dict[str, Any]]
+) -> argparse.Namespace:
+    """The options of a script, --json among them; where :func:`in_fresh_process` runs it, its work and the end."""
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work_in_this_process(json.loads(options.worker))))
+        sys.exit()
+    return options
+
+
 def in_fresh_process(script: str, spec: Mapping[str, Any], cache: str | None = None) -> dict[str, Any]:
     """What ``python script --worker SPEC`` prints as JSON on its last line; ``{"error": …}`` if it fails.
 
     Args:
-        script: path of a script that knows ``--worker``.
+        script: path of a script that gets its options from :func:`parse`.
         spec: what it is to do, given to it as JSON.
         cache: folder of torch.compile's cache; None: an empty one, deleted afterwards.
     """

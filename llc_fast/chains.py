@@ -387,8 +387,12 @@ class _CapturedStep:
             self._step.fill_(start)
             state.restore(arrays)
 
-        begin = {k: t.clone() for k, t in state.arrays().items()}
-        elsewhere = begin | {"w": 1.01 * begin["w"]}  # at w* itself a gradient may be nothing
+        def snapshot() -> dict[str, Tensor]:
+            return {k: t.clone() for k, t in state.arrays().items()}
+
+        begin = snapshot()
+        with state.displaced():  # at w* itself a gradient may be nothing
+            elsewhere = snapshot()
         rewind(elsewhere)
         side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(losses.device))

@@ -251,7 +251,7 @@ class Gradient(Protocol):
         """
         ...
 
-    def move(self, step: int, device_step: Tensor | None = None) -> None:
+    def move(self, step: int) -> None:
         """One step of the sampler by the gradient of the last evaluation."""
         ...
 
@@ -287,9 +287,9 @@ class EagerGradient:
             p.grad = None
         return grads
 
-    def move(self, step: int, device_step: Tensor | None = None) -> None:
+    def move(self, step: int) -> None:
         if not self._release:
-            return self._state.move(self.gradients(), step, device_step)
+            return self._state.move(self.gradients(), step)
         waiting = set(self._params)
         self._state.start_parts()
 
@@ -342,8 +342,8 @@ class BatchedGradient:
         params = list(self._params.values())
         return list(torch.autograd.grad(self._losses, params, self._ones, materialize_grads=True))
 
-    def move(self, step: int, device_step: Tensor | None = None) -> None:
-        self._state.move(self.gradients(), step, device_step)
+    def move(self, step: int) -> None:
+        self._state.move(self.gradients(), step)
 
 
 def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
@@ -392,8 +392,8 @@ class ReplayedGradient:
     def gradients(self) -> list[Tensor]:
         return self._grads
 
-    def move(self, step: int, device_step: Tensor | None = None) -> None:
-        self._state.move(self._grads, step, device_step)
+    def move(self, step: int) -> None:
+        self._state.move(self._grads, step)
 
 
 def make_gradient(

@@ -92,7 +92,7 @@ class Metropolis:
             self._place = self._look(batch)
         return Evaluation(self._place.loss, self._place.samples)
 
-    def move(self, step: int, device_step: Tensor | None = None) -> None:
+    def move(self, step: int) -> None:
         state, here = self._state, self._place
         assert here is not None
         length, jitter = self._sampler.trajectory()

@@ -16,6 +16,7 @@ from llc_fast.samplers import ADJUSTED, SAMPLERS
 
 pytestmark = pytest.mark.gpu
 mse = nn.functional.mse_loss
+SETTINGS: dict[str, Any] = {"lr": 1e-5, "num_chains": 3, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
 
 
 def _problem(device: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -29,8 +30,7 @@ def _problem(device: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 def _estimate(device: str, **options: Any) -> LLCResult:
     model, data = _problem(device)
-    settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 3, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
-    return llc_fast.estimate_llc(model, data, mse, progress=False, **settings | options)
+    return llc_fast.estimate_llc(model, data, mse, progress=False, **SETTINGS | options)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -98,9 +98,7 @@ def test_examined_as_on_the_cpu(strategy: str) -> None:
 
 def _near_float64(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> None:
     """Two runs give the same bits, near those of float64 on the CPU, as near as products in low precision are."""
-    settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 3, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
-    options |= settings
-    first, again = (llc_fast.estimate_llc(model, data, mse, progress=False, **options) for _ in range(2))
+    first, again = (llc_fast.estimate_llc(model, data, mse, progress=False, **SETTINGS | options) for _ in range(2))
     assert np.array_equal(first.loss_trace, again.loss_trace)
     np.testing.assert_allclose(first.loss_trace, _estimate("cpu").loss_trace, rtol=0.1, atol=5e-3)
 
@@ -121,10 +119,9 @@ def test_a_model_that_draws_random_numbers_resumes(tmp_path: Path, monkeypatch: 
     """The state of the GPU's generator is part of a checkpoint."""
     model, data = _problem("cuda")
     noisy = nn.Sequential(model, nn.Dropout(0.2)).train()
-    settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 2, "num_draws": 40, "num_burnin": 20, "batch_size": 50}
 
     def estimate(**options: Any) -> LLCResult:
-        return llc_fast.estimate_llc(noisy, data, mse, device="cuda", progress=False, **settings, **options)
+        return llc_fast.estimate_llc(noisy, data, mse, device="cuda", progress=False, **SETTINGS, **options)
 
     whole = estimate()
     _stop_after(45, monkeypatch)
@@ -144,8 +141,7 @@ def test_sweep() -> None:
     for device in ("cuda", "cpu"):
         model, data = _problem(device)
         states = [{k: t * scale for k, t in model.state_dict().items()} for scale in (1.0, 1.02)]
-        settings: dict[str, Any] = {"lr": 1e-5, "num_chains": 2, "num_draws": 60, "num_burnin": 40, "batch_size": 50}
-        found.append(llc_fast.sweep_checkpoints(model, states, data, mse, progress=False, **settings))
+        found.append(llc_fast.sweep_checkpoints(model, states, data, mse, progress=False, **SETTINGS))
     np.testing.assert_allclose(found[0].llc_per_chain, found[1].llc_per_chain, rtol=1e-4)
 
 
