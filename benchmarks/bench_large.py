@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=200, help="steps where the rest is extrapolated")
     parser.add_argument("--network", type=Path, help="file that the network is kept in; default: a temporary one")
     options = parse(parser, work_in_this_process)
-    from llc_fast.gradients import STRATEGIES
+    from llc_fast.gradients.plan import STRATEGIES
     from llc_fast.problems.deep_linear import BATCH_SIZE, SIZE_CLASSES
 
     if options.size not in SIZE_CLASSES:

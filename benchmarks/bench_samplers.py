@@ -29,11 +29,11 @@ from harness import median, peak_memory, print_table, ratio, those_that_run, tim
 
 import llc_fast
 from llc_fast import optim
-from llc_fast.bench import TENSORS, floor_bytes, make_params
-from llc_fast.reference import NoiseKey
-from llc_fast.samplers import SAMPLERS
-from llc_fast.state import ChainState
-from llc_fast.update import NUM_METRICS
+from llc_fast.cli.bench import TENSORS, floor_bytes, make_params
+from llc_fast.kernels.native import NUM_METRICS
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.samplers.state import ChainState
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
@@ -173,7 +173,7 @@ def overhead_table(device: str) -> list[dict[str, Any]]:
     fused = llc_fast.SGLD([w], seed=0, **OPTIONS)
     fused.step()
     table = fused._group_tables((0, 0), fused.param_groups[0], [0])[0][1]
-    scalars, key = fused.sampler.scalars(fused.param_groups[0]), llc_fast.reference.NoiseKey(0)
+    scalars, key = fused.sampler.scalars(fused.param_groups[0]), llc_fast.kernels.step.NoiseKey(0)
     plain = torch.optim.SGD([w], lr=1e-6)
     for name, step in {
         "fused step (as the chain engine calls it)": lambda: table.step([w.grad], scalars, key),

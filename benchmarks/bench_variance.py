@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import llc_fast
-from llc_fast.baseline import Baseline
-from llc_fast.diagnostics import standard_error
+from llc_fast.kernels.native import minibatch_indices
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.control_variate import Baseline
 from llc_fast.problems import deep_linear
-from llc_fast.reference import NoiseKey
-from llc_fast.update import minibatch_indices
+from llc_fast.stats.errors import standard_error
 
 N, BATCH = 5000, 50
 EPOCH = N // BATCH

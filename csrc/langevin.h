@@ -1,5 +1,5 @@
 // The update rules: what one step does to one coordinate. Shared by the SIMD loop and the CUDA kernel, and
-// mirrored in plain PyTorch by llc_fast/reference.py, with which the tests compare them.
+// mirrored in plain PyTorch by llc_fast/kernels/reference.py, with which the tests compare them.
 #pragma once
 
 #include "philox.h"
@@ -7,7 +7,7 @@
 namespace llc {
 
 // The hyperparameters of one step, as the caller gives them; a rule reads those it needs. Doubles only, in this
-// order: llc_fast/reference.py's StepScalars is passed as is, and copied to the device for CUDA graphs.
+// order: llc_fast/kernels/reference.py's StepScalars is passed as is, and copied to the device for CUDA graphs.
 struct Scalars {
     double lr;              // epsilon, the step size
     double nbeta;           // n * beta, the inverse temperature of the mean loss

@@ -1,4 +1,4 @@
-// pybind11: the only file that knows Python. It takes addresses as integers; llc_fast/update.py has checked
+// pybind11: the only file that knows Python. It takes addresses as integers; llc_fast/kernels/native.py has checked
 // them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -156,7 +156,7 @@ py::dict info() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "The compiled part of llc_fast. Use llc_fast.update, which checks what it passes here.";
+    m.doc() = "The compiled part of llc_fast. Use llc_fast.kernels.native, which checks what it passes here.";
     m.def("step", &step);
     m.def("scratch_size", &scratch_size);
     m.def("normals", &normals);

@@ -1,5 +1,5 @@
 // What a step is given. The table of segments is built in Python as rows of 64-bit integers
-// (llc_fast/update.py), so the layout of Segment is an interface: eight-byte fields only, in this order.
+// (llc_fast/kernels/native.py), so the layout of Segment is an interface: eight-byte fields only, in this order.
 #pragma once
 
 #include "langevin.h"

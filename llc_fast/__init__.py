@@ -7,7 +7,7 @@ Start with :func:`estimate_llc`; :class:`SGLD` is a drop-in optimizer for a samp
 """
 
 from llc_fast import theory
-from llc_fast.chains import Draw
+from llc_fast.chains.draw import Draw
 from llc_fast.estimate import calibrate, default_nbeta, estimate_llc
 from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
 from llc_fast.result import LLCResult

@@ -9,7 +9,6 @@ the step may be many times larger than without, and slow directions are crossed 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from llc_fast.baseline import Baseline
-from llc_fast.chains import LOST_AFTER, Monitor, Schedule, run_chains
+from llc_fast.chains.group import LOST_AFTER
+from llc_fast.chains.run import Monitor, run_chains
 from llc_fast.data import mix
-from llc_fast.diagnostics import standard_error
-from llc_fast.gradients import Plan
-from llc_fast.posterior import Posterior, leaves_of
-from llc_fast.samplers import Sampler
+from llc_fast.gradients.plan import Plan
+from llc_fast.objective.control_variate import Baseline
+from llc_fast.objective.curvature import pilot_metric, top_curvature
+from llc_fast.objective.objective import Objective
+from llc_fast.samplers.base import Sampler
+from llc_fast.schedule import Schedule
+from llc_fast.stats.errors import standard_error
 
 STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
 """ε·(nβ·h_max + γ) of a step size chosen without and with a correction for heat.
@@ -50,86 +51,8 @@ LEAST_FRICTION = 0.5
 """With less, heat feeds on itself where gradient noise grows with the loss: chains were lost at 0.25."""
 
 
-PILOT_BATCHES = 20
-
-
-def pilot_metric(posterior: Posterior, options: Mapping[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
-    """The preconditioner p of an adaptive sampler near w*: 1/(√V + eps), V the mean of g² over a few minibatches."""
-    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in posterior.anchor.items()}
-    gradient = {name: torch.zeros_like(v) for name, v in squares.items()}
-    params = leaves_of(posterior.anchor)
-    for batch in itertools.islice(posterior.source.minibatches(seed), PILOT_BATCHES):
-        # Microbatches add up, so the square has to wait for the last.
-        posterior.gradient_at(params, batch, lambda name, grad: gradient[name].add_(grad))
-        for name, square in squares.items():
-            square.addcmul_(gradient[name], gradient[name], value=1 / PILOT_BATCHES)
-            gradient[name].zero_()
-    eps = float(options["eps"])
-    if options["relative_eps"]:
-        masks = posterior.masks
-        total = sum(float((v * masks[k] if k in masks else v).double().sum()) for k, v in squares.items())
-        eps *= math.sqrt(total / posterior.num_parameters)
-    return {name: 1 / (v.sqrt() + eps) for name, v in squares.items()}
-
-
-@torch.no_grad()
-def top_curvature(
-    posterior: Posterior, *, metric: Mapping[str, Tensor | float] | None = None, seed: int = 0, iterations: int = 12
-) -> float:
-    """The largest curvature of the minibatch loss at w*, that is the top eigenvalue of √p·H·√p in the metric 1/p.
-
-    Power iteration on Hessian-vector products, which are central differences of gradients, so that any model that
-    trains works; the result is a few percent below the true value, which is precise enough for a step size. Memory
-    beside the model: two vectors like w*, and the gradient of one parameter at a time.
-
-    Args:
-        posterior: the model, its loss and data.
-        metric: p for each parameter by name; None: 1.
-        seed: of the starting direction and the minibatch.
-        iterations: of the power method, two gradients each.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    batch = next(iter(posterior.source.minibatches(seed)))
-    anchor = posterior.anchor
-    scale = math.sqrt(sum(float(p.double().square().sum()) for p in anchor.values()))
-    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in anchor.values())
-    delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
-    given = {name: 1.0 if metric is None else metric[name] for name in anchor}
-    roots = {name: torch.as_tensor(given[name], device=p.device).sqrt() for name, p in anchor.items()}
-    for name, mask in posterior.masks.items():
-        roots[name] = roots[name] * mask  # elements that can't move have no curvature
-    displaced = {name: p.clone() for name, p in anchor.items()}
-    params = leaves_of(displaced)
-    vector = {
-        name: torch.randn(p.shape, generator=generator).to(p.device, p.dtype if p.dtype == torch.float64 else None)
-        for name, p in anchor.items()
-    }
-
-    def norm() -> float:
-        return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in vector.values()])))
-
-    curvature = norm()
-    for _ in range(iterations):
-        if not 0 < curvature < math.inf:
-            break
-        for name, v in vector.items():
-            v.mul_(roots[name])  # steps of length delta in w, whatever the metric's scale
-        length = norm()
-        for name, v in vector.items():
-            displaced[name].copy_(anchor[name] + (v * (delta / length)).to(anchor[name].dtype))
-            v.zero_()
-        posterior.gradient_at(params, batch, lambda name, grad: vector[name].add_(grad))
-        for name, w in displaced.items():  # to the other side of w*
-            w.neg_().add_(anchor[name], alpha=2)
-        posterior.gradient_at(params, batch, lambda name, grad: vector[name].sub_(grad))
-        for name, v in vector.items():
-            v.mul_(roots[name] * (length / curvature / (2 * delta)))
-        curvature = norm()
-    return curvature
-
-
 def default_lr(
-    posterior: Posterior,
+    posterior: Objective,
     sampler: type[Sampler],
     options: Mapping[str, Any],
     *,
@@ -180,7 +103,7 @@ class PilotResult:
 
 
 def run_pilot(
-    posterior: Posterior,
+    posterior: Objective,
     make: Callable[[float, float], Sampler],
     plan: Plan,
     *,

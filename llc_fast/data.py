@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from llc_fast.reference import NoiseKey
-from llc_fast.update import minibatch_indices
+from llc_fast.kernels.native import minibatch_indices
+from llc_fast.kernels.step import NoiseKey
 
 Batch = Any
 """One minibatch on the device of the run: tensors, samples first, in tuples, lists and dictionaries."""
-
 _KEPT_BYTES = 2 * 2**30
 """A map-style data set up to this size is turned into tensors once, instead of sample by sample at every step."""
 

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from llc_fast.advice import advise, diagnose
-from llc_fast.baseline import AnchorLosses, losses_at_anchor
 from llc_fast.calibration import (
     CORRECTED_STIFFNESS,
     DEFAULT_NUM_DRAWS,
@@ -27,26 +25,28 @@ from llc_fast.calibration import (
     default_lr,
     run_pilot,
 )
-from llc_fast.chains import ChainRecord, Monitor, Observable, Schedule, run_chains, stopped_by_sigint, threads
-from llc_fast.checkpoint import (
-    INTERVAL,
-    Checkpoint,
-    Saved,
-    arrays_identity,
-    data_identity,
-    model_identity,
-    option_identity,
-)
+from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
+from llc_fast.chains.draw import Observable
+from llc_fast.chains.metropolis import FIGURES
+from llc_fast.chains.processes import Team, default_device, join
+from llc_fast.chains.run import Monitor, run_chains
+from llc_fast.chains.step_checks import COLUMNS
+from llc_fast.checks import advise, diagnose
 from llc_fast.data import DataSource, LoaderSource, make_source
-from llc_fast.distributed import Team, default_device, join
-from llc_fast.gradients import LARGE_MODEL, Plan, make_plan
-from llc_fast.memory import check_memory, large_blocks_apart
-from llc_fast.metropolis import FIGURES
-from llc_fast.posterior import LossFunction, Posterior, takes_model
-from llc_fast.probes import COLUMNS
+from llc_fast.gradients.memory import check_memory
+from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
+from llc_fast.kernels.native import is_low_precision
+from llc_fast.objective.control_variate import AnchorLosses, losses_at_anchor
+from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.result import LLCResult
-from llc_fast.samplers import ADJUSTED, MetropolisSampler, Sampler, check_number, make_sampler
-from llc_fast.update import is_low_precision
+from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.metropolis import MetropolisSampler
+from llc_fast.samplers.registry import ADJUSTED, make_sampler
+from llc_fast.schedule import Schedule
+from llc_fast.support.arguments import check_number
+from llc_fast.support.fingerprint import arrays_identity, option_identity
+from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
+from llc_fast.traces import ChainRecord
 
 Progress = Callable[[int, int, float], None]
 """Told the steps done, the steps in all and λ̂ so far."""
@@ -405,7 +405,7 @@ def _why(chosen: Mapping[str, Any], request: _Request) -> str:
 
 def _posterior(
     request: _Request, model: nn.Module, data: Any, loss_fn: LossFunction | None, where: torch.device, params: Any
-) -> Posterior:
+) -> Objective:
     """Model, loss and data on their device, looked at once; seeds torch's generator."""
     source = make_source(
         data,
@@ -421,7 +421,7 @@ def _posterior(
         raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
     torch.manual_seed(request.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
-        posterior = Posterior(
+        posterior = Objective(
             model,
             loss_fn,
             source,
@@ -575,7 +575,7 @@ def _checked_request(
     )
 
 
-def _check_adjustable(request: _Request, posterior: Posterior) -> None:
+def _check_adjustable(request: _Request, posterior: Objective) -> None:
     """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
     if posterior.is_random or posterior.writes_buffers:
         why = "draws random numbers (dropout?)" if posterior.is_random else "changes buffers (batch or spectral norm?)"
@@ -594,7 +594,7 @@ def _check_adjustable(request: _Request, posterior: Posterior) -> None:
 
 def _choose(
     request: _Request,
-    posterior: Posterior,
+    posterior: Objective,
     at_anchor: AnchorLosses,
     plan: Plan,
     keeper: Checkpoint | None,
@@ -659,7 +659,7 @@ def _choose(
 
 def _result(
     request: _Request,
-    posterior: Posterior,
+    posterior: Objective,
     chosen: Mapping[str, Any],
     records: list[ChainRecord],
     interrupted: bool,
@@ -828,7 +828,7 @@ def _joined_probes(records: list[ChainRecord]) -> NDArray[np.float64]:
     return np.concatenate([e if r.probes is None else r.probes for r, e in zip(records, empty, strict=True)])
 
 
-def _ends_of(warm_start: LLCResult, posterior: Posterior, num_chains: int) -> dict[str, NDArray[Any]]:
+def _ends_of(warm_start: LLCResult, posterior: Objective, num_chains: int) -> dict[str, NDArray[Any]]:
     """Where the chains of an earlier result ended, checked to fit."""
     if not isinstance(warm_start, LLCResult):
         raise TypeError(f"warm_start must be the result of an earlier estimate, got {type(warm_start).__name__}")
@@ -845,7 +845,7 @@ def _ends_of(warm_start: LLCResult, posterior: Posterior, num_chains: int) -> di
     return warm_start.ends
 
 
-def _norm(posterior: Posterior) -> float:
+def _norm(posterior: Objective) -> float:
     """‖w*‖ over the elements that are sampled."""
     moving = ((w[posterior.masks[name]] if name in posterior.masks else w) for name, w in posterior.anchor.items())
     return math.hypot(*(float(torch.linalg.vector_norm(w)) for w in moving))
@@ -921,7 +921,7 @@ def _num_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
 
 
-def _model_warnings(model: nn.Module, posterior: Posterior) -> list[str]:
+def _model_warnings(model: nn.Module, posterior: Objective) -> list[str]:
     warnings = []
     random = [
         name

@@ -16,9 +16,18 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from llc_fast import reference, samplers, update
-from llc_fast.reference import NoiseKey, StepScalars
-from llc_fast.sharding import (
+import llc_fast.kernels.operator  # noqa: F401  registers torch.ops.llc_fast.step
+from llc_fast import samplers
+from llc_fast.kernels.native import (
+    NUM_METRICS,
+    NUM_STATES,
+    Segment,
+    SegmentTable,
+    check_tensor,
+    is_low_precision,
+    mark_written,
+)
+from llc_fast.kernels.sharding import (
     Axes,
     block_of,
     dtensor_like,
@@ -30,16 +39,14 @@ from llc_fast.sharding import (
     sharded_axes,
     whole_of,
 )
-from llc_fast.update import Segment, SegmentTable, check_tensor, is_low_precision
+from llc_fast.kernels.step import METRICS as STEP_METRICS
+from llc_fast.kernels.step import NoiseKey, StepScalars
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
-
 _SUMMED = ("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss")
 _TENSORS = ("noise", "dws")
 METRICS = (*_TENSORS, *_SUMMED)
 """What an optimizer can report of its last step, by devinterp's names."""
-
-
 _DOC = """
 {summary}
 
@@ -337,7 +344,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         for position, table, axes in self._group_tables((index, 0), group, live):
             part = None
             if measures or self._sums:
-                part = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=params[0].device)
+                part = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=params[0].device)
             table.step(
                 [grads[j] for j in position],
                 scalars,
@@ -356,7 +363,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 for mesh, axis in axes:
                     torch.distributed.all_reduce(part, group=mesh.get_group(axis))
                 metrics = part if metrics is None else metrics + part
-        update.mark_written([params[k] for k in live])
+        mark_written([params[k] for k in live])
         if metrics is not None and measures:
             self.sampler.follow(scalars, group, step, metrics, self._count(group, live))
         return metrics
@@ -450,7 +457,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 offset=offsets[k],
                 anchor=state.get("initial_param"),
                 mask=_entry(group["optimize_over"], k),
-                state=[state[f"state{j}"] for j in range(update.NUM_STATES[self.sampler.name])],
+                state=[state[f"state{j}"] for j in range(NUM_STATES[self.sampler.name])],
                 preconditioner=_entry(group.get("preconditioner", 1.0), k),
                 copy=p.detach() if "master" in state else None,
             )
@@ -470,7 +477,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         device, scalars = group["params"][0].device, self.sampler.scalars(group)
         metrics = None
         if self.sampler.thermostatted:
-            metrics = torch.zeros(1, update.NUM_METRICS, dtype=torch.float64, device=device)
+            metrics = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=device)
         segments = self._segments(group, live)
         torch.ops.llc_fast.step(
             [s.w for s in segments],
@@ -512,7 +519,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             scalars, grad = self.sampler.scalars(group), p.grad
             assert grad is not None  # the hook runs right after it was accumulated
             table.step([local_gradient(p, grad)], scalars, NoiseKey(group["seed"], int(group["step"])))
-            update.mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
+            mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
             p.grad = None
 
         return move
@@ -551,7 +558,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _report(self, sums: list[tuple[dict[str, Any], Tensor | None]]) -> None:
         """The norms of the last step over all groups, as devinterp defines them."""
-        columns = {name: k for k, name in enumerate(reference.METRICS)}
+        columns = {name: k for k, name in enumerate(STEP_METRICS)}
 
         def total(name: str, factor: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> Tensor:
             zero = torch.zeros((), dtype=torch.float64)

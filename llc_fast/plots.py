@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llc_fast.extras import require
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from llc_fast.result import LLCResult
+from llc_fast.support.optional import require
 
 CLASSES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"))
 """Color and marker of each of several classes, by Okabe & Ito: also people who see few colors can tell them apart."""

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llc_fast.chains import Schedule
-from llc_fast.diagnostics import StandardError, standard_error
-from llc_fast.extras import require
-from llc_fast.files import atomic_write
-
 if TYPE_CHECKING:
     import xarray
     from matplotlib.figure import Figure
+from llc_fast.schedule import Schedule
+from llc_fast.stats.errors import StandardError, standard_error
+from llc_fast.support.files import atomic_write
+from llc_fast.support.optional import require
 
 _FORMAT = 3
 

@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from llc_fast.calibration import DEFAULT_NUM_DRAWS
-from llc_fast.estimate import estimate_llc
-from llc_fast.extras import require
-from llc_fast.posterior import LossFunction
-from llc_fast.result import LLCResult
-
 if TYPE_CHECKING:
     import xarray
+from llc_fast.calibration import DEFAULT_NUM_DRAWS
+from llc_fast.estimate import estimate_llc
+from llc_fast.objective.objective import LossFunction
+from llc_fast.result import LLCResult
+from llc_fast.support.optional import require
 
 WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""

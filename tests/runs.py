@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast import chains
 from llc_fast import estimate as estimate_module
-from llc_fast.advice import advise
+from llc_fast.chains import run as chains
+from llc_fast.checks import advise
 from llc_fast.result import LLCResult
 
 mse = nn.functional.mse_loss
@@ -90,7 +90,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
     Pilot chains do not count: nothing is lost with them, and Ctrl-C there is an ordinary KeyboardInterrupt.
     """
-    advance, done = chains._Group.advance, iter(range(count - 1, -1, -1))
+    advance, done = chains.Group.advance, iter(range(count - 1, -1, -1))
     run_pilot, pilots = estimate_module.run_pilot, []
 
     def run_unharmed(*args: Any, **options: Any) -> Any:
@@ -110,7 +110,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
                 time.sleep(0.001)  # in a thread: until the main one has handled it
 
     monkeypatch.setattr(estimate_module, "run_pilot", run_unharmed)
-    monkeypatch.setattr(chains._Group, "advance", interrupted)
+    monkeypatch.setattr(chains.Group, "advance", interrupted)
 
 
 # ---- other processes ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import llc_fast
-from llc_fast.bench import floor_bytes
+from llc_fast.cli.bench import floor_bytes
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not part of this distribution")

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import llc_fast
-from llc_fast import chains
 from llc_fast import estimate as estimate_module
-from llc_fast.advice import advise
 from llc_fast.calibration import LEAST_FRICTION
-from llc_fast.chains import Draw, Schedule, run_chains
+from llc_fast.chains import run as chains
+from llc_fast.chains.draw import Draw
+from llc_fast.chains.run import run_chains
+from llc_fast.checks import advise
 from llc_fast.data import make_source
-from llc_fast.gradients import make_plan
-from llc_fast.posterior import Posterior
+from llc_fast.gradients.plan import make_plan
+from llc_fast.objective.objective import Objective
 from llc_fast.result import LLCResult
-from llc_fast.samplers import make_sampler
+from llc_fast.samplers.registry import make_sampler
+from llc_fast.schedule import Schedule
 
 SIGMAS = 4.5
 
@@ -163,7 +165,7 @@ def test_heat_of_every_step(name: str) -> None:
     x, y = data(dtype=torch.float64)
     eps, nbeta, gamma, steps = 2e-3, 30.0, 5.0, 5
     source = make_source((x, y), 10, torch.device("cpu"), independent=True)
-    posterior = Posterior(
+    posterior = Objective(
         mlp(torch.float64), mse, source, device=torch.device("cpu"), params=case["params"],
         microbatch_size=case["microbatch_size"],
     )  # fmt: skip
@@ -435,9 +437,9 @@ def test_a_loader_for_an_adjusted_sampler() -> None:
 def test_what_it_costs(monkeypatch: pytest.MonkeyPatch, sampler: str, settings: dict[str, Any], share: float) -> None:
     """Gradients of pilots, and of curvature and metric, against those of the run."""
     gradients = []
-    at, advance = Posterior.gradient_at, chains._Group.advance
-    monkeypatch.setattr(Posterior, "gradient_at", lambda *a, **k: [gradients.append(1), at(*a, **k)][1])
-    monkeypatch.setattr(chains._Group, "advance", lambda *a, **k: [gradients.append(1), advance(*a, **k)][1])
+    at, advance = Objective.gradient_at, chains.Group.advance
+    monkeypatch.setattr(Objective, "gradient_at", lambda *a, **k: [gradients.append(1), at(*a, **k)][1])
+    monkeypatch.setattr(chains.Group, "advance", lambda *a, **k: [gradients.append(1), advance(*a, **k)][1])
     found = llc_fast.calibrate(mlp(), data(), mse, sampler=sampler, batch_size=10, progress=False, **settings)
     total = found["num_chains"] * (found["num_draws"] + found["num_burnin"])
     assert 0.08 < len(gradients) / total < share + (44 if sampler == "rmsprop-sgld" else 24) / total

@@ -18,10 +18,13 @@ from runs import assert_same, data, estimate, happened, initialized, interrupt_a
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from llc_fast import chains, checkpoint
-from llc_fast.chains import ChainRecord, Draw
-from llc_fast.checkpoint import Checkpoint, Saved, compare, digest, read, write
+from llc_fast.chains import checkpoint
+from llc_fast.chains import run as chains
+from llc_fast.chains.checkpoint import Checkpoint, Saved, compare, read, write
+from llc_fast.chains.draw import Draw
 from llc_fast.result import LLCResult
+from llc_fast.support.fingerprint import digest
+from llc_fast.traces import ChainRecord
 
 
 class _Noisy(Dataset[Any]):
@@ -232,13 +235,13 @@ def test_any_snapshot_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
                 copies.append(tmp_path / f"copy{len(copies)}")
                 shutil.copy(keeper.path, copies[-1])
 
-            advance = chains._Group.advance
+            advance = chains.Group.advance
 
             def slow(group: Any, *rest: Any) -> None:
                 advance(group, *rest)
                 time.sleep(0.002)  # so that the thread that asks for snapshots has its turn
 
-            patch.setattr(chains._Group, "advance", slow)
+            patch.setattr(chains.Group, "advance", slow)
             patch.setattr(Checkpoint, "save", kept)
             patch.setattr(Checkpoint, "is_due", True)
             patch.setattr(chains.Monitor, "interval", 0)
@@ -254,13 +257,13 @@ def test_any_snapshot_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
 
 def test_slow_steps_side_by_side_are_saved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that take longer than the time between two looks at the clock: all threads answer the same call."""
-    written, save, advance = [], Checkpoint.save, chains._Group.advance
+    written, save, advance = [], Checkpoint.save, chains.Group.advance
 
     def slow(group: Any, *rest: Any) -> None:
         time.sleep(0.01 + 0.003 * group.chains[0])
         advance(group, *rest)
 
-    monkeypatch.setattr(chains._Group, "advance", slow)
+    monkeypatch.setattr(chains.Group, "advance", slow)
     monkeypatch.setattr(chains.Monitor, "interval", 0.001)
     monkeypatch.setattr(Checkpoint, "is_due", True)
     monkeypatch.setattr(Checkpoint, "save", lambda keeper, saved: (written.append(1), save(keeper, saved)))
@@ -315,7 +318,7 @@ def test_settings_that_were_chosen_are_kept(tmp_path: Path, monkeypatch: pytest.
 def test_finished_runs_return_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The same call again gives the same result, again and again, without a step."""
     expected = _seeded(name, checkpoint=tmp_path / "run")
-    monkeypatch.setattr(chains._Group, "advance", lambda _: pytest.fail("a step"))
+    monkeypatch.setattr(chains.Group, "advance", lambda _: pytest.fail("a step"))
     for _ in range(2):
         again = _seeded(name, checkpoint=tmp_path / "run")
         assert_same(again, expected)
@@ -597,7 +600,7 @@ def test_other_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         interrupt_after(patch, 4)
         estimate(**given, checkpoint=path)
     content = path.read_bytes()
-    monkeypatch.setattr(chains._Group, "advance", lambda _: pytest.fail("a step"))
+    monkeypatch.setattr(chains.Group, "advance", lambda _: pytest.fail("a step"))
     with pytest.raises(ValueError, match=rf"run' belongs to another run: .*{words}"):
         estimate(**given | changes, checkpoint=path)
     assert path.read_bytes() == content
@@ -799,12 +802,12 @@ def test_runs_without_checkpoints_write_nothing(tmp_path: Path, monkeypatch: pyt
 def test_snapshots_take_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that takes a second to write is written every twenty seconds, however short the interval."""
     clock = [0.0]
-    monkeypatch.setattr("llc_fast.checkpoint.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("llc_fast.chains.checkpoint.time.monotonic", lambda: clock[0])
 
     def slow(*_: Any) -> None:
         clock[0] += 1.0
 
-    monkeypatch.setattr("llc_fast.checkpoint.write", slow)
+    monkeypatch.setattr("llc_fast.chains.checkpoint.write", slow)
     keeper = Checkpoint(tmp_path / "run", interval=0.5)
     assert not keeper.is_due
     clock[0] += 0.5

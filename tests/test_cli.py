@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import llc_fast
-from llc_fast import cli, theory
+from llc_fast import theory
+from llc_fast.cli import app as cli
 from llc_fast.problems import deep_linear
 
 COLUMNS = {

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast import LLCResult, chains
-from llc_fast.samplers import ADJUSTED, SAMPLERS
+from llc_fast import LLCResult
+from llc_fast.chains import run as chains
+from llc_fast.samplers.registry import ADJUSTED, SAMPLERS
 
 pytestmark = pytest.mark.gpu
 mse = nn.functional.mse_loss
@@ -154,7 +155,7 @@ def test_a_captured_step_repeats_bit_for_bit() -> None:
 
 def _stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt the next run in the midst of its steps."""
-    steps, advance = [0], chains._Group.advance
+    steps, advance = [0], chains.Group.advance
 
     def stop_after_a_while(group: Any, *rest: Any) -> None:
         advance(group, *rest)
@@ -163,7 +164,7 @@ def _stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(chains.Monitor, "interval", 0.0)
-    monkeypatch.setattr(chains._Group, "advance", stop_after_a_while)
+    monkeypatch.setattr(chains.Group, "advance", stop_after_a_while)
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "cuda-graph"])

@@ -19,17 +19,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import llc_fast
-from llc_fast import advice, convergence, diagnostics, probes
-from llc_fast.chains import Schedule
+from llc_fast import checks as advice
+from llc_fast.chains import step_checks as probes
+from llc_fast.chains.step_checks import COLUMNS, Probe, probe_steps
 from llc_fast.data import make_source
-from llc_fast.gradients import Feed, make_gradient, make_plan
-from llc_fast.posterior import Posterior
-from llc_fast.probes import COLUMNS, Probe, probe_steps
-from llc_fast.reference import NoiseKey
+from llc_fast.gradients.minibatches import Feed
+from llc_fast.gradients.plan import make_plan
+from llc_fast.gradients.strategies import make_gradient
+from llc_fast.kernels.native import normals
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.objective import Objective
 from llc_fast.result import LLCResult
-from llc_fast.samplers import make_sampler
-from llc_fast.state import ChainState
-from llc_fast.update import normals
+from llc_fast.samplers.registry import make_sampler
+from llc_fast.samplers.state import ChainState
+from llc_fast.schedule import Schedule
+from llc_fast.stats import convergence, errors, traces
 
 Traces = NDArray[np.float64]
 
@@ -94,7 +98,7 @@ def test_standard_error_is_the_spread_of_means(phi: float, noise: float, chains:
     x = _ar1(rng, runs * chains, length, phi) + noise * rng.standard_normal((runs * chains, length))
     k = np.arange(1, length)
     exact = (1 + noise**2 + 2 * ((1 - k / length) * phi**k).sum()) / (length * chains)
-    found = [diagnostics.standard_error(run) for run in x.reshape(runs, chains, length)]
+    found = [errors.standard_error(run) for run in x.reshape(runs, chains, length)]
     assert 0.85 < math.sqrt(np.mean([e.value**2 for e in found]) / exact) < 1.3
     means = x.reshape(runs, -1).mean(axis=1)
     inside = np.mean([abs(m) <= e.quantile(0.95) * e.value for m, e in zip(means, found, strict=True)])
@@ -105,12 +109,12 @@ def test_standard_error_is_the_spread_of_means(phi: float, noise: float, chains:
 def test_drift_has_the_error_it_says(phi: float) -> None:
     """Of 300 runs with a trend of 2, the mean is right, and the spread is what each run says of itself."""
     noise = _ar1(np.random.default_rng(1), 4 * 300, 900, phi).reshape(300, 4, 900)
-    found = [diagnostics.drift(x + np.linspace(-1, 1, 900)) for x in noise]
+    found = [traces.drift(x + np.linspace(-1, 1, 900)) for x in noise]
     values, errors = np.array([d.value for d in found]), np.array([d.stderr for d in found])
     assert abs(values.mean() - 2) < 4 * values.std() / math.sqrt(300)
     # Of two estimates the larger is taken, which errs by some 20 % on the safe side.
     assert 0.95 < errors.mean() / values.std() < 1.5
-    assert math.isnan(diagnostics.drift(np.ones((3, 8))).value)
+    assert math.isnan(traces.drift(np.ones((3, 8))).value)
 
 
 def test_burnin_is_where_the_plateau_begins() -> None:
@@ -119,11 +123,11 @@ def test_burnin_is_where_the_plateau_begins() -> None:
     t = np.arange(4000)
     noise = 0.1 * rng.standard_normal((4, 4000))  # 0.008 in the mean of four chains and windows of 40
     expected = 100 * math.log(10 / (3 * 0.1 / math.sqrt(160)))
-    assert abs(diagnostics.burnin_needed(noise - 10 * np.exp(-t / 100)) - expected) <= 120
-    assert diagnostics.burnin_needed(noise) == 0
+    assert abs(traces.burnin_needed(noise - 10 * np.exp(-t / 100)) - expected) <= 120
+    assert traces.burnin_needed(noise) == 0
     overshoot = noise + 30 * np.exp(-t / 100) - 40 * np.exp(-t / 50)  # crosses the plateau on its way up
-    assert diagnostics.burnin_needed(overshoot) > 500
-    assert diagnostics.burnin_needed(np.zeros((0, 100))) == diagnostics.burnin_needed(np.ones((2, 5))) == 0
+    assert traces.burnin_needed(overshoot) > 500
+    assert traces.burnin_needed(np.zeros((0, 100))) == traces.burnin_needed(np.ones((2, 5))) == 0
 
 
 def test_spikes() -> None:
@@ -131,19 +135,19 @@ def test_spikes() -> None:
     rng = np.random.default_rng(3)
     for freedom in (1, 2, 10):
         draws = rng.chisquare(freedom, (4, 100_000))
-        assert diagnostics.spike_share(draws) == 0
+        assert traces.spike_share(draws) == 0
     draws = rng.chisquare(4, (4, 1000))
     draws[1, 500:503] = 400
-    assert diagnostics.spike_share(draws) == pytest.approx(3 * 400 / draws.sum(), rel=0.2)
+    assert traces.spike_share(draws) == pytest.approx(3 * 400 / draws.sum(), rel=0.2)
 
 
 def test_chain_spread() -> None:
     """Above 1 in no more than one of a thousand runs that agree, in all that don't."""
     noise = _ar1(np.random.default_rng(4), 4 * 1000, 900, 0.5).reshape(1000, 4, 900)
-    assert np.mean([diagnostics.chain_spread(x) > 1 for x in noise]) <= 1e-3
+    assert np.mean([traces.chain_spread(x) > 1 for x in noise]) <= 1e-3
     apart = 0.5 * np.array([[0], [1], [0], [-1]])
-    assert all(diagnostics.chain_spread(x + apart) > 1 for x in noise[:50])
-    assert math.isnan(diagnostics.chain_spread(noise[0][:1]))
+    assert all(traces.chain_spread(x + apart) > 1 for x in noise[:50])
+    assert math.isnan(traces.chain_spread(noise[0][:1]))
 
 
 # --- Sentences ----------------------------------------------------------------------------------------------
@@ -168,14 +172,14 @@ def test_slow_part() -> None:
     found = []
     for phi in (0.5, 0.99, 0.998):
         slow = _ar1(rng, 4 * 50, 1024, phi).reshape(50, 4, -1)
-        found.append([diagnostics.slow_part(x + 3 * rng.standard_normal(x.shape)) for x in slow])
+        found.append([traces.slow_part(x + 3 * rng.standard_normal(x.shape)) for x in slow])
     fast, middle, slowest = (np.median([(f.times, f.size) for f in row], axis=0) for row in found)
     # 32 batches, all of them independent; (1 + φ)/(1 − φ) = 199 draws, a fifth of a chain; and 999, a whole one.
     assert fast[0] > 25 and 4 < middle[0] < 9 and slowest[0] < 3
     assert fast[1] < 0.25 and 0.6 < middle[1] < 1 and 0.6 < slowest[1] < 1.2
     # By draws alone the chains look well mixed.
     assert np.median([convergence.ess_bulk(x + 6 * rng.standard_normal(x.shape)) for x in slow]) > 400
-    assert math.isnan(diagnostics.slow_part(slow[0][:, :255]).times)
+    assert math.isnan(traces.slow_part(slow[0][:, :255]).times)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +372,7 @@ def test_acceptance_is_the_plain_formula(name: str, chains: int) -> None:
     sampler = make_sampler(name, lr=eps, nbeta=30.0, localization=2.0, weight_decay=0.7, **extra)
     source = make_source((x, y), 10, torch.device("cpu"))
     params = {"0.weight": mask, "2.weight": True}
-    posterior = Posterior(model, nn.functional.mse_loss, source, device=torch.device("cpu"), params=params)
+    posterior = Objective(model, nn.functional.mse_loss, source, device=torch.device("cpu"), params=params)
     plan = make_plan(posterior, sampler, chains)
     state, feed = ChainState(posterior, sampler, chains), Feed(posterior, 5, 0, chains, 0)
     state.start(0, 5)
@@ -711,7 +715,7 @@ def test_noise_of_the_initial_loss() -> None:
     seen = losses.repeat(9)[:44]
     expected = math.sqrt(float((shares * (seen - seen.mean())).square().sum() * 44 / 43))
     assert error == pytest.approx(expected, rel=1e-4)
-    plain = diagnostics.standard_error(result._good).value
+    plain = errors.standard_error(result._good).value
     assert result.llc_stderr == pytest.approx(math.hypot(plain, 100 * error))
     whole = estimate(num_draws=40)
     assert 0 < whole.diagnostics["init_loss_stderr"] < 1e-6 * whole.init_loss

@@ -19,9 +19,9 @@ from runs import TIMEOUT, Script, assert_same, estimate, interrupt_after, write_
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from llc_fast import distributed
-from llc_fast.chains import Draw
-from llc_fast.distributed import ProcessFailedError, Team
+from llc_fast.chains import processes as distributed
+from llc_fast.chains.draw import Draw
+from llc_fast.chains.processes import ProcessFailedError, Team
 from llc_fast.result import LLCResult
 
 
@@ -38,8 +38,8 @@ def _weight(draw: Draw) -> Tensor:
 # What scripts begin with: a slow observable, and a result from each rank.
 _HEAD = """
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-llc_fast.distributed.PATIENCE = 3.0
-llc_fast.chains.Monitor.interval = 0.01
+llc_fast.chains.processes.PATIENCE = 3.0
+llc_fast.chains.run.Monitor.interval = 0.01
 torch.set_num_threads(1)
 
 def weight(draw):
@@ -207,7 +207,7 @@ def fails(draw):
 
 try:
     runs.estimate(num_chains=3, strategy="sequential", observables={"fails": fails}, checkpoint="run")
-except llc_fast.distributed.ProcessFailedError as error:
+except llc_fast.chains.processes.ProcessFailedError as error:
     print(error)
     time.sleep(1.0)  # rank 0 holds the store
 except ValueError:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast import optim, update
-from llc_fast.reference import NoiseKey, StepScalars
-from llc_fast.samplers import SAMPLERS
-from llc_fast.update import NUM_STATES, Segment, SegmentTable
+from llc_fast import optim
+from llc_fast.kernels import native as update
+from llc_fast.kernels.native import NUM_STATES, Segment, SegmentTable
+from llc_fast.kernels.step import NoiseKey, StepScalars
+from llc_fast.samplers.registry import SAMPLERS
 
 if torch.__version__ < (2, 6) or not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs fully_shard, which came with torch 2.6, and gloo", allow_module_level=True)

@@ -14,8 +14,8 @@ import torch
 from runs import Script, assert_same, data, estimate, happened, initialized, interrupt_after, mlp, mse
 from torch import Tensor, nn
 
-from llc_fast import chains
-from llc_fast.chains import Draw
+from llc_fast.chains import run as chains
+from llc_fast.chains.draw import Draw
 from llc_fast.result import LLCResult
 
 
@@ -37,7 +37,7 @@ def weight(draw):
 
 strategy, threads, draws = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
-llc_fast.chains.Monitor.interval = 0.01
+llc_fast.chains.run.Monitor.interval = 0.01
 result = runs.estimate(
     sampler="sgnht", num_draws=draws, num_burnin=20, strategy=strategy, observables={"weight": weight},
     checkpoint="run", checkpoint_interval=0.01,
@@ -343,13 +343,13 @@ def test_too_few_are_left(tmp_path: Path, strategy: str, lost: int) -> None:
 def test_lost_chains_are_stopped(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     """Nothing is sampled for long once a chain, or all of a batch, is lost for good."""
     steps: list[int] = []
-    advance = chains._Group.advance
+    advance = chains.Group.advance
 
     def counted(group: Any, *rest: Any) -> None:
         advance(group, *rest)
         steps.append(1)
 
-    monkeypatch.setattr(chains._Group, "advance", counted)
+    monkeypatch.setattr(chains.Group, "advance", counted)
     result = estimate(model=_Fragile(0.0), strategy=strategy, num_chains=2, num_draws=10_000)
     assert result.lost_chains == [0, 1]
     assert len(steps) <= (128 if strategy == "sequential" else 64)

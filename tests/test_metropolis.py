@@ -14,9 +14,11 @@ from runs import assert_same, data, estimate, interrupt_after, mlp, mse
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from llc_fast import LLCResult, estimate_llc, optim, reference
-from llc_fast.reference import NoiseKey
-from llc_fast.samplers import ACCEPT_STREAM, ADJUSTED, make_sampler
+from llc_fast import LLCResult, estimate_llc, optim
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.samplers.base import ACCEPT_STREAM
+from llc_fast.samplers.registry import ADJUSTED, make_sampler
 
 SIGMAS = 4.0
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llc_fast import reference, update
-from llc_fast.reference import NoiseKey
+from llc_fast.kernels import native as update
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import NoiseKey
 
 SEEDS = [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 SHAPES = [

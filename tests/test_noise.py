@@ -10,9 +10,9 @@ import torch
 from scipy import stats
 from scipy.special import ndtr
 
-from llc_fast import reference
-from llc_fast.reference import NoiseKey
-from llc_fast.update import native_info, normals
+from llc_fast.kernels import reference
+from llc_fast.kernels.native import native_info, normals
+from llc_fast.kernels.step import NoiseKey
 
 KEY = NoiseKey(seed=0x0123456789ABCDEF, step=12345, chain=6)
 N = 10**8

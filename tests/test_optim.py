@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast import reference
-from llc_fast.reference import NoiseKey, StepScalars
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import NoiseKey, StepScalars
 
 SEED = 20240517
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -15,10 +15,10 @@ from runs import Script, assert_same, data, estimate, interrupt_after, mlp, mse
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from llc_fast import reference
-from llc_fast.baseline import Baseline
-from llc_fast.chains import Draw
-from llc_fast.reference import NoiseKey
+from llc_fast.chains.draw import Draw
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.control_variate import Baseline
 from llc_fast.result import LLCResult
 
 N, BATCH, CHAINS, STEPS, SEED = 43, 10, 3, 12, 5

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import llc_fast
-from llc_fast import reference
-from llc_fast.reference import NoiseKey, StepScalars
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import NoiseKey, StepScalars
 from llc_fast.result import LLCResult
 
 mse = nn.functional.mse_loss

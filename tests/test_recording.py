@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from llc_fast.recording import FlopCounter, NotReplayableError, Recording
+from llc_fast.gradients.replay import NotReplayableError, Recording
+from llc_fast.objective.flops import FlopCounter
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -624,7 +625,7 @@ def test_large_products_by_either_library(
 
     for chosen in (True, False):
         monkeypatch.setattr(
-            "llc_fast.recording._products_by_onednn",
+            "llc_fast.gradients.matmul._products_by_onednn",
             lambda chosen=chosen: chosen and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
         )
         recording = Recording(function)

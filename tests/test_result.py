@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llc_fast.chains import Schedule
 from llc_fast.result import LLCResult
+from llc_fast.schedule import Schedule
 
 
 def _result(draws: Any, **fields: Any) -> LLCResult:

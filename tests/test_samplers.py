@@ -16,9 +16,9 @@ from torch import nn
 
 import llc_fast
 from llc_fast import optim, theory
-from llc_fast.reference import METRICS
-from llc_fast.samplers import SAMPLERS
-from llc_fast.update import NUM_STATES
+from llc_fast.kernels.native import NUM_STATES
+from llc_fast.kernels.step import METRICS
+from llc_fast.samplers.registry import SAMPLERS
 
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 COPIES = 40_000  # independent chains for each curvature, in one tensor

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Subse
 import llc_fast
 from llc_fast import Draw, data
 from llc_fast.data import make_source
-from llc_fast.posterior import select, takes_model
+from llc_fast.objective.objective import takes_model
+from llc_fast.objective.selection import select
 from llc_fast.result import LLCResult
-from llc_fast.samplers import SAMPLERS
+from llc_fast.samplers.registry import SAMPLERS
 
 CPU = torch.device("cpu")
 N = 24

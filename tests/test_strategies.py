@@ -18,12 +18,13 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import llc_fast
-from llc_fast import gradients, memory
 from llc_fast.data import make_source
-from llc_fast.gradients import make_plan
-from llc_fast.posterior import Posterior
+from llc_fast.gradients import memory, strategies
+from llc_fast.gradients import plan as gradients
+from llc_fast.gradients.plan import make_plan
+from llc_fast.objective.objective import Objective
 from llc_fast.result import LLCResult
-from llc_fast.samplers import SAMPLERS, make_sampler
+from llc_fast.samplers.registry import SAMPLERS, make_sampler
 
 CPU = torch.device("cpu")
 N = 40
@@ -301,7 +302,7 @@ def test_release_by_default_above_a_size(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = _problem("transformer")
     small = _trace(*problem, strategy="sequential")
     monkeypatch.setattr(gradients, "LARGE_MODEL", 100)
-    monkeypatch.setattr(gradients.Recording, "__init__", None)
+    monkeypatch.setattr(strategies.Recording, "__init__", None)
     assert np.array_equal(_trace(*problem, strategy="sequential"), small)
 
 
@@ -746,9 +747,9 @@ def test_chains_that_are_lost_do_not_take_others_along() -> None:
 # --- The rule that chooses ----------------------------------------------------------------------------------
 
 
-def _posterior(flops: float | None = None, **options: Any) -> Posterior:
+def _posterior(flops: float | None = None, **options: Any) -> Objective:
     model, data, loss_fn = _problem()
-    posterior = Posterior(model, loss_fn, make_source(data, 8, CPU), device=CPU, **options)
+    posterior = Objective(model, loss_fn, make_source(data, 8, CPU), device=CPU, **options)
     if flops is not None:
         posterior.flops = flops
     return posterior

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_progress_may_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told the steps done, of how many, and at the end λ̂ itself."""
-    monkeypatch.setattr(llc_fast.chains.Monitor, "interval", 0.0)
+    monkeypatch.setattr(llc_fast.chains.run.Monitor, "interval", 0.0)
     seen: list[tuple[int, int, float]] = []
     result = estimate(progress=lambda *figures: seen.append(figures), num_draws=100)
     steps, totals, llcs = zip(*seen, strict=True)
@@ -297,7 +297,7 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_finished_estimates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = _sweep(folder=tmp_path)
-    monkeypatch.setattr(llc_fast.chains._Group, "advance", None)  # no step may be taken
+    monkeypatch.setattr(llc_fast.chains.group.Group, "advance", None)  # no step may be taken
     assert _sweep(folder=tmp_path).drop_vars("seconds").identical(found.drop_vars("seconds"))
     with pytest.raises(ValueError, match="belongs to another run"):
         _sweep(_states()[::-1], folder=tmp_path)
@@ -392,7 +392,7 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
 
 def test_one_bar_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends at the last checkpoint, and says λ̂."""
-    monkeypatch.setattr(llc_fast.chains.Monitor, "interval", 0.0)
+    monkeypatch.setattr(llc_fast.chains.run.Monitor, "interval", 0.0)
     found = _sweep(progress=True, labels=["a", "b", "c"])
     last = capsys.readouterr().err.split("\r")[-1]
     assert "LLC at c" in last and "3.0/3 checkpoints" in last and f"λ̂ ≈ {float(found.llc_mean[-1]):.4g}" in last

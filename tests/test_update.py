@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import llc_fast
-from llc_fast import reference
-from llc_fast.reference import NoiseKey, StepScalars
-from llc_fast.update import NUM_METRICS, NUM_STATES, Segment, SegmentTable, native_info, normals
+from llc_fast.kernels import reference
+from llc_fast.kernels.native import NUM_METRICS, NUM_STATES, Segment, SegmentTable, native_info, normals
+from llc_fast.kernels.step import METRICS, NoiseKey, StepScalars
 
 KEY = NoiseKey(seed=987654321, step=3, chain=2)
 RULE_SCALARS: dict[str, dict[str, float]] = {
@@ -114,8 +114,8 @@ def _check(rule: str, w: Tensor, grad: Tensor, s: StepScalars, *, offset: int = 
     # Sums of up to a block in the working precision.
     sums = x.sums  # type: ignore[attr-defined]
     scale = sums.abs() + wide_terms.square().sum() * torch.finfo(w.dtype).eps * 64
-    scale[reference.METRICS.index("drift_noise")] += float((x.drift.abs() * p.sqrt() * x.noise.abs()).sum())  # type: ignore[union-attr]
-    scale[reference.METRICS.index("heat")] += float((x.grad * torch.as_tensor(x.heat)).abs().sum())
+    scale[METRICS.index("drift_noise")] += float((x.drift.abs() * p.sqrt() * x.noise.abs()).sum())  # type: ignore[union-attr]
+    scale[METRICS.index("heat")] += float((x.grad * torch.as_tensor(x.heat)).abs().sum())
     assert ((metrics[0] - sums).abs() <= 600 * torch.finfo(w.dtype).eps * scale).all()
 
 
@@ -349,7 +349,7 @@ def test_fallback_is_the_reference(rule: str, low: bool, monkeypatch: pytest.Mon
         return [w, *moved, *([] if copy is None else [copy])], sums
 
     native, native_sums = run()
-    monkeypatch.setattr("llc_fast.update.has_native_backend", lambda device: False)
+    monkeypatch.setattr("llc_fast.kernels.native.has_native_backend", lambda device: False)
     fallback, fallback_sums = run()
     for a, b in zip(native, fallback, strict=True):
         assert torch.allclose(a, b, rtol=0.01 if a.dtype == torch.bfloat16 else 1e-6, atol=4e-6)
@@ -402,8 +402,8 @@ def test_native_rules_are_the_reference_rules() -> None:
 
 _STEP = """
 import torch
-from llc_fast.reference import NoiseKey, StepScalars
-from llc_fast.update import Segment, SegmentTable, native_info
+from llc_fast.kernels.step import METRICS, NoiseKey, StepScalars
+from llc_fast.kernels.native import Segment, SegmentTable, native_info
 torch.manual_seed(0)
 w, g = torch.randn(5000), torch.randn(5000)
 table = SegmentTable("rmsprop-sgld", [Segment(w, 0, w.clone(), state=[torch.rand(5000)])])

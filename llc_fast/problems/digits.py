@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llc_fast.extras import require
+from llc_fast.support.optional import require
 
 NUM_PICTURES, SIDE, NUM_CLASSES = 1797, 8, 10
 NUM_TRAIN = 1437

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from llc_fast.samplers import check_number
+from llc_fast.support.arguments import check_number
 
 INPUT_BOUND = 10.0
 """Inputs are uniform on [−10, 10]."""

@@ -14,8 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 import llc_fast
-from llc_fast.files import atomic_write, plain
 from llc_fast.result import LLCResult
+from llc_fast.support.files import atomic_write, plain
 
 if TYPE_CHECKING:
     import xarray

@@ -51,12 +51,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llc_fast.advice import MAX_R_HAT
-from llc_fast.chains import threads
+from llc_fast.checks import MAX_R_HAT
 from llc_fast.plots import new_figure
 from llc_fast.problems.digits import NUM_TRAIN, Digits, load_digits
 from llc_fast.problems.resnet import resnet
 from llc_fast.reproduce.frame import Check, Row, Study, Tables
+from llc_fast.support.runtime import threads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

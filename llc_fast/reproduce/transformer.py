@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llc_fast.chains import threads
 from llc_fast.plots import new_figure
 from llc_fast.problems.text import load_text
 from llc_fast.problems.transformer import Transformer, head_masks, sequence_losses
 from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.support.runtime import threads
 
 if TYPE_CHECKING:
     import xarray

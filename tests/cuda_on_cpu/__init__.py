@@ -71,7 +71,7 @@ def play() -> None:
         spec.loader.exec_module(native)
     _replace_parts_of_torch(device)
 
-    from llc_fast import update
+    from llc_fast.kernels import native as update
 
     update._native = _Native(native, device)
 

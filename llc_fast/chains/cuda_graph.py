@@ -1,0 +1,98 @@
+"""A whole step as one CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from llc_fast.gradients.minibatches import Feed, paired
+from llc_fast.gradients.replay import NotReplayableError
+from llc_fast.gradients.strategies import Gradient, check_replay
+from llc_fast.objective.control_variate import Baseline
+from llc_fast.samplers.state import ChainState
+
+
+class CapturedStep:
+    """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet.
+
+    Raises:
+        NotReplayableError: the step waits for the GPU, or its replay does not do what the step itself does.
+    """
+
+    def __init__(
+        self,
+        state: ChainState,
+        feed: Feed,
+        gradient: Gradient,
+        baseline: Baseline | None,
+        losses: Tensor,
+        heats: Tensor | None,
+        start: int,
+    ) -> None:
+        self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
+        grads: list[Tensor] = []
+
+        def body() -> None:
+            evaluation = gradient.evaluate(feed(0, self._step))
+            loss = paired(evaluation.loss, baseline, feed)
+            losses.index_copy_(1, self._step.reshape(1), loss.to(losses.dtype).reshape(-1, 1))
+            grads[:] = gradient.gradients()
+            state.move(grads, 0, self._step)
+            if heats is not None:
+                heats.index_copy_(1, self._step.reshape(1), state.heat().reshape(-1, 1))
+            self._step += 1
+
+        def rewind(arrays: Mapping[str, Tensor]) -> None:
+            self._step.fill_(start)
+            state.restore(arrays)
+
+        def snapshot() -> dict[str, Tensor]:
+            return {k: t.clone() for k, t in state.arrays().items()}
+
+        begin = snapshot()
+        with state.displaced():  # at w* itself a gradient may be nothing
+            elsewhere = snapshot()
+        rewind(elsewhere)
+        side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(losses.device))
+        with torch.cuda.stream(side):
+            body()  # libraries allocate their workspaces outside the graph
+            rewind(elsewhere)
+            with _refusing_to_wait():
+                body()
+        torch.cuda.current_stream(losses.device).wait_stream(side)
+        fresh = [losses[:, start].clone(), *(g.clone() for g in grads)]
+
+        rewind(elsewhere)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            body()
+        state.send_addresses()
+        self._graph.replay()
+        check_replay([losses[:, start], *grads], fresh)
+        rewind(begin)
+        losses[:, start:] = torch.nan
+        if heats is not None:
+            heats[:, start:] = torch.nan
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+@contextlib.contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU raises NotReplayableError: during a capture it would do harm."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # torch calls this mode a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        raise NotReplayableError(str(error).splitlines()[0]) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -1,0 +1,210 @@
+"""Looks at a few steps of every chain more closely than the loss trace does; the chain does not notice.
+
+What is measured is raw sums, a row of `COLUMNS` for each chain and probe, which go with the chain's losses through
+checkpoints and processes; :mod:`llc_fast.diagnostics` makes figures of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llc_fast.data import leaves, map_tensors
+from llc_fast.gradients.minibatches import Feed
+from llc_fast.gradients.plan import LARGE_MODEL, Plan
+from llc_fast.gradients.strategies import Gradient
+from llc_fast.kernels.native import normals
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.objective import Objective
+from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.state import ChainState
+
+COLUMNS = ("distance", "log_acceptance", "gradient_noise", "heat", "curvature", "squared_curvature")
+"""What a probe at w measures, with G = nβ·g + γ(w − w*) + μ·w, g the gradient on a minibatch, p the preconditioner:
+
+- distance: ‖w − w*‖² over the parameters that are sampled;
+- log_acceptance: the logarithm of the Metropolis–Hastings ratio of one Langevin step, the same minibatch at both ends;
+- gradient_noise: nβ²·Σ p·Var(g) over minibatches;
+- heat: Σ p·G·nβ·g;
+- curvature, squared_curvature: d·H·d and Σ p·(H·d)², d that Langevin step and H the Hessian of nβ·L.
+
+NaN: not measured.
+"""
+MAX_PROBES = 16
+ROWS = 10
+"""Tensors like all parameters of a chain that a probe with gradients needs at a time."""
+_GRADIENTS = 3  # that one probe takes
+_BUDGET = 0.02  # of the gradients of a run
+_STREAM = 7
+"""Of the noise of proposals."""
+_ELSEWHERE = 2**32
+"""Steps from a minibatch to another one that no step of the chain has in its epoch."""
+_LANGEVIN = ("sgld", "preconditioned-sgld", "rmsprop-sgld")
+"""Samplers whose step is a Langevin proposal in a diagonal metric."""
+
+
+def probe_steps(num_steps: int, draws: range) -> tuple[list[int], list[int]]:
+    """Where probes are taken, evenly spread from the first draw to the last, and which of them take gradients."""
+    steps = _spread(draws, min(MAX_PROBES, len(draws)))
+    return steps, _spread(steps, min(len(steps), int(_BUDGET * num_steps / _GRADIENTS)))
+
+
+def has_memory(posterior: Objective, plan: Plan) -> bool:
+    """Whether a probe may compare gradients: where they are consumed as they come there is no room for others."""
+    return not plan.release and posterior.num_parameters <= LARGE_MODEL
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    return [values[round(place)] for place in np.linspace(0, len(values) - 1, count)]
+
+
+class Probe:
+    """The probes of a group of chains.
+
+    Args:
+        posterior, sampler, plan: of the group; they say what can be measured.
+        num_steps, draws: the schedule.
+        num_chains: rows.
+        table: what earlier runs of these chains measured.
+    """
+
+    def __init__(
+        self,
+        posterior: Objective,
+        sampler: Sampler,
+        plan: Plan,
+        num_steps: int,
+        draws: range,
+        num_chains: int,
+        table: NDArray[np.float64] | None = None,
+    ) -> None:
+        self._posterior, self._sampler = posterior, sampler
+        steps, self._with_gradients = probe_steps(num_steps, draws)
+        self.places = {step: k for k, step in enumerate(steps)}
+        self.table = np.full((num_chains, len(steps), len(COLUMNS)), np.nan)
+        if table is not None and table.shape == self.table.shape:
+            self.table = table.copy()
+        self._is_langevin, self._has_noise = sampler.name in _LANGEVIN, sampler.name in (*_LANGEVIN, "sghmc")
+        self._is_compiled = plan.strategy == "compiled"  # for one shape of minibatches
+        # Nor where an evaluation leaves a trace.
+        if not has_memory(posterior, plan) or posterior.writes_buffers or posterior.writes_batch or not self._has_noise:
+            self._with_gradients = []
+        # A proposal that hits a box, or has other noise, is no Langevin proposal; rounded losses can't be compared.
+        self._has_acceptance = (
+            self._is_langevin
+            and sampler.bounding_box_size is None
+            and sampler.noise_level == 1
+            and posterior.is_precise
+        )
+
+    @torch.no_grad()
+    def take(
+        self, step: int, batch: Any, state: ChainState, gradient: Gradient, feed: Feed, seed: int, first_chain: int
+    ) -> None:
+        """Measure at the present place; `batch` is this step's minibatch, in the feed's memory again afterwards."""
+        self.table[:, self.places[step], COLUMNS.index("distance")] = state.distances()
+        if step in self._with_gradients and step >= state.adapts_until:
+            with self._same_randomness() as again:
+                self._measure(step, batch, state, gradient, feed, NoiseKey(seed, step, first_chain), again)
+
+    def _measure(
+        self,
+        step: int,
+        batch: Any,
+        state: ChainState,
+        gradient: Gradient,
+        feed: Feed,
+        key: NoiseKey,
+        again: Callable[[], None],
+    ) -> None:
+        s, w, p = self._sampler, state.w, state.metric(step)
+
+        def evaluate(batch: Any) -> tuple[Tensor, Tensor]:
+            again()
+            with torch.enable_grad():
+                loss = gradient.evaluate(batch).loss.double().clone()  # a replay overwrites both
+                return loss, state.rows_of(gradient.gradients())
+
+        loss, grad = evaluate(batch)
+        other = self._other(step, batch, feed)
+        if other is None:
+            variance = torch.zeros_like(w) if feed.is_shared else torch.full_like(w, torch.nan)
+        else:
+            batch_elsewhere, factor = other
+            variance = (evaluate(batch_elsewhere)[1] - grad).square_().mul_(factor)
+        if feed.is_addressable:
+            batch = feed(step)
+        self._write(step, "gradient_noise", s.nbeta**2 * p * variance)
+        if not self._is_langevin:
+            return
+        del variance
+        away = w - state.rows_of(state.anchor)
+        drift = s.nbeta * grad + s.localization * away + s.weight_decay * w
+        self._write(step, "heat", s.nbeta * p * drift * grad)
+        noise = torch.stack(
+            [
+                normals(0, w.shape[1], key._replace(chain=chain, stream=_STREAM), dtype=w.dtype, device=w.device)
+                for chain in range(key.chain, key.chain + len(w))
+            ]
+        )
+        kick = noise.mul_((s.lr * p).sqrt())
+        move = kick - 0.5 * s.lr * p * drift
+        with state.at(w + move):
+            new_loss, new_grad = evaluate(batch)
+        change = s.nbeta * (new_grad - grad)
+        self._write(step, "curvature", move * change)
+        self._write(step, "squared_curvature", p * change.square())
+        if self._has_acceptance:
+            # Σ over both ends of the drift; the potentials' difference and the two proposal densities are
+            # U(w) − U(w') + Σ ½√(εp)(G + G')ξ − (ε/8)p(G + G')².
+            both = 2 * drift + change + (s.localization + s.weight_decay) * move
+            quadratic = move * (s.localization * (away + move / 2) + s.weight_decay * (w + move / 2))
+            self._write(step, "log_acceptance", 0.5 * kick * both - s.lr / 8 * p * both.square() - quadratic)
+            rounding = s.nbeta * torch.finfo(w.dtype).eps * loss.abs()
+            difference = torch.where(rounding < 0.05, s.nbeta * (loss - new_loss), torch.nan)
+            self.table[:, self.places[step], COLUMNS.index("log_acceptance")] += difference.cpu().numpy()
+
+    def _other(self, step: int, batch: Any, feed: Feed) -> tuple[Any, float] | None:
+        """A minibatch to compare with, and Var(g) over the square of the difference of the gradients."""
+        if feed.is_shared:
+            return None
+        if feed.is_addressable:
+            return feed(step + _ELSEWHERE), 0.5
+        # What comes next can be had only once: half of the minibatch says as much, if samples can be told apart.
+        dim = 0 if len(self.table) == 1 else 1
+        tensors, n = leaves(batch), self._posterior.source.num_samples
+        if self._is_compiled or not all(isinstance(t, Tensor) and t.ndim > dim for t in tensors):
+            return None
+        size = tensors[-1].shape[dim]
+        if size % 2 or any(t.shape[dim] != size for t in tensors):
+            return None
+        return map_tensors(lambda t: t.narrow(dim, 0, size // 2), batch), 1.0 if n is None else max(0.0, 1 - size / n)
+
+    def _write(self, step: int, column: str, terms: Tensor) -> None:
+        """Row by row, so that the bits do not depend on which chains run beside."""
+        sums = [float(row.sum(dtype=torch.float64)) for row in terms]
+        self.table[:, self.places[step], COLUMNS.index(column)] = sums
+
+    @contextlib.contextmanager
+    def _same_randomness(self) -> Iterator[Callable[[], None]]:
+        """What a model with dropout draws: the same in each evaluation after the yielded call, and nothing is used."""
+        if not self._posterior.is_random:
+            yield lambda: None
+            return
+        device = self._posterior.device
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            before, on_device = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
+
+            def again() -> None:
+                torch.set_rng_state(before)
+                for d, generator in zip(cuda, on_device, strict=True):
+                    torch.cuda.set_rng_state(generator, d)
+
+            yield again

@@ -1,0 +1,73 @@
+"""The minibatches of chains, in memory that stays where it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from llc_fast.data import Batch, IndexedSource, leaves, map_tensors
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.control_variate import Baseline
+from llc_fast.objective.objective import Objective
+
+# ---- minibatches -------------------------------------------------------------------------------------------
+
+
+class Feed:
+    """The minibatches of a group of chains, in memory that stays where it is if the data are addressed by index.
+
+    Batches have a leading dimension for the chains, except for a single chain, and for a batch that is the whole data
+    set, which all chains share.
+    """
+
+    def __init__(self, posterior: Objective, seed: int, first_chain: int, num_chains: int, start: int) -> None:
+        self._source, self._copies = posterior.source, posterior.writes_batch
+        self._key = NoiseKey(seed, chain=first_chain)
+        self._iterator: Iterator[Batch] | None = None
+        self.is_shared = False
+        if not isinstance(self._source, IndexedSource) or not posterior.has_tensor_batches:
+            self._iterator = self._source.minibatches(seed, first_chain, start)
+            return
+        self._indices = self._source.index_buffer(num_chains)
+        self.is_shared = self._source.is_full_batch
+        if self.is_shared:
+            self._batch = self._source.gather(self._indices[0])
+            return
+        flat = self._source.gather(self._source.draw(self._key._replace(step=start), self._indices))
+        self._flat = leaves(flat)
+        shape = (num_chains, -1) if num_chains > 1 else (-1,)
+        self._batch = map_tensors(lambda t: t.view(*shape, *t.shape[1:]), flat)
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether minibatches are functions of (seed, chain, step), or come from a user's ``__getitem__``."""
+        return not isinstance(self._source, IndexedSource) or self._source.is_thread_safe
+
+    @property
+    def indices(self) -> Tensor:
+        """Which samples the last minibatch holds, ``[num_chains, batch_size]``, of data addressed by index."""
+        return self._indices
+
+    @property
+    def is_addressable(self) -> bool:
+        """Whether the minibatch of any step can be had at any time, without a trace."""
+        return self._iterator is None and self.is_pure
+
+    def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
+        """The minibatch of this step; a new one overwrites the one before."""
+        if self._iterator is not None:
+            batch = next(self._iterator)
+        else:
+            batch = self._batch
+            if not self.is_shared:
+                assert isinstance(self._source, IndexedSource)
+                indices = self._source.draw(self._key._replace(step=step), self._indices, device_step)
+                self._source.gather(indices, out=self._flat)
+        return copy.deepcopy(batch) if self._copies else batch
+
+
+def paired(loss: Tensor, baseline: Baseline | None, feed: Feed) -> Tensor:
+    """The loss of a minibatch less what it loses at w*."""
+    return loss if baseline is None else loss - baseline.on_device(feed.indices).to(loss.device)

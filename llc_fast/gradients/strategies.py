@@ -1,0 +1,204 @@
+"""How the gradients of chains are computed: strategies behind one interface, and the rule that chooses one.
+
+Each strategy gives the same losses and gradients up to rounding. What differs is what lies between the kernels: for a
+network of a thousand parameters nearly all of the time, for one of a hundred million nearly all of the memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llc_fast.data import Batch
+from llc_fast.gradients.minibatches import Feed
+from llc_fast.gradients.plan import Plan
+from llc_fast.gradients.replay import NotReplayableError, Recording
+from llc_fast.objective.objective import Evaluation, Objective, backward, leaves_of
+from llc_fast.samplers.state import ChainState
+
+# ---- strategies --------------------------------------------------------------------------------------------
+
+
+class Gradient(Protocol):
+    """Evaluates a minibatch, then moves the chains by its gradient."""
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Losses ``[num_chains]``, and per sample ``[num_chains, batch]`` if the loss function gives them."""
+        ...
+
+    def gradients(self) -> list[Tensor]:
+        """Of the last evaluation, in the order of the parameters, instead of a move, and only once.
+
+        With several chains they have a leading dimension.
+        """
+        ...
+
+    def move(self, step: int) -> None:
+        """One step of the sampler by the gradient of the last evaluation."""
+        ...
+
+
+class EagerGradient:
+    """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
+
+    def __init__(self, posterior: Objective, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
+        self._posterior, self._state, self._buffers, self._release = posterior, state, buffers, release
+        self._params = leaves_of(state.single())
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        pieces = self._posterior.pieces(batch)
+        losses, samples = [], []
+        for k, (piece, share) in enumerate(pieces):
+            evaluation = self._posterior.evaluate(self._params, piece, self._buffers, share)
+            self._last = evaluation.loss
+            if k + 1 < len(pieces):
+                self._last.backward()  # type: ignore[no-untyped-call]
+            losses.append(self._last.detach())
+            samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
+        self._accumulates = len(pieces) > 1
+        loss = torch.stack(losses).sum(dtype=torch.float64) if len(losses) > 1 else losses[0]
+        return Evaluation(loss.reshape(1), torch.cat(samples)[None] if samples else None)
+
+    def gradients(self) -> list[Tensor]:
+        params = list(self._params.values())
+        if not self._accumulates:
+            return list(torch.autograd.grad(self._last, params, materialize_grads=True))
+        self._last.backward()  # type: ignore[no-untyped-call]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        for p in params:
+            p.grad = None
+        return grads
+
+    def move(self, step: int) -> None:
+        if not self._release:
+            return self._state.move(self.gradients(), step)
+        waiting = set(self._params)
+        self._state.start_parts()
+
+        def take(name: str, grad: Tensor) -> None:
+            waiting.discard(name)
+            self._state.move_one(name, grad, step)
+            # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
+            torch.autograd.graph.increment_version(self._params[name])
+
+        backward(self._last, self._params, take)
+        for name in waiting:  # what the loss did not use still feels noise and localization
+            self._state.move_one(name, torch.zeros_like(self._params[name]), step)
+
+
+class BatchedGradient:
+    """All chains of a group at once: ``torch.func.vmap`` over the forward pass, ordinary autograd through it.
+
+    The gradient of the sum of the chains' losses is each chain's own gradient, since no loss depends on two chains.
+    (``torch.func.grad`` inside vmap would do the same, and import torch's whole compiler to do it.)
+    """
+
+    def __init__(
+        self, posterior: Objective, state: ChainState, buffers: dict[str, Tensor], shared_batch: bool, compiled: bool
+    ) -> None:
+        self._state = state
+        self._params = leaves_of(state.params() if state.num_chains > 1 else state.single())
+        # On a CPU vmap would run fused attention chain by chain, with a warning; products of matrices it batches.
+        batched = state.num_chains > 1 and posterior.device.type == "cpu"
+
+        def value(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+            with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
+                loss, samples = posterior.evaluate(params, batch, buffers)
+            return loss, loss if samples is None else samples  # vmap returns tensors only
+
+        self._has_samples = posterior.per_sample
+        function: Callable[..., tuple[Tensor, Tensor]] = value
+        if state.num_chains > 1:
+            function = vmap(value, in_dims=(0, None if shared_batch else 0))
+        self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._ones: Tensor | None = None
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        self._losses, samples = self._function(self._params, batch)
+        if self._ones is None:
+            self._ones = torch.ones_like(self._losses)
+        losses, chains = self._losses.detach(), self._state.num_chains
+        return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
+
+    def gradients(self) -> list[Tensor]:
+        params = list(self._params.values())
+        return list(torch.autograd.grad(self._losses, params, self._ones, materialize_grads=True))
+
+    def move(self, step: int) -> None:
+        self._state.move(self.gradients(), step)
+
+
+def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
+    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
+    for ours, theirs in zip(replayed, fresh, strict=True):
+        rounding = torch.finfo(theirs.dtype).eps
+        slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
+        if not torch.allclose(ours, theirs.detach(), rtol=max(1e-3, 4 * rounding), atol=slack, equal_nan=True):
+            raise NotReplayableError("a replay differs from the model")
+
+
+class ReplayedGradient:
+    """The kernels of another strategy, recorded once; see :mod:`llc_fast.recording`.
+
+    Raises:
+        NotReplayableError: the model can't be recorded, or a replay does not give what it should.
+    """
+
+    def __init__(self, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int) -> None:
+        batch = feed(step)
+
+        def both() -> tuple[Evaluation, list[Tensor]]:
+            return inner.evaluate(batch), inner.gradients()
+
+        self._recording, self._state = Recording(both), state
+        self._evaluation: Evaluation = self._recording.result[0]
+        self._grads: list[Tensor] = self._recording.result[1]
+        self._check(both, feed, step)
+
+    def _check(self, both: Callable[[], tuple[Evaluation, list[Tensor]]], feed: Feed, step: int) -> None:
+        """A replay elsewhere must agree with the function itself: the model may not do the same each time."""
+        feed(step + 1)
+        with self._state.displaced():
+            try:
+                self._recording.replay()
+            except RuntimeError as error:
+                raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
+            evaluation, grads = both()
+        check_replay((self._evaluation.loss, *self._grads), (evaluation.loss, *grads))
+        feed(step)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        self._recording.replay()
+        return self._evaluation
+
+    def gradients(self) -> list[Tensor]:
+        return self._grads
+
+    def move(self, step: int) -> None:
+        self._state.move(self._grads, step)
+
+
+def make_gradient(
+    plan: Plan, posterior: Objective, state: ChainState, buffers: dict[str, Tensor], feed: Feed, step: int
+) -> tuple[Gradient, str]:
+    """The strategy of a plan for a group of chains, and why it could not be recorded, if it should have been."""
+    inner: EagerGradient | BatchedGradient
+    if plan.strategy == "sequential" or (plan.strategy == "batched" and state.num_chains == 1):
+        inner = EagerGradient(posterior, state, buffers, plan.release)
+    else:
+        inner = BatchedGradient(posterior, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    note = ""
+    if plan.replay:
+        try:
+            return ReplayedGradient(inner, state, feed, step), ""
+        except NotReplayableError as error:
+            note = str(error)
+    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
+        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
+    return inner, note

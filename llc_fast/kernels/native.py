@@ -1,0 +1,514 @@
+"""The one door to the native module: checks tensors, lays them out as segments, runs the fused step.
+
+Nothing else in the package touches an address. A step over a set of tensors reads each gradient where autograd
+left it, makes its noise in registers and writes each parameter once, in one native call for all tensors and
+chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fast.reference`, and say so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llc_fast import _native
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import METRICS, NoiseKey, StepScalars
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NUM_STATES: dict[str, int] = _native.info()["rules"]  # type: ignore[assignment]
+"""Tensors like w that each rule keeps between steps, by the rule's name."""
+_RULES = {name: k for k, name in enumerate(NUM_STATES)}
+NUM_METRICS = len(METRICS)
+
+
+@functools.cache
+def native_info() -> dict[str, object]:
+    """What the native module was built with and runs with: instruction set, OpenMP, CUDA, architectures."""
+    return dict(_native.info())
+
+
+@functools.cache
+def has_native_backend(device_type: str) -> bool:
+    """Whether steps on this kind of device run in the native module; warns, once, if they do not."""
+    info = native_info()
+    if device_type == "cpu" or (device_type == "cuda" and info["cuda"] is not None and torch.version.cuda):
+        return True
+    reason = info.get("no_cuda_reason", "") if device_type == "cuda" else ""
+    warnings.warn(
+        f"llc_fast has no native update for device type {device_type!r} in this build; it uses plain PyTorch "
+        f"there, which is several times slower. {reason}".strip(),
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return False
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise TypeError or ValueError unless `tensor` is a dense floating-point tensor that holds data."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; only dense tensors can be sampled: use .to_dense()")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and holds no data: materialize the model first")
+    if tensor.dtype not in _DTYPES and tensor.dtype not in _LOW:
+        known = ", ".join(str(d).removeprefix("torch.") for d in (*_DTYPES, *_LOW))
+        raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {known}: convert the model")
+
+
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd of writes that it can't see: a backward pass that still needs the old values then raises."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # torch 2.4 takes one at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def is_low_precision(tensor: Tensor) -> bool:
+    """Whether chains of this parameter keep float32 and write it a copy: steps would be lost in its own precision."""
+    return tensor.dtype in _LOW
+
+
+@dataclass
+class Segment:
+    """One tensor of a step.
+
+    Attributes:
+        w: float32 or float64, updated in place; holds chain 0, chain c lies ``c * chain_stride`` elements behind.
+        offset: index of its first element in the flat parameter vector; names its noise, so that the noise of an
+            element does not depend on how the vector is split into tensors. A block of a larger tensor lies in the
+            vector in several runs of equal length: then the index of each run's first element.
+        anchor: w*, shared by all chains; None where neither localization nor box is used.
+        mask: boolean, broadcasts to w's shape; elements where it is False never move.
+        state: what the rule keeps, as many tensors like w as it needs, with the same chain stride.
+        preconditioner: of the rule that takes one: a number, or a tensor that broadcasts to w's shape.
+        copy: bfloat16 or float16 tensor that receives the new w; its gradients are then of that dtype too.
+    """
+
+    w: Tensor
+    offset: int | Sequence[int]
+    anchor: Tensor | None = None
+    mask: Tensor | None = None
+    state: Sequence[Tensor] = ()
+    preconditioner: Tensor | float = 1.0
+    copy: Tensor | None = None
+
+    @property
+    def runs(self) -> Sequence[int]:
+        """Where in the flat parameter vector its runs begin."""
+        return (self.offset,) if isinstance(self.offset, int) else self.offset
+
+    @property
+    def run_length(self) -> int:
+        return self.w.numel() // len(self.runs)
+
+
+class SegmentTable:
+    """The tensors that one step updates, laid out for the native kernel; build once, step many times.
+
+    Args:
+        rule: name of the update rule, a key of ``reference.RULES``.
+        segments: the tensors; all on one device, with one dtype of w and one of the copies.
+        num_chains: rows that one step updates.
+        chain_stride: elements from a chain to the next (not used with one chain).
+
+    Raises:
+        TypeError, ValueError: integer, complex, sparse or meta tensors, mixed devices or dtypes, shapes that
+            do not match.
+    """
+
+    _GRAD, _GRAD_STRIDE = 4, 5  # columns of the native table, see csrc/step.h
+
+    def __init__(self, rule: str, segments: Sequence[Segment], *, num_chains: int = 1, chain_stride: int = 0) -> None:
+        if rule not in _RULES:
+            raise ValueError(f"rule={rule!r} is unknown; choose one of: {', '.join(_RULES)}")
+        if not segments:
+            raise ValueError("params is empty: nothing to update")
+        for k, segment in enumerate(segments):
+            check_tensor(f"parameter {k}", segment.w)
+        self._order = sorted(range(len(segments)), key=lambda k: segments[k].runs[0])
+        self._segments = [_prepare(segments[k], k, rule) for k in self._order]
+        self._rule, self._num_chains, self._chain_stride = rule, num_chains, chain_stride
+        first = self._segments[0]
+        self.device, self.dtype = first.w.device, first.w.dtype
+        self._on_cpu = self.device.type == "cpu"
+        self._grad_dtype = self.dtype if first.copy is None else first.copy.dtype
+        self._check_uniform()
+        # Only dense rows can be segments: anything else is stepped in a contiguous copy.
+        self._work = [_dense_like(s.w) for s in self._segments]
+        self._copies = [None if s.copy is None else _dense_like(s.copy) for s in self._segments]
+        self._numel = [s.w.numel() for s in self._segments]
+        self._sizes = list(zip(self._order, self._numel, strict=True))
+        self._begin = first.runs[0]
+        self._end = max(s.runs[-1] + s.run_length for s in self._segments)
+        self._moves = [
+            (work, original)
+            for work, original in (
+                *zip(self._work, [s.w for s in self._segments], strict=True),
+                *zip(self._copies, [s.copy for s in self._segments], strict=True),
+            )
+            if work is not None and original is not None and work is not original
+        ]
+        self._native = has_native_backend(self.device.type)
+        if self._native:
+            self._rows = np.concatenate([self._native_rows(k) for k in range(len(self._segments))])
+            # What a run's gradient lies behind its segment's; None where every segment is one run, as nearly always.
+            self._grad_shifts = self._rows[:, self._GRAD].copy() if len(self._rows) > len(segments) else None
+            self._constants = (_RULES[rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, ""))
+            self._host_address = int(self._rows.ctypes.data)
+            self._device_rows: Tensor | None = None
+            self._addresses: list[int] = []
+            self._is_sent = False  # whether the GPU knows them
+            self._scratch: Tensor | None = None
+
+    def _check_uniform(self) -> None:
+        for k, segment in zip(self._order, self._segments, strict=True):
+            w, grad_dtype = segment.w, segment.w.dtype if segment.copy is None else segment.copy.dtype
+            if w.device != self.device or w.dtype != self.dtype or grad_dtype != self._grad_dtype:
+                raise ValueError(
+                    f"parameter {k} is {w.dtype} ({grad_dtype} in the model) on {w.device}, others are {self.dtype} "
+                    f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
+                )
+
+    def _native_rows(self, k: int) -> np.ndarray:
+        """The segment as ``llc::Segment`` sees it, a row for each run; without the gradient's address."""
+        s, work, copy = self._segments[k], self._work[k], self._copies[k]
+        address, given = work.data_ptr(), s.preconditioner
+        states = [t.data_ptr() for t in s.state] + [0] * (2 - len(s.state))
+        scale = np.float64(1.0 if isinstance(given, Tensor) else given).view(np.int64)
+        wide, grad = work.element_size(), self._grad_dtype.itemsize
+        # Each column of the first run, and how many bytes an element takes where the column is an address.
+        columns = [
+            (0, 0),
+            (s.run_length, 0),
+            (address, wide),
+            (self._chain_stride, 0),
+            (0, grad),
+            (0, 0),
+            (address if s.anchor is None else s.anchor.data_ptr(), wide),
+            (self._chain_stride if s.anchor is None else 0, 0),
+            (0, 0) if s.mask is None else (s.mask.data_ptr(), 1),
+            *((state, wide if state else 0) for state in states),
+            (given.data_ptr(), wide) if isinstance(given, Tensor) else (0, 0),
+            (int(scale), 0),
+            (0, 0) if copy is None else (copy.data_ptr(), grad),
+        ]
+        first, element = np.array(columns, dtype=np.int64).T
+        rows: np.ndarray = first + np.arange(len(s.runs))[:, None] * s.run_length * element
+        rows[:, 0] = s.runs
+        return rows
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        scalars: StepScalars,
+        key: NoiseKey,
+        *,
+        thermostat: Tensor | None = None,
+        metrics: Tensor | None = None,
+        device_scalars: Tensor | None = None,
+        device_step: Tensor | None = None,
+    ) -> None:
+        """Update all tensors of all chains in place.
+
+        Args:
+            grads: gradient of the mean minibatch loss for each segment, in the order given: of w's shape (shared by
+                the chains) or with a leading dimension ``num_chains``; in the model's precision.
+            scalars: hyperparameters.
+            key: names the noise; chain c of the table uses ``key.chain + c``.
+            thermostat: float64, one value for each chain, read by SGNHT.
+            metrics: float64 ``[num_chains, 8]``, receives the sums named in ``METRICS``; the same bits for
+                any number of threads. None: not computed.
+            device_scalars, device_step: on a CUDA device, the scalars (float64) and the step (int64) to read when the
+                kernel runs, instead of those given here: a captured CUDA graph then follows them.
+
+        Raises:
+            TypeError, ValueError: a gradient that is sparse, of another dtype, device or size.
+        """
+        gradients = self._gradients(grads)
+        for work, original in self._moves:
+            work.copy_(original)
+        if self._native:
+            self._native_step(gradients, scalars, key, thermostat, metrics, device_scalars, device_step)
+        else:
+            self._reference_step(gradients, scalars, key, thermostat, metrics)
+        for work, original in self._moves:
+            original.copy_(work)
+
+    def _gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in table order, checked and contiguous."""
+        dense, dtype, device, strided = [], self._grad_dtype, self.device, torch.strided
+        for k, numel in self._sizes:
+            grad = grads[k]
+            # One condition for all that should be so: this is most of what Python does in a small step.
+            if not (
+                grad.dtype is dtype
+                and grad.device == device
+                and grad.layout is strided
+                and ((size := grad.numel()) == numel or size == numel * self._num_chains)
+            ):
+                self._refuse_gradient(k, grad, numel)
+            dense.append(grad if grad.is_contiguous() else grad.contiguous())
+        return dense
+
+    def _refuse_gradient(self, k: int, grad: Tensor, numel: int) -> NoReturn:
+        name = f"the gradient of parameter {k}"
+        if grad.dtype != self._grad_dtype or grad.device != self.device:
+            raise TypeError(
+                f"{name} is {grad.dtype} on {grad.device}, the parameter {self._grad_dtype} on {self.device}"
+            )
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"{name} has layout {grad.layout}; only dense gradients can be used: build the embedding with "
+                "sparse=False"
+            )
+        raise ValueError(f"{name} has shape {tuple(grad.shape)}: {grad.numel()} elements, not {numel}")
+
+    def _native_step(
+        self,
+        grads: list[Tensor],
+        scalars: StepScalars,
+        key: NoiseKey,
+        thermostat: Tensor | None,
+        metrics: Tensor | None,
+        device_scalars: Tensor | None,
+        device_step: Tensor | None,
+    ) -> None:
+        addresses = [g.data_ptr() for g in grads]
+        if addresses != self._addresses:
+            self._rows[:, self._GRAD] = self._by_run(addresses)
+            if self._grad_shifts is not None:
+                self._rows[:, self._GRAD] += self._grad_shifts
+            if self._num_chains > 1:
+                strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
+                self._rows[:, self._GRAD_STRIDE] = self._by_run(strides)
+            self._addresses, self._is_sent = addresses, False
+        arguments = (
+            *self._constants,
+            self._table_address(),
+            len(self._rows),
+            self._begin,
+            self._end,
+            self._num_chains,
+            scalars,
+            key.seed,
+            key.step,
+            key.chain,
+            None if thermostat is None else thermostat.data_ptr(),
+            None if metrics is None else metrics.data_ptr(),
+            None if metrics is None else self._scratch_address(),
+            None if device_scalars is None else device_scalars.data_ptr(),
+            None if device_step is None else device_step.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if self._on_cpu:
+            _native.step(*arguments, None)
+        else:
+            with torch.cuda.device(self.device):
+                _native.step(*arguments, torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _by_run(self, values: list[int]) -> list[int] | np.ndarray:
+        """A value for each segment as one for each native row."""
+        return values if self._grad_shifts is None else np.repeat(values, [len(s.runs) for s in self._segments])
+
+    def _table_address(self) -> int:
+        if self._on_cpu:
+            return self._host_address
+        if self._device_rows is None:
+            self._device_rows = torch.empty(self._rows.shape, dtype=torch.int64, device=self.device)
+        if not self._is_sent and not torch.cuda.is_current_stream_capturing():
+            self.send_addresses()
+        return self._device_rows.data_ptr()
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the GPU knows where the gradients of the last step are: not if that was captured in a CUDA graph."""
+        return self._on_cpu or not self._native or self._is_sent
+
+    def send_addresses(self) -> None:
+        """Tell the GPU where the gradients of the last step are; after capturing it, and before the graph's replay."""
+        assert self._device_rows is not None
+        # A copy, because the host may write to its rows before the GPU has read them; and it does not wait for that.
+        self._device_rows.copy_(torch.from_numpy(self._rows.copy()), non_blocking=True)
+        self._is_sent = True
+
+    def _scratch_address(self) -> int | None:
+        """Where a GPU leaves partial sums: allocated once, when metrics are first wanted."""
+        if self._on_cpu:
+            return None
+        if self._scratch is None:
+            size = _native.scratch_size(self._begin, self._end, self._num_chains)
+            self._scratch = torch.empty(size, dtype=torch.float64, device=self.device)
+        return self._scratch.data_ptr()
+
+    @torch.no_grad()  # a gradient may have a graph itself
+    def _reference_step(
+        self,
+        grads: list[Tensor],
+        scalars: StepScalars,
+        key: NoiseKey,
+        thermostat: Tensor | None,
+        metrics: Tensor | None,
+    ) -> None:
+        if metrics is not None:
+            metrics.zero_()
+        for k, (s, work, copy, grad) in enumerate(zip(self._segments, self._work, self._copies, grads, strict=True)):
+            n = self._numel[k]
+            for chain in range(self._num_chains):
+                w, *state = (_row_of(t, chain * self._chain_stride, n) for t in (work, *s.state))
+                mask = slice(None) if s.mask is None else s.mask.reshape(-1)
+                noise_key = key._replace(chain=key.chain + chain)
+                z = torch.cat(
+                    [
+                        reference.normals(run, s.run_length, noise_key, dtype=self.dtype, device=self.device)
+                        for run in s.runs
+                    ]
+                )
+                given = s.preconditioner
+                x = reference.Coordinates(
+                    w=w[mask].clone(),
+                    grad=grad.reshape(-1, n)[chain if grad.numel() != n else 0].to(self.dtype)[mask],
+                    anchor=(w if s.anchor is None else s.anchor.reshape(-1))[mask],
+                    noise=z[mask] * (scalars.noise_level != 0),
+                    state=[t[mask].clone() for t in state],
+                    preconditioner=given.reshape(-1)[mask] if isinstance(given, Tensor) else given,
+                    thermostat=0.0 if thermostat is None else thermostat[chain].to(self.dtype),
+                )
+                sums = reference.apply(self._rule, x, scalars, key.step)
+                w[mask] = x.w
+                for row, new in zip(state, x.state, strict=True):
+                    row[mask] = new
+                if metrics is not None:
+                    metrics[chain] += sums
+                if copy is not None:
+                    _row_of(copy, chain * self._chain_stride, n).copy_(w)
+
+
+def _row_of(tensor: Tensor, start: int, length: int) -> Tensor:
+    return tensor.as_strided((length,), (1,), tensor.storage_offset() + start)
+
+
+def _dense_like(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _broadcast(name: str, tensor: Tensor, w: Tensor) -> Tensor:
+    try:
+        return tensor.to(w.device).expand(w.shape).contiguous()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} does not fit its parameter of shape {tuple(w.shape)}"
+        ) from error
+
+
+def _prepare(segment: Segment, k: int, rule: str) -> Segment:
+    """The segment with its tensors checked, broadcast and contiguous."""
+    w, anchor, mask, given = segment.w, segment.anchor, segment.mask, segment.preconditioner
+    if w.dtype not in _DTYPES:
+        raise TypeError(f"parameter {k} has dtype {w.dtype}; chains are kept in float32 or float64")
+    for name, tensor in [("parameter", w), ("anchor", anchor), ("mask", mask), ("preconditioner", given)]:
+        if isinstance(tensor, Tensor) and tensor.numel() and not tensor.data_ptr():
+            raise TypeError(f"{name} {k} is a {type(tensor).__name__}, which keeps its data elsewhere")
+    if segment.run_length * len(segment.runs) != w.numel():
+        raise ValueError(f"parameter {k} has {w.numel()} elements, which are not {len(segment.runs)} equal runs")
+    for name, like in [("anchor", anchor), *(("state", t) for t in segment.state)]:
+        if like is not None and (like.shape, like.dtype, like.device) != (w.shape, w.dtype, w.device):
+            raise ValueError(
+                f"the {name} of parameter {k} is {like.dtype} {tuple(like.shape)} on {like.device}, the parameter "
+                f"{w.dtype} {tuple(w.shape)} on {w.device}"
+            )
+    if len(segment.state) != NUM_STATES[rule]:
+        raise ValueError(f"rule {rule!r} keeps {NUM_STATES[rule]} states, parameter {k} has {len(segment.state)}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"a mask must be a tensor of dtype torch.bool, got {kind}")
+        mask = _broadcast("a mask", mask, w)
+    if isinstance(given, Tensor):
+        given = _broadcast("a preconditioner", given.detach().to(w.dtype), w)
+    return replace(
+        segment,
+        w=w.detach(),
+        anchor=None if anchor is None else anchor.detach().contiguous(),
+        mask=mask,
+        preconditioner=given,
+        copy=None if segment.copy is None else segment.copy.detach(),
+    )
+
+
+def normals(
+    begin: int,
+    length: int,
+    key: NoiseKey,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The noise that a step with this key gives the flat elements ``begin … begin + length − 1``.
+
+    Returns:
+        Standard normals, shape ``[length]``; equal to :func:`llc_fast.reference.normals` to rounding.
+
+    Raises:
+        ValueError: a negative `begin` or `length`, an unsupported dtype.
+    """
+    if begin < 0 or length < 0:
+        raise ValueError(f"begin and length must not be negative, got {begin} and {length}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    device = torch.device(device)
+    if not has_native_backend(device.type):
+        return reference.normals(begin, length, key, dtype=dtype, device=device)
+    out = torch.empty(length, dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
+        _native.normals(
+            _DTYPES[dtype], out.data_ptr(), begin, length, key.seed, key.step, key.chain, key.stream, stream
+        )
+    return out
+
+
+def minibatch_indices(num_samples: int, key: NoiseKey, out: Tensor, *, device_step: Tensor | None = None) -> Tensor:
+    """Which samples chains see at step ``key.step``; a pure function of the key, see ``csrc/minibatch.h``.
+
+    Within an epoch of n // batch_size steps a chain sees no sample twice, and each epoch has an order of its own.
+
+    Args:
+        num_samples: n.
+        key: names the draw; row c of `out` uses ``key.chain + c``.
+        out: int64 ``[num_chains, batch_size]``, contiguous, overwritten; batch_size at most n.
+        device_step: on a CUDA device, the step (int64) to read when the kernel runs, instead of ``key.step``.
+
+    Returns:
+        `out`; equal to :func:`llc_fast.reference.minibatch_indices`.
+    """
+    num_chains, batch_size = out.shape
+    if out.dtype != torch.int64 or not out.is_contiguous() or not 1 <= batch_size <= num_samples:
+        raise ValueError(f"out must be contiguous int64 [num_chains, batch_size ≤ {num_samples}], got {out.dtype} "
+                         f"{tuple(out.shape)}")  # fmt: skip
+    if not has_native_backend(out.device.type):
+        return out.copy_(reference.minibatch_indices(num_samples, batch_size, num_chains, key))
+    stream = torch.cuda.current_stream(out.device).cuda_stream if out.device.type == "cuda" else None
+    with torch.cuda.device(out.device) if stream is not None else contextlib.nullcontext():
+        _native.minibatch(
+            out.data_ptr(),
+            num_samples,
+            batch_size,
+            num_chains,
+            key.seed,
+            key.step,
+            key.chain,
+            None if device_step is None else device_step.data_ptr(),
+            stream,
+        )
+    return out

@@ -1,0 +1,84 @@
+"""Which parameters are sampled."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Selection = str | nn.Module | Tensor
+
+
+# ---- which parameters --------------------------------------------------------------------------------------
+
+
+def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
+    """The parameters to sample by name, each with the mask of its elements that may move, or None for all of them.
+
+    Args:
+        model: whose parameters.
+        params: None for all that require a gradient; a name, glob pattern (``"layers.0.*"``), module or parameter of
+            the model, or several of these; or a mapping from such to a boolean mask that broadcasts to the parameter
+            (weight-refined LLC: one attention head, say), or to True for all of it.
+
+    Raises:
+        TypeError, ValueError: nothing to sample, something that is not the model's, a mask that does not fit.
+    """
+    named = dict(model.named_parameters())
+    if not named:
+        raise ValueError("the model has no parameters: nothing to sample")
+    if params is None:
+        chosen: dict[str, Tensor | None] = {name: None for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError("no parameter requires a gradient: nothing to sample; set requires_grad_(True)")
+        return chosen
+    if isinstance(params, (str, nn.Module, Tensor)):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must hold names, glob patterns, modules or parameters, got {type(params).__name__}")
+    entries = list(params.items()) if isinstance(params, Mapping) else [(entry, True) for entry in params]
+    if not entries:
+        raise ValueError("params is empty: nothing to sample")
+    masks: dict[str, Tensor | None] = {}
+    for entry, mask in entries:
+        for name in _matching(model, named, entry):
+            masks[name] = _mask(name, named[name], mask)
+    return {name: masks[name] for name in named if name in masks}
+
+
+def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> Iterator[str]:
+    if isinstance(entry, str):
+        # A tied parameter goes by each of its names.
+        tied = {alias: id(p) for alias, p in model.named_parameters(remove_duplicate=False)}
+        wanted = {tied[alias] for alias in fnmatch.filter(tied, entry)}
+        found = [name for name, p in named.items() if id(p) in wanted]
+        if not found:
+            raise ValueError(f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
+    elif isinstance(entry, (nn.Module, Tensor)):
+        wanted = {id(p) for p in (entry.parameters() if isinstance(entry, nn.Module) else [entry])}
+        found = [name for name, p in named.items() if id(p) in wanted]
+        if not found:
+            raise ValueError(f"params holds a {type(entry).__name__} with no parameter of the model")
+    else:
+        raise TypeError(f"params must hold names, glob patterns, modules or parameters, got {type(entry).__name__}")
+    yield from found
+
+
+def _mask(name: str, p: Tensor, mask: object) -> Tensor | None:
+    if mask is True or mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"the mask of parameter {name!r} must be a tensor of dtype torch.bool, got {kind}")
+    try:
+        full = mask.expand(p.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the mask of parameter {name!r} has shape {tuple(mask.shape)}, which does not fit {tuple(p.shape)}"
+        ) from None
+    if not full.any():
+        raise ValueError(f"the mask of parameter {name!r} is False everywhere: leave the parameter out")
+    return full.contiguous()

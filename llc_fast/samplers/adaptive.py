@@ -1,0 +1,106 @@
+"""Langevin dynamics in a metric that is learned from gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llc_fast.kernels.step import StepScalars
+from llc_fast.samplers.base import Sampler
+from llc_fast.support.arguments import check_decay, check_number
+
+
+def _adaptation(options: Mapping[str, Any], decay: float) -> dict[str, float]:
+    """The scalars of a running mean of squared gradients."""
+    steps = options["adapt_steps"]
+    return {
+        "decay": float(decay),
+        "eps": float(options["eps"]),
+        "adapt_steps": math.inf if steps is None else steps,
+    }
+
+
+def _check_adaptation(eps: object, adapt_steps: object) -> None:
+    check_number("eps", eps, minimum=0, exclusive=True)
+    if adapt_steps is not None:
+        check_number("adapt_steps", adapt_steps, minimum=1)
+
+
+@dataclass(frozen=True)
+class RMSpropSGLD(Sampler):
+    r"""SGLD in the metric of RMSprop (Li et al. 2016, arXiv 1512.07666).
+
+    .. math:: V ← αV + (1 − α)\,g², \quad p = 1/(\sqrt V + eps), \quad
+        w ← w − \tfrac{ε}{2}\,p\,[nβ\,g + γ(w − w^*) + μ\,w] + σ\sqrt{ε p}\,ξ
+
+    While V adapts, p depends on the path and the correction term Γ of Li et al. is left out (as everywhere in the
+    field), so the stationary law is off by O(1 − α) and by the correlation of p with the present gradient. After
+    `adapt_steps` steps V stays as it is, and the draws come from SGLD in a fixed metric, which is exact up to O(ε).
+
+    Attributes:
+        alpha: decay α of the running mean, in [0, 1).
+        eps: added to √V, > 0.
+        relative_eps: whether `eps` is in units of the gradient's own scale, the root of the mean of V over all
+            elements; rescaling the loss then rescales p and nothing else.
+        adapt_steps: steps after which V is frozen; None: never (as in devinterp).
+    """
+
+    name: ClassVar[str] = "rmsprop-sgld"
+    adaptive: ClassVar[bool] = True
+
+    alpha: float = 0.99
+    eps: float = 0.1
+    relative_eps: bool = False
+    adapt_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay("alpha", self.alpha)
+        _check_adaptation(self.eps, self.adapt_steps)
+
+    @classmethod
+    def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
+        return super().scalars(options)._replace(**_adaptation(options, options["alpha"]))
+
+
+@dataclass(frozen=True)
+class AdamSGLD(Sampler):
+    r"""SGLD in RMSprop's metric with a running mean of gradients, both bias-corrected as in Adam.
+
+    .. math:: m ← β_1 m + (1 − β_1) g,\quad V ← β_2 V + (1 − β_2) g²,\quad p = 1/(\sqrt{\hat V} + eps),\quad
+        w ← w − \tfrac{ε}{2}\,p\,[nβ\,\hat m + γ(w − w^*) + μ\,w] + σ\sqrt{ε p}\,ξ
+
+    The Adam-SGLD of Hitchcock & Hoogland 2025 (arXiv 2507.21449); Kim, Song & Liang 2022 (arXiv 2009.09535) adapt the
+    drift in a related way. What holds for RMSprop-SGLD's metric holds here; besides, m lags about β₁/(1 − β₁) steps
+    behind the gradient, which costs an error of order ε·nβ·h·p·β₁/(1 − β₁) in a direction of curvature h even after V
+    is frozen.
+
+    Attributes:
+        betas: (β₁, β₂), each in [0, 1).
+        eps, relative_eps, adapt_steps: as for RMSprop-SGLD.
+    """
+
+    name: ClassVar[str] = "adam-sgld"
+    corrects_start: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
+    tells_heat: ClassVar[bool] = False  # the drift lags behind the place
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 0.1
+    relative_eps: bool = False
+    adapt_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be a pair, got {self.betas!r}")
+        check_decay("betas[0]", self.betas[0])
+        check_decay("betas[1]", self.betas[1])
+        _check_adaptation(self.eps, self.adapt_steps)
+
+    @classmethod
+    def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
+        first, second = options["betas"]
+        return super().scalars(options)._replace(momentum_decay=float(first), **_adaptation(options, second))

@@ -1,0 +1,118 @@
+"""What traces and probes say about an estimate: error bars, convergence, step size. Pure functions of arrays.
+
+What the figures mean for the user is said in :mod:`llc_fast.advice`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llc_fast.stats.convergence import error_within, ess_mean
+from llc_fast.stats.errors import batch_means
+
+# ---- traces ------------------------------------------------------------------------------------------------
+
+
+class Drift(NamedTuple):
+    """How far the mean moved from the first draw to the last, and the standard error of that."""
+
+    value: float
+    stderr: float
+
+
+def drift(draws: NDArray[np.float64]) -> Drift:
+    """The trend of draws ``[chain, draw]``: a line through batch means, fitted by least squares, times its length.
+
+    The error is the larger of two: from the residuals of about √draws batch means, long enough to be nearly
+    independent, and from the spread of the chains' slopes. NaN with fewer than nine draws.
+    """
+    chains, length = draws.shape
+    batches = math.isqrt(length)
+    if not chains or batches < 3:
+        return Drift(math.nan, math.nan)
+    means = batch_means(draws, batches)
+    time = (np.arange(batches) - (batches - 1) / 2) / batches
+    slopes = means @ time / (time @ time)
+    residuals = means - means.mean(axis=1, keepdims=True) - np.outer(slopes, time)
+    variances = [float((residuals**2).sum()) / (chains * (batches - 2)) / (time @ time)]
+    if chains > 1:
+        variances.append(float(slopes.var(ddof=1)))
+    return Drift(float(slopes.mean()), math.sqrt(max(variances) / chains))
+
+
+class SlowPart(NamedTuple):
+    """What moves slowly beneath the noise of single draws.
+
+    Attributes:
+        times: how many of its autocorrelation times a chain spans.
+        size: its standard deviation, in units of the draws.
+    """
+
+    times: float
+    size: float
+
+
+def slow_part(draws: NDArray[np.float64]) -> SlowPart:
+    """The part of draws ``[chain, draw]`` that means of about √draws consecutive ones have in common with the next.
+
+    R̂ and effective sample sizes of draws whose variance is mostly minibatch noise are those of the noise: it forgets at
+    once, and hides chains that have hardly moved. Batch means average it away. NaN with fewer than 256 draws, whose 16
+    means have no autocorrelation time worth the name.
+    """
+    chains, length = draws.shape
+    if not chains or length < 256:
+        return SlowPart(math.nan, math.nan)
+    means = batch_means(draws, math.isqrt(length))
+    away = means - means.mean()
+    shared = float((away[:, 1:] * away[:, :-1]).mean())
+    return SlowPart(ess_mean(means) / chains, math.sqrt(max(shared, 0.0)))
+
+
+def burnin_needed(losses: NDArray[np.float64], num_windows: int = 100) -> int:
+    """Steps until a loss trace ``[chain, step]``, burn-in included, has reached where it stays.
+
+    The mean over chains, smoothed over windows of a hundredth of the run, is compared with the windows of the second
+    half: there is the plateau, if there is one (else see :func:`drift`). The trace has reached it once it enters the
+    band of three of their standard deviations, and has not, while it is beyond five.
+    """
+    size: int = max(1, losses.shape[1] // num_windows)
+    count = losses.shape[1] // size
+    if not losses.size or count < 8:
+        return 0
+    windows = losses[:, : count * size].mean(axis=0).reshape(count, size).mean(axis=1)
+    late = windows[count // 2 :]
+    apart = np.abs(windows - late.mean()) / max(float(late.std(ddof=1)), 1e-300)
+    entered = int(np.argmax(apart <= 3))
+    beyond = [int(k) for k in np.flatnonzero(apart[: count // 2] > 5)]
+    return size * max(entered, 1 + max(beyond, default=-1))
+
+
+def spike_share(draws: NDArray[np.float64]) -> float:
+    """The share of the mean of draws ``[chain, draw]`` that comes from spikes.
+
+    Spikes lie further above the median than five times the 99 % quantile does. Draws of a chi-square law, which a
+    regular model gives, are not spikes: of a million with one degree of freedom the largest is at 3.9 times.
+    """
+    if not draws.size:
+        return math.nan
+    median, high = np.quantile(draws, [0.5, 0.99])
+    cut, mean = median + 5 * (high - median), abs(float(draws.mean()))
+    return float(np.maximum(draws - cut, 0).mean()) / mean if mean > 0 else math.nan
+
+
+def chain_spread(draws: NDArray[np.float64]) -> float:
+    """Variance of the chain means over what the fluctuations within chains explain, over what chance would make of it.
+
+    Chance exceeds 1 about once in 10⁵ runs (Wilson & Hilferty's χ² quantile). NaN with fewer than two chains.
+    """
+    chains = len(draws)
+    within = error_within(draws)
+    if chains < 2 or not within > 0:
+        return math.nan
+    share = 2 / (9 * (chains - 1))
+    chance = (1 - share + 4.26 * math.sqrt(share)) ** 3
+    return float(draws.mean(axis=1).var(ddof=1)) / within**2 / chance
