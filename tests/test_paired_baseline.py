@@ -147,7 +147,7 @@ def test_a_realizable_problem_needs_no_baseline() -> None:
     result = estimate(model=model, data=(x, y), **EVERY_STEP)
     assert not result.settings["paired_baseline"]
     assert "the same on all minibatches" in result.diagnostics["unpaired_reason"]
-    assert result.init_loss == 0
+    assert 0 <= result.init_loss < 1e-30  # zero but for the order in which a batch's sums are rounded
     np.testing.assert_array_equal(result.loss_trace, _raw(result))
 
 

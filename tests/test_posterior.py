@@ -422,8 +422,9 @@ def test_a_model_that_works_in_place_on_its_input() -> None:
         careful = _estimate(_initialize(Careful(3, 1)), _data(), **options)
         assert torch.equal(data[0], _data()[0])
         assert in_place.init_loss == careful.init_loss
-        assert in_place.settings["lr"] == careful.settings["lr"]
-        assert np.array_equal(in_place.loss_trace, careful.loss_trace)
+        assert in_place.settings["lr"] == pytest.approx(careful.settings["lr"], rel=1e-4)
+        # One runs chain by chain, the other in a batch, where a matrix library may sum in another order.
+        np.testing.assert_allclose(in_place.loss_trace, careful.loss_trace, rtol=1e-4)
 
 
 def test_channels_last_model() -> None:
@@ -635,8 +636,8 @@ def test_chains_do_not_depend_on_their_number(kind: str) -> None:
     data = DATA["shuffling loader"]() if kind == "shuffling loader" else _data()
     batch_size = 7 if kind == "minibatches" else None
     traces = [_estimate(model, data, batch_size=batch_size, num_chains=c).loss_trace for c in (1, 2, 4)]
-    for trace in traces[:-1]:
-        assert np.array_equal(trace, traces[-1][: len(trace)])
+    for trace in traces[:-1]:  # to rounding: a matrix library may sum one chain's product in another order than four's
+        np.testing.assert_allclose(trace, traces[-1][: len(trace)], rtol=1e-4)
     for chain in range(1, 4):
         assert not (traces[-1][chain, 1:] == traces[-1][0, 1:]).any()
 
