@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 PLAYED := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*')
 

@@ -118,7 +118,7 @@ def local_segment(name: str, p: Any, whole: Segment) -> Segment:
     return Segment(
         w=held("float32 copy", whole.w),
         offset=[whole.offset + start for start in block.starts],
-        anchor=None if whole.anchor is None else held("anchor", whole.anchor),
+        reference=None if whole.reference is None else held("reference", whole.reference),
         mask=part("mask", whole.mask),
         state=[held("state", kept) for kept in whole.state],
         preconditioner=part("preconditioner", whole.preconditioner),
