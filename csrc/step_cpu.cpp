@@ -112,16 +112,6 @@ LLC_HD void store(const Operands<T>& o, int64_t i, const Coordinate<T>& x) {
 #define LLC_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-template <class Rule, class T>
-void update(const Rule& rule, const Operands<T>& o) {
-    LLC_INDEPENDENT
-    for (int64_t i = 0; i < o.n; ++i) {
-        Coordinate<T> x = load<Rule>(o, i);
-        rule(x);
-        store<Rule>(o, i, x);
-    }
-}
-
 constexpr int kWide = 16;
 
 // How `measure` adds to one lane of the sums: `counted` is 0 for an element that its mask holds, else 1.
@@ -133,11 +123,11 @@ struct AddToLane {
     LLC_HD void operator()(Sum sum, T a, T b) const { sums[sum][lane] += counted * a * b; }
 };
 
-// The same, adding to `totals` what the elements with a nonzero mask contribute to the sums in kSums. They are added
-// lane by lane, at most a block in T, then on in double: the order is fixed, and compilers vectorize the inner loop
-// without being asked to reorder.
+// Updates all elements, and adds to `totals` what those with a nonzero mask contribute to the sums in kSums. Terms are
+// added lane by lane, at most a block in T, then on in double: the order is fixed, and compilers vectorize the inner
+// loop without being asked to reorder.
 template <SumSet kSums, bool kMasked, class Rule, class T>
-void update_and_measure(const Rule& rule, const Operands<T>& o, const uint8_t* mask, double* totals) {
+void update(const Rule& rule, const Operands<T>& o, const uint8_t* mask, double* totals) {
     alignas(64) T sums[kNumSums][kWide] = {};
     const auto one = [&](int64_t i, int lane) __attribute__((always_inline)) {
         Coordinate<T> x = load<Rule>(o, i);
@@ -201,12 +191,10 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
     const uint8_t* mask = segment.mask ? segment.mask + local : nullptr;
     if (mask) std::memcpy(staging.before, o.w, sizeof(T) * n);
 
-    if constexpr (kSums == 0) {
-        update(rule, o);
-    } else if (mask) {
-        update_and_measure<kSums, true>(rule, o, mask, totals);
+    if (kSums != 0 && mask) {
+        update<kSums, true>(rule, o, mask, totals);
     } else {
-        update_and_measure<kSums, false>(rule, o, mask, totals);
+        update<kSums, false>(rule, o, mask, totals);
     }
     if (mask) {
         for (int64_t i = 0; i < n; ++i) o.w[i] = mask[i] ? o.w[i] : staging.before[i];

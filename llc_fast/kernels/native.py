@@ -188,7 +188,7 @@ class SegmentTable:
         ]
         self._native = has_native_backend(self.device.type)
         if self._native:
-            self._rows = np.concatenate([self._native_rows(k) for k in range(len(self._segments))])
+            self._rows = self._native_rows()
             self._grads = self._rows["grad"]  # a view: taken once, because steps write to it
             # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
             self._grad_shifts = self._grads.copy() if len(self._rows) > len(segments) else None
@@ -208,27 +208,37 @@ class SegmentTable:
                     f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
                 )
 
-    def _native_rows(self, k: int) -> np.ndarray:
-        """The rows of the native table for one segment, one for each run; `grad` is still relative to the gradient."""
-        s, work = self._segments[k], self._work[k]
-        rows = np.zeros(len(s.runs), SEGMENT)
-        first_element = np.arange(len(s.runs)) * s.run_length
-        given = s.preconditioner if isinstance(s.preconditioner, Tensor) else None
-        rows["offset"], rows["length"], rows["stride"] = s.runs, s.run_length, self._chain_stride
-        rows["grad"] = first_element * self._grad_dtype.itemsize
-        rows["reference_stride"] = self._chain_stride if s.reference is None else 0
-        rows["preconditioner_scale"] = 1.0 if given is not None else s.preconditioner
-        addresses = [
-            (rows["w"], work),
-            (rows["reference"], work if s.reference is None else s.reference),
-            (rows["mask"], s.mask),
-            *((rows["state"][:, j], state) for j, state in enumerate(s.state)),
-            (rows["preconditioner"], given),
-            (rows["copy"], self._copies[k]),
+    def _native_rows(self) -> np.ndarray:
+        """The native table: a row for each run of each segment, its `grad` in bytes from where the gradient starts."""
+        segments = self._segments
+        rows = np.zeros(len(segments), SEGMENT)
+        rows["offset"] = [s.runs[0] for s in segments]
+        rows["length"] = [s.run_length for s in segments]
+        rows["stride"] = self._chain_stride
+        rows["w"] = [w.data_ptr() for w in self._work]
+        rows["reference"] = [
+            _address(w if s.reference is None else s.reference) for s, w in zip(segments, self._work, strict=True)
         ]
-        for field, tensor in addresses:
-            if tensor is not None:
-                field[:] = tensor.data_ptr() + first_element * tensor.element_size()
+        rows["reference_stride"] = [self._chain_stride if s.reference is None else 0 for s in segments]
+        rows["mask"] = [_address(s.mask) for s in segments]
+        for j in range(NUM_STATES[self._rule]):
+            rows["state"][:, j] = [s.state[j].data_ptr() for s in segments]
+        given = [s.preconditioner for s in segments]
+        rows["preconditioner"] = [_address(p) for p in given]
+        rows["preconditioner_scale"] = [1.0 if isinstance(p, Tensor) else p for p in given]
+        rows["copy"] = [_address(copy) for copy in self._copies]
+        if all(isinstance(s.offset, int) for s in segments):
+            return rows
+
+        counts = [len(s.runs) for s in segments]
+        rows = np.repeat(rows, counts)
+        rows["offset"] = np.concatenate([s.runs for s in segments])
+        first_element = np.concatenate([np.arange(count) for count in counts]) * rows["length"]
+        wide, low = self.dtype.itemsize, self._grad_dtype.itemsize
+        rows["grad"] = first_element * low
+        fields = [rows["w"], rows["reference"], rows["preconditioner"], *rows["state"].T]
+        for addresses, size in [*((field, wide) for field in fields), (rows["mask"], 1), (rows["copy"], low)]:
+            addresses += np.where(addresses, first_element * size, 0)
         return rows
 
     def step(
@@ -262,7 +272,7 @@ class SegmentTable:
         """
         gradients = self._gradients(grads)
         names = () if sums is None else SUMS if wanted is None else tuple(wanted)
-        sum_set = _sum_set(names)
+        sum_set = _sum_set(names) if names else 0
         for work, original in self._moves:
             work.copy_(original)
         if self._native:
@@ -423,6 +433,10 @@ class SegmentTable:
                     sums[chain, columns] += terms[columns]
                 if copy is not None:
                     _row_of(copy, chain * self._chain_stride, n).copy_(w)
+
+
+def _address(value: object) -> int:
+    return value.data_ptr() if isinstance(value, Tensor) else 0
 
 
 def _row_of(tensor: Tensor, start: int, length: int) -> Tensor:
