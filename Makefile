@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
-PLAYED := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
+EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*')
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-all ## Install, then estimate learning coefficients who
 test: $(VENV)/.installed-test ## Install, then run the tests, but for the slow ones
 	$(BIN)/pytest -m "not slow"
 
-test-gpu: $(VENV)/.installed-test ## Run the tests of the CUDA path: on a GPU, or on a CPU that plays one
+test-gpu: $(VENV)/.installed-test ## Run the tests of the CUDA path: on a GPU, or by CUDA emulation on the CPU
 	PYTHONPATH=tests $(BIN)/pytest -p cuda_on_cpu -m gpu
 
 test-all: $(VENV)/.installed-test ## Install, then run all tests
@@ -30,12 +30,12 @@ lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(PLAYED)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATION)
 
 format: $(VENV)/.installed-tools ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(NATIVE) $(PLAYED)
+	$(BIN)/clang-format -i $(NATIVE) $(EMULATION)
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

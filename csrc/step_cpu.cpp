@@ -319,7 +319,7 @@ void minibatch(const Minibatch& batch) {
         int64_t* out = batch.out + chain * batch.batch_size;
         uint64_t first;
         const Permutation order = minibatch_order(batch, batch.key.step, chain, first);
-        // Apart, because the compiler vectorizes the first loop and can't the second, which has little to do.
+        // Two loops: the compiler vectorizes the first, but can't the second, which has little to do.
 #pragma GCC ivdep
         for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.once(first + uint64_t(k)));
         for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.walk(uint64_t(out[k])));

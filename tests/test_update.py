@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import llc_fast
+from llc_fast import _native
 from llc_fast.kernels import reference
-from llc_fast.kernels.native import NUM_STATES, NUM_SUMS, Segment, SegmentTable, native_info, normals
+from llc_fast.kernels.native import (
+    NUM_STATES,
+    NUM_SUMS,
+    Segment,
+    SegmentTable,
+    check_interface,
+    native_info,
+    normals,
+)
 from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
 
 KEY = NoiseKey(seed=987654321, step=3, chain=2)
@@ -247,6 +259,42 @@ def test_measuring_does_not_change_the_step() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [700, 40_000])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sum_does_not_depend_on_the_others(rule: str, size: int, device: str) -> None:
+    """Every set of sums moves the chains alike, gives the bits of each sum that it holds and 0 for the rest."""
+    s, chains = _scalars(rule, "everything"), 2
+    rows = _random(chains, size, dtype=torch.float32, seed=1).to(device)
+    grads = [_random(chains, size, dtype=torch.float32, seed=2).to(device)]
+    mask = (_random(size, dtype=torch.float32, seed=3) > 0).to(device)
+    state = rows.abs() * 0.1
+    thermostat = torch.full((chains,), THERMOSTAT, dtype=torch.float64, device=device)
+
+    def run(wanted: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        w, kept = rows.clone(), [state.clone() for _ in range(NUM_STATES[rule])]
+        segment = Segment(w[0], 5, rows[1], mask, [t[0] for t in kept], preconditioner=0.7)
+        sums = torch.full((chains, NUM_SUMS), math.nan, dtype=torch.float64, device=device)
+        table = SegmentTable(rule, [segment], num_chains=chains, chain_stride=size)
+        table.step(grads, s, KEY, thermostat=thermostat, sums=sums, wanted=wanted)
+        return w.cpu(), sums.cpu()
+
+    expected, every = run(None)
+    assert every.isfinite().all()
+    for count in range(len(SUMS) + 1):
+        for wanted in itertools.combinations(SUMS, count):
+            w, sums = run(wanted)
+            columns = torch.tensor([name in wanted for name in SUMS])
+            assert torch.equal(w, expected), wanted
+            assert torch.equal(sums, torch.where(columns, every, 0.0)), wanted
+
+
+def test_an_unknown_sum_is_refused() -> None:
+    table, sums = SegmentTable("sgld", [Segment(torch.zeros(3), 0)]), torch.zeros(1, NUM_SUMS, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"unknown sums: heat; choose from: grad, .* bias"):
+        table.step([torch.zeros(3)], OPTIONS["plain"], KEY, sums=sums, wanted=["heat"])
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_chains_share_a_reference_point_and_draw_their_own_noise(rule: str) -> None:
     """Rows of a [chains, P] buffer, with a gradient each or one for all, equal chains stepped by themselves."""
@@ -324,7 +372,7 @@ def test_nan_stays_nan_in_the_box() -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("low", [False, True])
 def test_fallback_is_the_reference(rule: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices without a native backend run the specification; here the CPU plays one."""
+    """Devices without a native backend run the specification; here that is said of the CPU."""
     s = _scalars(rule, "everything")
     rows, grad = _random(3, 333, dtype=torch.float32, seed=1), _random(3, 333, dtype=torch.float32, seed=2)
     if low:
@@ -397,6 +445,59 @@ def test_rejects_gradients_reference_points_states_and_masks() -> None:
 def test_native_rules_are_the_reference_rules() -> None:
     assert list(reference.RULES) == list(NUM_STATES) == RULES
     assert native_info()["rules"] == NUM_STATES
+
+
+def _reorder_sums(interface: dict[str, Any]) -> None:
+    interface["sums"].reverse()
+
+
+def _rename_a_field(interface: dict[str, Any]) -> None:
+    interface["Segment"]["names"][6] = "anchor"
+
+
+def _swap_two_fields(interface: dict[str, Any]) -> None:
+    offsets = interface["Segment"]["offsets"]
+    offsets[2], offsets[4] = offsets[4], offsets[2]
+
+
+def _change_a_type(interface: dict[str, Any]) -> None:
+    interface["Segment"]["formats"][-2] = "i8"
+
+
+def _add_a_scalar(interface: dict[str, Any]) -> None:
+    interface["Scalars"]["itemsize"] += 8
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_reorder_sums, "sums differ"),
+        (_rename_a_field, "Segment differ"),
+        (_swap_two_fields, "Segment differ"),
+        (_change_a_type, "Segment differ"),
+        (_add_a_scalar, "Scalars differ"),
+        (lambda interface: interface["rules"].pop(), "rules differ"),
+        (dict.clear, "Segment, Scalars, sums, rules differ"),  # a module from before there was such a check
+    ],
+)
+def test_a_module_of_another_version_is_refused(change: Callable[[dict[str, Any]], None], named: str) -> None:
+    exported = copy.deepcopy(_native.interface())
+    check_interface(exported)
+    change(exported)
+    with pytest.raises(ImportError, match=rf"another version than this package \({named}\): reinstall llc_fast"):
+        check_interface(exported)
+
+
+def test_import_compares_the_compiled_module() -> None:
+    code = """
+from llc_fast import _native
+interface = _native.interface()
+interface["Segment"]["names"][0] = "start"
+_native.interface = lambda: interface
+import llc_fast.kernels.native
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "ImportError: the compiled module" in done.stderr
 
 
 _STEP = """

@@ -30,7 +30,7 @@ def check_interface(exported: Mapping[str, Any]) -> None:
     """Raise ImportError unless the compiled module has the tables, sums and rules that this package has.
 
     Args:
-        exported: ``_native.interface()``: the layouts of ``Segment`` and ``Scalars``, as ``numpy.dtype`` takes them, and
+        exported: ``_native.interface()``: the layouts of ``Segment`` and ``Scalars`` as ``numpy.dtype`` takes them,
             the names of the sums and the rules.
     """
     expected = {"Segment": SEGMENT, "Scalars": SCALARS, "sums": list(SUMS), "rules": list(reference.RULES)}
@@ -55,7 +55,7 @@ _RULES = {name: k for k, name in enumerate(NUM_STATES)}
 def _sum_set(names: tuple[str, ...]) -> int:
     """Sums by name as ``llc::SumSet`` has them."""
     if unknown := set(names) - set(SUMS):
-        raise ValueError(f"wanted has no {', '.join(sorted(unknown))}; choose from: {', '.join(SUMS)}")
+        raise ValueError(f"wanted names unknown sums: {', '.join(sorted(unknown))}; choose from: {', '.join(SUMS)}")
     return sum(1 << k for k, name in enumerate(SUMS) if name in names)
 
 
@@ -82,7 +82,11 @@ def has_native_backend(device_type: str) -> bool:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` is a dense floating-point tensor that holds data."""
+    """Check that a tensor can be sampled.
+
+    Raises:
+        TypeError, ValueError: it is not a dense floating-point tensor that holds data.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -189,9 +193,9 @@ class SegmentTable:
         self._native = has_native_backend(self.device.type)
         if self._native:
             self._rows = self._native_rows()
-            self._grads = self._rows["grad"]  # a view: taken once, because steps write to it
+            self._grad_column = self._rows["grad"]  # a view: taken once, because steps write to it
             # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
-            self._grad_shifts = self._grads.copy() if len(self._rows) > len(segments) else None
+            self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(segments) else None
             self._constants = (_RULES[rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, ""))
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
@@ -271,14 +275,16 @@ class SegmentTable:
             TypeError, ValueError: a gradient that is sparse, of another dtype, device or size; an unknown sum.
         """
         gradients = self._gradients(grads)
-        names = () if sums is None else SUMS if wanted is None else tuple(wanted)
-        sum_set = _sum_set(names) if names else 0
+        wanted = SUMS if wanted is None else wanted
+        if sums is not None and not wanted:
+            sums.zero_()
+            sums = None
         for work, original in self._moves:
             work.copy_(original)
         if self._native:
-            self._native_step(gradients, scalars, key, thermostat, sums, sum_set, device_scalars, device_step)
+            self._native_step(gradients, scalars, key, thermostat, sums, wanted, device_scalars, device_step)
         else:
-            self._reference_step(gradients, scalars, key, thermostat, sums, names)
+            self._reference_step(gradients, scalars, key, thermostat, sums, wanted)
         for work, original in self._moves:
             original.copy_(work)
 
@@ -318,15 +324,15 @@ class SegmentTable:
         key: NoiseKey,
         thermostat: Tensor | None,
         sums: Tensor | None,
-        sum_set: int,
+        wanted: Sequence[str],
         device_scalars: Tensor | None,
         device_step: Tensor | None,
     ) -> None:
         addresses = [g.data_ptr() for g in grads]
         if addresses != self._addresses:
-            self._grads[:] = self._by_run(addresses)
+            self._grad_column[:] = self._by_run(addresses)
             if self._grad_shifts is not None:
-                self._grads += self._grad_shifts
+                self._grad_column += self._grad_shifts
             if self._num_chains > 1:
                 strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
                 self._rows["grad_stride"] = self._by_run(strides)
@@ -343,7 +349,7 @@ class SegmentTable:
             key.step,
             key.chain,
             None if thermostat is None else thermostat.data_ptr(),
-            sum_set,
+            0 if sums is None else _sum_set(tuple(wanted)),
             None if sums is None else sums.data_ptr(),
             None if sums is None else self._scratch_address(),
             None if device_scalars is None else device_scalars.data_ptr(),
@@ -375,7 +381,7 @@ class SegmentTable:
         return self._on_cpu or not self._native or self._is_sent
 
     def send_addresses(self) -> None:
-        """Send the GPU the addresses of the last step's gradients; after capturing it, and before the graph's replay."""
+        """Send the GPU the addresses of the last step's gradients: after capturing it, before the graph's replay."""
         assert self._device_rows is not None
         # A copy, because the host may write to its rows before the GPU has read them; and it does not wait for that.
         self._device_rows.copy_(torch.from_numpy(self._rows.copy().view(np.uint8)), non_blocking=True)
@@ -400,9 +406,9 @@ class SegmentTable:
         sums: Tensor | None,
         wanted: Sequence[str],
     ) -> None:
+        columns = [k for k, name in enumerate(SUMS) if name in wanted]
         if sums is not None:
             sums.zero_()
-            columns = [k for k, name in enumerate(SUMS) if name in wanted]
         for k, (s, work, copy, grad) in enumerate(zip(self._segments, self._work, self._copies, grads, strict=True)):
             n = self._numel[k]
             for chain in range(self._num_chains):
@@ -461,12 +467,12 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
     w, w_star, mask, given = segment.w, segment.reference, segment.mask, segment.preconditioner
     if w.dtype not in _DTYPES:
         raise TypeError(f"parameter {k} has dtype {w.dtype}; chains are kept in float32 or float64")
-    for name, tensor in [("parameter", w), ("reference", w_star), ("mask", mask), ("preconditioner", given)]:
+    for name, tensor in [("parameter", w), ("reference point", w_star), ("mask", mask), ("preconditioner", given)]:
         if isinstance(tensor, Tensor) and tensor.numel() and not tensor.data_ptr():
             raise TypeError(f"{name} {k} is a {type(tensor).__name__}, which keeps its data elsewhere")
     if segment.run_length * len(segment.runs) != w.numel():
         raise ValueError(f"parameter {k} has {w.numel()} elements, which are not {len(segment.runs)} equal runs")
-    for name, like in [("reference", w_star), *(("state", t) for t in segment.state)]:
+    for name, like in [("reference point", w_star), *(("state", t) for t in segment.state)]:
         if like is not None and (like.shape, like.dtype, like.device) != (w.shape, w.dtype, w.device):
             raise ValueError(
                 f"the {name} of parameter {k} is {like.dtype} {tuple(like.shape)} on {like.device}, the parameter "

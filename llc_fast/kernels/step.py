@@ -1,6 +1,6 @@
 """What a step is given and what it can sum up: the Python side of ``csrc/step.h`` and ``csrc/langevin.h``.
 
-:mod:`llc_fast.kernels.native` compares the names and layouts here with those of the compiled module when it is imported.
+When :mod:`llc_fast.kernels.native` is imported, it compares these names and layouts with those of the compiled module.
 """
 
 from __future__ import annotations

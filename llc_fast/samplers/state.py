@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llc_fast.kernels.native import NUM_SUMS, NUM_STATES, Segment, SegmentTable, is_low_precision, normals
+from llc_fast.kernels.native import NUM_STATES, NUM_SUMS, Segment, SegmentTable, is_low_precision, normals
 from llc_fast.kernels.step import NoiseKey, StepScalars
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
