@@ -52,8 +52,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llc_fast import theory
-from llc_fast.estimate import DEFAULT_LOCALIZATION, default_nbeta
+from llc_fast import default_nbeta, theory
+from llc_fast.estimate import DEFAULT_LOCALIZATION
 from llc_fast.plots import new_figure
 from llc_fast.problems.deep_linear import end_to_end
 from llc_fast.problems.saddle_to_saddle import (

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch.nn.functional import mse_loss
 
-from llc_fast.estimate import default_nbeta
+from llc_fast import default_nbeta
 from llc_fast.plots import new_figure
 from llc_fast.problems.relu_network import (
     curvature_preconditioner,
