@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llc_fast.plots import draw_known, new_figure
+from llc_fast.plots import new_figure, plot_against_known
 from llc_fast.problems import deep_linear
 from llc_fast.reproduce import dln_scaling, load
 from llc_fast.reproduce.dln_scaling import Large, Sample, Settings
@@ -154,6 +154,6 @@ def test_warned_points_are_hollow() -> None:
         {"size": "1k", "lambda_true": k, "llc_mean": llc, "llc_stderr": 0.1, "warnings": warnings}
         for k, llc, warnings in ((1.0, 1.1, []), (2.0, 2.1, ["short"]), (3.0, 3.1, ["short"]), (4.0, None, ["lost"]))
     ]
-    draw_known(axes, points)
+    plot_against_known(axes, points)
     markers = {line.get_markerfacecolor(): len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"}
     assert markers.pop("white") in (0, 2) and list(markers.values()) == [1]

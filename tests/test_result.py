@@ -50,7 +50,7 @@ def _rich(chains: int = 3, lost: int = 0) -> LLCResult:
             "training_mode": False,
         },
         warnings=["the step size is too large, try lr=1e-06", "λ̂ ist unzuverlässig"],
-        diagnostics={"chains_lost": lost, "figures": [1.5, 2]},
+        diagnostics={"chains_diverged": lost, "figures": [1.5, 2]},
     )
 
 

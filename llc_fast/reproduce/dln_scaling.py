@@ -188,7 +188,7 @@ def large_figures(spec: str) -> None:
     figures = {
         "num_parameters": num_parameters,
         "layers": layers,
-        "lost_chains": result.lost_chains,
+        "lost_chains": result.diverged_chains,
         "peak_bytes": peak,
         "imports_bytes": imports,
         "activations_bytes": 4 * BATCH_SIZE * width * layers,
@@ -361,7 +361,7 @@ def check(tables: Tables, settings: Settings) -> list[Check]:
 
 def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """λ̂ against λ, and the relative error against the depth."""
-    from llc_fast.plots import draw_known, new_figure
+    from llc_fast.plots import new_figure, plot_against_known
 
     rows = list(tables["networks"].values())
     figure, (left, right) = new_figure(2, width=5.6, height=4.9)
@@ -370,7 +370,7 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
         | {"warnings": r["warnings"]}
         for r in rows
     ]
-    draw_known(left, points)
+    plot_against_known(left, points)
     left.set_title("estimated against known")
     _draw_errors(right, rows, list(settings.samples))
     smallest, largest = (f"{pick(r['num_parameters'] for r in rows):,}" for pick in (min, max))

@@ -271,7 +271,7 @@ def _local_row(study: Study, name: str, settings: Settings) -> Row:
     return figures_of(result) | {
         "model": name,
         "exact": model.expected_excess(nbeta, prior, noise) - nbeta * _loss_below_truth(model, data),
-        "heat_removed": result.diagnostics["heat_removed"],
+        "heat_removed": result.diagnostics["bias_share"],
         "distance": math.sqrt(sum(float(p.detach().square().sum()) for p in model.parameters())),
     }
 

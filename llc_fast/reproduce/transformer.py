@@ -240,7 +240,7 @@ def _row(found: xarray.Dataset, step: int) -> Row:
     """What is worth keeping of a sweep at one checkpoint."""
     at = found.sel(checkpoint=step)
     names = {"llc": "llc_mean", "stderr": "llc_stderr", "ess": "ess_bulk", "seconds_of_estimate": "seconds"}
-    same = ("init_loss", "nbeta", "lr", "r_hat", "heat_removed", "distance_over_anchor", "gradients")
+    same = ("init_loss", "nbeta", "lr", "r_hat", "bias_share", "distance_over_reference", "gradients")
     return {
         **{name: at[variable].item() for name, variable in (names | {name: name for name in same}).items()},
         "interval": [at["llc_low"].item(), at["llc_high"].item()],
