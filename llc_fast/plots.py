@@ -167,7 +167,7 @@ def plot_result(result: LLCResult) -> Figure:
         right.axhspan(low, high, color="0.5", alpha=0.15, label="95 % interval")
     right.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
     right.legend()
-    right.set(title="running estimate", xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(1, len(draws)))
+    right.set(title="running estimate", xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(0, len(draws)))
     return figure
 
 
