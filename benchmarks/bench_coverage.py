@@ -185,7 +185,7 @@ def row_of(name: str, mode: str, problem: Problem, results: list[LLCResult], sec
     bounds = np.array([r.interval(PROBABILITY) for r in results])
     covered = coverage(results, problem.answer)
     spread, count = float(found.std(ddof=1)), len(results)
-    corrected = results[0].settings["heat_correction"]
+    corrected = results[0].settings["bias_correction"]
     return {
         "problem": name,
         "mode": mode,
@@ -201,7 +201,7 @@ def row_of(name: str, mode: str, problem: Problem, results: list[LLCResult], sec
         "spread / stated": spread / float(np.sqrt((stated**2).mean())),
         "half width / spread": float((bounds[:, 1] - bounds[:, 0]).mean()) / 2 / spread,
         "ESS": float(np.median([r.diagnostics["ess_bulk"] for r in results])),
-        "heat removed": float(np.median([r.diagnostics["heat_removed"] for r in results])) if corrected else None,
+        "heat removed": float(np.median([r.diagnostics["bias_share"] for r in results])) if corrected else None,
         "with a warning": sum(bool(r.warnings) for r in results),
         "seconds": seconds,
     }

@@ -350,14 +350,29 @@ def test_values_with_their_errors(value: float | None, error: float | None, word
     assert plus_minus(value, error) == words
 
 
-def test_error_bars_are_hollow_where_warned() -> None:
-    """Filled, hollow and missing points; the label goes to the first group alone."""
+def test_estimates_are_hollow_where_warned() -> None:
+    """In units of λ, with bars of two standard errors; what has no estimate is left out."""
     _, (axes,) = new_figure(1)
-    places, values, errors = [1, 2, 3, 4], [1.0, 2.0, None, 4.0], [0.1, None, 0.3, 0.4]
-    figures.error_bars(axes, places, values, errors, [False, True, True, False], color="red", label="λ̂")
+    llc, warnings = [1.0, 2.0, None], [[], ["short"], ["diverged"]]
+    rows = [{"llc": value, "stderr": value and 0.1, "warnings": w} for value, w in zip(llc, warnings, strict=True)]
+    figures.estimates(axes, [1, 2, 3], rows, unit=2.0, color="red")
     filled, hollow = axes.containers
-    assert [list(part[0].get_xdata()) for part in (filled, hollow)] == [[1, 4], [2]]
+    assert [list(part[0].get_ydata()) for part in (filled, hollow)] == [
+        [0.5],
+        [1.0, pytest.approx(np.nan, nan_ok=True)],
+    ]
     assert (filled[0].get_markerfacecolor(), hollow[0].get_markerfacecolor()) == ("red", "white")
-    assert filled.get_label() == "λ̂" and axes.get_legend_handles_labels()[1] == ["λ̂"]
-    ends = [line.get_ydata()[0] for line in filled[1]]  # of the first bar: below, above
-    assert ends == pytest.approx([0.9, 1.1])
+    ends = [line.get_ydata()[0] for line in filled[1]]  # of the bar: below, above
+    assert ends == pytest.approx([0.4, 0.6])
+
+
+def test_known_against_estimated() -> None:
+    """Every class has its own color; an estimate that is missing is left out."""
+    _, (axes,) = new_figure(1)
+    rows = [
+        {"lambda": 2.0 + k, "llc": llc, "stderr": llc and 0.1, "size": size, "warnings": []}
+        for k, (llc, size) in enumerate(((2.1, "1k"), (None, "1k"), (3.9, "10k")))
+    ]
+    figures.known_against_estimated(axes, rows)
+    assert {"1k networks", "10k networks", "λ̂ = λ"} <= set(axes.get_legend_handles_labels()[1])
+    assert sum(len(part[0].get_xdata()) for part in axes.containers) == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llc_fast.plots import draw_known, new_figure
+from llc_fast.plots import new_figure, plot_against_known
 from llc_fast.problems import deep_linear
 from llc_fast.reproduce import dln_scaling
 from llc_fast.reproduce.claims import Claim
@@ -162,6 +162,6 @@ def test_warned_points_are_hollow() -> None:
             (4.0, None, ["diverged"]),
         )
     ]
-    draw_known(axes, points)
+    plot_against_known(axes, points)
     markers = {line.get_markerfacecolor(): len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"}
     assert markers.pop("white") in (0, 2) and list(markers.values()) == [1]

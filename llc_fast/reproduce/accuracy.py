@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.functional import mse_loss
 
-from llc_fast.plots import CLASSES, new_figure
+from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 from llc_fast.problems.deep_linear import BATCH_SIZE, LOCALIZATION, SIZE_CLASSES, DeepLinearProblem, make_problem
 from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import MEDIAN, PERCENTILE_90, Claim, accuracy_claim, silence_claim
@@ -179,19 +179,19 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
 
 def _plot_errors(axes: Axes, tables: Tables, settings: Settings, size: str) -> None:
     """|λ̂ − λ|/λ of each network, smallest first; missing estimates are crosses at the top."""
-    axes.axhspan(1e-3, 100 * MEDIAN, color="0.88", zorder=0)
+    axes.axhspan(0, 100 * MEDIAN, color="0.88", zorder=0)
     axes.axhspan(100 * MEDIAN, 100 * PERCENTILE_90, color="0.95", zorder=0)
     for method, (color, marker) in zip(settings.methods, CLASSES, strict=False):
         rows = sorted(_of(tables, size, method).values(), key=lambda row: sizes([row["error"]])[0])
         share = [100 * (k + 0.5) / len(rows) for k in range(len(rows))]
         errors = 100 * abs(column(rows, "error"))
-        look: dict[str, Any] = {"color": color, "marker": marker, "connect": True}
-        figures.error_bars(axes, share, errors, None, map(is_warned, rows), **look)
+        axes.plot(share, errors, color=color, lw=1)
+        errorbar_by_warning(axes, share, errors, None, map(is_warned, rows), color=color, marker=marker)
         missing = [place for place, row in zip(share, rows, strict=True) if row["error"] is None]
         axes.plot(missing, [0.98] * len(missing), "x", color=color, transform=axes.get_xaxis_transform())
         axes.plot([], [], color=color, marker=marker, label=f"{method}: median {_median(tables, size, method):.1%}")
-    figures.explain_hollow(axes, tables["estimates"].values())
-    axes.set(yscale="log", xlim=(0, 100), title=f"{size} networks: errors, smallest first")
+    figures.label_hollow_in(axes, tables["estimates"].values())
+    axes.set(yscale="log", xlim=(0, 100), ylim=(0.05, None), title=f"{size} networks: errors, smallest first")
     axes.set(xlabel="networks, %", ylabel="|λ̂ − λ|/λ, %")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(loc="lower right", fontsize=9)

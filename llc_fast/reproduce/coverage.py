@@ -27,14 +27,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llc_fast import LLCResult
-from llc_fast.plots import CLASSES, new_figure
+from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 from llc_fast.problems.exact_posteriors import LOCALIZATION, PROBLEMS, SAMPLES, ExactPosterior
-from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, numbers
 from llc_fast.reproduce.study import Study
@@ -231,8 +230,8 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
         at = [k + 0.2 * (place - (len(settings.modes) - 1) / 2) for k in range(len(mine))]
         share = [100 * c.share for c in mine]
         bounds = np.array([c.bounds() for c in mine]).T * 100
-        look: dict[str, Any] = {"color": color, "marker": marker}
-        figures.error_bars(left, at, share, [share - bounds[0], bounds[1] - share], size=6, label=mode, **look)
+        bars, look = [share - bounds[0], bounds[1] - share], {"color": color, "marker": marker}
+        errorbar_by_warning(left, at, share, bars, [False] * len(at), ms=6, label=mode, **look)
         first = [100 * c.covered_by_first / c.runs for c in mine]
         left.plot(at, first, "x", color=color, ms=5, label=f"{mode}, first chain alone")
         _plot_errors(right, tables, settings, mode, at, color)
@@ -241,12 +240,14 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     left.set(ylabel=f"coverage of {PROBABILITY:.0%} intervals, %", title="how often the interval holds the answer")
     left.legend(fontsize=8, loc="lower left")
     right.axhline(0, color="k", lw=1)
-    right.set(ylabel="(λ̂ − exact) / stated standard error", title="all runs (a standard normal: the bars at ± 2)")
+    right.set(
+        ylabel="(λ̂ − exact) / stated standard error", title="errors of all runs, with their mean and central 95 %"
+    )
     worst = min(found, key=lambda key: found[key].share)
     figure.suptitle(
-        f"{settings.runs} runs of each problem: intervals of {PROBABILITY:.0%} hold the exact answer in "
-        f"{found[worst].share:.1%} to {max(c.share for c in found.values()):.1%}\nof runs; least often for {worst[0]} "
-        f"with {worst[1]}"
+        f"{PROBABILITY:.0%} intervals hold the exact answer in {found[worst].share:.1%} to "
+        f"{max(c.share for c in found.values()):.1%} of {settings.runs} runs of a problem;\n"
+        f"least often for {worst[0]} ({worst[1]})"
     )
     return {"coverage": figure}
 

@@ -362,6 +362,7 @@ def _plot_errors(axes: Axes, rows: list[Row], classes: list[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     from llc_fast.plots import CLASSES as LOOKS
+    from llc_fast.plots import errorbar_by_warning
 
     axes.axhspan(-100 * PERCENTILE_90, 100 * PERCENTILE_90, color="0.95", zorder=0)
     axes.axhspan(-100 * MEDIAN, 100 * MEDIAN, color="0.88", zorder=0)
@@ -375,17 +376,10 @@ def _plot_errors(axes: Axes, rows: list[Row], classes: list[str]) -> None:
         ]
         missing = [depth for depth, r in zip(depths, mine, strict=True) if r["error"] is None]
         axes.plot(missing, [0.02] * len(missing), "x", color=color, transform=axes.get_xaxis_transform())
-        figures.error_bars(
-            axes,
-            depths,
-            100 * column(mine, "error"),
-            100 * figures.SIGMAS * column(mine, "stderr") / column(mine, "lambda"),
-            map(is_warned, mine),
-            color=color,
-            marker=marker,
-        )
+        error, stderr = 100 * column(mine, "error"), 100 * figures.two_sigma(mine) / column(mine, "lambda")
+        errorbar_by_warning(axes, depths, error, stderr, map(is_warned, mine), color=color, marker=marker)
         axes.plot([], [], marker, color=color, ms=5, label=f"{size}: median |error| {_median(rows, size):.1%}")
-    figures.explain_hollow(axes, rows)
+    figures.label_hollow_in(axes, rows)
     axes.legend(loc="lower left", fontsize=9)
     axes.margins(y=0.12)
     axes.set(xlabel="weight matrices", ylabel="(λ̂ − λ)/λ, %", title="error against depth")

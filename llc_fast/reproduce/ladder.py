@@ -359,7 +359,7 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
 
 
 def _plot_ladder(tables: Tables, settings: Settings) -> Figure:
-    from llc_fast.plots import CLASSES, new_figure
+    from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 
     figure, axes = new_figure(2, 2, width=5.6, height=3.7)
     labels = [
@@ -389,9 +389,8 @@ def _plot_ladder(tables: Tables, settings: Settings) -> Figure:
         )
         for place, (row, color) in enumerate(zip(rungs, colors, strict=True)):
             axis.plot(row["exact"], place, marker="|", ms=17, mew=2.2, color="k", zorder=2)
-            error = [None if row["stderr"] is None else figures.SIGMAS * row["stderr"]]
-            look: dict[str, Any] = {"color": color, "size": 6, "capsize": 4, "zorder": 3}
-            figures.error_bars(axis, [row["llc"]], [place], error, [is_warned(row)], horizontal=True, **look)
+            look: dict[str, Any] = {"xerr": figures.two_sigma([row]), "color": color, "ms": 6, "zorder": 3}
+            errorbar_by_warning(axis, [row["llc"]], [place], None, [is_warned(row)], **look)
         is_left = panel % 2 == 0
         axis.set_yticks(range(len(labels)), labels if is_left else [""] * len(labels))
         axis.set(ylim=(len(labels) - 0.4, -0.6), xlabel="λ̂" if panel > 1 else "")
@@ -418,7 +417,7 @@ def _explain(axis: Axes, figure: Figure, some_hollow: bool) -> None:
         Patch(color="0.88", label="exact on 95 % of other data"),
     ]
     if some_hollow:
-        handles.append(Line2D([], [], color="0.4", marker="o", mfc="white", ls="", label=figures.HOLLOW))
+        handles.append(Line2D([], [], color="0.4", marker="o", mfc="white", ls="", label="hollow: with a warning"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
 
 
@@ -444,7 +443,7 @@ def _plot_asymptotics(tables: Tables) -> Figure:
         )
         points = [r for r in tables["idealized"].values() if r["model"] == name]
         side_by_side = [r["nbeta"] * 1.12**place for r in points]
-        figures.estimates(right, side_by_side, points, unit=row["lambda"], color=color, marker=marker, size=5.5)
+        figures.estimates(right, side_by_side, points, unit=row["lambda"], color=color, marker=marker, ms=5.5)
     left.legend(fontsize=7.5, loc="upper left", title="slope, fitted where the line is", title_fontsize=8)
     left.set(xscale="log", yscale="log", xlabel="ε", ylabel="V(ε) = P(K(w) < ε) under the prior")
     left.set_title("the exponent of volumes is λ")

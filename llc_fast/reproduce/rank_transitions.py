@@ -54,7 +54,7 @@ from torch import Tensor
 
 from llc_fast import default_nbeta, theory
 from llc_fast.estimate import DEFAULT_LOCALIZATION
-from llc_fast.plots import new_figure
+from llc_fast.plots import errorbar_by_warning, new_figure
 from llc_fast.problems.deep_linear import end_to_end
 from llc_fast.problems.saddle_to_saddle import (
     LinearDeviation,
@@ -420,18 +420,17 @@ def _plot_estimates(axes: Axes, rows: Sequence[Row], settings: Settings) -> None
     ):
         chosen = [row for row, on in zip(rows, on_plateau, strict=True) if on == wanted]
         llc, bounds = column(chosen, "llc"), [numbers(row["interval"][k] for row in chosen) for k in (0, 1)]
-        figures.error_bars(
+        errorbar_by_warning(
             axes,
             [row["step"] for row in chosen],
             llc,
             [llc - bounds[0], bounds[1] - llc],
             map(is_warned, chosen),
             color=color,
-            elinewidth=1.2,
             zorder=3,
             label=label,
         )
-    figures.explain_hollow(axes, rows)
+    figures.label_hollow_in(axes, rows)
     axes.set(ylabel="learning coefficient")
     axes.legend(loc="upper left", framealpha=1)
 
@@ -446,7 +445,7 @@ def _plot_training_loss(
     label = "if chains find the teacher: λ of its rank − nβ·L(w*)"
     axes.plot(steps, learned, "--", color=figures.GREY, lw=1.2, label=label)
     places = [row["step"] for row in rows]
-    figures.error_bars(axes, places, column(rows, "llc"), None, map(is_warned, rows), color="k")
-    figures.explain_hollow(axes, rows)
+    errorbar_by_warning(axes, places, column(rows, "llc"), None, map(is_warned, rows), color="k")
+    figures.label_hollow_in(axes, rows)
     axes.set(ylabel="λ̂ of the\ntraining loss", ylim=(4 * learned.min(), 50 * settings.levels[-1]))
     axes.legend(loc="upper left", framealpha=1)

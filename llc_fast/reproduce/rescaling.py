@@ -200,7 +200,7 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
         color, marker, size = _LOOKS[name]
         axes.plot([], [], color=color, marker=marker, ms=size, label=f"{label}: {_furthest(deviations[name])}")
         if unit is not None:
-            look: dict[str, Any] = {"color": color, "marker": marker, "size": size, "connect": True}
+            look: dict[str, Any] = {"color": color, "marker": marker, "ms": size, "connect": True}
             figures.estimates(axes, [row["factor"] for row in rows], rows, unit=unit, **look)
         if diverged := [row["factor"] for row in rows if row["llc"] is None]:
             high_up -= 0.035

@@ -53,7 +53,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llc_fast.checks import MAX_R_HAT
-from llc_fast.plots import new_figure
+from llc_fast.plots import label_hollow, new_figure
 from llc_fast.problems.digits import NUM_TRAIN, Digits, load_digits
 from llc_fast.problems.resnet import resnet
 from llc_fast.reproduce import figures
@@ -389,7 +389,7 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     ):
         panel.set(xlabel="SGD steps (right of the last: other trainings)", xlim=(0, right))
         panel.set(ylabel="λ̂ (± 2 standard errors)")
-        figures.explain_hollow(panel)
+        label_hollow(panel)
         above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 6, "frameon": False}
         panel.legend(title=title, fontsize="small", handletextpad=0.4, columnspacing=1.2, **above)
     axes[2].set(xlabel="SGD steps", ylabel="training loss L(w*), nats", yscale="log", xlim=(0, right))

@@ -69,7 +69,7 @@ def _checkpoint_row(found: xarray.Dataset) -> Row:
         "interval": [found["llc_low"].item(), found["llc_high"].item()],
         "llc_per_chain": found["llc_per_chain"].values,
         "warnings": found["warnings"].item().splitlines(),
-        "codes": found["codes"].item().split(),
+        "codes": found["warning_codes"].item().split(),
     }
 
 

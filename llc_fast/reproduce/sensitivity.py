@@ -40,7 +40,7 @@ from torch import nn
 
 import llc_fast
 from llc_fast.calibration import STIFFNESS
-from llc_fast.plots import CLASSES, new_figure
+from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 from llc_fast.problems import deep_linear
 from llc_fast.problems.exact_minima import ExactMinimum, tanh_regression, transformer_distillation
 from llc_fast.reproduce import figures
@@ -533,17 +533,10 @@ def _plot_answers(axis: Axes, tables: Tables, settings: Settings) -> None:
             gammas = sorted({p.localization for p in places(settings) if p.temperature == temperature})
             rows = [tables["reference"][f"{name} {Place(g, temperature, None).target}"] for g in gammas]
             elsewhere = temperature != settings.temperatures[0]
-            figures.error_bars(
-                axis,
-                gammas,
-                column(rows, "llc") / known,
-                figures.SIGMAS * column(rows, "stderr") / known,
-                [elsewhere] * len(rows),  # hollow, here
-                color=color,
-                marker=marker,
-                size=6,
-                connect=not elsewhere,
-            )
+            answer, error = column(rows, "llc") / known, figures.two_sigma(rows) / known
+            look: dict[str, Any] = {"ms": 6, "ls": "" if elsewhere else "-"}
+            hollow = [elsewhere] * len(rows)
+            errorbar_by_warning(axis, gammas, answer, error, hollow, color=color, marker=marker, **look)
     axis.axhline(1, color="k", lw=1, ls="--")
     axis.set(xscale="log", xlabel="localization γ", ylabel="exact mean of nβ(L − L(w*)) ÷ λ", ylim=(0, 1.6))
     others = ", ".join(f"{t:g}" for t in settings.temperatures[1:])

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.nn.functional import mse_loss
 
-from llc_fast.plots import new_figure
+from llc_fast.plots import errorbar_by_warning, new_figure
 from llc_fast.problems.relu_network import make_data, make_network
 from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
@@ -192,7 +192,7 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
         places = [shift * row["n"] for row in rows]
         errors = [figures.SIGMAS * _error(row) for row in rows]
         llc, warned = [row["llc"] for row in rows], map(is_warned, rows)
-        figures.error_bars(left, places, llc, errors, warned, color=color, marker=marker, size=6, capsize=3)
+        errorbar_by_warning(left, places, llc, errors, warned, color=color, marker=marker, ms=6)
         timed = [row for row in rows if row["seconds_of_run"] is not None]
         right.plot(
             [row["n"] for row in timed], [row["seconds_of_run"] for row in timed], color=color, marker=marker, ms=6

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llc_fast.plots import new_figure
+from llc_fast.plots import label_hollow, new_figure
 from llc_fast.problems.text import load_text
 from llc_fast.problems.transformer import Transformer, head_masks, sequence_losses
 from llc_fast.reproduce import figures
@@ -324,9 +324,9 @@ def _plot_curve(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
     steps = [r["step"] for r in rows]
     axes.axhline(0, color="0.8", lw=1)
     axes.plot(steps, column(rows, "llc"), color=figures.BLUE, lw=1, alpha=0.6)
-    figures.estimates(axes, steps, rows, color=figures.BLUE, size=6, zorder=3)
+    figures.estimates(axes, steps, rows, ms=6, zorder=3)
     axes.plot([], [], "o", color=figures.BLUE, label="λ̂ ± 2 standard errors")
-    figures.explain_hollow(axes)
+    label_hollow(axes)
     most = [settings.nbeta**2 * r["gradient_norm"] ** 2 / settings.localization for r in rows]
     axes.plot(steps, most, ":", color=figures.GREY, label="nβ²‖∇L‖²/γ: what λ̂ may lose, as w* is no minimum")
     axes.set(
@@ -348,7 +348,7 @@ def _plot_heads(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
         axes.bar(
             x, [r["llc"] or 0.0 for r in chosen], width, color=figures.BLUE, alpha=shade * 0.85, label=f"step {step}"
         )
-        figures.estimates(axes, x, chosen, color="k", size=3, zorder=3)
+        figures.estimates(axes, x, chosen, color="k", ms=3, zorder=3)
     axes.axhline(0, color="k", lw=0.8)
     axes.set_xticks(list(places.values()), [str(head) for _, head in places])
     middle = (settings.heads - 1) / 2
@@ -356,7 +356,7 @@ def _plot_heads(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
         at = layer * (settings.heads + 0.7) + middle
         axes.text(at, -0.12, f"heads of layer {layer}", transform=axes.get_xaxis_transform(), ha="center", va="top")
     axes.set(title="weight-refined λ̂ of each attention head", ylabel="λ̂ of the head alone")
-    figures.explain_hollow(axes, size=3)
+    label_hollow(axes)
     axes.legend(frameon=False)
 
 
@@ -374,7 +374,7 @@ def _plot_agreement(axes: Axes, table: Mapping[str, Row]) -> None:
         axes.legend(frameon=False, loc="upper left")
         for margin in (-2.5, 2.5):  # small differences shall look small
             axes.axhline(exact * (1 + margin * MAX_DIFFERENCE), lw=0)
-    figures.estimates(axes, x, rows, color=figures.BLUE, size=6, zorder=3)
+    figures.estimates(axes, x, rows, ms=6, zorder=3)
     axes.set_xticks(x, [way.replace(", ", ",\n") for way in table])
     axes.set(
         title="one posterior, three ways",

@@ -35,11 +35,11 @@ import llc_fast
 from llc_fast.kernels.native import minibatch_indices
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.objective.control_variate import Baseline
-from llc_fast.plots import new_figure
+from llc_fast.plots import errorbar_by_warning, new_figure
 from llc_fast.problems import deep_linear
 from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
-from llc_fast.reproduce.rows import Row, Tables
+from llc_fast.reproduce.rows import Row, Tables, column
 from llc_fast.reproduce.study import Study
 from llc_fast.stats.errors import standard_error
 from llc_fast.support.runtime import threads
@@ -368,8 +368,12 @@ def _plot_spread(axes: Axes, name: str, rows: list[Row]) -> None:
             label = f"{row['minibatches']}, {'with control variate' if kind == 'paired' else 'raw'}"
             axes.plot(draws, deviations, line, color=color, marker=marker, ms=5, label=label)
         stated = [values["paired"]["stated"] for values in row["spans"].values()]
-        axes.plot(draws, stated, "--", color=color, lw=0.8, label="stated by a chain, with control variate")
+        axes.plot(draws, stated, "--", color=color, lw=0.8, label=f"{row['minibatches']}, stated by a chain")
     axes.set(xscale="log", yscale="log", xlabel="draws", title=name)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=7)
 
 
 def _plot_gain(axes: Axes, tables: Tables) -> None:
@@ -380,27 +384,29 @@ def _plot_gain(axes: Axes, tables: Tables) -> None:
             axes.plot(place + 0.2 * (k - 1), values["gain"], marker, color=color, ms=5)
     axes.axhline(1, color="k", lw=1)
     _name(axes, [f"{row['problem']}\n{row['minibatches']}" for row in rows])
-    axes.set(yscale="log", ylabel="variance, raw ÷ with control variate", title="gain over ½, 2½, 10 epochs")
+    axes.set(yscale="log", ylabel="variance raw / with control variate", title="gain over ½, 2½, 10 epochs")
 
 
 def _plot_bias(axes: Axes, tables: Tables) -> None:
     rows = list(tables["independent"].values())
     for place, row in enumerate(rows):
         color, marker = _LOOKS[row["minibatches"]]
-        error = figures.SIGMAS * row["difference_stderr"]
-        figures.error_bars(axes, [place], [row["difference"]], [error], color=color, marker=marker)
+        error = figures.two_sigma([row], "difference_stderr")
+        errorbar_by_warning(axes, [place], [row["difference"]], error, [False], color=color, marker=marker)
     axes.axhline(0, color="k", lw=1)
     _name(axes, [f"{row['problem']}\n{row['minibatches']}" for row in rows])
-    axes.set(ylabel="λ̂ by minibatches − λ̂ by all data (± 2 s.e.)", title="bias of minibatch losses")
+    axes.set(ylabel="difference of λ̂ (± 2 standard errors)", title="λ̂ by minibatches − λ̂ by all data")
 
 
 def _plot_pairs(axes: Axes, tables: Tables) -> None:
     rows = list(tables["antithetic"].values())
-    errors = [figures.SIGMAS * row["stderr"] for row in rows]
-    figures.error_bars(axes, range(len(rows)), [row["correlation"] for row in rows], errors, color=figures.GREEN)
+    places, quiet = range(len(rows)), [False] * len(rows)
+    errorbar_by_warning(axes, places, column(rows, "correlation"), figures.two_sigma(rows), quiet, color=figures.GREEN)
     axes.axhline(0, color="k", lw=1)
     _name(axes, [f"{row['problem']}\n{row['minibatches']} minibatches" for row in rows])
-    axes.set(ylim=(-1, 1), ylabel="correlation of λ̂ (± 2 s.e.)", title="pairs of chains with opposite noise")
+    axes.set(
+        ylim=(-1.05, 1.05), ylabel="correlation of λ̂ (± 2 standard errors)", title="pairs of chains, opposite noise"
+    )
 
 
 def _name(axes: Axes, names: list[str]) -> None:
