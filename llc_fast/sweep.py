@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     import xarray
 from llc_fast.calibration import DEFAULT_NUM_DRAWS
 from llc_fast.estimate import estimate_llc
 from llc_fast.objective.objective import LossFunction
+from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult
 from llc_fast.support.optional import require
 
@@ -98,11 +98,14 @@ def sweep_checkpoints(
     before = copy.deepcopy(model.state_dict())
     results: list[LLCResult] = []
     previous: LLCResult | None = None
-    bar = _Bar(len(checkpoints), progress)
+    shown = make_progress(progress, len(checkpoints), "LLC", unit="checkpoint")
     try:
         for k, checkpoint in enumerate(checkpoints):
-            bar.begin(k, names[k])
+            shown.title = f"LLC at {names[k]}"
             model.load_state_dict(_loaded(checkpoint, k))
+
+            def report(steps: int, total: int, llc: float, k: int = k) -> None:
+                shown.update(k + steps / total, llc)
 
             def estimate(start: LLCResult | None, name: str) -> LLCResult:
                 return estimate_llc(
@@ -114,7 +117,7 @@ def sweep_checkpoints(
                     warm_start=start,
                     keep_ends=warm,
                     checkpoint=None if kept is None else kept / f"{name}.npz",
-                    progress=bar.tell,
+                    progress=report if shown.is_shown else False,
                     **settings,
                 )
 
@@ -132,7 +135,7 @@ def sweep_checkpoints(
             previous = result
             results.append(dataclasses.replace(result, ends=None))  # of one checkpoint at a time
     finally:
-        bar.close()
+        shown.close()
         model.load_state_dict(before)
     return _dataset(results, names, dim)
 
@@ -235,29 +238,3 @@ def _loaded(checkpoint: Mapping[str, Any] | str | os.PathLike[str], k: int) -> M
             f"checkpoints[{k}]={os.fspath(checkpoint)!r} can't be read by torch.load(weights_only=True): {error}"
         ) from error
     return loaded
-
-
-class _Bar:
-    """One progress bar for all checkpoints, which moves within them too."""
-
-    def __init__(self, count: int, progress: bool) -> None:
-        self._begun = 0
-        self._bar = tqdm(
-            total=count,
-            disable=not progress,
-            mininterval=0.2,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} checkpoints [{elapsed}<{remaining}{postfix}]",
-        )
-
-    def begin(self, k: int, label: Any) -> None:
-        self._begun = k
-        self._bar.set_description(f"LLC at {label}", refresh=False)
-        self._bar.set_postfix_str("", refresh=False)
-
-    def tell(self, steps: int, total: int, llc: float) -> None:
-        if not math.isnan(llc):
-            self._bar.set_postfix_str(f"λ̂ ≈ {llc:.4g}", refresh=False)
-        self._bar.update(self._begun + steps / total - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()

@@ -357,10 +357,8 @@ def test_estimates_are_hollow_where_warned() -> None:
     rows = [{"llc": value, "stderr": value and 0.1, "warnings": w} for value, w in zip(llc, warnings, strict=True)]
     figures.estimates(axes, [1, 2, 3], rows, unit=2.0, color="red")
     filled, hollow = axes.containers
-    assert [list(part[0].get_ydata()) for part in (filled, hollow)] == [
-        [0.5],
-        [1.0, pytest.approx(np.nan, nan_ok=True)],
-    ]
+    for part, places in ((filled, [0.5]), (hollow, [1.0, np.nan])):
+        np.testing.assert_array_equal(part[0].get_ydata(), places)
     assert (filled[0].get_markerfacecolor(), hollow[0].get_markerfacecolor()) == ("red", "white")
     ends = [line.get_ydata()[0] for line in filled[1]]  # of the bar: below, above
     assert ends == pytest.approx([0.4, 0.6])

@@ -392,12 +392,16 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
         _sweep(model=lambda x: x)
 
 
-def test_one_bar_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends at the last checkpoint, and says λ̂."""
+def test_progress_over_all_checkpoints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One count, which ends at the last checkpoint and says its λ̂; nothing is printed without progress."""
     monkeypatch.setattr(llc_fast.chains.run.Monitor, "interval", 0.0)
     found = _sweep(progress=True, labels=["a", "b", "c"])
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert "LLC at c" in last and "3.0/3 checkpoints" in last and f"λ̂ ≈ {float(found.llc_mean[-1]):.4g}" in last
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["LLC at a"] * 3 + ["LLC at b"] * 3 + ["LLC at c"] * 4
+    assert "(0.3 of 3 checkpoints)" in lines[0]
+    assert lines[-1].startswith(f"LLC at c: 100 % (3 of 3 checkpoints), λ̂ ≈ {float(found.llc_mean[-1]):.4g}, 0:0")
+    _sweep()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_data_set_can_be_written(tmp_path: Path) -> None:

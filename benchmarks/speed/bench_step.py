@@ -29,8 +29,8 @@ from harness import median, print_table, ratio, those_that_run, time_in_turn, wr
 from torch import Tensor
 
 import llc_fast
-from llc_fast.cli.app import collect_info
 from llc_fast.cli.bench import floor_bytes
+from llc_fast.cli.info import collect_info
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 COPY, OURS, FLOOR, ADAM = "tensor copy", "llc_fast SGLD", "llc_fast SGLD, no noise", "torch Adam, fused"

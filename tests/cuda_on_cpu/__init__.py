@@ -1,4 +1,4 @@
-"""A CPU that plays a GPU, so that tests marked ``gpu`` run where there is none: ``pytest -p cuda_on_cpu -m gpu``.
+"""CUDA emulation on the CPU, so that tests marked ``gpu`` run where there is none: ``pytest -p cuda_on_cpu -m gpu``.
 
 Played are torch's `cuda` device (device.cpp) and the threads of the kernels (cuda_runtime.h). Real are the kernels'
 source, all of llc_fast, autograd and vmap. So this finds what is wrong in those, a race or a tensor on the wrong device
@@ -131,7 +131,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "get_device_name": lambda *_: "a CPU that plays a GPU",
+        "get_device_name": lambda *_: "CUDA emulation on the CPU",
         "get_device_capability": lambda *_: (9, 0),
         "is_bf16_supported": lambda *_: True,
         "mem_get_info": lambda *_: (2**33, 2**33),
