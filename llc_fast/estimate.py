@@ -30,8 +30,7 @@ from llc_fast.chains.draw import Observable
 from llc_fast.chains.metropolis import FIGURES
 from llc_fast.chains.processes import Team, default_device, join
 from llc_fast.chains.run import Monitor, run_chains
-from llc_fast.chains.step_checks import COLUMNS
-from llc_fast.checks import advise, diagnose
+from llc_fast.checks import Facts, examine
 from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
@@ -43,6 +42,7 @@ from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.registry import ADJUSTED, make_sampler
 from llc_fast.schedule import Schedule
+from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.support.arguments import check_number
 from llc_fast.support.fingerprint import arrays_identity, option_identity
 from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
@@ -265,7 +265,6 @@ def estimate_llc(
         training_mode=model.training, strategy=run.plan.strategy, seconds=time.perf_counter() - started
     )
     result.diagnostics.update(
-        chains_lost=len(result.lost_chains),
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
         unpaired_reason=chosen["unpaired"],
         chains_per_group=run.plan.group_size,
@@ -274,19 +273,29 @@ def estimate_llc(
         **{k: chosen[k] for k in ("pilot_steps", "pilot_heat") if k in chosen},
         resumed_steps=0 if saved is None else sum(r.step * len(r.losses) for r in saved.records),
     )
-    result.warnings.extend(_model_warnings(model, posterior))
-    result.warnings.extend(_run_warnings(result, keeper is not None, problem, source))
-    result.diagnostics.update(
-        diagnose(
-            result,
-            _joined_probes(records),
-            anchor_norm=_norm(posterior),
+    used = request.sampler_with(chosen["lr"], chosen["nbeta"])
+    if isinstance(used, MetropolisSampler):
+        result.diagnostics["gradients_per_draw"] = used.trajectory()[0] * result.schedule.num_steps_bw_draws
+        if used.adapt_steps:
+            result.settings["lr"] = _adapted_lr(result) or chosen["lr"]
+    examine(
+        result,
+        Facts(
+            step_checks=_joined_probes(records),
+            reference_norm=_norm(posterior),
             init_loss_stderr=chosen.get("init_loss_error", 0.0),
-        )
+            injected_noise=getattr(used, "momentum_decay", 1.0),
+            euclidean=request.sampler in ("sgld", "sghmc"),
+            target_acceptance=(
+                used.target_acceptance if isinstance(used, MetropolisSampler) and used.adapt_steps else None
+            ),
+            random_modules=_random_modules(model),
+            unused_parameters=posterior.unused,
+            data_truncated=isinstance(source, LoaderSource) and source.truncated,
+            checkpoint_problem=problem,
+            resumable=keeper is not None,
+        ),
     )
-    if isinstance(used := request.sampler_with(chosen["lr"], chosen["nbeta"]), MetropolisSampler):
-        _tell_acceptance(result, used)
-    result.warnings.extend(advise(result))
     return result
 
 
@@ -671,6 +680,13 @@ def _result(
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     schedule = request.schedule
     names = {name: None for r in records for name in r.observables}
+    observables = {name: _joined(name, records, schedule.num_draws) for name in names}
+    traces = {"bias": heats} if request.sampler_with(chosen["lr"], chosen["nbeta"]).tells_heat else {}
+    if request.is_adjusted:
+        for name in FIGURES:
+            if name in observables:
+                traces[name] = np.full_like(losses, np.nan)
+                traces[name][:, schedule.draws] = observables[name]
     return LLCResult(
         loss_trace=losses,
         init_loss=chosen["init_loss"],
@@ -679,7 +695,7 @@ def _result(
         settings={
             "sampler": request.sampler,
             "lr": chosen["lr"],
-            "heat_correction": chosen["heat_correction"],
+            "bias_correction": chosen["heat_correction"],
             **request.plain_options,
             "num_chains": request.num_chains,
             "num_burnin": schedule.num_burnin,
@@ -692,40 +708,18 @@ def _result(
             "device": str(posterior.device),
             "seed": request.seed,
         },
-        heat_trace=heats,
+        traces=traces,
         ends=_joined_ends(records),
-        observables={name: _joined(name, records, schedule.num_draws) for name in names},
+        observables=observables,
         steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
     )
 
 
-_LOW_ACCEPTANCE, _OFF_TARGET = 0.2, 0.15
-
-
-def _tell_acceptance(result: LLCResult, sampler: MetropolisSampler) -> None:
-    """Acceptance, step sizes and cost of the draws made, and what they are worth."""
-    result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * result.schedule.num_steps_bw_draws
-    traces = [result.observables.get(name, np.empty((0, 0))) for name in FIGURES]
-    known = [[trace[np.isfinite(trace)] for trace in rows] for rows in traces]
-    if not any(map(len, known[0])):  # no draw yet
-        return
-    per_chain = [float(values.mean()) if len(values) else math.nan for values in known[0]]
-    steps = [float(values[-1]) if len(values) else math.nan for values in known[1]]
-    mean, lr = float(np.nanmean(per_chain)), math.exp(float(np.nanmean(np.log(steps))))
-    result.diagnostics.update(acceptance=mean, acceptance_per_chain=per_chain, lr_per_chain=steps)
-    if sampler.adapt_steps:
-        result.settings["lr"] = lr
-    lowest = float(np.nanmin(per_chain))
-    if lowest < _LOW_ACCEPTANCE:
-        result.warnings.append(
-            f"acceptance is {lowest:.1%} in the chain where it is lowest: it hardly moves, and the error bar can't see "
-            f"where it was not; use a smaller step, such as lr={lr / 4:.2g}, or lr=None with a longer burn-in"
-        )
-    elif sampler.adapt_steps and abs(mean - sampler.target_acceptance) > _OFF_TARGET:
-        result.warnings.append(
-            f"the step size was adapted to an acceptance of {sampler.target_acceptance:g}, and the draws have "
-            f"{mean:.3g}: burn-in was too short to find it, or ended before equilibrium; raise num_burnin, or pass lr"
-        )
+def _adapted_lr(result: LLCResult) -> float | None:
+    """The geometric mean of the chains' step sizes after adaptation; None before the first draw."""
+    rows = result.traces.get("lr", np.empty((0, 0)))[:, result.schedule.draws]
+    last = [row[np.isfinite(row)][-1] for row in rows if np.isfinite(row).any()]
+    return math.exp(float(np.log(last).mean())) if last else None
 
 
 # ---- on the way --------------------------------------------------------------------------------------------
@@ -862,32 +856,6 @@ def _check_observables(observables: Mapping[str, Observable] | None) -> dict[str
     return dict(observables)
 
 
-def _run_warnings(result: LLCResult, resumable: bool, problem: str, source: DataSource) -> list[str]:
-    """What happened on the way."""
-    warnings = []
-    lost, lr = len(result.lost_chains), result.settings["lr"]
-    if lost:
-        few = "too few are left for an estimate; " if not len(result._good) else ""
-        warnings.append(
-            f"{lost} of {len(result.loss_trace)} chains became non-finite and were left out: {few}the step size is "
-            f"too large, try lr={lr / 10:.2g}"
-        )
-    if result.is_partial:
-        warnings.append(
-            f"the run was interrupted after {sum(result.steps_done or [])} of {result.loss_trace.size} steps: "
-            + ("λ̂ comes from the draws so far" if len(result._good) else "there is no draw yet")
-            + ("; the same call resumes it" if resumable else "")
-        )
-    if problem:
-        warnings.append(f"the checkpoint could not be written: {problem}; the last good one was kept")
-    if isinstance(source, LoaderSource) and source.truncated:
-        warnings.append(
-            "the data tell no length: L(w*) was taken over the first "
-            f"{result.schedule.num_steps} batches; pass a loader with a length, or tensors"
-        )
-    return warnings
-
-
 def check_device(device: torch.device | str) -> torch.device:
     """`device` as a torch.device on which memory can be had; a ValueError that says why if not."""
     try:
@@ -921,25 +889,7 @@ def _num_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
 
 
-def _model_warnings(model: nn.Module, posterior: Objective) -> list[str]:
-    warnings = []
-    random = [
-        name
-        for name, module in model.named_modules()
-        if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm))
-    ]
-    if random:
-        warnings.append(
-            "the model is in training mode and its loss depends on dropout or batch statistics "
-            f"({_some(random)}): call model.eval() unless that is meant"
-        )
-    if posterior.unused:
-        warnings.append(
-            f"the loss did not use {len(posterior.unused)} of the parameters ({_some(posterior.unused)}): leave them "
-            "out with params="
-        )
-    return warnings
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def _random_modules(model: nn.Module) -> list[str]:
+    """Modules in training mode that make the loss random."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    return [name for name, module in model.named_modules() if module.training and isinstance(module, kinds)]

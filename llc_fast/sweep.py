@@ -28,9 +28,9 @@ WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""
 _NAMES = (
     *("chain", "llc_mean", "llc_stderr", "llc_low", "llc_high", "llc_per_chain", "init_loss", "nbeta", "lr"),
-    *("warnings", "is_warm", "gradients", "seconds"),
+    *("warnings", "warning_codes", "is_warm", "gradients", "seconds"),
 )
-_DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "drift", "heat_removed", "distance_over_anchor", "init_loss_stderr")
+_DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "trend", "bias_share", "distance_over_reference", "init_loss_stderr")
 
 
 def sweep_checkpoints(
@@ -77,10 +77,10 @@ def sweep_checkpoints(
 
     Returns:
         A dataset over `dim`: ``llc_mean``, ``llc_stderr``, ``llc_low`` and ``llc_high`` (the 95 % interval),
-        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``warnings`` (one string, a line each),
-        ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the diagnostics ``r_hat``, ``ess_bulk``,
-        ``ess_tail``, ``drift``, ``heat_removed``, ``distance_over_anchor`` and ``init_loss_stderr``; NaN where there is
-        none. ``Dataset.to_netcdf`` and ``to_zarr`` write it.
+        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``warnings`` (one string, a line each) and
+        ``warning_codes`` (separated by spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the
+        diagnostics ``r_hat``, ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and
+        ``init_loss_stderr``; NaN where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it.
 
     Raises:
         TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no state dicts of this model, or
@@ -157,6 +157,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
             "warnings": column(lambda r: "\n".join(r.warnings)),
+            "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),
             "gradients": column(lambda r: r.loss_trace.size + r.diagnostics.get("pilot_steps", 0)),
             "seconds": column(lambda r: r.settings["seconds"]),

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import llc_fast
 from llc_fast import estimate as estimate_module
 from llc_fast.chains import run as chains
-from llc_fast.checks import advise
-from llc_fast.result import LLCResult
+from llc_fast.result import LLCResult, Warning
 
 mse = nn.functional.mse_loss
 TIMEOUT = 120
@@ -61,11 +60,17 @@ def estimate(**options: Any) -> LLCResult:
     return llc_fast.estimate_llc(model, inputs, chosen.pop("loss_fn", mse), **chosen)
 
 
-def happened(result: LLCResult) -> list[str]:
-    """The warnings of what happened on the way, without the advice, which most of these short runs are right to get."""
-    advice = advise(result)
-    assert result.warnings[len(result.warnings) - len(advice) :] == advice
-    return result.warnings[: len(result.warnings) - len(advice)]
+_EVENTS = ("training-mode", "unused", "diverged", "partial", "checkpoint", "truncated")
+
+
+def happened(result: LLCResult) -> list[Warning]:
+    """The warnings about model and run, without those about the estimate, which most of these short runs deserve."""
+    return [w for w in result.warnings if w.code in _EVENTS]
+
+
+def codes(result: LLCResult) -> list[str]:
+    """Of all warnings, in their order."""
+    return [w.code for w in result.warnings]
 
 
 def assert_same(found: LLCResult, expected: LLCResult) -> None:

@@ -88,10 +88,10 @@ def test_every_option(what: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["cuda-graph", "sequential"])
 def test_examined_as_on_the_cpu(strategy: str) -> None:
-    """Between the replays of a graph too: acceptance, gradient noise, heating, and the warnings that follow."""
+    """Between the replays of a graph too: acceptance, gradient noise, bias, and the warnings that follow."""
     options: dict[str, Any] = {"lr": 1e-3, "num_draws": 500, "num_burnin": 100}
     on_gpu, on_cpu = _estimate("cuda", strategy=strategy, **options), _estimate("cpu", **options)
-    for name in ("acceptance", "gradient_noise_share", "heating", "relaxations"):
+    for name in ("acceptance", "gradient_noise_share", "bias_share", "relaxations"):
         assert on_gpu.diagnostics[name] == pytest.approx(on_cpu.diagnostics[name], rel=1e-6), name
     assert on_gpu.warnings == on_cpu.warnings
     np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)

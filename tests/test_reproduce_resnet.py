@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from llc_fast.problems.digits import NUM_PICTURES, load_digits
 from llc_fast.problems.resnet import resnet
 from llc_fast.reproduce import resnet as experiment
-from llc_fast.reproduce.frame import Study, Tables, run
+from llc_fast.reproduce.rows import Tables
+from llc_fast.reproduce.run import run
+from llc_fast.reproduce.study import Study
 
 TINY = dataclasses.replace(
     experiment.SCALES["small"],
@@ -141,19 +143,18 @@ def test_localization_is_that_of_the_reach() -> None:
 
 
 def test_experiment_from_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
-    assert len(checks) == 5 and checks[1].passed and checks[2].passed
+    claims = run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
+    assert len(claims) == 5 and claims[1].holds and claims[2].holds
     first = (tmp_path / "data.json").read_bytes()
     rows = json.loads(first)["tables"]["runs"]
-    assert len(rows) == 6 and (tmp_path / "resnet.png").stat().st_size > 10_000
+    steps = {0: [2, 4], 1: [4]}
+    expected = [f"{r.name}, step {step}" for r in experiment.plan(TINY) for step in steps[r.training]]
+    assert list(rows) == expected and (tmp_path / "resnet.png").stat().st_size > 10_000
     for row in rows.values():
-        count = 2 if row["training"] == 0 else 1
-        assert row["step"] == [2, 4][-count:]
-        for name in ("llc_mean", "llc_stderr", "init_loss", "r_hat", "warnings", "test_accuracy"):
-            assert len(row[name]) == count, name
-        assert all(np.isfinite(row["llc_mean"])) and min(row["llc_stderr"]) > 0
-        assert len({r["localization"] for r in rows.values()}) == 1
-    monkeypatch.setattr(Study, "sweep", None)  # nothing is measured again
+        assert {"init_loss", "r_hat", "warnings", "codes", "train_accuracy", "test_accuracy"} <= set(row)
+        assert row["llc"] is not None and row["stderr"] > 0
+    assert len({row["localization"] for row in rows.values()}) == 1
+    monkeypatch.setattr("llc_fast.sweep_checkpoints", None)  # nothing is measured again
     run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
     assert (tmp_path / "data.json").read_bytes() == first
 
@@ -167,13 +168,13 @@ def test_training_is_sgd(tmp_path: Path) -> None:
     def moved(learning_rate: float, steps: int) -> tuple[float, dict[str, Any]]:
         settings = dataclasses.replace(TINY, checkpoints=(steps,))
         kept = experiment._train(study, settings, digits, experiment.Run(learning_rate, 60, 0), seed=3)
-        (state,) = kept["states"]
-        return math.sqrt(sum(float((state[k] - begun[k]).square().sum()) for k in begun)), kept
+        state = kept[steps]["state"]
+        return math.sqrt(sum(float((state[k] - begun[k]).square().sum()) for k in begun)), kept[steps]
 
     # One step on all pictures is the full gradient times the learning rate.
     assert moved(0.2, 1)[0] == pytest.approx(2 * moved(0.1, 1)[0], rel=1e-3)
     learned = moved(0.1, 60)[1]
-    assert learned["train_accuracy"][0] > 0.5 > learned["test_accuracy"][0] - 0.5
+    assert learned["train_accuracy"] > 0.5 > learned["test_accuracy"] - 0.5
 
 
 def test_paper_scale_is_resnet18() -> None:
@@ -195,12 +196,12 @@ def tables(values: dict[tuple[float, int], list[float]], **changes: Any) -> Tabl
                 "learning_rate": lr,
                 "batch_size": size,
                 "training": k,
-                "step": [4],
-                "llc_mean": [value],
-                "llc_stderr": [0.1],
-                "init_loss": [0.2],
-                "r_hat": [1.01],
-                "warnings": [[]],
+                "step": 4,
+                "llc": value,
+                "stderr": 0.1,
+                "init_loss": 0.2,
+                "r_hat": 1.01,
+                "warnings": [],
             } | changes
     return {"runs": rows}
 
@@ -209,40 +210,40 @@ GOOD = {(0.1, 8): [20.0, 20.4], (0.3, 8): [10.1, 9.9], (0.1, 16): [31.0, 30.0]}
 
 
 def verdicts(found: Tables) -> list[bool]:
-    return [c.passed for c in experiment.check(found, TINY)]
+    return [c.holds for c in experiment.claims(found, TINY)]
 
 
 def test_check_of_good_tables() -> None:
-    checks = experiment.check(tables(GOOD), TINY)
-    assert [c.passed for c in checks] == [True] * 5
-    assert checks[3].found == "0.1: 20.2 ± 0.2, 0.3: 10 ± 0.1; λ̂ falls"
-    assert checks[4].found == "8: 20.2 ± 0.2, 16: 30.5 ± 0.5; λ̂ rises"
+    claims = experiment.claims(tables(GOOD), TINY)
+    assert [c.holds for c in claims] == [True] * 5
+    assert claims[3].found == "0.1: 20.2 ± 0.2, 0.3: 10 ± 0.1; λ̂ falls"
+    assert claims[4].found == "8: 20.2 ± 0.2, 16: 30.5 ± 0.5; λ̂ rises"
 
 
 def test_check_does_not_care_which_way_round() -> None:
     other = dict(zip(GOOD, reversed(GOOD.values()), strict=True))
-    checks = experiment.check(tables(other), TINY)
-    assert all(c.passed for c in checks) and "falls" in checks[3].found and "falls" in checks[4].found
+    claims = experiment.claims(tables(other), TINY)
+    assert all(c.holds for c in claims) and "falls" in claims[3].found and "falls" in claims[4].found
 
 
 def test_check_of_bad_tables() -> None:
     # Within two standard errors, by their own errors or by the spread over trainings.
     assert verdicts(tables(GOOD | {(0.3, 8): [20.2, 20.3]}))[3:] == [False, True]
     assert verdicts(tables(GOOD | {(0.3, 8): [15.0, 22.0]}))[3:] == [False, True]
-    assert verdicts(tables(GOOD, llc_stderr=[12.0])) == [False, True, True, False, False]
+    assert verdicts(tables(GOOD, stderr=12.0)) == [False, True, True, False, False]
     # One run has no neighbours.
-    assert experiment.check(tables(GOOD), dataclasses.replace(TINY, batch_sizes=(8,)))[4].passed is False
+    assert experiment.claims(tables(GOOD), dataclasses.replace(TINY, batch_sizes=(8,)))[4].holds is False
     # Silent: no warning where one is due.
-    assert verdicts(tables(GOOD, r_hat=[1.2])) == [True, False, True, True, True]
-    assert verdicts(tables(GOOD, r_hat=[1.2], warnings=[["the chains disagree"]])) == [True] * 5
+    assert verdicts(tables(GOOD, r_hat=1.2)) == [True, False, True, True, True]
+    assert verdicts(tables(GOOD, r_hat=1.2, warnings=["the chains disagree"])) == [True] * 5
     negative = GOOD | {(0.3, 8): [-3.0, -3.1]}
     assert verdicts(tables(negative)) == [True, True, False, True, True]
-    assert verdicts(tables(negative, warnings=[["λ̂ is negative"]])) == [True] * 5
-    # Lost chains: no λ̂.
-    lost = tables(GOOD)
-    lost["runs"]["0.3 8 1"] |= {"llc_mean": [None], "llc_stderr": [None], "r_hat": [None], "warnings": [["lost"]]}
-    assert verdicts(lost) == [False, True, True, False, True]
-    experiment.draw(lost, TINY)
+    assert verdicts(tables(negative, warnings=["λ̂ is negative"])) == [True] * 5
+    # Diverged chains: no λ̂.
+    diverged = tables(GOOD)
+    diverged["runs"]["0.3 8 1"] |= {"llc": None, "stderr": None, "r_hat": None, "warnings": ["diverged"]}
+    assert verdicts(diverged) == [False, True, True, False, True]
+    experiment.plot(diverged, TINY)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import DATA, Quadratic, run
-from runs import assert_same, data, estimate, interrupt_after, mlp, mse
+from runs import assert_same, codes, data, estimate, interrupt_after, mlp, mse
 from torch import Tensor, nn
 
 import llc_fast
 from llc_fast import calibration
 from llc_fast import estimate as estimate_module
 from llc_fast import sweep as sweep_module
-from llc_fast.result import LLCResult
+from llc_fast.checks import Facts
+from llc_fast.result import LLCResult, Warning
 
 STRATEGIES = ["sequential", "batched"]
 
@@ -178,13 +179,14 @@ def test_a_cold_sweep_is_an_estimate_for_each() -> None:
         assert (float(row.llc_low), float(row.llc_high)) == expected.interval()
         assert float(row.init_loss) == expected.init_loss and float(row.lr) == 1e-3
         assert str(row.warnings.item()) == "\n".join(expected.warnings)
+        assert str(row.warning_codes.item()).split() == codes(expected) != []
         assert int(row.gradients) == expected.loss_trace.size and not bool(row.is_warm)
     assert found.attrs["partial"] == 0
 
 
 def test_a_warm_sweep_goes_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second estimate is that of a warm start from the first, with a quarter of its burn-in."""
-    monkeypatch.setattr(estimate_module, "advise", lambda result: [])
+    monkeypatch.setattr(estimate_module, "examine", lambda result, facts: None)
     found = _sweep()
     first = estimate(model=mlp(seed=0), keep_ends=True)
     second = estimate(model=mlp(seed=1), warm_start=first, num_burnin=1)
@@ -319,11 +321,11 @@ def test_doubtful_warm_estimates_are_made_again(monkeypatch: pytest.MonkeyPatch)
     """From w*, with the whole burn-in: what is kept is the cold estimate and what is said of it."""
     warned: list[bool] = []
 
-    def advise(result: LLCResult) -> list[str]:
+    def examine(result: LLCResult, facts: Facts) -> None:
         warned.append(result.schedule.num_burnin == 1)  # a warm one
-        return ["doubtful"] if warned[-1] else []
+        result.warnings.extend([Warning("doubtful", "doubt")] * warned[-1])
 
-    monkeypatch.setattr(estimate_module, "advise", advise)
+    monkeypatch.setattr(estimate_module, "examine", examine)
     found = _sweep()
     assert warned == [False, True, False, True, False] and not found.is_warm.any()
     np.testing.assert_array_equal(found.llc_mean, _sweep(warm=False).llc_mean)
@@ -347,7 +349,7 @@ def test_where_a_warm_chain_is_lost_all_start_again() -> None:
     model.load_state_dict(states[0])
     far = run(model, **{**options, **wide, "keep_ends": True})
     model.load_state_dict(states[1])
-    assert run(model, **{**options, "warm_start": far}).lost_chains  # the premise
+    assert run(model, **{**options, "warm_start": far}).diverged_chains  # the premise
     cold = run(model, **options)
     calls: list[bool] = []
     original = sweep_module.estimate_llc

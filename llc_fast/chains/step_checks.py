@@ -1,7 +1,7 @@
 """Looks at a few steps of every chain more closely than the loss trace does; the chain does not notice.
 
 What is measured is raw sums, a row of `COLUMNS` for each chain and probe, which go with the chain's losses through
-checkpoints and processes; :mod:`llc_fast.diagnostics` makes figures of them.
+checkpoints and processes; :mod:`llc_fast.stats.step_checks` makes statistics of them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,8 @@ from llc_fast.kernels.step import NoiseKey
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.state import ChainState
+from llc_fast.stats.step_checks import COLUMNS
 
-COLUMNS = ("distance", "log_acceptance", "gradient_noise", "heat", "curvature", "squared_curvature")
-"""What a probe at w measures, with G = nβ·g + γ(w − w*) + μ·w, g the gradient on a minibatch, p the preconditioner:
-
-- distance: ‖w − w*‖² over the parameters that are sampled;
-- log_acceptance: the logarithm of the Metropolis–Hastings ratio of one Langevin step, the same minibatch at both ends;
-- gradient_noise: nβ²·Σ p·Var(g) over minibatches;
-- heat: Σ p·G·nβ·g;
-- curvature, squared_curvature: d·H·d and Σ p·(H·d)², d that Langevin step and H the Hessian of nβ·L.
-
-NaN: not measured.
-"""
 MAX_PROBES = 16
 ROWS = 10
 """Tensors like all parameters of a chain that a probe with gradients needs at a time."""
@@ -146,7 +136,6 @@ class Probe:
         del variance
         away = w - state.rows_of(state.anchor)
         drift = s.nbeta * grad + s.localization * away + s.weight_decay * w
-        self._write(step, "heat", s.nbeta * p * drift * grad)
         noise = torch.stack(
             [
                 normals(0, w.shape[1], key._replace(chain=chain, stream=_STREAM), dtype=w.dtype, device=w.device)

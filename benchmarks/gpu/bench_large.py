@@ -117,7 +117,7 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
                 progress=interrupt_after(spec["seconds"]) if spec["seconds"] and not few else False,
                 **options,
             )
-            if result.lost_chains:
+            if result.diverged_chains:
                 raise RuntimeError("the chain was lost, so not all steps were made")
             found = {"seconds": result.settings["seconds"], "set-up, s": result.diagnostics["seconds_of_setup"]}
             found |= {"strategy": result.settings["strategy"], "warnings": result.warnings}

@@ -1,63 +1,31 @@
-"""What experiments share: rows that are kept as they are measured, resumption, claims that are checked, pictures."""
+"""One experiment in one folder: rows that are kept as they are measured, and what is needed to resume."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
 import llc_fast
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, sweep_rows
 from llc_fast.result import LLCResult
 from llc_fast.support.files import atomic_write, plain
 
 if TYPE_CHECKING:
-    import xarray
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-Row = dict[str, Any]
-"""One measurement, as JSON gives it back: lists for arrays and tuples, None for numbers that are not finite."""
-Tables = dict[str, dict[str, Row]]
-"""Rows by the name of their table and their own."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that must come out.
-
-    Attributes:
-        claim: what is claimed, with its bound: "Spearman's ρ of λ̂ and λ is at least 0.99".
-        found: the figure that was measured: "0.997".
-        passed: whether it holds.
-    """
-
-    claim: str
-    found: str
-    passed: bool
-
-
-class Experiment(Protocol):
-    """What a module of this folder offers. Its docstring tells people what is done, and where it comes from."""
-
-    __doc__: str | None
-    SCALES: Mapping[str, Any]
-    """Settings (a frozen dataclass of the module) for "small", minutes on two cores, and "paper", one GPU."""
-
-    def measure(self, study: Study, settings: Any) -> None:
-        """Measure row by row, through `study` alone: what is kept already is not measured again."""
-
-    def check(self, tables: Tables, settings: Any) -> list[Check]:
-        """The claims, from the tables alone."""
-
-    def draw(self, tables: Tables, settings: Any) -> dict[str, Figure]:
-        """Pictures by name, from the tables alone."""
+FORMAT = 2
+"""Of data.json: another one is not gone on with."""
 
 
 class Study:
@@ -65,7 +33,7 @@ class Study:
 
     Args:
         name: of the experiment.
-        scale: of `Experiment.SCALES`.
+        scale: "small" or "paper".
         output: the folder; made if need be. What is in it already is gone on with.
         seed: of everything random.
         device: where to compute.
@@ -81,7 +49,8 @@ class Study:
     ) -> None:
         self.name, self.scale, self.output, self.seed = name, scale, output, seed
         self.device, self.progress = torch.device(device), progress
-        self._head = {"experiment": name, "scale": scale, "seed": seed, "llc_fast": llc_fast.__version__}
+        self._head: Row = {"experiment": name, "scale": scale, "seed": seed, "llc_fast": llc_fast.__version__}
+        self._head["format"] = FORMAT
         self._work = output / "work"
         self._work.mkdir(parents=True, exist_ok=True)
         self.tables: Tables = {}
@@ -90,6 +59,13 @@ class Study:
         if self._file.exists():
             self.tables = self._read()
         self._write()  # a folder that can't be written to is better found out now
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Delete what an earlier study has left in this folder; a folder without a study is left alone."""
+        if (folder / "data.json").exists():
+            (folder / "data.json").unlink()
+            shutil.rmtree(folder / "work", ignore_errors=True)
 
     # ---- what experiments call -----------------------------------------------------------------------------
 
@@ -142,18 +118,49 @@ class Study:
         return result
 
     def sweep(
-        self, key: str, model: torch.nn.Module, checkpoints: Sequence[Any], data: Any, loss_fn: Any, **settings: Any
-    ) -> xarray.Dataset:
-        """:func:`llc_fast.sweep_checkpoints` with this study's device, seed and progress bar, resumed if stopped.
+        self,
+        table: str,
+        key: str,
+        model: torch.nn.Module,
+        steps: Sequence[int],
+        states: Callable[[], Sequence[Any]],
+        data: Any,
+        loss_fn: Any,
+        about: Callable[[int], Mapping[str, Any]] = lambda step: {},
+        say: Callable[[Row], str] = lambda row: "",
+        **settings: Any,
+    ) -> list[Row]:
+        """A row for each checkpoint of a training run, by :func:`llc_fast.sweep_checkpoints`, resumed if stopped.
+
+        The first row takes the time of all: it is the one that the sweep is done for.
+
+        Args:
+            table: name of the table.
+            key: of the sweep within the study; rows are called by it and their step.
+            model: that the state dicts belong to.
+            steps: of training, one for each checkpoint.
+            states: gives the state dicts, if any row is still missing.
+            data, loss_fn: as for :func:`llc_fast.estimate_llc`.
+            about: what else a row has, by step.
+            say: a few words about a row for people who watch.
+            settings: of :func:`llc_fast.sweep_checkpoints`, other than this study's device, seed and progress bar.
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the same study goes on from there.
         """
-        wanted: dict[str, Any] = {"device": self.device, "seed": self.seed, "progress": self.progress} | settings
-        found = llc_fast.sweep_checkpoints(model, checkpoints, data, loss_fn, folder=self.path(key), **wanted)
-        if found.attrs["partial"]:
-            raise KeyboardInterrupt
-        return found
+
+        @functools.cache
+        def found() -> dict[int, Row]:
+            wanted: dict[str, Any] = {"device": self.device, "seed": self.seed, "progress": self.progress} | settings
+            swept = llc_fast.sweep_checkpoints(
+                model, states(), data, loss_fn, labels=list(steps), dim="step", folder=self.path(key), **wanted
+            )
+            if swept.attrs["partial"]:
+                raise KeyboardInterrupt
+            return dict(zip(steps, sweep_rows(swept), strict=True))
+
+        cases = {f"{key}, step {step}": step for step in steps}
+        return self.rows(table, cases, lambda step: {"step": step, **about(step), **found()[step]}, say)
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make` returns, made once and kept for later runs of the study: tensors, numbers, strings, and lists,
@@ -167,7 +174,7 @@ class Study:
         return made
 
     def steps(self, count: int, title: str) -> Iterable[int]:
-        """``range(count)`` with a progress bar, for training: its ``set_postfix_str`` takes a useful figure."""
+        """``range(count)`` with a progress bar, for training: its ``set_postfix_str`` takes a useful number."""
         bar: Iterable[int] = tqdm(range(count), desc=title, disable=not self.progress, leave=False, mininterval=0.2)
         return bar
 
@@ -196,62 +203,20 @@ class Study:
             )
         return tables  # type: ignore[no-any-return]
 
-    def _write(self, checks: Iterable[Check] = ()) -> None:
-        data = {**self._head, "checks": [vars(c) for c in checks], "machine": machine(), "tables": self.tables}
+    def _write(self, claims: Iterable[Claim] = ()) -> None:
+        data = {**self._head, "claims": [vars(c) for c in claims], "machine": machine(), "tables": self.tables}
         with atomic_write(self._file) as file:
             file.write((json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
-    def finish(self, checks: list[Check], figures: Mapping[str, Figure]) -> list[Path]:
-        """Write the claims and the pictures; returns the files of the study."""
-        self._write(checks)
+    def finish(self, claims: list[Claim], figures: Mapping[str, Figure]) -> list[Path]:
+        """Write the claims and the figures; returns the files of the study."""
+        self._write(claims)
         paths = []
         for name, figure in figures.items():
             paths.append(self.output / f"{name}.png")
             with atomic_write(paths[-1]) as file:
                 figure.savefig(file, format="png", dpi=150)
         return [self._file, *paths]
-
-
-def run(experiment: Experiment, study: Study, settings: Any = None) -> list[Check]:
-    """Measure, check and draw.
-
-    Args:
-        experiment: what.
-        study: where.
-        settings: other than those of the study's scale.
-    """
-    settings = experiment.SCALES[study.scale] if settings is None else settings
-    experiment.measure(study, settings)
-    checks = experiment.check(study.tables, settings)
-    study.finish(checks, experiment.draw(study.tables, settings))
-    return checks
-
-
-# ---- rows --------------------------------------------------------------------------------------------------
-
-
-def figures_of(result: LLCResult) -> Row:
-    """What is worth keeping of an estimate."""
-    low, high = result.interval()
-    settings, diagnostics = result.settings, result.diagnostics
-    return {
-        "llc": result.llc_mean,
-        "stderr": result.llc_stderr,
-        "interval": [low, high],
-        "llc_per_chain": result.llc_per_chain,
-        "warnings": result.warnings,
-        "init_loss": result.init_loss,
-        "nbeta": result.nbeta,
-        "lr": settings["lr"],
-        "localization": settings["localization"],
-        "batch_size": settings["batch_size"],
-        "sampler": settings["sampler"],
-        "num_parameters": settings["num_parameters"],
-        "gradients": result.loss_trace.size + diagnostics.get("pilot_steps", 0),
-        "r_hat": diagnostics.get("r_hat"),
-        "ess": diagnostics.get("ess_bulk"),
-        "seconds_of_estimate": settings["seconds"],
-    }
 
 
 def machine() -> Row:
