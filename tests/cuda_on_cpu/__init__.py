@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""CUDA emulation on the CPU, so that tests marked ``gpu`` run where there is none: ``pytest -p cuda_on_cpu -m gpu``.
-=======
 """CUDA emulation on the CPU, so that tests marked ``gpu`` run without a GPU: ``pytest -p cuda_on_cpu -m gpu``.
->>>>>>> kernels
 
 Emulated are torch's `cuda` device (device.cpp) and the threads of the kernels (cuda_runtime.h). The kernels' source,
 all of llc_fast, autograd and vmap are the real ones. So this finds errors in those, races and tensors on the wrong device
