@@ -72,7 +72,7 @@ def sweep_checkpoints(
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
             need be.
-        progress: show a bar with λ̂ so far.
+        progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log.
         settings: further arguments of :func:`llc_fast.estimate_llc`.
 
     Returns:

@@ -256,29 +256,43 @@ def _assert_one_line(capfd: pytest.CaptureFixture[str], *said: str) -> None:
         assert words in err
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, ModuleNotFoundError])
+OWN_ERRORS = """
+import torch
+
+def not_a_model():
+    return 3, torch.zeros(4, 1), None
+
+def no_samples():
+    return torch.nn.Linear(1, 1), (torch.zeros(0, 1), torch.zeros(0, 1)), torch.nn.functional.mse_loss
+
+def fails():
+    raise ValueError("a bug of the user's own")
+
+def imports():
+    import nowhere_to_be_found
+"""
+
+
+@pytest.mark.parametrize(("problem", "said"), [("not_a_model", "model must be"), ("no_samples", "data")])
 def test_errors_are_one_line(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    problem: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What the package says about wrong input is printed as a line, no traceback, with exit status 2."""
-
-    def fail(*args: Any) -> None:
-        raise error("what is wrong, and what to do")
-
-    monkeypatch.setattr(deep_linear, "make_problem", fail)
-    assert _main(["dln", "--no-progress"], monkeypatch) == 2
-    _assert_one_line(capfd, "llc-fast: what is wrong, and what to do")
+    path = tmp_path / f"{problem}_{tmp_path.name}.py"
+    path.write_text(OWN_ERRORS)
+    assert _main(["estimate", "--no-progress", f"{path}:{problem}"], monkeypatch) == 2
+    _assert_one_line(capfd, said)
 
 
-def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug is not disguised as the user's mistake."""
-
-    def fail(*args: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(deep_linear, "make_problem", fail)
-    monkeypatch.setattr("sys.argv", ["llc-fast", "dln", "--no-progress"])
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(("problem", "error"), [("fails", ValueError), ("imports", ModuleNotFoundError)])
+def test_errors_of_the_users_code_keep_their_traceback(
+    problem: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks for a bug needs the place."""
+    path = tmp_path / f"{problem}_{tmp_path.name}.py"
+    path.write_text(OWN_ERRORS)
+    monkeypatch.setattr("sys.argv", ["llc-fast", "estimate", f"{path}:{problem}"])
+    with pytest.raises(error):
         app.main()
 
 

@@ -1,9 +1,10 @@
-"""The program ``llc-fast``: it finds its commands, and prints errors in what the user gave as one line."""
+"""The program ``llc-fast``: it finds its commands, and prints what is wrong with its input as one line."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import traceback
 
 import typer
 
@@ -27,9 +28,20 @@ def make_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Run ``llc-fast``. TypeError, ValueError and ModuleNotFoundError become one line and exit status 2."""
+    """Run ``llc-fast``. What this package says about wrong input becomes one line, with exit status 2.
+
+    Other errors, those of the user's own code too, keep their traceback.
+    """
     try:
         make_app()()
-    except (TypeError, ValueError, ModuleNotFoundError) as error:
+    except (TypeError, ValueError, ModuleNotFoundError, PermissionError, MemoryError) as error:
+        if not _is_ours(error):
+            raise
         typer.echo(f"llc-fast: {error}", err=True)
         raise SystemExit(2) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "llc_fast"
