@@ -1,6 +1,6 @@
 """What a GPU was measured to do against what it was to do: report.md, from the files that gpu.sh leaves.
 
-    python benchmarks/gpu_report.py FOLDER [FOLDER …]
+    python benchmarks/gpu/gpu_report.py FOLDER [FOLDER …]
 
 Several folders are those of several calls: where two measured the same, the later one counts. The report, printed and
 written to the first folder, is a table of the targets (held, missed, or not measured), then the measurements. Needs

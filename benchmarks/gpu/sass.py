@@ -2,7 +2,7 @@
 
     nvcc -O3 -std=c++17 --fmad=false -arch=sm_90 -DLLC_WITH_CUDA -cubin -o step.cubin csrc/step_cuda.cu
     cuobjdump -res-usage step.cubin >step.usage; nvdisasm -c -hex step.cubin >step.sass
-    python benchmarks/sass.py step.sass step.usage
+    python benchmarks/gpu/sass.py step.sass step.usage
 
 For each float32 kernel: registers, resident warps of a multiprocessor, and of the usual path of a warp through four
 elements a thread (all 16-byte accesses and the noise, past every other access, in the innermost loop that holds them):

@@ -1,6 +1,6 @@
 """Every sampler's step: time, bytes over the floor, cost of noise and of metrics, growth, overhead, memory.
 
-    python benchmarks/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--layouts 1 4 bfloat16]
+    python benchmarks/speed/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--layouts 1 4 bfloat16]
                                         [--quick] [--json PATH]
 
 Each sampler steps one chain, four chains that share w*, and one chain of a bfloat16 model (float32 chains, bfloat16

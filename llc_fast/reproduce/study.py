@@ -7,14 +7,14 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
 import llc_fast
+from llc_fast.progress import make_progress, say
 from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, sweep_rows
 from llc_fast.result import LLCResult
@@ -173,10 +173,12 @@ class Study:
             torch.save(made, file)
         return made
 
-    def steps(self, count: int, title: str) -> Iterable[int]:
-        """``range(count)`` with a progress bar, for training: its ``set_postfix_str`` takes a useful number."""
-        bar: Iterable[int] = tqdm(range(count), desc=title, disable=not self.progress, leave=False, mininterval=0.2)
-        return bar
+    def steps(self, count: int, title: str) -> Iterator[int]:
+        """``range(count)`` with a progress bar, for training."""
+        with make_progress(self.progress, count, title, stays=False) as shown:
+            for step in range(count):
+                yield step
+                shown.update(step + 1)
 
     def path(self, key: str, suffix: str = "") -> Path:
         """A place in ``work/`` for what is called `key`."""
@@ -185,7 +187,7 @@ class Study:
     def say(self, text: str) -> None:
         """A line for people who watch."""
         if self.progress:
-            tqdm.write(text)
+            say(text)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
