@@ -54,6 +54,8 @@ _HOME = {
 }
 """The module of each public name; what is in none of them is a module itself."""
 
+_NOT_BUILT = "this is the source folder, where nothing is built. Start Python elsewhere, or run: pip install -e ."
+
 if not TYPE_CHECKING:  # type checkers would believe that every name exists
 
     def __getattr__(name):
@@ -68,6 +70,8 @@ if not TYPE_CHECKING:  # type checkers would believe that every name exists
             except ModuleNotFoundError as error:
                 if error.name != f"{__name__}.{name}":
                     raise  # the module exists, and something that it imports does not
+                if name == "_native":
+                    raise ModuleNotFoundError(f"{error}: {_NOT_BUILT}", name=error.name) from None
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,8 +19,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 import llc_fast.kernels.operator  # noqa: F401  registers torch.ops.llc_fast.step
 from llc_fast import samplers
 from llc_fast.kernels.native import (
-    NUM_METRICS,
     NUM_STATES,
+    NUM_SUMS,
     Segment,
     SegmentTable,
     check_tensor,
@@ -39,12 +39,12 @@ from llc_fast.kernels.sharding import (
     sharded_axes,
     whole_of,
 )
-from llc_fast.kernels.step import METRICS as STEP_METRICS
-from llc_fast.kernels.step import NoiseKey, StepScalars
+from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 _SUMMED = ("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss")
 _TENSORS = ("noise", "dws")
+_REPORTED_SUMS = ("grad", "distance", "weight", "noise")
 METRICS = (*_TENSORS, *_SUMMED)
 """What an optimizer can report of its last step, by devinterp's names."""
 _DOC = """
@@ -341,16 +341,18 @@ class LangevinOptimizer(torch.optim.Optimizer):
         device_scalars = self._scalars_on_device(index, scalars, params[0].device) if self._capturable else None
         if self._sharded:
             grads = [local_gradient(params[k], grad) for k, grad in zip(live, grads, strict=True)]
+        wanted = _sums_needed(self.sampler, group) + _REPORTED_SUMS * self._sums
         for position, table, axes in self._group_tables((index, 0), group, live):
             part = None
-            if measures or self._sums:
-                part = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=params[0].device)
+            if wanted:
+                part = torch.zeros(1, NUM_SUMS, dtype=torch.float64, device=params[0].device)
             table.step(
                 [grads[j] for j in position],
                 scalars,
                 NoiseKey(group["seed"], step),
                 thermostat=group.get("thermostat"),
-                metrics=part,
+                sums=part,
+                wanted=wanted,
                 device_scalars=device_scalars,
                 device_step=group["step"] if self._capturable else None,
             )
@@ -455,7 +457,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             segment = Segment(
                 w=state.get("master", p.detach()),
                 offset=offsets[k],
-                anchor=state.get("initial_param"),
+                reference=state.get("initial_param"),
                 mask=_entry(group["optimize_over"], k),
                 state=[state[f"state{j}"] for j in range(NUM_STATES[self.sampler.name])],
                 preconditioner=_entry(group.get("preconditioner", 1.0), k),
@@ -477,12 +479,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
         device, scalars = group["params"][0].device, self.sampler.scalars(group)
         metrics = None
         if self.sampler.thermostatted:
-            metrics = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=device)
+            metrics = torch.zeros(1, NUM_SUMS, dtype=torch.float64, device=device)
         segments = self._segments(group, live)
         torch.ops.llc_fast.step(
             [s.w for s in segments],
             grads,
-            [s.anchor for s in segments],
+            [s.reference for s in segments],
             [s.mask for s in segments],
             [t for s in segments for t in s.state],
             [s.preconditioner if isinstance(s.preconditioner, Tensor) else None for s in segments],
@@ -495,6 +497,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             group["step"],
             group.get("thermostat"),
             metrics,
+            _sums_needed(self.sampler, group),
         )
         if metrics is not None:
             self.sampler.follow(scalars, group, 0, metrics, self._count(group, live))
@@ -558,7 +561,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _report(self, sums: list[tuple[dict[str, Any], Tensor | None]]) -> None:
         """The norms of the last step over all groups, as devinterp defines them."""
-        columns = {name: k for k, name in enumerate(STEP_METRICS)}
+        columns = {name: k for k, name in enumerate(SUMS)}
 
         def total(name: str, factor: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> Tensor:
             zero = torch.zeros((), dtype=torch.float64)
@@ -611,6 +614,11 @@ class _Tables(NamedTuple):
     identity: list[int]
     objects: list[Any]  # kept alive: `identity` holds their ids
     tables: list[_Table]
+
+
+def _sums_needed(sampler: type[samplers.Sampler], group: dict[str, Any]) -> tuple[str, ...]:
+    """The kernel sums that a sampler feeds back to its next step."""
+    return ("momentum",) * sampler.thermostatted + ("grad",) * bool(group.get("relative_eps"))
 
 
 def _gradients(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:

@@ -101,7 +101,7 @@ def test_a_block_of_columns_moves_as_in_the_whole(name: str, where: str, monkeyp
         monkeypatch.setattr(update, "has_native_backend", lambda _: False)
     device = "cuda" if where == "cuda" else "cpu"
     rows, columns, box = 40, 70, (slice(None), slice(11, 53))
-    tensors = {k: _random((rows, columns), seed) for seed, k in enumerate(("w", "grad", "anchor"))}
+    tensors = {k: _random((rows, columns), seed) for seed, k in enumerate(("w", "grad", "reference"))}
     kept = [_random((rows, columns), 10 + j).abs() for j in range(NUM_STATES[name])]
     mask, scale = _random((rows, columns), 20) > -1, _random((rows, columns), 21).abs() + 0.1
     scalars = StepScalars(1e-2, 20.0, 2.0, 1.0, 0.7, 0.3, 0.9, 0.9, 0.1, 0.1)
@@ -112,7 +112,7 @@ def test_a_block_of_columns_moves_as_in_the_whole(name: str, where: str, monkeyp
         edges = [torch.zeros(3, device=device), torch.zeros(5, device=device)]
         segments = [
             Segment(edges[1], 3 + rows * columns, state=[torch.zeros_like(edges[1]) for _ in state]),
-            Segment(own["w"], offset, own["anchor"], cut(mask).to(device), state, cut(scale).to(device)),
+            Segment(own["w"], offset, own["reference"], cut(mask).to(device), state, cut(scale).to(device)),
             Segment(edges[0], 0, state=[torch.zeros_like(edges[0]) for _ in state]),
         ]
         grads = [torch.ones_like(edges[1]), own["grad"], torch.ones_like(edges[0])]
@@ -358,7 +358,7 @@ def refusals() -> None:
         llc_fast.SGLD([plain], optimize_over=_distributed(torch.ones(5, 3) > 0, mesh, [Shard(0)])).step()
     optimizer = llc_fast.SGLD([p], seed=1, localization=1.0)
     optimizer.state[p]["initial_param"] = torch.zeros(5, 3)
-    with pytest.raises(ValueError, match=r"anchor of parameter 0 must be a DTensor .* got a plain tensor"):
+    with pytest.raises(ValueError, match=r"reference point of parameter 0 must be a DTensor .* got a plain tensor"):
         optimizer.step()
     assert not _full(p).any()
     # Gradients that are not summed yet are summed; a backward pass through old values is an error.

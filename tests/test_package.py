@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -28,12 +30,13 @@ def test_importing_the_package_imports_nothing() -> None:
     assert not found & {"torch", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["SGLD", "estimate_llc", "LLCResult", "samplers"])
-def test_public_names_import_no_more_than_torch_does(name: str) -> None:
+def test_public_names_import_no_more_than_torch_does() -> None:
     """Whatever else a job needs is imported by that job."""
-    found = _modules_after(f"import torch, llc_fast; llc_fast.{name}") - _modules_after("import torch")
-    allowed = {"llc_fast", "numpy", "tqdm", *sys.stdlib_module_names}
-    assert {name.partition(".")[0] for name in found} <= allowed
+    before = "import sys, torch; before = set(sys.modules) - {'sys'}; import llc_fast"
+    after = "[getattr(llc_fast, name) for name in llc_fast.__all__]; [sys.modules.pop(name) for name in before]"
+    found = _modules_after(f"{before}\n{after}")
+    assert {"llc_fast.optim", "llc_fast.sweep"} <= found
+    assert {name.partition(".")[0] for name in found} <= {"llc_fast", "numpy", "tqdm", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("name", llc_fast.__all__)
@@ -63,10 +66,11 @@ def test_star_import() -> None:
     assert "llc_fast.sweep" in found
 
 
-@pytest.mark.parametrize("name", ["theory", "samplers", "result", "estimate", "optim", "stats", "kernels", "_native"])
-def test_submodules_are_attributes(name: str) -> None:
+def test_submodules_are_attributes() -> None:
     """Without importing them first."""
-    assert f"llc_fast.{name}" in _modules_after(f"import llc_fast; llc_fast.{name}.__name__")
+    names = ["theory", "_native", "kernels", "samplers", "stats", "optim", "result", "estimate", "problems", "cli"]
+    code = "\n".join(f"assert llc_fast.{name}.__name__ == 'llc_fast.{name}'" for name in names)
+    assert {f"llc_fast.{name}" for name in names} <= _modules_after(f"import llc_fast\n{code}")
 
 
 @pytest.mark.parametrize("name", ["estimate_lcc", "__wrapped__", "__main__"])
@@ -74,6 +78,17 @@ def test_other_names_are_attribute_errors(name: str) -> None:
     assert not hasattr(llc_fast, name)
     with pytest.raises(AttributeError, match=f"module 'llc_fast' has no attribute '{name}'"):
         getattr(llc_fast, name)
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import llc_fast; llc_fast.SGLD"], ["-m", "llc_fast.cli", "info"]])
+def test_the_source_folder_says_that_nothing_is_built(arguments: list[str], tmp_path: Path) -> None:
+    """With the remedy; the program says it in one line."""
+    shutil.copytree(TOP.parent, tmp_path / "llc_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "No module named 'llc_fast._native': this is the source folder" in done.stderr
+    assert ("Traceback" in done.stderr) is (arguments[0] == "-c")
 
 
 def test_a_broken_submodule_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

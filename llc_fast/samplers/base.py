@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.kernels.native import NUM_STATES
-from llc_fast.kernels.step import METRICS, StepScalars
+from llc_fast.kernels.step import SUMS, StepScalars
 from llc_fast.support.arguments import check_number
 
 MOMENTUM_STREAM = 1
@@ -151,12 +151,12 @@ class Sampler:
 
         Args:
             scalars: of the step.
-            metrics: its sums, float64 ``[num_chains, 8]``, a tensor or an array.
+            metrics: its sums, float64 ``[num_chains, len(SUMS)]``, a tensor or an array.
 
         Returns:
             One number for each chain, in units of λ.
         """
-        return scalars.nbeta * metrics[:, METRICS.index("heat")]
+        return scalars.nbeta * metrics[:, SUMS.index("bias")]
 
     @classmethod
     def follow(
@@ -164,8 +164,8 @@ class Sampler:
     ) -> None:
         """Move thermostat and gradient scale after a step with these sums over `count` elements."""
         if cls.thermostatted:
-            memory["thermostat"] += metrics[:, METRICS.index("momentum")] / max(count, 1) - scalars.lr
+            memory["thermostat"] += metrics[:, SUMS.index("momentum")] / max(count, 1) - scalars.lr
         elif "mean_square" in memory and step < scalars.adapt_steps:
             before = memory["mean_square"] if step else 0.0
-            seen = float(metrics[0, METRICS.index("grad")]) / max(count, 1)
+            seen = float(metrics[0, SUMS.index("grad")]) / max(count, 1)
             memory["mean_square"] = scalars.decay * before + (1 - scalars.decay) * seen

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llc_fast.kernels.native import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision, normals
+from llc_fast.kernels.native import NUM_STATES, NUM_SUMS, Segment, SegmentTable, is_low_precision, normals
 from llc_fast.kernels.step import NoiseKey, StepScalars
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
@@ -49,7 +49,7 @@ class ChainState:
             Segment(
                 w=self._view(self.w, k)[0],
                 offset=self._offsets[k],
-                anchor=self._anchor[k],
+                reference=self._anchor[k],
                 mask=posterior.masks.get(name),
                 state=[self._view(state, k)[0] for state in self.states],
                 preconditioner=given[name] if isinstance(given, Mapping) else given,
@@ -62,8 +62,9 @@ class ChainState:
         self._single_tables: dict[str, SegmentTable] = {}
         self._metrics = None
         self._follows = sampler.measures(self._options)
-        if self._follows or sampler.tells_heat:
-            self._metrics = torch.zeros(num_chains, NUM_METRICS, dtype=torch.float64, device=self._device)
+        self._wanted = _sums_needed(sampler, self._options)
+        if self._wanted:
+            self._metrics = torch.zeros(num_chains, NUM_SUMS, dtype=torch.float64, device=self._device)
             self._part = torch.zeros_like(self._metrics)
             # On a CPU through NumPy, in a fraction of the time that torch takes for a few numbers.
             self._sums = self._metrics.numpy() if self._device.type == "cpu" else self._metrics
@@ -251,7 +252,8 @@ class ChainState:
             scalars,
             NoiseKey(self._seed, step=step, chain=self._first_chain),
             thermostat=self._memory.get("thermostat"),
-            metrics=self._metrics,
+            sums=self._metrics,
+            wanted=self._wanted,
             device_step=device_step,
         )
         if self._follows:
@@ -281,6 +283,13 @@ class ChainState:
             k = self._names.index(name)
             table = self._single_tables[name] = SegmentTable(self._sampler.rule, [self._segments[k]])
         part = None if self._metrics is None else self._part
-        table.step([grad], self._scalars, NoiseKey(self._seed, step=step, chain=self._first_chain), metrics=part)
+        key = NoiseKey(self._seed, step=step, chain=self._first_chain)
+        table.step([grad], self._scalars, key, sums=part, wanted=self._wanted)
         if self._metrics is not None:
             self._metrics += self._part
+
+
+def _sums_needed(sampler: Sampler, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kernel sums that each step of a sampler is needed for."""
+    needed = {"bias": sampler.tells_heat, "momentum": sampler.thermostatted, "grad": bool(options.get("relative_eps"))}
+    return tuple(name for name, is_needed in needed.items() if is_needed)
