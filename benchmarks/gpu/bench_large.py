@@ -1,8 +1,8 @@
 """The estimate of a deep linear network of 10⁸ parameters at the paper's setting: time, λ̂ against λ, memory.
 
     python benchmarks/gpu/bench_large.py [--device cuda] [--contenders llc_fast:tf32 llc_fast:float32 devinterp:tf32 …]
-                                     [--steps N] [--seconds S] [--short 200] [--size 100M] [--seed 342]
-                                     [--network FILE] [--json PATH]
+                                         [--steps N] [--seconds S] [--short 200] [--size 100M] [--seed 342]
+                                         [--network FILE] [--json PATH]
 
 The setting is that of Furman & Lau 2024 (llc_fast.problems.deep_linear.SIZE_CLASSES): of class "100M" n = 10⁶ samples,
 minibatches of 500, SGLD with ε = 2e-8 and γ = 1, one chain of 50,000 steps from w*, nβ = n / log n; the second half
