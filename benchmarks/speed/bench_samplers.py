@@ -68,9 +68,7 @@ def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str,
     options = dict(OPTIONS)
     if name == "preconditioned-sgld":
         options["preconditioner"] = {k: torch.ones(p.shape, device=device) for k, p in reference.items()}
-    posterior = SimpleNamespace(
-        anchor=reference, masks={}, num_parameters=total
-    )  # what the memory of chains needs of it
+    posterior = SimpleNamespace(anchor=reference, masks={}, num_parameters=total)  # what chains need of it
     state = ChainState(posterior, SAMPLERS[name](**options), layout.chains)  # type: ignore[arg-type]
     state.start(0, seed=0)
     table, scalars = state._table, state._scalars
