@@ -121,7 +121,7 @@ for section in SpeedOfLight MemoryWorkloadAnalysis WarpStateStats LaunchStats Oc
 done
 once=("$python" "$repo/benchmarks/bench_samplers.py" --device "$device" --once --layouts 1 "${once[@]}")
 # shellcheck disable=SC2016
-when ncu 240 bash -c 'ncu --profile-from-start off --clock-control none --kernel-name "regex:step_kernel|sum_metrics" \
+when ncu 240 bash -c 'ncu --profile-from-start off --clock-control none --kernel-name "regex:step_kernel|add_tiles" \
     --export "$0/steps" "${@:2}" && ncu --import "$0/steps.ncu-rep" --csv --page details >"$1/ncu.csv" &&
     ncu --import "$0/steps.ncu-rep" --page details --print-details all' "$work" "$out" "${sections[@]}" "${once[@]}"
 
