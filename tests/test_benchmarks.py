@@ -208,7 +208,7 @@ def _made_up(good: bool) -> dict[str, dict[str, Any]]:
         {"sampler": name, "share of copy's GB/s": (0.95 if name == "sgld" else 0.86) if good else 0.84}
         for name in ("sgld", "preconditioned-sgld", "rmsprop-sgld", "adam-sgld", "sghmc", "sgnht")
     ]
-    kernel = "void llc::(anonymous namespace)::step_kernel<llc::Sgld<float>, float, false>(llc::Step)"
+    kernel = "void llc::(anonymous namespace)::step_kernel<0u, llc::Sgld<float>, float>(llc::Step)"
     launches = {"llc_fast SGLD": {kernel: 1} if good else {kernel: 1, "Memcpy HtoD (Pageable -> Device)": 1}}
 
     def large(precision: str) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def test_report_of_targets_held(benchmark_module: Any, tmp_path: Path) -> None:
     assert len(found) == 5 + 18 + 1 + 4 + 1 and all(target.holds is True for target in found)
     text = module.report(results)
     assert text.startswith("# NVIDIA H100, 2026-11-22\n") and "**no**" not in text and "not measured" not in text
-    assert "| 1 × step_kernel<Sgld<float>, float, false> | 1 kernel | yes |" in text
+    assert "| 1 × step_kernel<0u, Sgld<float>, float> | 1 kernel | yes |" in text
 
 
 def test_report_of_targets_missed(benchmark_module: Any, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_report_joins_calls(
     good, bad = _made_up(good=True), _made_up(good=False)
     _write(tmp_path / "first", {"step": bad["step"], "chains": good["chains"]})
     _write(tmp_path / "second", {"step": good["step"]})
-    kernel = '"0","void llc::<unnamed>::step_kernel<llc::Sgld<float>, float, (bool)1>(llc::Step)"'
+    kernel = '"0","void llc::<unnamed>::step_kernel<(unsigned int)63, llc::Sgld<float>, float>(llc::Step)"'
     (tmp_path / "second" / "ncu.csv").write_text(
         '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         f'{kernel},"Duration","us","530.1"\n{kernel},"DRAM Throughput","%","91"\n'
@@ -302,4 +302,4 @@ def test_report_joins_calls(
     module.main()
     text = (tmp_path / "first" / "report.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip() and "| yes |" in text and "**no**" not in text
-    assert "| step_kernel<Sgld<float>, float, 1> | 530.1 us | 91 % |" in text
+    assert "| step_kernel<63, Sgld<float>, float> | 530.1 us | 91 % |" in text

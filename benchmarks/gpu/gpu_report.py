@@ -106,7 +106,7 @@ def ncu_rows(text: str) -> list[Row]:
 def _short(kernel: str) -> str:
     """A kernel's name without namespaces, casts and arguments."""
     name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|\bllc::|\bvoid ", "", kernel)
-    name = re.sub(r"\((?:bool|int)\)", "", name)
+    name = re.sub(r"\((?:bool|int|unsigned int)\)", "", name)
     return name.partition("(")[0]
 
 

@@ -7,9 +7,9 @@ Each sampler steps one chain, four chains that share w*, and one chain of a bflo
 gradients, and a bfloat16 copy of w for the next forward pass), `--parameters` in each chain. The floor is the traffic
 that a step cannot avoid, in bytes per parameter of each chain (read w and gradient, write w; each state read and
 written; w* and a preconditioner read once for all chains; the copy written). "GB/s at the floor" is floor over time, to
-be compared with the tensor copy of the same run, which reads and writes 4 bytes a parameter. "bias sum" is a step with
-the one sum that estimates take by default, "all sums" one with all of them. devinterp's equivalents run in the same
-rounds if devinterp 1.3.2 is installed.
+be compared with the tensor copy of the same run, which reads and writes 4 bytes a parameter. "its sums" are those that
+an estimate with this sampler takes at every step, "all sums" everything that a step can sum up. devinterp's equivalents
+run in the same rounds if devinterp 1.3.2 is installed.
 
 `--once` takes each step once between cudaProfilerStart and cudaProfilerStop, for `ncu --profile-from-start off`.
 """
@@ -31,6 +31,7 @@ from harness import median, peak_memory, print_table, ratio, those_that_run, tim
 import llc_fast
 from llc_fast import optim
 from llc_fast.cli.bench import TENSORS, floor_bytes, make_params
+from llc_fast.kernels.native import NUM_SUMS
 from llc_fast.kernels.step import SUMS, NoiseKey
 from llc_fast.samplers.registry import SAMPLERS
 from llc_fast.samplers.state import ChainState
@@ -63,7 +64,7 @@ def options_of(name: str, params: list[torch.nn.Parameter]) -> dict[str, Any]:
 
 
 def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str, Callable[[], Any]]:
-    """The step of `layout` as the chain engine takes it, without noise, and with sums."""
+    """The step of `layout` without sums, then without noise, with the sums of an estimate, with all sums."""
     reference = {str(k): p.detach() for k, p in enumerate(make_params(total, device, layout.dtype))}
     options = dict(OPTIONS)
     if name == "preconditioned-sgld":
@@ -73,18 +74,19 @@ def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str,
     state.start(0, seed=0)
     table, scalars = state._table, state._scalars
     grads = [1e-3 * torch.randn(layout.chains, *p.shape, device=device, dtype=p.dtype) for p in reference.values()]
-    sums = torch.zeros(layout.chains, len(SUMS), dtype=torch.float64, device=device)
+    sums = torch.zeros(layout.chains, NUM_SUMS, dtype=torch.float64, device=device)
     thermostat = state.memory.get("thermostat")
 
-    needed = ("momentum",) if thermostat is not None else ()
+    def step(wanted: tuple[str, ...] = (), noise_level: float = 1.0) -> Callable[[], None]:
+        used, out = scalars._replace(noise_level=noise_level), sums if wanted else None
+        return lambda: table.step(grads, used, NoiseKey(0), thermostat=thermostat, sums=out, wanted=wanted)
 
-    def step(noise_level: float = 1.0, wanted: tuple[str, ...] = ()) -> Callable[[], None]:
-        used, taken = scalars._replace(noise_level=noise_level), (*needed, *wanted)
-        out = {"sums": sums, "wanted": taken} if taken else {}
-        return lambda: table.step(grads, used, NoiseKey(0), thermostat=thermostat, **out)
-
-    sums_of = {"bias sum": ("bias",), "all sums": SUMS}
-    return {"plain": step(), "no noise": step(noise_level=0.0)} | {k: step(wanted=v) for k, v in sums_of.items()}
+    return {
+        "plain": step(),
+        "no noise": step(noise_level=0.0),
+        "its sums": step(state._wanted),
+        "all sums": step(SUMS),
+    }
 
 
 def rival(name: str, total: int, device: str) -> Callable[[], Any] | None:
@@ -128,7 +130,7 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
                 "share of copy's GB/s": floor * layout.chains / 8 * ratio(seconds["copy"], plain),
                 "asked": TARGETS[name] if device == "cuda" else None,
                 "over noise-free": ratio(plain, seconds["no noise"]),
-                "bias sum over plain": ratio(seconds["bias sum"], plain),
+                "its sums over plain": ratio(seconds["its sums"], plain),
                 "all sums over plain": ratio(seconds["all sums"], plain),
                 "devinterp over ours": ratio(seconds["devinterp"], plain) if "devinterp" in seconds else None,
             }
@@ -138,11 +140,11 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
 
 
 def step_once(total: int, device: str, layout: Layout) -> None:
-    """Each sampler's step, plain and with sums, once where a profiler looks, after one where it does not."""
+    """Each sampler's step, plain and with all sums, once where a profiler looks, after one where it does not."""
     for name in SAMPLERS:
         gc.collect()
         steps = chain_steps(name, total, device, layout)
-        for variant in ("plain", "bias sum", "all sums"):
+        for variant in ("plain", "all sums"):
             steps[variant]()
             if device == "cuda":
                 torch.cuda.synchronize()
