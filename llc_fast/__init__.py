@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llc_fast import samplers, theory
     from llc_fast.chains.draw import Draw
-    from llc_fast.estimate import calibrate, default_nbeta, estimate_llc
+    from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
-    from llc_fast.settings import Execution
+    from llc_fast.settings import Execution, default_nbeta
     from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
@@ -44,10 +44,10 @@ _HOME = {
     name: module
     for module, names in {
         "chains.draw": ("Draw",),
-        "estimate": ("calibrate", "default_nbeta", "estimate_llc"),
+        "estimate": ("calibrate", "estimate_llc"),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
-        "settings": ("Execution",),
+        "settings": ("Execution", "default_nbeta"),
         "sweep": ("sweep_checkpoints",),
     }.items()
     for name in names

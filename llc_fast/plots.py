@@ -42,6 +42,15 @@ def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float
     return figure, axes
 
 
+def picture_endings() -> list[str]:
+    """Endings that a picture's file may have: "pdf", "png", …
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    return sorted(require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes())
+
+
 # ---- onto axes ---------------------------------------------------------------------------------------------
 
 

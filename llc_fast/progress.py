@@ -85,7 +85,7 @@ def make_progress(
     return _Log(total, title, unit)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on stdout, above the bars that a terminal shows."""
     from tqdm import tqdm
 

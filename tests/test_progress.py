@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llc_fast import progress as progress_module
-from llc_fast.progress import make_progress
+from llc_fast.progress import make_progress, print_line
 
 
 class _Terminal(io.StringIO):
@@ -201,3 +201,13 @@ def test_notebooks_show_bars(config: dict[str, Any], is_bar: bool, monkeypatch: 
     with make_progress(True, 10, "LLC") as progress:
         progress.update(10)
     assert ("%|" in log.getvalue()) is is_bar
+
+
+def test_lines_above_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line goes to stdout, whole, and the bar is drawn again below it."""
+    terminal = _stderr(_Terminal(), monkeypatch)
+    with make_progress(True, 10, "LLC") as progress:
+        progress.update(5)
+        print_line("row 1 of 2")
+    assert capsys.readouterr().out == "row 1 of 2\n"
+    assert "LLC:  50%|" in terminal.getvalue().split("\r")[-1]

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from llc_fast.support.files import plain
-from llc_fast.support.optional import require
 
 
 def writable(path: Path | None) -> Path | None:
@@ -27,7 +26,9 @@ def writable(path: Path | None) -> Path | None:
 def picture(path: Path | None) -> Path | None:
     """A path for a picture: writable, with an ending that matplotlib knows. A ModuleNotFoundError if it is missing."""
     if path is not None:
-        known = require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes()
+        from llc_fast.plots import picture_endings
+
+        known = picture_endings()
         if path.suffix.lower().lstrip(".") not in known:
             raise typer.BadParameter(f"{path} must end in one of: {', '.join(f'.{ending}' for ending in known)}")
     return writable(path)

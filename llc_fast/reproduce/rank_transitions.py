@@ -219,8 +219,7 @@ def _train(study: Study, settings: Settings, problem: SaddleToSaddle, weights: l
     """Weights at steps that lie one percent apart, until the teacher is learned and half as long again."""
     steps, kept = [0], [weights]
     first, end = problem.loss(weights), settings.most_steps
-    bar = study.steps(settings.most_steps, "training")
-    for step in bar:
+    for step in study.steps(settings.most_steps, "training"):
         if step >= end:
             break
         weights = problem.step(weights, settings.lr)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 import llc_fast
-from llc_fast.progress import make_progress, say
+from llc_fast.progress import make_progress, print_line
 from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, sweep_rows
 from llc_fast.result import LLCResult
@@ -174,11 +174,11 @@ class Study:
         return made
 
     def steps(self, count: int, title: str) -> Iterator[int]:
-        """``range(count)`` with a progress bar, for training."""
-        with make_progress(self.progress, count, title, stays=False) as shown:
+        """``range(count)`` with progress, for training."""
+        with make_progress(self.progress, count, title, stays=False) as progress:
             for step in range(count):
                 yield step
-                shown.update(step + 1)
+                progress.update(step + 1)
 
     def path(self, key: str, suffix: str = "") -> Path:
         """A place in ``work/`` for what is called `key`."""
@@ -187,7 +187,7 @@ class Study:
     def say(self, text: str) -> None:
         """A line for people who watch."""
         if self.progress:
-            say(text)
+            print_line(text)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
