@@ -304,7 +304,7 @@ def _checkpoint(case: _Case) -> str | None:
         return None
     return (
         f"The checkpoint could not be written ({case.facts.checkpoint_problem}): the last good one was kept, and what "
-        "came after is lost if the process ends. Make room there, or use another path."
+        "came after is lost if the process ends. Free space there, or use another path."
     )
 
 
@@ -449,7 +449,7 @@ def _rhat(case: _Case) -> str | None:
     means = case.draws.mean(axis=1)
     return (
         f"The chains have not converged to the same distribution (R̂ = {case['r_hat']:.2f}; λ̂ of single chains from "
-        f"{means.min():.3g} to {means.max():.3g}). Use num_draws={4 * case.result.schedule.num_draws}; if plot() shows "
+        f"{means.min():.4g} to {means.max():.4g}). Use num_draws={4 * case.result.schedule.num_draws}; if plot() shows "
         "jumps, also increase localization."
     )
 

@@ -186,6 +186,7 @@ def small_png_of_traces(result: LLCResult) -> str:
     """:func:`plot_traces` as a small PNG in base64, for a notebook."""
     figure, (axes,) = new_figure(1, width=4.5, height=2.2)
     plot_traces(axes, result)
+    axes.set_ylabel("nβ (L − L(w*))")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=90)
     return base64.b64encode(file.getvalue()).decode()

@@ -313,7 +313,7 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
     "apart": (
         "rhat",
         lambda: _judged(_good() + np.array([[0], [0], [0], [3]])),
-        ["The chains have not converged to the same distribution", "from 10 to 13", "num_draws=8000; if plot()"],
+        ["chains have not converged to the same distribution", "from 10.0", " to 13.0", "num_draws=8000; if plot()"],
     ),
     "with a trend": (
         "trend",

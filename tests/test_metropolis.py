@@ -293,7 +293,7 @@ def test_warnings() -> None:
     stuck = run(Quadratic(torch.ones(50)), sampler="mala", lr=0.035, nbeta=100.0, num_draws=200, num_burnin=100)
     assert stuck.diagnostics["acceptance"] < 0.2
     assert stuck.warnings[0].code == "acceptance" and "lr=0.0088" in stuck.warnings[0]
-    short = run(Quadratic(torch.ones(50)), sampler="mala", nbeta=100.0, num_draws=200, num_burnin=1)
+    short = run(Quadratic(torch.ones(50)), sampler="mala", nbeta=100.0, num_draws=200, num_burnin=8)
     assert abs(short.diagnostics["acceptance"] - 0.574) > 0.15
     assert "adaptation" in codes(short) and "acceptance" not in codes(short)
 

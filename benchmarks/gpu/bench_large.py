@@ -1,8 +1,8 @@
 """The estimate of a deep linear network of 10⁸ parameters at the paper's setting: time, λ̂ against λ, memory.
 
-    python benchmarks/bench_large.py [--device cuda] [--contenders llc_fast:tf32 llc_fast:float32 devinterp:tf32 …]
-                                     [--steps N] [--seconds S] [--short 200] [--size 100M] [--seed 342]
-                                     [--network FILE] [--json PATH]
+    python benchmarks/gpu/bench_large.py [--device cuda] [--contenders llc_fast:tf32 llc_fast:float32 devinterp:tf32 …]
+                                         [--steps N] [--seconds S] [--short 200] [--size 100M] [--seed 342]
+                                         [--network FILE] [--json PATH]
 
 The setting is that of Furman & Lau 2024 (llc_fast.problems.deep_linear.SIZE_CLASSES): of class "100M" n = 10⁶ samples,
 minibatches of 500, SGLD with ε = 2e-8 and γ = 1, one chain of 50,000 steps from w*, nβ = n / log n; the second half
@@ -42,10 +42,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Work, installed, with_devinterp
-from harness import in_fresh_process, parse, peak_memory, print_table, write_json
 from torch import Tensor
 from torch.nn.functional import mse_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
+from contenders import Work, installed, with_devinterp
+from harness import in_fresh_process, parse, peak_memory, print_table, write_json
 
 PRECISIONS = {"float32": "highest", "tf32": "high"}
 """In the words of torch.set_float32_matmul_precision."""
@@ -118,7 +120,7 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
                 **options,
             )
             if result.diverged_chains:
-                raise RuntimeError("the chain was lost, so not all steps were made")
+                raise RuntimeError("the chain diverged, so not all steps were made")
             found = {"seconds": result.settings["seconds"], "set-up, s": result.diagnostics["seconds_of_setup"]}
             found |= {"strategy": result.settings["strategy"], "warnings": result.warnings}
             found |= {"llc": finite(result.llc_mean), "stderr": finite(result.llc_stderr)}
@@ -144,12 +146,12 @@ def interrupt_after(seconds: float) -> Callable[[int, int, float], None]:
     """A progress function that interrupts the estimate, once, when it takes longer."""
     deadline = [time.monotonic() + seconds]
 
-    def tell(done: int, total: int, llc: float) -> None:
+    def interrupt(done: int, total: int, llc: float) -> None:
         if deadline and time.monotonic() > deadline[0]:
             deadline.clear()
             signal.raise_signal(signal.SIGINT)
 
-    return tell
+    return interrupt
 
 
 def finite(value: float) -> float | None:

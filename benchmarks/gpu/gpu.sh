@@ -2,7 +2,7 @@
 # Everything the project says about GPUs, on a machine that has one: build from source with that machine's nvcc, run the
 # tests marked `gpu`, measure, and hold what was measured against the targets.
 #
-#     bash benchmarks/gpu.sh [-o FOLDER] [STAGE …]      (default: benchmarks/results/gpu, and all stages, in this order)
+#     bash benchmarks/gpu/gpu.sh [-o FOLDER] [STAGE …]      (default: benchmarks/results/gpu, and all stages, in this order)
 #
 #     stage          minutes  at most  what
 #     build, info        1        4    always: the package, in a folder of its own
@@ -21,9 +21,9 @@
 #
 # The minutes are expected on an H100. Where one command may take ten of them, these calls do everything but dln-scaling:
 #
-#     bash benchmarks/gpu.sh -o "$OUT" tests memcheck racecheck step chains
-#     bash benchmarks/gpu.sh -o "$OUT" samplers ncu memory large-tf32
-#     bash benchmarks/gpu.sh -o "$OUT" large-float32
+#     bash benchmarks/gpu/gpu.sh -o "$OUT" tests memcheck racecheck step chains
+#     bash benchmarks/gpu/gpu.sh -o "$OUT" samplers ncu memory large-tf32
+#     bash benchmarks/gpu/gpu.sh -o "$OUT" large-float32
 #
 # Uses the Python environment it is started in (PYTHON=…): torch with CUDA, pybind11, ninja, setuptools, pytest, and
 # what the package itself needs. Nothing is fetched and nothing is installed into that environment. Rows of devinterp
@@ -31,12 +31,12 @@
 # the exit status tells. FOLDER holds gpu.log, stages.tsv, a JSON file for each stage that measures, report.md (see
 # gpu_report.py, which also joins the folders of several calls), and results.tar.gz, all of these in one.
 #
-# To try the script itself: DEVICE=cpu SMOKE=1 bash benchmarks/gpu.sh runs every stage on tiny problems without a GPU;
+# To try the script itself: DEVICE=cpu SMOKE=1 bash benchmarks/gpu/gpu.sh runs every stage on tiny problems without a GPU;
 # SITE=FOLDER takes the package from there instead of building it.
 set -uo pipefail
 
 all=(tests memcheck racecheck step samplers ncu chains memory large-tf32 large-float32 dln-scaling)
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=$repo/benchmarks/results/gpu
 if [[ ${1:-} == -o ]]; then
     out=${2:?-o needs a folder}
@@ -66,7 +66,7 @@ stage() {
     status=${PIPESTATUS[0]}
     ((status == 0)) || failed+=("$name")
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - started))" >>"$out/stages.tsv"
-    "$python" "$repo/benchmarks/gpu_report.py" "$out" >/dev/null
+    "$python" "$repo/benchmarks/gpu/gpu_report.py" "$out" >/dev/null
     tar -czf "$work/results.tar.gz" -C "$out" --exclude=results.tar.gz --exclude=work . && mv "$work/results.tar.gz" "$out"
 }
 
@@ -86,7 +86,7 @@ if [[ -z ${SITE:-} ]]; then
     LLC_FAST_CUDA=$([[ $device == cuda ]] && echo 1 || echo 0) stage build 240 "$python" -m pip install --quiet \
         --no-deps --no-build-isolation --no-index --target "$site" .
 fi
-mapfile -t gpu_tests < <(grep -l 'pytest\.mark\.gpu' "$repo"/tests/test_*.py)
+mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' "$repo/tests")
 export PYTHONPATH=$site:$repo/tests PYTHONUNBUFFERED=1
 cd "$work" || exit 1 # the checkout's own llc_fast has no native module
 stage info 60 "$python" -m llc_fast.cli info
@@ -96,10 +96,10 @@ when tests 300 "${pytest[@]}" "${gpu_tests[@]}"
 
 # Errors of CUDA's functions are left out: torch asks for functions that a driver may lack. Without torch's cache every
 # tensor is an allocation of its own, so that memcheck sees where it ends.
-kernels=("$repo/tests/test_update.py" "$repo/tests/test_minibatch.py" -k "gpu_equals_cpu or gpu_noise or low_precision")
+kernels=(-k "gpu_equals_cpu or gpu_noise or low_precision")
 sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9)
-when memcheck 240 "${sanitizer[@]}" --tool memcheck --report-api-errors no "${pytest[@]}" "${kernels[@]}"
-when racecheck 240 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" "${kernels[@]}"
+when memcheck 240 "${sanitizer[@]}" --tool memcheck --report-api-errors no "${pytest[@]}" "${gpu_tests[@]}" "${kernels[@]}"
+when racecheck 240 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" "${gpu_tests[@]}" "${kernels[@]}"
 
 network=$repo/build/dln-100M-342.pt # ignored by git; the next call on the same machine finds it
 if [[ -z ${SMOKE:-} ]]; then
@@ -112,34 +112,34 @@ else
 fi
 mkdir -p "$(dirname "$network")"
 
-bench step 180 bench_step "${step[@]}"
-bench samplers 300 bench_samplers "${samplers[@]}"
+bench step 180 speed/bench_step "${step[@]}"
+bench samplers 300 speed/bench_samplers "${samplers[@]}"
 
 sections=()
 for section in SpeedOfLight MemoryWorkloadAnalysis WarpStateStats LaunchStats Occupancy; do
     sections+=(--section "$section")
 done
-once=("$python" "$repo/benchmarks/bench_samplers.py" --device "$device" --once --layouts 1 "${once[@]}")
+once=("$python" "$repo/benchmarks/speed/bench_samplers.py" --device "$device" --once --layouts 1 "${once[@]}")
 # shellcheck disable=SC2016
-when ncu 240 bash -c 'ncu --profile-from-start off --clock-control none --kernel-name "regex:step_kernel|sum_metrics" \
+when ncu 240 bash -c 'ncu --profile-from-start off --clock-control none --kernel-name "regex:step_kernel|add_tiles" \
     --export "$0/steps" "${@:2}" && ncu --import "$0/steps.ncu-rep" --csv --page details >"$1/ncu.csv" &&
     ncu --import "$0/steps.ncu-rep" --page details --print-details all' "$work" "$out" "${sections[@]}" "${once[@]}"
 
-bench chains 240 bench_estimate --sizes 1024 --chains 4 64 --per-step "${chains[@]}" \
+bench chains 240 speed/bench_estimate --sizes 1024 --chains 4 64 --per-step "${chains[@]}" \
     --contenders llc_fast devinterp canonical
-bench memory 240 bench_memory "${memory[@]}"
-bench large-tf32 480 bench_large "${large[@]}" "${short[@]}" --contenders llc_fast:tf32 llc_fast:tf32:kept \
+bench memory 240 speed/bench_memory "${memory[@]}"
+bench large-tf32 480 gpu/bench_large "${large[@]}" "${short[@]}" --contenders llc_fast:tf32 llc_fast:tf32:kept \
     llc_fast:tf32:cuda-graph devinterp:tf32
-bench large-float32 540 bench_large "${large[@]}" --seconds 350 --contenders llc_fast:float32
+bench large-float32 540 gpu/bench_large "${large[@]}" --seconds 350 --contenders llc_fast:float32
 # What is done is kept in FOLDER/dln-scaling, and the same command goes on with it.
 # shellcheck disable=SC2016
 when dln-scaling $((reproduce + 100)) bash -c 'timeout --foreground --signal=INT "$@"; (($? == 0 || $? == 124))' _ \
     "$reproduce" \
     "$python" -m llc_fast.cli reproduce dln-scaling --scale paper --device "$device" --output "$out/dln-scaling"
-bench scaling 540 bench_estimate --scaling --growing chains parameters --strategies default sequential compiled \
+bench scaling 540 speed/bench_estimate --scaling --growing chains parameters --strategies default sequential compiled \
     "${scaling[@]}"
 
-"$python" "$repo/benchmarks/gpu_report.py" "$out"
+"$python" "$repo/benchmarks/gpu/gpu_report.py" "$out"
 if ((${#failed[@]})); then
     printf '\nFAILED: %s\n' "${failed[*]}"
     exit 1

@@ -1,6 +1,6 @@
 """What a GPU was measured to do against what it was to do: report.md, from the files that gpu.sh leaves.
 
-    python benchmarks/gpu_report.py FOLDER [FOLDER …]
+    python benchmarks/gpu/gpu_report.py FOLDER [FOLDER …]
 
 Several folders are those of several calls: where two measured the same, the later one counts. The report, printed and
 written to the first folder, is a table of the targets (held, missed, or not measured), then the measurements. Needs
@@ -106,7 +106,7 @@ def ncu_rows(text: str) -> list[Row]:
 def _short(kernel: str) -> str:
     """A kernel's name without namespaces, casts and arguments."""
     name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|\bllc::|\bvoid ", "", kernel)
-    name = re.sub(r"\((?:bool|int)\)", "", name)
+    name = re.sub(r"\((?:bool|int|unsigned int)\)", "", name)
     return name.partition("(")[0]
 
 

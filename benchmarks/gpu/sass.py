@@ -2,13 +2,13 @@
 
     nvcc -O3 -std=c++17 --fmad=false -arch=sm_90 -DLLC_WITH_CUDA -cubin -o step.cubin csrc/step_cuda.cu
     cuobjdump -res-usage step.cubin >step.usage; nvdisasm -c -hex step.cubin >step.sass
-    python benchmarks/sass.py step.sass step.usage
+    python benchmarks/gpu/sass.py step.sass step.usage
 
-For each float32 kernel: registers, resident warps of a multiprocessor, and of the usual path of a warp through four
-elements a thread (all 16-byte accesses and the noise, past every other access, in the innermost loop that holds them):
-instructions, the clocks they take a warp that is alone and waits for no memory, reads of the table of segments, and
-instructions by unit. Then milliseconds for 10⁸ parameters on an H100: to issue them, or those of the busiest unit, and
-to move the bytes of the floor at 3.0 TB/s.
+For each float32 kernel: how many sums it takes, registers, resident warps of a multiprocessor, and of the usual path of
+a warp through four elements a thread (all 16-byte accesses and the noise, past every other access, in the innermost
+loop that holds them): instructions, the clocks they take a warp that is alone and waits for no memory, reads of the
+table of segments, and instructions by unit. Then milliseconds for 10⁸ parameters on an H100: to issue them, or those of
+the busiest unit, and to move the bytes of the floor at 3.0 TB/s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ +)?([A-Z0-9_.]+)\s*(.*?) *;.*\n\s*/\* 0x(\w{16})|(\.L_x_\d+):"
 )
-KERNEL = re.compile(r"\.text\.(\w*step_kernelINS_\w*?\d([A-Z]\w+?)IfEEfLb([01])E\w*)")
+KERNEL = re.compile(r"\.text\.(\w*step_kernelILj(\d+)ENS_\w*?\d([A-Z]\w+?)IfEEfE\w*)")
 PHILOX = "-0x2daee0ad"
 FLOOR = {"SGLD": 16, "PreconditionedSGLD": 20, "RMSpropSGLD": 24, "AdamSGLD": 32, "SGHMC": 24, "SGNHT": 24}
 UNITS = {  # operations, and clocks of a scheduler for a warp of them: the programming guide's throughputs of 9.0
@@ -103,19 +103,19 @@ def main() -> None:
     usage = re.findall(r"Function (\S+):\s+REG:(\d+)", arguments.usage.read_text())
     registers = {name: int(count) for name, count in usage}
     units_named = "".join(f"{unit:>6}" for unit in UNITS)
-    print(f"rule                metrics  regs  warps  instr  clocks  tables {units_named}   ms")
+    print(f"rule                   sums  regs  warps  instr  clocks  tables {units_named}   ms")
     for section in re.split(r"\n(?=\s*\.section\s+\.text\.)", arguments.sass.read_text()):
         if not (name := KERNEL.search(section.partition("\n")[0])):
             continue
-        path = usual_path(*blocks_of(section))
+        path, rule, sums = usual_path(*blocks_of(section)), name[3], int(name[2]).bit_count()
         warps = 65536 // (-(-registers[name[1]] // 8) * 8 * 256) * 8
         tables = sum(operation.startswith("LDG.E.64") for _, operation, *_ in path)
         units = Counter(unit for _, op, *_ in path for unit, (named, _) in UNITS.items() if re.match(named, op))
         clocks = max(len(path), *(units[u] * each for u, (_, each) in UNITS.items()))
-        to_issue, to_move = 1e8 / 4 / 32 * clocks / (132 * 4 * 1.755e9), 1e8 * FLOOR[name[2]] / 3.0e12
+        to_issue, to_move = 1e8 / 4 / 32 * clocks / (132 * 4 * 1.755e9), 1e8 * FLOOR[rule] / 3.0e12
         counts = "".join(f"{units[unit]:>6}" for unit in UNITS)
         print(
-            f"{name[2]:<20}{name[3]:>7}{registers[name[1]]:>6}{warps:>7}{len(path):>7}{sum(p[3] for p in path):>8}"
+            f"{rule:<20}{sums:>7}{registers[name[1]]:>6}{warps:>7}{len(path):>7}{sum(p[3] for p in path):>8}"
             f"{tables:>8} {counts}  {1e3 * to_issue:.2f} of {1e3 * to_move:.2f}"
         )
 

@@ -1,10 +1,10 @@
 """Whole estimates: llc_fast against devinterp and canonical-interp, wall time and λ̂ of the same statistical work.
 
-    python benchmarks/bench_estimate.py [--sizes 1024 10000 102400] [--chains 4] [--steps 2000] [--repeats 1]
-                                        [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
-                                        [--device cpu|cuda] [--per-step] [--rival-steps N] [--json PATH]
-    python benchmarks/bench_estimate.py --scaling [--growing chains parameters batch]
-                                        [--strategies default batched …] [--budget SECONDS]
+    python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--chains 4] [--steps 2000] [--repeats 1]
+        [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N] [--device cpu|cuda] [--per-step]
+        [--rival-steps N] [--json PATH]
+    python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters batch]
+        [--strategies default batched …] [--budget SECONDS]
 
 The work: a 4-layer square bias-free linear network at its true parameter, 10,000 samples of its own, mean squared
 error, batches of 500, SGLD with one ε, nβ = n / log n and γ for everybody, 4 chains × 2,000 steps, of which the second

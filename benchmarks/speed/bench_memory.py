@@ -1,7 +1,7 @@
 """Peak memory of whole estimates on a network of 10⁸ float32 parameters, in bytes per parameter (Linux).
 
-    python benchmarks/bench_memory.py [--contenders sgld sgld-released rmsprop-sgld …] [--width 2000] [--layers 25]
-                                      [--chains 2] [--steps 3] [--device cpu|cuda] [--json PATH]
+    python benchmarks/speed/bench_memory.py [--contenders sgld sgld-released rmsprop-sgld …] [--width 2000]
+                                            [--layers 25] [--chains 2] [--steps 3] [--device cpu|cuda] [--json PATH]
 
 The network: 25 bias-free linear layers of 2000×2000, built without a second copy. Each contender has a process of its
 own, and its peak resident set is read when torch and the contender are imported and have made an estimate of 128
@@ -16,7 +16,7 @@ it while it runs; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does f
 
 On a GPU the peak is what torch had allocated there at most; "imports" are then what its libraries keep for themselves.
 
-λ̂ means nothing after three steps; the step size is so small that no chain is lost. For a quick try: --width 500.
+λ̂ means nothing after three steps; the step size is so small that no chain diverges. For a quick try: --width 500.
 Rivals (contenders.py says how they are called) that are not installed are left out, with a note.
 """
 
@@ -81,7 +81,7 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     found = estimate(model, data, work)
     if not all(map(math.isfinite, found["llc"])):
-        raise RuntimeError(f"a chain was lost, so not all steps were made: {found['llc']}")
+        raise RuntimeError(f"a chain diverged, so not all steps were made: {found['llc']}")
     seconds = time.perf_counter() - started
     return {"imports": imports, "peak": peak_memory(device), "seconds": seconds, **found}
 

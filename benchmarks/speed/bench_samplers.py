@@ -1,14 +1,15 @@
-"""Every sampler's step: time, bytes over the floor, cost of noise and of metrics, growth, overhead, memory.
+"""Every sampler's step: time, bytes over the floor, cost of noise and of sums, growth, overhead, memory.
 
-    python benchmarks/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--layouts 1 4 bfloat16]
-                                        [--quick] [--json PATH]
+    python benchmarks/speed/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--layouts 1 4 bfloat16]
+                                              [--quick] [--json PATH]
 
 Each sampler steps one chain, four chains that share w*, and one chain of a bfloat16 model (float32 chains, bfloat16
 gradients, and a bfloat16 copy of w for the next forward pass), `--parameters` in each chain. The floor is the traffic
 that a step cannot avoid, in bytes per parameter of each chain (read w and gradient, write w; each state read and
-written; w* and a preconditioner read once for all chains; the copy written); "GB/s at the floor" is floor over time, to
-hold against the tensor copy of the same run, which reads and writes 4 bytes a parameter. "metrics" are the sums that
-estimates take at every step. devinterp's equivalents run in the same rounds if devinterp 1.3.2 is installed.
+written; w* and a preconditioner read once for all chains; the copy written). "GB/s at the floor" is floor over time, to
+be compared with the tensor copy of the same run, which reads and writes 4 bytes a parameter. "its sums" are those that
+an estimate with this sampler takes at every step, "all sums" everything that a step can sum up. devinterp's equivalents
+run in the same rounds if devinterp 1.3.2 is installed.
 
 `--once` takes each step once between cudaProfilerStart and cudaProfilerStop, for `ncu --profile-from-start off`.
 """
@@ -30,8 +31,8 @@ from harness import median, peak_memory, print_table, ratio, those_that_run, tim
 import llc_fast
 from llc_fast import optim
 from llc_fast.cli.bench import TENSORS, floor_bytes, make_params
-from llc_fast.kernels.native import NUM_METRICS
-from llc_fast.kernels.step import NoiseKey
+from llc_fast.kernels.native import NUM_SUMS
+from llc_fast.kernels.step import SUMS, NoiseKey
 from llc_fast.samplers.registry import SAMPLERS
 from llc_fast.samplers.state import ChainState
 
@@ -63,24 +64,29 @@ def options_of(name: str, params: list[torch.nn.Parameter]) -> dict[str, Any]:
 
 
 def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str, Callable[[], Any]]:
-    """The step of `layout` as the chain engine takes it, without noise, and with metrics."""
-    anchor = {str(k): p.detach() for k, p in enumerate(make_params(total, device, layout.dtype))}
+    """The step of `layout` without sums, then without noise, with the sums of an estimate, with all sums."""
+    reference = {str(k): p.detach() for k, p in enumerate(make_params(total, device, layout.dtype))}
     options = dict(OPTIONS)
     if name == "preconditioned-sgld":
-        options["preconditioner"] = {k: torch.ones(p.shape, device=device) for k, p in anchor.items()}
-    posterior = SimpleNamespace(anchor=anchor, masks={}, num_parameters=total)  # what the memory of chains needs of it
+        options["preconditioner"] = {k: torch.ones(p.shape, device=device) for k, p in reference.items()}
+    posterior = SimpleNamespace(anchor=reference, masks={}, num_parameters=total)  # what chains need of it
     state = ChainState(posterior, SAMPLERS[name](**options), layout.chains)  # type: ignore[arg-type]
     state.start(0, seed=0)
     table, scalars = state._table, state._scalars
-    grads = [1e-3 * torch.randn(layout.chains, *p.shape, device=device, dtype=p.dtype) for p in anchor.values()]
-    sums = torch.zeros(layout.chains, NUM_METRICS, dtype=torch.float64, device=device)
+    grads = [1e-3 * torch.randn(layout.chains, *p.shape, device=device, dtype=p.dtype) for p in reference.values()]
+    sums = torch.zeros(layout.chains, NUM_SUMS, dtype=torch.float64, device=device)
     thermostat = state.memory.get("thermostat")
 
-    def step(noise_level: float = 1.0, metrics: bool = SAMPLERS[name].thermostatted) -> Callable[[], None]:
-        used, out = scalars._replace(noise_level=noise_level), sums if metrics else None
-        return lambda: table.step(grads, used, NoiseKey(0), thermostat=thermostat, metrics=out)
+    def step(wanted: tuple[str, ...] = (), noise_level: float = 1.0) -> Callable[[], None]:
+        used, out = scalars._replace(noise_level=noise_level), sums if wanted else None
+        return lambda: table.step(grads, used, NoiseKey(0), thermostat=thermostat, sums=out, wanted=wanted)
 
-    return {"plain": step(), "no noise": step(noise_level=0.0), "metrics": step(metrics=True)}
+    return {
+        "plain": step(),
+        "no noise": step(noise_level=0.0),
+        "its sums": step(state._wanted),
+        "all sums": step(SUMS),
+    }
 
 
 def rival(name: str, total: int, device: str) -> Callable[[], Any] | None:
@@ -124,7 +130,8 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
                 "share of copy's GB/s": floor * layout.chains / 8 * ratio(seconds["copy"], plain),
                 "asked": TARGETS[name] if device == "cuda" else None,
                 "over noise-free": ratio(plain, seconds["no noise"]),
-                "metrics over plain": ratio(seconds["metrics"], plain),
+                "its sums over plain": ratio(seconds["its sums"], plain),
+                "all sums over plain": ratio(seconds["all sums"], plain),
                 "devinterp over ours": ratio(seconds["devinterp"], plain) if "devinterp" in seconds else None,
             }
         )
@@ -133,11 +140,11 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
 
 
 def step_once(total: int, device: str, layout: Layout) -> None:
-    """Each sampler's step, plain and with metrics, once where a profiler looks, after one where it does not."""
+    """Each sampler's step, plain and with all sums, once where a profiler looks, after one where it does not."""
     for name in SAMPLERS:
         gc.collect()
         steps = chain_steps(name, total, device, layout)
-        for variant in ("plain", "metrics"):
+        for variant in ("plain", "all sums"):
             steps[variant]()
             if device == "cuda":
                 torch.cuda.synchronize()

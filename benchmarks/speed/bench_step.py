@@ -1,11 +1,15 @@
 """One SGLD step on 10⁸ float32 parameters in 100 tensors: llc_fast against devinterp, torch.compile and the floor.
 
-    python benchmarks/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--device cpu|cuda]
-                                    [--json PATH]
+    python benchmarks/speed/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--device cpu|cuda]
+                                          [--json PATH]
+    pytest benchmarks/speed --benchmark-only [--parameters 1000000 100000000] [--device cpu|cuda]
 
-Contenders run in turn, round after round, in one process with the same number of threads; the figure is the median
-over rounds, and ratios are taken round by round, so that a drift of the machine's speed cancels. devinterp's rows need
-devinterp 1.3.2 (``pip install devinterp==1.3.2``); they are left out, with a note, if it is missing.
+Both ways time the same steps. As a script, contenders run in turn, round after round, in one process with the same
+number of threads; times are medians over rounds, and ratios are taken round by round, so that a change of the machine's
+speed cancels. It also says nanoseconds and bytes a parameter. Under pytest-benchmark contenders run one after another,
+in a group for each number of parameters, with ratios to the fastest in brackets, and all that it can do with them
+(``--benchmark-compare``, ``--benchmark-json``). devinterp's rows need devinterp 1.3.2 (``pip install
+devinterp==1.3.2``); they are left out, with a note, if it is missing.
 
 torch's fused Adam does another job: it is there as a step whose speed people know. "bytes" are those that a step has to
 move, a parameter, where the step is one pass: a copy's 8, SGLD's 16 (llc_fast.bench.floor_bytes), Adam's 28 (it reads
@@ -33,49 +37,66 @@ from llc_fast.cli.bench import floor_bytes
 from llc_fast.cli.info import collect_info
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
-COPY, OURS, FLOOR, ADAM = "tensor copy", "llc_fast SGLD", "llc_fast SGLD, no noise", "torch Adam, fused"
+COPY, FLOOR, OURS = "tensor copy", "llc_fast SGLD, no noise", "llc_fast SGLD"
+COMPILED, ADAM = "torch.compile", "torch Adam, fused"
+THEIRS, THEIR_SGMCMC = "devinterp SGLD", "devinterp SGMCMC.sgld"
+NAMES = (COPY, FLOOR, OURS, COMPILED, ADAM, THEIRS, THEIR_SGMCMC)
 BYTES = {COPY: 8.0, OURS: floor_bytes("sgld"), FLOOR: floor_bytes("sgld"), ADAM: 28.0}
 ON_A_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 """What torch.profiler's traces call work that a GPU does."""
 
 
-def compiled_formula(params: list[Tensor], anchors: list[Tensor]) -> Callable[[], None]:
+def compiled_formula(params: list[Tensor], references: list[Tensor]) -> Callable[[], None]:
     """The same update as one torch.compile'd function over all tensors, noise by torch.randn_like."""
     lr, nbeta, gamma = OPTIONS["lr"], OPTIONS["nbeta"], OPTIONS["localization"]
 
-    def update(w: Tensor, g: Tensor, a: Tensor) -> None:
-        w.add_(-0.5 * lr * (nbeta * g + gamma * (w - a)) + lr**0.5 * torch.randn_like(w))
+    def update(w: Tensor, g: Tensor, reference: Tensor) -> None:
+        w.add_(-0.5 * lr * (nbeta * g + gamma * (w - reference)) + lr**0.5 * torch.randn_like(w))
 
     compiled = torch.compile(update)
 
     def step() -> None:
         with torch.no_grad():
-            for p, a in zip(params, anchors, strict=True):
-                compiled(p, p.grad, a)
+            for p, reference in zip(params, references, strict=True):
+                compiled(p, p.grad, reference)
 
     return step
 
 
-def contenders(params: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """The steps to time, by name. All share the parameters and their gradients; each keeps its own w*."""
+def contenders(parameters: int, tensors: int, device: str) -> dict[str, Callable[[], Any]]:
+    """The steps to time, by name, without those that can't take one here.
+
+    All share the parameters and their gradients; each keeps its own w*.
+    """
+    size = parameters // tensors
+    params = [torch.nn.Parameter(torch.randn(size, device=device)) for _ in range(tensors)]
+    for p in params:
+        p.grad = 1e-3 * torch.randn_like(p)
     found: dict[str, Callable[[], Any]] = {}
-    anchors = [p.detach().clone() for p in params]
+    references = [p.detach().clone() for p in params]
     source = torch.cat([p.detach().flatten() for p in params])
     target = torch.empty_like(source)
     found[COPY] = lambda: target.copy_(source)
     found[FLOOR] = llc_fast.SGLD(params, **OPTIONS, noise_level=0.0, seed=0).step
     found[OURS] = llc_fast.SGLD(params, **OPTIONS, seed=0).step
-    found["torch.compile"] = compiled_formula(params, anchors)
+    found[COMPILED] = compiled_formula(params, references)
     found[ADAM] = torch.optim.Adam(params, lr=OPTIONS["lr"], fused=True).step
     try:
         from devinterp.optim.sgld import SGLD as TheirSGLD
         from devinterp.optim.sgmcmc import SGMCMC
 
-        found["devinterp SGLD"] = TheirSGLD(params, **OPTIONS).step
-        found["devinterp SGMCMC.sgld"] = SGMCMC.sgld(params, **OPTIONS).step
+        found[THEIRS] = TheirSGLD(params, **OPTIONS).step
+        found[THEIR_SGMCMC] = SGMCMC.sgld(params, **OPTIONS).step
     except ImportError as error:
         print(f"devinterp's rows are left out: {error}")
-    return found
+    return those_that_run(found, rivals=found.keys() - {COPY, FLOOR, OURS})
+
+
+def test_step(benchmark: Any, step: Callable[[], Any], name: str, parameters: int) -> None:
+    """For pytest-benchmark; fixtures and options are in conftest.py."""
+    benchmark.group = f"one step on {parameters:,} float32 parameters"
+    benchmark(step)
+    benchmark.extra_info |= {"parameters": parameters, "bytes per parameter": BYTES.get(name)}
 
 
 def launches(step: Callable[[], Any]) -> Counter[str]:
@@ -105,14 +126,9 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 
-    size = arguments.parameters // arguments.tensors
-    params = [torch.nn.Parameter(torch.randn(size, device=arguments.device)) for _ in range(arguments.tensors)]
-    for p in params:
-        p.grad = 1e-3 * torch.randn_like(p)
-    steps = contenders(params)
-    steps = those_that_run(steps, rivals=steps.keys() - {COPY, FLOOR, OURS})
+    steps = contenders(arguments.parameters, arguments.tensors, arguments.device)
     seconds = time_in_turn(steps, arguments.repeats, arguments.device)
-    total, info = size * arguments.tensors, collect_info()
+    total, info = arguments.parameters // arguments.tensors * arguments.tensors, collect_info()
     on_gpu = {name: launches(step) for name, step in steps.items()} if arguments.device == "cuda" else {}
     rows = [
         {

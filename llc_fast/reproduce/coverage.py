@@ -148,7 +148,10 @@ class Coverage:
     def of(blocks: Sequence[Row]) -> Coverage:
         exact, runs = blocks[0]["exact"], [run for block in blocks for run in block["runs"]]
         llc, stated = (numbers(run[name] for run in runs) for name in ("llc", "stderr"))
-        spread = float(np.nanstd(llc, ddof=1)) if len(runs) > 1 else math.nan
+        llc, stated = llc[np.isfinite(llc)], stated[np.isfinite(stated)]
+        mean = float(llc.mean()) if len(llc) else math.nan
+        spread = float(llc.std(ddof=1)) if len(llc) > 1 else math.nan
+        mean_square = float(np.square(stated).mean()) if len(stated) else math.nan
 
         def covered(name: str) -> int:
             low, high = (numbers(run[name][k] for run in runs) for k in (0, 1))
@@ -158,9 +161,9 @@ class Coverage:
             runs=len(runs),
             covered=covered("interval"),
             covered_by_first=covered("first_chain"),
-            bias=float(np.nanmean(llc)) / exact - 1,
+            bias=mean / exact - 1,
             spread=spread / exact,
-            spread_over_stated=spread / float(np.sqrt(np.nanmean(stated**2))),
+            spread_over_stated=spread / math.sqrt(mean_square),
             warned=sum(bool(run["codes"]) for run in runs),
         )
 

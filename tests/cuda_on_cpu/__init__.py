@@ -1,8 +1,8 @@
 """CUDA emulation on the CPU, so that tests marked ``gpu`` run without a GPU: ``pytest -p cuda_on_cpu -m gpu``.
 
 Emulated are torch's `cuda` device (device.cpp) and the threads of the kernels (cuda_runtime.h). The kernels' source,
-all of llc_fast, autograd and vmap are the real ones. So this finds errors in those, races and tensors on the wrong device
-included, but none of the compiler, the driver or the chip.
+all of llc_fast, autograd and vmap are the real ones. So this finds errors in those, races and tensors on the wrong
+device included, but none of the compiler, the driver or the chip.
 """
 
 from __future__ import annotations
