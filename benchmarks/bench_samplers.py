@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +28,13 @@ from harness import median, peak_memory, print_table, ratio, those_that_run, tim
 
 import llc_fast
 from llc_fast import optim
-from llc_fast.cli.bench import TENSORS, floor_bytes, make_params
+from llc_fast.cli.bench import TENSORS, make_params
 from llc_fast.kernels.native import NUM_METRICS
 from llc_fast.kernels.step import NoiseKey
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.samplers import samplers_with_optimizer
 from llc_fast.samplers.state import ChainState
 
+SAMPLERS = samplers_with_optimizer()
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 TARGETS = {name: 0.9 if name == "sgld" else 0.85 for name in SAMPLERS}
@@ -57,7 +57,7 @@ LAYOUTS = {
 
 
 def options_of(name: str, params: list[torch.nn.Parameter]) -> dict[str, Any]:
-    if name == "preconditioned-sgld":
+    if SAMPLERS[name].metric == "given":
         return OPTIONS | {"preconditioner": [torch.ones(p.shape, device=p.device) for p in params]}
     return OPTIONS
 
@@ -66,17 +66,16 @@ def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str,
     """The step of `layout` as the chain engine takes it, without noise, and with metrics."""
     anchor = {str(k): p.detach() for k, p in enumerate(make_params(total, device, layout.dtype))}
     options = dict(OPTIONS)
-    if name == "preconditioned-sgld":
+    if SAMPLERS[name].metric == "given":
         options["preconditioner"] = {k: torch.ones(p.shape, device=device) for k, p in anchor.items()}
-    posterior = SimpleNamespace(anchor=anchor, masks={}, num_parameters=total)  # what the memory of chains needs of it
-    state = ChainState(posterior, SAMPLERS[name](**options), layout.chains)  # type: ignore[arg-type]
+    state = ChainState(anchor, {}, SAMPLERS[name](**options), layout.chains)
     state.start(0, seed=0)
-    table, scalars = state._table, state._scalars
+    table, scalars = state._table, state.scalars
     grads = [1e-3 * torch.randn(layout.chains, *p.shape, device=device, dtype=p.dtype) for p in anchor.values()]
     sums = torch.zeros(layout.chains, NUM_METRICS, dtype=torch.float64, device=device)
-    thermostat = state.memory.get("thermostat")
+    thermostat = state.adaptation.get("thermostat")
 
-    def step(noise_level: float = 1.0, metrics: bool = SAMPLERS[name].thermostatted) -> Callable[[], None]:
+    def step(noise_level: float = 1.0, metrics: bool = thermostat is not None) -> Callable[[], None]:
         used, out = scalars._replace(noise_level=noise_level), sums if metrics else None
         return lambda: table.step(grads, used, NoiseKey(0), thermostat=thermostat, metrics=out)
 
@@ -113,7 +112,7 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
         steps = those_that_run(steps, rivals=["devinterp"])
         seconds = time_in_turn(steps, repeats, device)
         plain, updated = seconds["plain"], layout.chains * total
-        floor = floor_bytes(name, low=layout.dtype != torch.float32, chains=layout.chains)
+        floor = SAMPLERS[name].bytes_moved(low=layout.dtype != torch.float32, chains=layout.chains)
         rows.append(
             {
                 "sampler": name,

@@ -8,7 +8,7 @@ over rounds, and ratios are taken round by round, so that a drift of the machine
 devinterp 1.3.2 (``pip install devinterp==1.3.2``); they are left out, with a note, if it is missing.
 
 torch's fused Adam does another job: it is there as a step whose speed people know. "bytes" are those that a step has to
-move, a parameter, where the step is one pass: a copy's 8, SGLD's 16 (llc_fast.bench.floor_bytes), Adam's 28 (it reads
+move, a parameter, where the step is one pass: a copy's 8, SGLD's 16 (Sampler.bytes_moved), Adam's 28 (it reads
 w, gradient and two states, and writes w and the states). On a GPU, "launches" is how many kernels, copies and fills
 torch.profiler saw there in a step.
 """
@@ -30,11 +30,11 @@ from torch import Tensor
 
 import llc_fast
 from llc_fast.cli.app import collect_info
-from llc_fast.cli.bench import floor_bytes
+from llc_fast.samplers import SGLDSampler
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 COPY, OURS, FLOOR, ADAM = "tensor copy", "llc_fast SGLD", "llc_fast SGLD, no noise", "torch Adam, fused"
-BYTES = {COPY: 8.0, OURS: floor_bytes("sgld"), FLOOR: floor_bytes("sgld"), ADAM: 28.0}
+BYTES = {COPY: 8.0, OURS: SGLDSampler.bytes_moved(), FLOOR: SGLDSampler.bytes_moved(), ADAM: 28.0}
 ON_A_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 """What torch.profiler's traces call work that a GPU does."""
 

@@ -2,7 +2,7 @@
 
 The step size is limited by two things. Stability, and the discretization of the stiffest direction: ε·(nβ·h_max + γ)
 starts at 1. And heat, what step size and minibatch noise together add to the loss, which every step measures exactly
-(:meth:`llc_fast.samplers.Sampler.heat`): pilot chains lower ε until it is a tenth. λ̂ is then corrected for it, so that
+(:meth:`llc_fast.samplers.Sampler.bias`): pilot chains lower ε until it is a tenth. λ̂ is then corrected for it, so that
 the step may be many times larger than without, and slow directions are crossed as many times faster.
 """
 
@@ -64,18 +64,22 @@ def default_lr(
     """ε = `stiffness` / a with a = nβ·h_max + γ·p_max, h_max the largest curvature at w* in the sampler's metric.
 
     Raises:
-        ValueError: the loss has no curvature at w*.
+        ValueError: the loss has no curvature at w*; the sampler does not say what its step size depends on.
     """
-    metric: dict[str, Any] | None = None
-    if sampler.adaptive:
+    metric, lag = None, sampler.drift_lag(options)
+    if sampler.metric == "unknown" or math.isnan(lag):
+        raise ValueError(
+            f"lr=None: no step size can be chosen for sampler={sampler.name!r}, which declares no "
+            "metric or no drift_lag; pass lr"
+        )
+    if sampler.metric == "adaptive":
         metric = pilot_metric(posterior, options, seed=seed)
-    elif "preconditioner" in options:
+    elif sampler.metric == "given":
         given = options["preconditioner"]
         metric = {name: given[name] if isinstance(given, Mapping) else given for name in posterior.anchor}
     largest = 1.0 if metric is None else max(float(torch.as_tensor(p).max()) for p in metric.values())
     stiffest = nbeta * top_curvature(posterior, metric=metric, seed=seed) + localization * largest
-    if "betas" in options:  # a drift that lags behind by 1/(1 − β₁) steps overshoots by as much
-        stiffest /= 1 - options["betas"][0]
+    stiffest *= 1 + lag  # a drift that lags behind overshoots by as many steps
     if not 0 < stiffest < math.inf:
         raise ValueError(
             f"lr=None: no step size can be chosen, the curvature of the loss at w* is {stiffest:g}; pass lr"
@@ -151,7 +155,7 @@ def run_pilot(
         last = stage == len(_STAGES) - 1
         length = max(16, int(_STAGES[stage] * num_steps))
         sampler = make(lr, friction)
-        if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
+        if sampler.metric == "adaptive":  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
         run = run_chains(
             posterior,

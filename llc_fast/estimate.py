@@ -39,9 +39,7 @@ from llc_fast.kernels.native import is_low_precision
 from llc_fast.objective.control_variate import AnchorLosses, losses_at_anchor
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.result import LLCResult
-from llc_fast.samplers.base import Sampler
-from llc_fast.samplers.metropolis import MetropolisSampler
-from llc_fast.samplers.registry import ADJUSTED, make_sampler
+from llc_fast.samplers import SAMPLERS, MetropolisSampler, Sampler, make_sampler
 from llc_fast.schedule import Schedule
 from llc_fast.support.arguments import check_number
 from llc_fast.support.fingerprint import arrays_identity, option_identity
@@ -143,7 +141,7 @@ def estimate_llc(
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
             these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
         heat_correction: whether ``result.loss_trace`` is cleared of heat, what step size and gradient noise add to the
-            loss, measured at every step (:meth:`llc_fast.samplers.Sampler.heat`). None: if `lr` is None, since the
+            loss, measured at every step (:meth:`llc_fast.samplers.Sampler.bias`). None: if `lr` is None, since the
             step size is then chosen for it; with a step size of your own you get the plain average. Minibatches of
             data addressed by index are then independent from step to step, as the correction assumes; otherwise, and
             from a loader, they come without replacement within an epoch.
@@ -325,7 +323,7 @@ def calibrate(
     """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
 
     The step size ε begins at 1 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the sampler's
-    metric, and pilot chains of growing length lower it until heat (:meth:`llc_fast.samplers.Sampler.heat`) is no more
+    metric, and pilot chains of growing length lower it until heat (:meth:`llc_fast.samplers.Sampler.bias`) is no more
     than a tenth of nβ·(L − L(w*)); for samplers that do not tell their heat it is 0.2 / (nβ·h_max + γ), with no pilot.
     Without `num_draws` and `num_burnin` both are 2000, or up to 5000 if the pilot needs more for a standard error of
     1 % or is still rising at its end. All of it takes 13 % of the gradients of the run. Equal seeds choose equally.
@@ -473,16 +471,17 @@ class _Request:
 
     def with_friction(self, friction: float) -> _Request:
         """With SGHMC of this friction, if it is not 1, which is SGLD."""
-        if friction == 1 or self.sampler != "sgld":
+        variant = SAMPLERS[self.sampler].momentum_variant
+        if friction == 1 or variant is None:
             return self
-        return dataclasses.replace(self, sampler="sghmc", options=self.options | {"momentum_decay": friction})
+        return dataclasses.replace(self, sampler=variant, options=self.options | {"momentum_decay": friction})
 
     def nbeta_for(self, source: DataSource) -> float:
         return default_nbeta(source.num_samples or 0) if self.nbeta is None else self.nbeta
 
     @property
     def is_adjusted(self) -> bool:
-        return self.sampler in ADJUSTED
+        return SAMPLERS[self.sampler].kind == "metropolis"
 
     @property
     def plain_options(self) -> dict[str, Any]:
@@ -540,16 +539,16 @@ def _checked_request(
     name = "sgld" if sampler is None else sampler
     wanted = make_sampler(name, lr=lr or 1.0, nbeta=nbeta or 1.0, **options)
     is_open = counts["num_draws"] is None and counts["num_burnin"] is None
-    if wanted.adaptive:
+    if wanted.metric == "adaptive":
         is_open = is_open and "adapt_steps" not in options
         options.setdefault("adapt_steps", max(1, burnin))
-    possible = wanted.tells_heat and wanted.noise_level == 1 and wanted.bounding_box_size is None
+    possible = wanted.supports_bias_correction and wanted.noise_level == 1 and wanted.bounding_box_size is None
     if heat_correction and not possible:
         raise ValueError(
             f"heat_correction=True is not possible with sampler={name!r}"
-            + (", noise_level or bounding_box_size: the chain has to be free" if wanted.tells_heat else "")
+            + (", noise_level or bounding_box_size: the chain has to be free" if "bias" in wanted.traces else "")
         )
-    if name in ADJUSTED:
+    if wanted.kind == "metropolis":
         options.setdefault("adapt_steps", burnin if lr is None else 0)
         if reserved := sorted(set(FIGURES) & set(observables or ())):
             raise ValueError(

@@ -49,7 +49,7 @@ class LLCResult:
         observables: what the functions of ``estimate_llc(observables=…)`` gave, by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         heat_trace: what step size and gradient noise add to nβ·(L − L(w*)) at every step, measured, float64
-            ``[chain, step]``, see :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
+            ``[chain, step]``, see :meth:`llc_fast.samplers.Sampler.bias`; NaN for samplers that do not tell.
         ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, if ``keep_ends`` asked for it;
             what ``estimate_llc(warm_start=…)`` goes on from.
     """

@@ -18,7 +18,7 @@ class ChainRecord:
         first_chain: the chains are ``first_chain … first_chain + len(losses) − 1``.
         step: steps that are done.
         losses: float64 ``[chain, step]``, less the paired baseline if there is one; later columns hold nothing yet.
-        heats: the same of :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
+        heats: the same of :meth:`llc_fast.samplers.Sampler.bias`; NaN for samplers that do not tell.
         observables: by name, float64 ``[chain, draw, …]``.
         arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
         probes: what was measured on the way, float64 ``[chain, probe, column]``, see ``llc_fast.probes.COLUMNS``; NaN

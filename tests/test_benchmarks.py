@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import llc_fast
-from llc_fast.cli.bench import floor_bytes
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not part of this distribution")
@@ -82,13 +81,6 @@ def test_what_a_step_launches(benchmark_module: Any) -> None:
     ]
     counts = benchmark_module("bench_step").launches_in({"traceEvents": events})
     assert counts == {"step_kernel": 1, "Memcpy HtoD": 1}
-
-
-def test_floor_of_chains_that_share_their_anchor() -> None:
-    """The table of bytes a parameter: w* is read once for four chains, a bfloat16 gradient pays for the copy of w."""
-    assert [floor_bytes("sgld"), floor_bytes("sgld", chains=4), floor_bytes("sgld", low=True)] == [16, 13, 16]
-    assert [floor_bytes(name) for name in ("preconditioned-sgld", "rmsprop-sgld", "adam-sgld")] == [20, 24, 32]
-    assert floor_bytes("preconditioned-sgld", chains=4) == 14
 
 
 # ---- the modes that a GPU session runs -----------------------------------------------------------------------

@@ -374,7 +374,7 @@ def test_acceptance_is_the_plain_formula(name: str, chains: int) -> None:
     params = {"0.weight": mask, "2.weight": True}
     posterior = Objective(model, nn.functional.mse_loss, source, device=torch.device("cpu"), params=params)
     plan = make_plan(posterior, sampler, chains)
-    state, feed = ChainState(posterior, sampler, chains), Feed(posterior, 5, 0, chains, 0)
+    state, feed = ChainState(posterior.anchor, posterior.masks, sampler, chains), Feed(posterior, 5, 0, chains, 0)
     state.start(0, 5)
     gradient, _ = make_gradient(plan, posterior, state, {}, feed, 0)
     for step in range(3):

@@ -23,12 +23,13 @@ from llc_fast import optim
 from llc_fast.kernels import native as update
 from llc_fast.kernels.native import NUM_STATES, Segment, SegmentTable
 from llc_fast.kernels.step import NoiseKey, StepScalars
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.samplers import samplers_with_optimizer
 
 if torch.__version__ < (2, 6) or not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs fully_shard, which came with torch 2.6, and gloo", allow_module_level=True)
 
 SEED, STEPS = 20240517, 4
+SAMPLERS = samplers_with_optimizer()
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "nbeta": 20.0, "localization": 2.0, "weight_decay": 1.0, "seed": SEED}
 SHAPES = [(7, 3), (5,), (1, 4), (3, 5, 2), (6, 4), (700, 3)]  # uneven over two ranks, or empty on one
@@ -273,7 +274,7 @@ def fully_sharded() -> None:
         _same(*params, name, exact=name != "sgnht")
         ends = []
         options = OPTIONS | {"lr": 1e-3, "metrics": ("distance",)}
-        for release in (False, True) if not SAMPLERS[name].thermostatted else (False,):
+        for release in (False, True) if SAMPLERS[name].kind != "thermostat" else (False,):
             if release:
                 options = OPTIONS | {"lr": 1e-3, "release_gradients": True}
             models = _models()

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from llc_fast import LLCResult, estimate_llc, optim
 from llc_fast.kernels import reference
 from llc_fast.kernels.step import NoiseKey
-from llc_fast.samplers.base import ACCEPT_STREAM
-from llc_fast.samplers.registry import ADJUSTED, make_sampler
+from llc_fast.kernels.streams import ACCEPT_STREAM
+from llc_fast.samplers import SAMPLERS, MetropolisSampler, make_sampler
 
 SIGMAS = 4.0
+METROPOLIS = {name: cls for name, cls in SAMPLERS.items() if issubclass(cls, MetropolisSampler)}
 
 
 def _assert_agrees(result: LLCResult, exact: float, *, precision: float) -> None:
@@ -86,7 +87,7 @@ def test_singular_potentials(sampler: str, options: dict[str, Any], exponents: t
         num_burnin=200,
     )
     _assert_agrees(result, exact, precision=0.05)
-    target = ADJUSTED[sampler].target_acceptance
+    target = METROPOLIS[sampler].target_acceptance
     assert result.diagnostics["acceptance"] == pytest.approx(target, abs=0.15) and not result.warnings
 
 
@@ -265,7 +266,7 @@ def test_hmc_of_one_step_is_mala() -> None:
 # --- The step size ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ADJUSTED)
+@pytest.mark.parametrize("sampler", METROPOLIS)
 def test_adaptation(sampler: str) -> None:
     """Chosen in burn-in for each chain, near its target, frozen afterwards; a given lr is left alone."""
     few = {"num_leapfrog": 4} if sampler == "hmc" else {}
@@ -273,7 +274,7 @@ def test_adaptation(sampler: str) -> None:
     options |= {"nbeta": 1000.0, "localization": 1.0, "sampler_options": few}
     model = Quadratic(torch.logspace(-1, 1, 30))
     result = run(model, **options)
-    target = ADJUSTED[sampler].target_acceptance
+    target = METROPOLIS[sampler].target_acceptance
     assert result.diagnostics["acceptance"] == pytest.approx(target, abs=0.1)
     steps = result.diagnostics["lr_per_chain"]
     assert len(set(steps)) == 4
@@ -301,7 +302,7 @@ def test_warnings() -> None:
 # --- One engine ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ADJUSTED)
+@pytest.mark.parametrize("sampler", METROPOLIS)
 def test_the_same_chains_in_every_way(sampler: str) -> None:
     """Batched, one after another, in microbatches, from a shuffling loader, beside others: equal to rounding."""
     options: dict[str, Any] = {"sampler": sampler, "model": mlp(torch.float64), "lr": None, "num_draws": 12}
@@ -464,7 +465,7 @@ def test_counts_are_integers(value: Any) -> None:
         make_sampler("hmc", lr=1.0, nbeta=1.0, num_leapfrog=value)
 
 
-@pytest.mark.parametrize("cls", ADJUSTED.values())
+@pytest.mark.parametrize("cls", METROPOLIS.values())
 def test_there_is_no_optimizer(cls: Any) -> None:
     with pytest.raises(ValueError, match=f"estimate_llc\\(sampler='{cls.name}'\\)"):
         optim.optimizer_for(cls)

@@ -22,9 +22,10 @@ from llc_fast.data import make_source
 from llc_fast.objective.objective import takes_model
 from llc_fast.objective.selection import select
 from llc_fast.result import LLCResult
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.samplers import samplers_with_optimizer
 
 CPU = torch.device("cpu")
+STEPPED = samplers_with_optimizer()
 N = 24
 
 
@@ -200,7 +201,7 @@ def _mask(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STEPPED)
 def test_masked_elements_never_move(sampler: str, strategy: str) -> None:
     """Bit for bit at w*, whatever the sampler; all others move; only these are counted."""
     model, mask = _mlp(), _mask(4, 3)
@@ -268,8 +269,8 @@ class _Product(nn.Module):
         return ((x * w[:3]).sum(dim=1, keepdim=True) * w[3]).tanh()
 
 
-SAMPLER_OPTIONS = [(name, {}) for name in SAMPLERS] + [
-    (name, {"relative_eps": True, "adapt_steps": 5}) for name, cls in SAMPLERS.items() if cls.adaptive
+SAMPLER_OPTIONS = [(name, {}) for name in STEPPED] + [
+    (name, {"relative_eps": True, "adapt_steps": 5}) for name, cls in STEPPED.items() if cls.metric == "adaptive"
 ]
 
 

@@ -24,9 +24,10 @@ from llc_fast.gradients import plan as gradients
 from llc_fast.gradients.plan import make_plan
 from llc_fast.objective.objective import Objective
 from llc_fast.result import LLCResult
-from llc_fast.samplers.registry import SAMPLERS, make_sampler
+from llc_fast.samplers import make_sampler, samplers_with_optimizer
 
 CPU = torch.device("cpu")
+STEPPED = samplers_with_optimizer()
 N = 40
 # Chains contract towards w*: rounding differences do not grow, so a few hundred units in the last place are ample.
 RTOL = {torch.float64: 1e-11, torch.float32: 2e-4}
@@ -173,7 +174,7 @@ def test_every_model(model: str, strategy: str | None, plainly: Plainly) -> None
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched", None])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", STEPPED)
 def test_every_sampler(sampler: str, strategy: str | None, plainly: Plainly) -> None:
     """Momenta, metrics and thermostats are each chain's own."""
     options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "nbeta": 5.0}
@@ -182,7 +183,7 @@ def test_every_sampler(sampler: str, strategy: str | None, plainly: Plainly) -> 
         np.testing.assert_allclose(found, plainly(*_problem(model), **options), rtol=RTOL[torch.float64])
 
 
-@pytest.mark.parametrize("sampler", [name for name, cls in SAMPLERS.items() if cls.adaptive])
+@pytest.mark.parametrize("sampler", [name for name, cls in STEPPED.items() if cls.metric == "adaptive"])
 def test_relative_eps_runs_one_chain_at_a_time(sampler: str, plainly: Plainly) -> None:
     """The scale of each chain's gradients: recorded or not, and refused where chains would share it."""
     options = {"sampler": sampler, "sampler_options": {"relative_eps": True}, "nbeta": 5.0}
@@ -284,7 +285,7 @@ def test_a_run_repeats_bit_for_bit(model: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sampler", [name for name, cls in SAMPLERS.items() if not cls.thermostatted])
+@pytest.mark.parametrize("sampler", [name for name, cls in STEPPED.items() if cls.kind != "thermostat"])
 def test_released_gradients_are_the_same_bits(sampler: str, dtype: torch.dtype, plainly: Plainly) -> None:
     """Consuming each gradient in the backward pass changes nothing, parameters that the loss leaves out included."""
     model, data, loss_fn = _problem("mlp", dtype)

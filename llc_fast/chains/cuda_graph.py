@@ -43,7 +43,7 @@ class CapturedStep:
             grads[:] = gradient.gradients()
             state.move(grads, 0, self._step)
             if heats is not None:
-                heats.index_copy_(1, self._step.reshape(1), state.heat().reshape(-1, 1))
+                heats.index_copy_(1, self._step.reshape(1), state.info()["bias"].reshape(-1, 1))
             self._step += 1
 
         def rewind(arrays: Mapping[str, Tensor]) -> None:

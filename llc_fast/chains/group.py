@@ -75,7 +75,7 @@ class Group:
     def prepare(self, memory: ChainState | None = None) -> ChainState:
         """Put the chains where they were, in new memory or that of a group that is done."""
         posterior, first = self._posterior, self.chains[0]
-        self._state = memory or ChainState(posterior, self._sampler, len(self.chains))
+        self._state = memory or ChainState(posterior.anchor, posterior.masks, self._sampler, len(self.chains))
         torch.manual_seed(mix(self._seed, first))  # what a model with dropout draws from
         self._buffers = posterior.fresh_buffers()
         self._feed = Feed(posterior, self._seed, first, len(self.chains), self.step)
@@ -101,7 +101,7 @@ class Group:
         elif self._baseline is not None:
             self._indices = self._feed.indices.numpy()
         if self._plan.strategy == "cuda-graph":
-            traces = (self.losses, self.heats if self._sampler.tells_heat else None)
+            traces = (self.losses, self.heats if self._sampler.supports_bias_correction else None)
             with torch.cuda.device(posterior.device):  # which need not be the current one
                 self._graph = CapturedStep(self._state, self._feed, gradient, self._baseline, *traces, self.step)
         return self._state
@@ -130,14 +130,14 @@ class Group:
             if self._functions and (draw := self._schedule.draw_at(step)) is not None:
                 with model:  # observables may call the model too
                     self._observe(draw, evaluation, batch)
-            if self._sampler.adjusted_by_metropolis:
+            if self._sampler.kind == "metropolis":
                 with guard:  # it evaluates the model where the chain may go
                     self._gradient.move(step)
             else:
                 self._gradient.move(step)
-            if self._sampler.tells_heat:
+            if self._sampler.supports_bias_correction:
                 assert self._state is not None
-                self._heat_rows[:, step] = self._state.heat()
+                self._heat_rows[:, step] = self._state.info()["bias"]
         self.step += 1
         # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
         if self.step % LOST_AFTER == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):

@@ -32,8 +32,8 @@ from torch import Tensor
 from llc_fast.data import Batch
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.strategies import Gradient
+from llc_fast.kernels.streams import ACCEPT_STREAM
 from llc_fast.objective.objective import Evaluation
-from llc_fast.samplers.base import ACCEPT_STREAM
 from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.state import ChainState
 
@@ -65,7 +65,7 @@ class Metropolis:
     """Moves chains as MALA and HMC do, with the losses and gradients of another strategy.
 
     The loss of a step is that of where the chain is: `evaluate` computes it once, `move` leaves that of the next.
-    What chains need to go on is w and the adaptation in ``state.memory``; the rest is a function of these.
+    What chains need to go on is w and the adaptation in ``state.adaptation``; the rest is a function of these.
 
     ε is adapted by dual averaging (Hoffman & Gelman 2014, section 3.2) in the first `adapt_steps` transitions, for each
     chain on its own, and then frozen at the weighted mean of its logarithms.
@@ -83,7 +83,7 @@ class Metropolis:
     ) -> None:
         self._sampler, self._state, self._gradient, self._feed = sampler, state, gradient, feed
         self._first_chain = first_chain
-        self._anchor, self._metric = state.rows_of(state.anchor, torch.float64), state.metric_rows()
+        self._anchor, self._metric = state.rows_of(state.reference, torch.float64), state.metric_rows()
         self._place: _Place | None = None
 
     # ---- what the engine calls -----------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Metropolis:
         numbers = state.numbers(step, ACCEPT_STREAM)
         # Box–Muller backwards: half the sum of squares of two normals is −log u, u uniform.
         threshold = 0.5 * numbers[:, :2].square().sum(dim=1)
-        adaptation = state.memory["adaptation"]
+        adaptation = state.adaptation["step_size"]
         delta = adaptation[:, :1].exp() * (1 + jitter * torch.erf(numbers[:, 2:3] / math.sqrt(2)))
         start, noise = state.w.clone(), state.noise_rows(step)
         there, velocity = self._trajectory(here, noise, delta, length, step)
@@ -115,7 +115,7 @@ class Metropolis:
         """The `FIGURES` as functions of a draw."""
 
         def row(draw: Any) -> Tensor:
-            found: Tensor = self._state.memory["adaptation"][draw.chain - self._first_chain]
+            found: Tensor = self._state.adaptation["step_size"][draw.chain - self._first_chain]
             return found
 
         return {"acceptance": lambda draw: row(draw)[3], "lr": lambda draw: (2 * row(draw)[0]).exp()}
@@ -140,7 +140,7 @@ class Metropolis:
 
     def _look(self, batch: Batch) -> _Place:
         """Energy and slope at `state`, apart from the memory that the next evaluation writes to."""
-        sampler, evaluation = self._sampler, self._gradient.evaluate(batch)
+        scalars, evaluation = self._state.scalars, self._gradient.evaluate(batch)
         grads = self._state.rows_of(self._gradient.gradients(), torch.float64)
         samples = evaluation.samples
         if samples is None:
@@ -150,12 +150,12 @@ class Metropolis:
             loss = samples.mean(dim=1, dtype=torch.float64)
         w = self._state.w.double()
         away = w - self._anchor
-        energy = sampler.nbeta * loss + 0.5 * (
-            sampler.localization * away.square().sum(dim=1) + sampler.weight_decay * w.square().sum(dim=1)
+        energy = scalars.nbeta * loss + 0.5 * (
+            scalars.localization * away.square().sum(dim=1) + scalars.weight_decay * w.square().sum(dim=1)
         )
-        if sampler.bounding_box_size is not None:
-            energy.masked_fill_((away.abs() > sampler.bounding_box_size).any(dim=1), math.inf)
-        slope = self._metric * (sampler.nbeta * grads + sampler.localization * away + sampler.weight_decay * w)
+        if scalars.bounding_box < math.inf:
+            energy.masked_fill_((away.abs() > scalars.bounding_box).any(dim=1), math.inf)
+        slope = self._metric * (scalars.nbeta * grads + scalars.localization * away + scalars.weight_decay * w)
         return _Place(loss, energy, slope, samples)
 
     def _adapt(self, adaptation: Tensor, acceptance: Tensor, step: int) -> None:
@@ -167,7 +167,7 @@ class Metropolis:
         log, mean, shortfall = adaptation[:, :3].unbind(dim=1)
         weight = 1 / (count + _DELAY)
         shortfall = (1 - weight) * shortfall + weight * (self._sampler.target_acceptance - acceptance)
-        log = math.log(10 * math.sqrt(self._sampler.lr)) - math.sqrt(count) / _SHRINKAGE * shortfall
+        log = math.log(10 * math.sqrt(self._state.scalars.lr)) - math.sqrt(count) / _SHRINKAGE * shortfall
         weight = count**-_FORGETTING
         mean = weight * log + (1 - weight) * mean
         adaptation[:, :3] = torch.stack([mean if count == last else log, mean, shortfall], dim=1)

@@ -7,6 +7,7 @@ checkpoints and processes; :mod:`llc_fast.diagnostics` makes figures of them.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from llc_fast.gradients.plan import LARGE_MODEL, Plan
 from llc_fast.gradients.strategies import Gradient
 from llc_fast.kernels.native import normals
 from llc_fast.kernels.step import NoiseKey
+from llc_fast.kernels.streams import PROPOSAL_STREAM
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.state import ChainState
@@ -41,12 +43,8 @@ ROWS = 10
 """Tensors like all parameters of a chain that a probe with gradients needs at a time."""
 _GRADIENTS = 3  # that one probe takes
 _BUDGET = 0.02  # of the gradients of a run
-_STREAM = 7
-"""Of the noise of proposals."""
 _ELSEWHERE = 2**32
 """Steps from a minibatch to another one that no step of the chain has in its epoch."""
-_LANGEVIN = ("sgld", "preconditioned-sgld", "rmsprop-sgld")
-"""Samplers whose step is a Langevin proposal in a diagonal metric."""
 
 
 def probe_steps(num_steps: int, draws: range) -> tuple[list[int], list[int]]:
@@ -90,10 +88,11 @@ class Probe:
         self.table = np.full((num_chains, len(steps), len(COLUMNS)), np.nan)
         if table is not None and table.shape == self.table.shape:
             self.table = table.copy()
-        self._is_langevin, self._has_noise = sampler.name in _LANGEVIN, sampler.name in (*_LANGEVIN, "sghmc")
+        self._is_langevin = sampler.kind == "langevin"
+        has_noise = math.isfinite(sampler.injected_noise(vars(sampler)))
         self._is_compiled = plan.strategy == "compiled"  # for one shape of minibatches
         # Nor where an evaluation leaves a trace.
-        if not has_memory(posterior, plan) or posterior.writes_buffers or posterior.writes_batch or not self._has_noise:
+        if not has_memory(posterior, plan) or posterior.writes_buffers or posterior.writes_batch or not has_noise:
             self._with_gradients = []
         # A proposal that hits a box, or has other noise, is no Langevin proposal; rounded losses can't be compared.
         self._has_acceptance = (
@@ -123,7 +122,7 @@ class Probe:
         key: NoiseKey,
         again: Callable[[], None],
     ) -> None:
-        s, w, p = self._sampler, state.w, state.metric(step)
+        s, w, p = state.scalars, state.w, state.metric(step)
 
         def evaluate(batch: Any) -> tuple[Tensor, Tensor]:
             again()
@@ -144,12 +143,14 @@ class Probe:
         if not self._is_langevin:
             return
         del variance
-        away = w - state.rows_of(state.anchor)
+        away = w - state.rows_of(state.reference)
         drift = s.nbeta * grad + s.localization * away + s.weight_decay * w
         self._write(step, "heat", s.nbeta * p * drift * grad)
         noise = torch.stack(
             [
-                normals(0, w.shape[1], key._replace(chain=chain, stream=_STREAM), dtype=w.dtype, device=w.device)
+                normals(
+                    0, w.shape[1], key._replace(chain=chain, stream=PROPOSAL_STREAM), dtype=w.dtype, device=w.device
+                )
                 for chain in range(key.chain, key.chain + len(w))
             ]
         )

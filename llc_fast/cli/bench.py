@@ -8,23 +8,11 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from llc_fast.kernels.native import NUM_STATES
 from llc_fast.optim import optimizer_for
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.samplers import samplers_with_optimizer
 
 TENSORS = 100
 """That the parameters are split into."""
-
-
-def floor_bytes(name: str, *, low: bool = False, chains: int = 1) -> float:
-    """What a step can't avoid moving, in bytes per float32 parameter of each chain.
-
-    w, gradient and w* are read and w is written; a preconditioner is read; each state is read and written. With `low`
-    the gradient is bfloat16, and a bfloat16 copy of w is written. w* and preconditioner are read once for all `chains`.
-    """
-    gradient, copy = (2, 2) if low else (4, 0)
-    shared = 4 + 4 * (name == "preconditioned-sgld")
-    return 8 + gradient + copy + 8 * NUM_STATES[name] + shared / chains
 
 
 def make_params(total: int, device: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -44,19 +32,17 @@ def step_rows(total: int, device: str, *, seconds: float = 1.0) -> Iterator[dict
         device: where.
         seconds: to measure each of sampler and copy for.
     """
-    for name, cls in SAMPLERS.items():
-        if cls.adjusted_by_metropolis:
-            continue  # a transition of these is many evaluations of the model
+    for name, cls in samplers_with_optimizer().items():
         params = make_params(total, device)
         count = sum(p.numel() for p in params)
         options: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0, "seed": 0}
-        if name == "preconditioned-sgld":
+        if cls.metric == "given":
             options["preconditioner"] = [torch.ones_like(p) for p in params]
         source = torch.cat([p.detach() for p in params])
         target = torch.empty_like(source)
         step = _median(optimizer_for(cls)(params, **options).step, seconds)
         copy = _median(lambda source=source, target=target: target.copy_(source), seconds)
-        floor = floor_bytes(name)
+        floor = cls.bytes_moved()
         yield {
             "sampler": name,
             "parameters": count,

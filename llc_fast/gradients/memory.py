@@ -47,8 +47,8 @@ def needed_bytes(posterior: Objective, sampler: Sampler, plan: Plan) -> int:
     elements = sum(p.numel() for p in tensors)
     low = is_low_precision(tensors[0])
     width = 4 if low else tensors[0].element_size()  # bytes of a chain's element
-    chain = elements * (width * (1 + NUM_STATES[sampler.rule]) + (tensors[0].element_size() if low else 0))
-    if sampler.adjusted_by_metropolis:
+    chain = elements * (width * (1 + NUM_STATES[sampler.rule()]) + (tensors[0].element_size() if low else 0))
+    if sampler.kind == "metropolis":
         chain += elements * _METROPOLIS_BYTES
     anchor = elements * width if low else 0  # w* in the chains' precision
     largest = max(p.numel() for p in tensors) if plan.release else elements
@@ -69,7 +69,7 @@ def check_memory(posterior: Objective, sampler: Sampler, plan: Plan) -> None:
         return
     smallest = dataclasses.replace(plan, strategy="sequential", group_size=1, num_workers=1, replay=False)
     remedies = [('strategy="sequential"', smallest)]
-    if not sampler.measures(vars(sampler)):
+    if not sampler.needs_whole_step(vars(sampler)):
         released = dataclasses.replace(smallest, release=True)
         remedies.append(('strategy="sequential" with release_gradients=True', released))
     fitting = [(text, needed_bytes(posterior, sampler, p)) for text, p in remedies if p != plan]

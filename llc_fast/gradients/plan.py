@@ -97,7 +97,7 @@ def make_plan(
         why = "the model writes to its buffers" if posterior.writes_buffers else "it takes minibatches as a whole"
         raise ValueError(f'strategy="compiled" is not possible here: {why}; use strategy="sequential"')
 
-    measured = sampler.measures(vars(sampler))
+    measured = sampler.needs_whole_step(vars(sampler))
     can_release = not measured and strategy == "sequential"
     if release_gradients and not can_release:
         why = f"{type(sampler).__name__} needs the whole gradient" if measured else f"strategy={strategy!r} keeps it"
@@ -139,8 +139,8 @@ def _why_apart(posterior: Objective, sampler: Sampler) -> str:
         return "the model writes to its buffers or its input"
     if posterior.microbatch_size is not None:
         return "microbatches are for models that fill the memory"
-    if getattr(sampler, "relative_eps", False):
-        return "relative_eps follows one chain's gradients"
+    if sampler.adapts_on_host(vars(sampler)):
+        return "the sampler adapts on the host (relative_eps=True), to one chain's gradients"
     return ""
 
 
@@ -148,7 +148,7 @@ def _why_not_captured(posterior: Objective, sampler: Sampler, has_observables: b
     """Why a step can't be one CUDA graph, and what to do about it; empty if it may."""
     if posterior.device.type != "cuda":
         return f"needs a CUDA device, got device={str(posterior.device)!r}"
-    if sampler.adjusted_by_metropolis:
+    if sampler.kind == "metropolis":
         return f'is not made for sampler={sampler.name!r}; use strategy="batched"'
     if has_observables:
         return 'can\'t stop for observables; use strategy="batched"'

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.kernels.step import NoiseKey, StepScalars
+from llc_fast.kernels.streams import MINIBATCH_STREAM
 
 PHILOX_ROUNDS = 7
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -37,7 +38,6 @@ def philox(counter: Tensor, key: NoiseKey) -> tuple[Tensor, Tensor, Tensor, Tens
     return c0, c1, c2, c3
 
 
-MINIBATCH_STREAM = 2
 _FEISTEL_ROUNDS, _FEISTEL_MIN_BITS = 6, 8
 
 
@@ -129,7 +129,7 @@ class Coordinates:
         thermostat: of the chain, for SGNHT.
         drift: nβ·g + γ(w − w*) + μ·w, set by the rule.
         scale: the preconditioner p that the rule used.
-        heat: q of the rule; Σ nβ·g·q is what its steps add to nβ·L, see :meth:`llc_fast.samplers.Sampler.heat`.
+        heat: q of the rule; Σ nβ·g·q is what its steps add to nβ·L, see :meth:`llc_fast.samplers.Sampler.bias`.
     """
 
     w: Tensor
