@@ -52,7 +52,9 @@ def estimates(
     at, llc = numbers(x), column(rows, "llc") / unit
     if connect:
         axes.plot(at, llc, color=color, lw=1.2)
-    errorbar_by_warning(axes, at, llc, two_sigma(rows) / unit, map(is_warned, rows), color=color, **style)
+    known, warned = np.isfinite(llc), np.array([is_warned(row) for row in rows], dtype=bool)
+    errors = two_sigma(rows)[known] / unit
+    errorbar_by_warning(axes, at[known], llc[known], errors, warned[known], color=color, **style)
 
 
 def label_hollow_in(axes: Axes, rows: Iterable[Row]) -> None:
