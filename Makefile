@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
-PLAYED := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
-SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*')
+NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
+SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*') llc_fast/py.typed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-all lint format clean
@@ -16,11 +16,11 @@ help: ## List these targets
 demo: $(VENV)/.installed-all ## Install, then estimate learning coefficients whose true values are known
 	$(BIN)/llc-fast demo
 
-# Not `python -m pytest`: that would import llc_fast from this folder, where no native module has been built.
-test: $(VENV)/.installed-test ## Install, then run the tests, but for the slow ones
+# Not `python -m pytest`: that imports llc_fast from this folder, where no native module was built.
+test: $(VENV)/.installed-test ## Install, then run all tests but the slow ones
 	$(BIN)/pytest -m "not slow"
 
-test-gpu: $(VENV)/.installed-test ## Run the tests of the CUDA path: on a GPU, or on a CPU that plays one
+test-gpu: $(VENV)/.installed-test ## Run the tests of the CUDA path: on a GPU, or by CUDA emulation on the CPU
 	PYTHONPATH=tests $(BIN)/pytest -p cuda_on_cpu -m gpu
 
 test-all: $(VENV)/.installed-test ## Install, then run all tests
@@ -30,12 +30,12 @@ lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(PLAYED)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATION)
 
-format: $(VENV)/.installed-tools ## Rewrite the sources in the house style
+format: $(VENV)/.installed-tools ## Rewrite the sources in this style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(NATIVE) $(PLAYED)
+	$(BIN)/clang-format -i $(NATIVE) $(EMULATION)
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -46,14 +46,14 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# build/lib is setuptools' copy of the package; it would put modules that are gone by now into the wheel.
+# build/lib is setuptools' copy of the package. It would put modules that were deleted since into the wheel.
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(SOURCES) $(VENV)/.created
 	@echo "Installing llc_fast[$*] into $(VENV); the first time takes a few minutes."
 	rm -rf build/lib*
 	$(BIN)/pip install --quiet --constraint constraints.txt ".[$*]"
 	touch $@
 
-# The linters read the source folder, so a change of source is no reason to install again.
+# The linters read the source folder, so a changed source file needs no new installation.
 $(VENV)/.installed-tools: pyproject.toml constraints.txt $(VENV)/.created
 	@echo "Installing llc_fast[dev] into $(VENV); the first time takes a few minutes."
 	$(BIN)/pip install --quiet --constraint constraints.txt ".[dev]"

@@ -2,19 +2,21 @@
 // mirrored in plain PyTorch by llc_fast/kernels/reference.py, with which the tests compare them.
 #pragma once
 
+#include <type_traits>
+
 #include "philox.h"
 
 namespace llc {
 
 // The hyperparameters of one step, as the caller gives them; a rule reads those it needs. Doubles only, in this
-// order: llc_fast/kernels/reference.py's StepScalars is passed as is, and copied to the device for CUDA graphs.
+// order: llc_fast/kernels/step.py's StepScalars is passed as is, and copied to the device for CUDA graphs.
 struct Scalars {
     double lr;              // epsilon, the step size
     double nbeta;           // n * beta, the inverse temperature of the mean loss
-    double localization;    // gamma, the pull towards the anchor
+    double localization;    // gamma, the pull towards the reference point w*
     double weight_decay;    // mu, the pull towards zero
     double noise_level;     // sigma, 1 for the posterior
-    double bounding_box;    // |w - anchor| <= b; infinity: no box
+    double bounding_box;    // |w - w*| <= b; infinity: no box
     double decay;           // of the running mean of squared gradients (RMSprop's alpha, Adam's second beta)
     double momentum_decay;  // of the running mean of gradients (Adam's first beta)
     double eps;             // added to the root of the squared gradients
@@ -22,18 +24,31 @@ struct Scalars {
     double adapt_steps;     // steps whose gradients enter the running mean of squares; later ones leave it as it is
 };
 
-// What a step sums up on the way when asked to.
-enum Metric : int {
-    kGradSquare,      // sum of g^2
-    kDistanceSquare,  // sum of (w - w*)^2, before the update
-    kWeightSquare,    // sum of w^2, after it
-    kNoiseSquare,     // sum of xi^2
-    kDriftSquare,     // sum of p drift^2, p the preconditioner
-    kDriftNoise,      // sum of sqrt(p) drift xi; with the previous two: MALA's forward and backward densities
-    kMomentumSquare,  // sum of squared momenta, after the update
-    kHeat,            // sum of g q, q what the rule says of itself: times nbeta it is what a step adds to nbeta L
-    kNumMetrics
+// What a step can sum up on the way, in the order of the columns it writes, with the names that Python has for them.
+#define LLC_SUMS(X)                                                                           \
+    X(kGradSquare, "grad")         /* g^2 */                                                  \
+    X(kDistanceSquare, "distance") /* (w - w*)^2, before the update */                        \
+    X(kWeightSquare, "weight")     /* w^2, after it */                                        \
+    X(kNoiseSquare, "noise")       /* xi^2 */                                                 \
+    X(kMomentumSquare, "momentum") /* the square of the first state (a momentum), after it */ \
+    X(kBias, "bias")               /* g q, q from the rule: nbeta times it is the bias of nbeta L */
+
+enum Sum : int {
+#define LLC_ENUMERATOR(sum, name) sum,
+    LLC_SUMS(LLC_ENUMERATOR)
+#undef LLC_ENUMERATOR
+        kNumSums
 };
+
+// A set of them: bit k stands for the sum numbered k.
+using SumSet = uint32_t;
+constexpr SumSet kAllSums = (SumSet{1} << kNumSums) - 1;
+constexpr SumSet only(Sum sum) {
+    return SumSet{1} << sum;
+}
+LLC_HD constexpr bool holds(SumSet set, int sum) {
+    return set >> sum & 1;
+}
 
 inline namespace LLC_ISA {
 
@@ -41,15 +56,13 @@ inline namespace LLC_ISA {
 template <class T>
 struct Coordinate {
     T grad;            // of the mean minibatch loss
-    T anchor;          // w*
+    T reference;       // w*
     T noise;           // standard normal
     T preconditioner;  // given from outside; 1 if none is
     T thermostat;      // of the chain
     T w;
-    T state[2];   // what the rule keeps between steps
-    T drift = 0;  // for the metrics
-    T scale = 1;  // p, likewise
-    T heat = 0;   // q, likewise
+    T state[2];  // what the rule keeps between steps
+    T bias = 0;  // q, for the sum of that name
 };
 
 // nbeta g + gamma (w - w*) + mu w: the gradient of the localized, tempered potential.
@@ -59,7 +72,7 @@ struct Potential {
     LLC_HD explicit Potential(const Scalars& s)
         : nbeta(T(s.nbeta)), localization(T(s.localization)), weight_decay(T(s.weight_decay)) {}
     LLC_HD T drift(const Coordinate<T>& x, T grad) const {
-        return fused(nbeta, grad, fused(localization, x.w - x.anchor, weight_decay * x.w));
+        return fused(nbeta, grad, fused(localization, x.w - x.reference, weight_decay * x.w));
     }
 };
 
@@ -74,8 +87,8 @@ LLC_HD T root(T x) {
 
 // The box. Comparisons, not min and max: a NaN must stay a NaN, so that somebody notices.
 template <class T>
-LLC_HD T clamp_to_box(T w, T anchor, T box) {
-    const T low = anchor - box, high = anchor + box;
+LLC_HD T clamp_to_box(T w, T reference, T box) {
+    const T low = reference - box, high = reference + box;
     return w < low ? low : (w > high ? high : w);
 }
 
@@ -88,12 +101,11 @@ struct Langevin {
         : potential(s), half_lr(T(0.5 * s.lr)), noise_scale(T(s.noise_level * sqrt(s.lr))), box(T(s.bounding_box)) {}
 
     LLC_HD void move(Coordinate<T>& x, T grad, T p, T root_p) const {
-        x.drift = potential.drift(x, grad);
-        x.scale = p;
-        x.heat = T(0.25) * half_lr * p * x.drift;
+        const T drift = potential.drift(x, grad);
+        x.bias = T(0.25) * half_lr * p * drift;
         // The increment first, then one addition: w is rounded once.
-        const T increment = fused(-half_lr * p, x.drift, noise_scale * root_p * x.noise);
-        x.w = clamp_to_box(x.w + increment, x.anchor, box);
+        const T increment = fused(-half_lr * p, drift, noise_scale * root_p * x.noise);
+        x.w = clamp_to_box(x.w + increment, x.reference, box);
     }
 };
 
@@ -111,17 +123,19 @@ struct SquareMean {
 template <class T>
 LLC_HD void move_with_momentum(Coordinate<T>& x, T momentum, T box) {
     const T w = x.w + momentum;
-    x.w = clamp_to_box(w, x.anchor, box);
+    x.w = clamp_to_box(w, x.reference, box);
     const bool outside = x.w < w || x.w > w;  // clamped; false for a NaN
     x.state[0] = outside ? -momentum : momentum;
 }
 
-// ---- the rules; each says how much state it keeps, and whether it is given a preconditioner -------------------
+// ---- the rules; each declares its number of states, whether it takes a preconditioner, and the sums that its sampler
+// ---- may need at every step, which get a kernel of their own ---------------------------------------------------
 
 template <class T>
 struct SGLD {
     static constexpr int kStates = 0;
     static constexpr bool kPreconditioned = false;
+    static constexpr SumSet kUsualSums = only(kBias);
     Langevin<T> langevin;
     LLC_HD SGLD(const Scalars& s, uint64_t) : langevin(s) {}
     LLC_HD void operator()(Coordinate<T>& x) const { langevin.move(x, x.grad, T(1), T(1)); }
@@ -132,6 +146,7 @@ template <class T>
 struct PreconditionedSGLD {
     static constexpr int kStates = 0;
     static constexpr bool kPreconditioned = true;
+    static constexpr SumSet kUsualSums = only(kBias);
     Langevin<T> langevin;
     LLC_HD PreconditionedSGLD(const Scalars& s, uint64_t) : langevin(s) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
@@ -144,6 +159,7 @@ template <class T>
 struct RMSpropSGLD {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
+    static constexpr SumSet kUsualSums = only(kBias) | only(kGradSquare);
     Langevin<T> langevin;
     SquareMean<T> squares;
     LLC_HD RMSpropSGLD(const Scalars& s, uint64_t step) : langevin(s), squares(s, step) {}
@@ -159,6 +175,7 @@ template <class T>
 struct AdamSGLD {
     static constexpr int kStates = 2;
     static constexpr bool kPreconditioned = false;
+    static constexpr SumSet kUsualSums = only(kGradSquare);
     Langevin<T> langevin;
     SquareMean<T> squares;
     T keep, add, mean_correction, square_correction;
@@ -182,20 +199,21 @@ template <class T>
 struct SGHMC {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
+    static constexpr SumSet kUsualSums = only(kBias);
     Potential<T> potential;
-    T half_lr, keep, noise_scale, box, drift_heat, momentum_heat;
+    T half_lr, keep, noise_scale, box, drift_bias, momentum_bias;
     LLC_HD SGHMC(const Scalars& s, uint64_t)
         : potential(s),
           half_lr(T(0.5 * s.lr)),
           keep(T(1.0 - s.friction)),
           noise_scale(T(s.noise_level * sqrt(s.lr * s.friction))),
           box(T(s.bounding_box)),
-          drift_heat(T(s.lr / (8.0 * s.friction))),
-          momentum_heat(T((1.0 - s.friction) / (2.0 * s.friction))) {}
+          drift_bias(T(s.lr / (8.0 * s.friction))),
+          momentum_bias(T((1.0 - s.friction) / (2.0 * s.friction))) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
-        x.drift = potential.drift(x, x.grad);
-        x.heat = fused(drift_heat, x.drift, -momentum_heat * x.state[0]);
-        move_with_momentum(x, fused(keep, x.state[0], fused(-half_lr, x.drift, noise_scale * x.noise)), box);
+        const T drift = potential.drift(x, x.grad);
+        x.bias = fused(drift_bias, drift, -momentum_bias * x.state[0]);
+        move_with_momentum(x, fused(keep, x.state[0], fused(-half_lr, drift, noise_scale * x.noise)), box);
     }
 };
 
@@ -205,6 +223,7 @@ template <class T>
 struct SGNHT {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
+    static constexpr SumSet kUsualSums = only(kMomentumSquare);
     Potential<T> potential;
     T lr, noise_scale, box;
     LLC_HD SGNHT(const Scalars& s, uint64_t)
@@ -213,11 +232,36 @@ struct SGNHT {
           noise_scale(T(s.noise_level * sqrt(2.0 * s.friction * s.lr))),
           box(T(s.bounding_box)) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
-        x.drift = potential.drift(x, x.grad);
+        const T drift = potential.drift(x, x.grad);
         const T kept = fused(-x.thermostat, x.state[0], x.state[0]);
-        move_with_momentum(x, kept + fused(-lr, x.drift, noise_scale * x.noise), box);
+        move_with_momentum(x, kept + fused(-lr, drift, noise_scale * x.noise), box);
     }
 };
+
+// Passes the terms of the sums in kSums that one coordinate contributes: add(sum, a, b) for the term a * b. `before` is
+// w before the update. What a sum adds up, and in which order, does not depend on the other sums in the set.
+template <SumSet kSums, class Rule, class T, class Add>
+LLC_HD void measure(const Coordinate<T>& x, T before, const Add& add) {
+    const T distance = before - x.reference;
+    if constexpr (holds(kSums, kGradSquare)) add(kGradSquare, x.grad, x.grad);
+    if constexpr (holds(kSums, kDistanceSquare)) add(kDistanceSquare, distance, distance);
+    if constexpr (holds(kSums, kWeightSquare)) add(kWeightSquare, x.w, x.w);
+    if constexpr (holds(kSums, kNoiseSquare)) add(kNoiseSquare, x.noise, x.noise);
+    if constexpr (holds(kSums, kMomentumSquare) && Rule::kStates > 0) add(kMomentumSquare, x.state[0], x.state[0]);
+    if constexpr (holds(kSums, kBias)) add(kBias, x.grad, x.bias);
+}
+
+template <SumSet kSums>
+using Sums = std::integral_constant<SumSet, kSums>;
+
+// Calls run(Sums<set>{}) with the smallest set that kernels are compiled for and that holds what is wanted: none, the
+// rule's usual sums, or all.
+template <class Rule, class Run>
+void with_sums(SumSet wanted, const Run& run) {
+    if (wanted == 0) return run(Sums<0>{});
+    if ((wanted & ~Rule::kUsualSums) == 0) return run(Sums<Rule::kUsualSums>{});
+    return run(Sums<kAllSums>{});
+}
 
 }  // namespace LLC_ISA
 

@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "step.h"
 
@@ -54,14 +56,16 @@ class Unlocked {
     std::optional<py::gil_scoped_release> released_;
 };
 
-// `segments`: address of a table laid out as llc::Segment, in the memory of the device that runs the step.
+using ScalarArray = std::array<double, sizeof(llc::Scalars) / sizeof(double)>;
+
+// `segments`: address of a table of llc::Segment, in the memory of the device that runs the step. `scalars`: the fields
+// of llc::Scalars, in their order.
 // `stream`: a cudaStream_t, or None to run on the CPU.
 void step(int rule, const std::string& dtype, const std::string& low, uintptr_t segments, int64_t num_segments,
-          int64_t begin, int64_t end, int64_t num_chains, const std::array<double, 11>& scalars, uint64_t seed,
-          uint64_t step_index, uint32_t chain, std::optional<uintptr_t> thermostat, std::optional<uintptr_t> metrics,
-          std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
+          int64_t begin, int64_t end, int64_t num_chains, const ScalarArray& scalars, uint64_t seed,
+          uint64_t step_index, uint32_t chain, std::optional<uintptr_t> thermostat, llc::SumSet wanted,
+          std::optional<uintptr_t> sums, std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
           std::optional<uintptr_t> device_step, int num_threads, std::optional<uintptr_t> stream) {
-    static_assert(sizeof(llc::Scalars) == sizeof(scalars), "Scalars and the tuple from Python must match");
     llc::Step request{};
     request.rule = llc::Rule(rule);
     request.dtype = dtype_named(dtype);
@@ -73,7 +77,8 @@ void step(int rule, const std::string& dtype, const std::string& low, uintptr_t 
     std::memcpy(&request.scalars, scalars.data(), sizeof(scalars));
     request.key = {seed, step_index, chain, 0};
     request.thermostat = pointer<const double>(thermostat);
-    request.metrics = pointer<double>(metrics);
+    request.wanted = sums ? wanted : 0;
+    request.sums = pointer<double>(sums);
     request.scratch = pointer<double>(scratch);
     request.device_scalars = pointer<const llc::Scalars>(device_scalars);
     request.device_step = pointer<const int64_t>(device_step);
@@ -128,6 +133,89 @@ void minibatch(uintptr_t out, int64_t num_samples, int64_t batch_size, int64_t n
 #endif
 }
 
+// NumPy's name for the type of a field; addresses are int64.
+template <class Field>
+std::string format() {
+    using Element = std::remove_all_extents_t<Field>;
+    static_assert(sizeof(Element) == 8, "tables have fields of eight bytes");
+    const std::string element = std::is_floating_point_v<Element> ? "f8" : "i8";
+    if constexpr (std::is_array_v<Field>) return std::to_string(std::extent_v<Field>) + element;
+    return element;
+}
+
+// A table's layout, as numpy.dtype takes it.
+class Layout {
+  public:
+    explicit Layout(size_t itemsize) : itemsize_(itemsize) {}
+
+    template <class Field>
+    void add(const char* name, size_t offset) {
+        names_.append(name), formats_.append(format<Field>()), offsets_.append(offset);
+        size_ += sizeof(Field);
+    }
+
+    py::dict finished() const {
+        if (size_ != itemsize_) throw std::logic_error("a layout in module.cpp lacks a field");
+        py::dict d;
+        d["names"] = names_, d["formats"] = formats_, d["offsets"] = offsets_, d["itemsize"] = itemsize_;
+        return d;
+    }
+
+  private:
+    py::list names_, formats_, offsets_;
+    size_t itemsize_, size_ = 0;
+};
+
+#define LLC_FIELD(type, name) layout.add<decltype(llc::type::name)>(#name, offsetof(llc::type, name))
+
+py::dict segment_layout() {
+    Layout layout(sizeof(llc::Segment));
+    LLC_FIELD(Segment, offset);
+    LLC_FIELD(Segment, length);
+    LLC_FIELD(Segment, w);
+    LLC_FIELD(Segment, stride);
+    LLC_FIELD(Segment, grad);
+    LLC_FIELD(Segment, grad_stride);
+    LLC_FIELD(Segment, reference);
+    LLC_FIELD(Segment, reference_stride);
+    LLC_FIELD(Segment, mask);
+    LLC_FIELD(Segment, state);
+    LLC_FIELD(Segment, preconditioner);
+    LLC_FIELD(Segment, preconditioner_scale);
+    LLC_FIELD(Segment, copy);
+    return layout.finished();
+}
+
+py::dict scalars_layout() {
+    Layout layout(sizeof(llc::Scalars));
+    LLC_FIELD(Scalars, lr);
+    LLC_FIELD(Scalars, nbeta);
+    LLC_FIELD(Scalars, localization);
+    LLC_FIELD(Scalars, weight_decay);
+    LLC_FIELD(Scalars, noise_level);
+    LLC_FIELD(Scalars, bounding_box);
+    LLC_FIELD(Scalars, decay);
+    LLC_FIELD(Scalars, momentum_decay);
+    LLC_FIELD(Scalars, eps);
+    LLC_FIELD(Scalars, friction);
+    LLC_FIELD(Scalars, adapt_steps);
+    return layout.finished();
+}
+
+// What the package's Python must agree with; llc_fast/kernels/native.py compares it when it is imported.
+py::dict interface() {
+    py::list sums, rules;
+#define LLC_APPEND(sum, name) sums.append(name);
+    LLC_SUMS(LLC_APPEND)
+#undef LLC_APPEND
+#define LLC_APPEND(type, name) rules.append(name);
+    LLC_RULES(LLC_APPEND)
+#undef LLC_APPEND
+    py::dict d;
+    d["Segment"] = segment_layout(), d["Scalars"] = scalars_layout(), d["sums"] = sums, d["rules"] = rules;
+    return d;
+}
+
 py::dict info() {
     py::dict d;
     d["instruction_set"] = llc::cpu_backend().name;
@@ -161,5 +249,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("scratch_size", &scratch_size);
     m.def("normals", &normals);
     m.def("minibatch", &minibatch);
+    m.def("interface", &interface);
     m.def("info", &info);
 }

@@ -1,5 +1,6 @@
-// What a step is given. The table of segments is built in Python as rows of 64-bit integers
-// (llc_fast/kernels/native.py), so the layout of Segment is an interface: eight-byte fields only, in this order.
+// What a step is given. Python fills tables of Segment and Scalars as NumPy structured arrays
+// (llc_fast/kernels/step.py) and compares its layout of them with the one that module.cpp exports, which lists their
+// fields once more.
 #pragma once
 
 #include "langevin.h"
@@ -16,21 +17,20 @@ struct Segment {
     int64_t stride;  // of w, the states and the copy
     const void* grad;
     int64_t grad_stride;         // 0: all chains share one gradient
-    const void* anchor;          // equal to w where a step needs none
-    int64_t anchor_stride;       // 0: shared by all chains; `stride` where anchor is w
+    const void* reference;       // w*; equal to w where a step needs none
+    int64_t reference_stride;    // 0: shared by all chains; `stride` where it is w
     const uint8_t* mask;         // 0: leave the element as it is; null: update all
     void* state[2];              // what the rule keeps; null where it keeps less
     const void* preconditioner;  // shared by all chains; null: preconditioner_scale alone
     double preconditioner_scale;
     void* copy;  // low-precision copy of w to write; null if none
 };
-static_assert(sizeof(Segment) == 14 * 8, "Segment must stay a row of fourteen 64-bit fields");
 
 enum class DType : int { float32 = 0, float64 = 1 };
 
 struct Step {
     Rule rule;
-    DType dtype;              // of w, anchors, states and preconditioners
+    DType dtype;              // of w, w*, states and preconditioners
     Low low;                  // of gradients and copies, if not that of w
     const Segment* segments;  // sorted by offset, not overlapping; in the memory of the device that runs the step
     int64_t num_segments;
@@ -39,8 +39,9 @@ struct Step {
     Scalars scalars;
     NoiseKey key;              // of the first chain; chain c uses key.chain + c
     const double* thermostat;  // one for each chain, or null
-    double* metrics;           // [chain][kNumMetrics], overwritten; null: not wanted
-    double* scratch;           // for the metrics: scratch_size() doubles (CUDA only)
+    SumSet wanted;             // what to sum up
+    double* sums;              // [chain][kNumSums], overwritten, 0 where not wanted; null if nothing is
+    double* scratch;           // for the sums: scratch_size() doubles (CUDA only)
     // CUDA graphs replay a launch with the values it was captured with; these are read when it runs, if not null.
     const Scalars* device_scalars;
     const int64_t* device_step;
@@ -67,7 +68,7 @@ struct CpuBackend {
 const CpuBackend& cpu_backend();
 
 #ifdef LLC_WITH_CUDA
-// Doubles that a step of this size needs in Step::scratch when metrics are wanted.
+// Doubles that a step of this size needs in Step::scratch when sums are wanted.
 int64_t cuda_scratch_size(const Step&);
 // These launch on `stream` (a cudaStream_t) of the current device and do not wait. Throw std::runtime_error.
 void cuda_step(const Step&, void* stream);

@@ -76,12 +76,12 @@ void fill_block(T* z, const NoiseKey& key, int64_t block) {
     }
 }
 
-// The operands of one segment inside one block, for one chain. `anchor` may be `w`.
+// The operands of one segment inside one block, for one chain. `reference` may be `w`.
 template <class T>
 struct Operands {
     T* w;
     T* state[2];
-    const T *grad, *anchor, *noise, *preconditioner;
+    const T *grad, *reference, *noise, *preconditioner;
     T thermostat;
     int64_t n;
 };
@@ -89,7 +89,7 @@ struct Operands {
 template <class Rule, class T>
 LLC_HD Coordinate<T> load(const Operands<T>& o, int64_t i) {
     Coordinate<T> x;
-    x.grad = o.grad[i], x.anchor = o.anchor[i], x.noise = o.noise[i], x.w = o.w[i];
+    x.grad = o.grad[i], x.reference = o.reference[i], x.noise = o.noise[i], x.w = o.w[i];
     x.preconditioner = Rule::kPreconditioned ? o.preconditioner[i] : T(1);
     x.thermostat = o.thermostat;
     if constexpr (Rule::kStates > 0) x.state[0] = o.state[0][i];
@@ -104,7 +104,7 @@ LLC_HD void store(const Operands<T>& o, int64_t i, const Coordinate<T>& x) {
     if constexpr (Rule::kStates > 1) o.state[1][i] = x.state[1];
 }
 
-// Iterations are independent (where `anchor` is `w`, each reads its own). Not `omp simd` here: GCC 12 would keep an
+// Iterations are independent (where `reference` is `w`, each reads its own). Not `omp simd` here: GCC 12 would keep an
 // array of Coordinates for it, and then not vectorize the rules that have state.
 #if defined(__clang__)
 #define LLC_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -112,36 +112,29 @@ LLC_HD void store(const Operands<T>& o, int64_t i, const Coordinate<T>& x) {
 #define LLC_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-template <class Rule, class T>
-void update(const Rule& rule, const Operands<T>& o) {
-    LLC_INDEPENDENT
-    for (int64_t i = 0; i < o.n; ++i) {
-        Coordinate<T> x = load<Rule>(o, i);
-        rule(x);
-        store<Rule>(o, i, x);
-    }
-}
+constexpr int kWide = 16;
 
-// The same, adding up the metrics of the elements with a nonzero mask. Sums go lane by lane, at most a block in T, then
-// on in double: the order is fixed, and compilers vectorize the inner loop without being asked to reorder.
-template <bool kMasked, class Rule, class T>
-void update_and_measure(const Rule& rule, const Operands<T>& o, const uint8_t* mask, double* metrics) {
-    constexpr int kWide = 16;
-    alignas(64) T sums[kNumMetrics][kWide] = {};
+// How `measure` adds to one lane of the sums: `counted` is 0 for an element that its mask holds, else 1.
+template <class T>
+struct AddToLane {
+    T (&sums)[kNumSums][kWide];
+    int lane;
+    T counted;
+    LLC_HD void operator()(Sum sum, T a, T b) const { sums[sum][lane] += counted * a * b; }
+};
+
+// Updates all elements, and adds to `totals` what those with a nonzero mask contribute to the sums in kSums. Terms are
+// added lane by lane, at most a block in T, then on in double: the order is fixed, and compilers vectorize the inner
+// loop without being asked to reorder.
+template <SumSet kSums, bool kMasked, class Rule, class T>
+void update(const Rule& rule, const Operands<T>& o, const uint8_t* mask, double* totals) {
+    alignas(64) T sums[kNumSums][kWide] = {};
     const auto one = [&](int64_t i, int lane) __attribute__((always_inline)) {
         Coordinate<T> x = load<Rule>(o, i);
-        const T distance = x.w - x.anchor;
+        const T before = x.w;
         rule(x);
         store<Rule>(o, i, x);
-        const T counted = kMasked ? T(mask[i] != 0) : T(1);
-        sums[kGradSquare][lane] += counted * x.grad * x.grad;
-        sums[kDistanceSquare][lane] += counted * distance * distance;
-        sums[kWeightSquare][lane] += counted * x.w * x.w;
-        sums[kNoiseSquare][lane] += counted * x.noise * x.noise;
-        sums[kDriftSquare][lane] += counted * x.scale * x.drift * x.drift;
-        sums[kDriftNoise][lane] += counted * root(x.scale) * x.drift * x.noise;
-        sums[kHeat][lane] += counted * x.grad * x.heat;
-        if constexpr (Rule::kStates > 0) sums[kMomentumSquare][lane] += counted * x.state[0] * x.state[0];
+        measure<kSums, Rule>(x, before, AddToLane<T>{sums, lane, kMasked ? T(mask[i] != 0) : T(1)});
     };
     const int64_t whole = o.n / kWide * kWide;
     for (int64_t i = 0; i < whole; i += kWide) {
@@ -149,12 +142,13 @@ void update_and_measure(const Rule& rule, const Operands<T>& o, const uint8_t* m
         for (int lane = 0; lane < kWide; ++lane) one(i + lane, lane);
     }
     for (int64_t i = whole; i < o.n; ++i) one(i, int(i - whole));
-    for (int width = kWide / 2; width > 0; width /= 2) {
-        for (int metric = 0; metric < kNumMetrics; ++metric) {
-            for (int lane = 0; lane < width; ++lane) sums[metric][lane] += sums[metric][lane + width];
+    for (int sum = 0; sum < kNumSums; ++sum) {
+        if (!holds(kSums, sum)) continue;
+        for (int width = kWide / 2; width > 0; width /= 2) {
+            for (int lane = 0; lane < width; ++lane) sums[sum][lane] += sums[sum][lane + width];
         }
+        totals[sum] += double(sums[sum][0]);
     }
-    for (int metric = 0; metric < kNumMetrics; ++metric) metrics[metric] += double(sums[metric][0]);
 }
 
 // What is not laid out as the loops want it is put into these first: a block of each fits the first-level cache.
@@ -167,9 +161,9 @@ struct Staging {
 };
 
 // The part of `segment` inside `block`, in chain `chain`; staging.noise is the block's.
-template <class Rule, class T>
+template <SumSet kSums, class Rule, class T>
 void update_segment(const Rule& rule, const Step& step, const Segment& segment, int64_t chain, int64_t block,
-                    Staging<T>& staging, double* metrics) {
+                    Staging<T>& staging, double* totals) {
     const int64_t begin = std::max(segment.offset, block * kBlock);
     const int64_t end = std::min(segment.offset + segment.length, (block + 1) * kBlock);
     const int64_t n = end - begin, local = begin - segment.offset, row = chain * segment.stride + local;
@@ -177,7 +171,7 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
     o.n = n;
     o.w = static_cast<T*>(segment.w) + row;
     for (int k = 0; k < 2; ++k) o.state[k] = k < Rule::kStates ? static_cast<T*>(segment.state[k]) + row : nullptr;
-    o.anchor = static_cast<const T*>(segment.anchor) + chain * segment.anchor_stride + local;
+    o.reference = static_cast<const T*>(segment.reference) + chain * segment.reference_stride + local;
     o.noise = staging.noise + (begin - block * kBlock);
     o.thermostat = step.thermostat ? T(step.thermostat[chain]) : T(0);
     const int64_t grad_row = chain * segment.grad_stride + local;
@@ -197,12 +191,10 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
     const uint8_t* mask = segment.mask ? segment.mask + local : nullptr;
     if (mask) std::memcpy(staging.before, o.w, sizeof(T) * n);
 
-    if (metrics && mask) {
-        update_and_measure<true>(rule, o, mask, metrics);
-    } else if (metrics) {
-        update_and_measure<false>(rule, o, mask, metrics);
+    if (kSums != 0 && mask) {
+        update<kSums, true>(rule, o, mask, totals);
     } else {
-        update(rule, o);
+        update<kSums, false>(rule, o, mask, totals);
     }
     if (mask) {
         for (int64_t i = 0; i < n; ++i) o.w[i] = mask[i] ? o.w[i] : staging.before[i];
@@ -213,10 +205,10 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
     }
 }
 
-// Blocks [first, last) of all chains. Chains are innermost: their common anchor is then read from memory once.
-// `metrics`, if not null, is [chain][kNumMetrics] and is added to.
-template <class Rule, class T>
-void run_blocks(const Step& step, int64_t first, int64_t last, double* metrics) {
+// Blocks [first, last) of all chains. Chains are innermost: their common w* is then read from memory once.
+// Adds to the sums in kSums of `totals`, [chain][kNumSums].
+template <SumSet kSums, class Rule, class T>
+void run_blocks(const Step& step, int64_t first, int64_t last, double* totals) {
     const Rule rule(step.scalars, step.key.step);
     const bool noisy = step.scalars.noise_level != 0;
     Staging<T> staging;
@@ -235,32 +227,32 @@ void run_blocks(const Step& step, int64_t first, int64_t last, double* metrics) 
             NoiseKey key = step.key;
             key.chain += uint32_t(chain);
             if (noisy) fill_block(staging.noise, key, block);
-            double* sums = metrics ? metrics + chain * kNumMetrics : nullptr;
+            double* const of_chain = kSums ? totals + chain * kNumSums : nullptr;
             for (auto s = segment; s != stop && s->offset < (block + 1) * kBlock; ++s) {
-                update_segment(rule, step, *s, chain, block, staging, sums);
+                update_segment<kSums>(rule, step, *s, chain, block, staging, of_chain);
             }
         }
     }
 }
 
-// Metrics are summed over parts of this many blocks, then over the parts in order: the parts do not depend on the
-// number of threads, so neither do the bits of the sums.
+// Sums are taken over parts of this many blocks, then over the parts in order: the parts do not depend on the number of
+// threads, so neither do the bits of the sums.
 constexpr int64_t kPart = 64;
 
-template <class Rule, class T>
+template <SumSet kSums, class Rule, class T>
 void run(const Step& step, int num_threads) {
-    const int64_t first = step.begin / kBlock, last = (step.end + kBlock - 1) / kBlock;
+    const int64_t first = step.begin / kBlock, last = (step.end + kBlock - 1) / kBlock, blocks = last - first;
     // A thread that has less than this to do costs more than it saves.
     constexpr int64_t kBlocksPerThread = 32;
-    const int64_t work = (last - first) * step.num_chains;
-    const int threads = int(std::max<int64_t>(1, std::min<int64_t>(num_threads, work / kBlocksPerThread)));
-    const int64_t parts = step.metrics ? (last - first + kPart - 1) / kPart : threads;
-    const int64_t per_part = step.metrics ? step.num_chains * kNumMetrics : 0;
-    double* sums = per_part ? new double[parts * per_part]() : nullptr;
+    const int threads = int(std::clamp<int64_t>(blocks * step.num_chains / kBlocksPerThread, 1, num_threads));
+    const int64_t parts = kSums ? (blocks + kPart - 1) / kPart : threads;
+    const int64_t per_part = kSums ? step.num_chains * kNumSums : 0;
+    // Not a std::vector: the linker would keep one copy of its functions for all instruction sets, see philox.h.
+    double* const totals = kSums ? new double[size_t(parts * per_part)]() : nullptr;
     const auto run_part = [&](int64_t part) {
-        const int64_t from = step.metrics ? first + part * kPart : first + (last - first) * part / parts;
-        const int64_t to = step.metrics ? std::min(last, from + kPart) : first + (last - first) * (part + 1) / parts;
-        run_blocks<Rule, T>(step, from, to, sums ? sums + part * per_part : nullptr);
+        const int64_t from = first + (kSums ? part * kPart : blocks * part / parts);
+        const int64_t to = kSums ? std::min(last, from + kPart) : first + blocks * (part + 1) / parts;
+        run_blocks<kSums, Rule, T>(step, from, to, totals + part * per_part);
     };
     if (threads == 1) {  // not even an empty parallel region: small steps must stay cheap
         for (int64_t part = 0; part < parts; ++part) run_part(part);
@@ -268,22 +260,26 @@ void run(const Step& step, int num_threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t part = 0; part < parts; ++part) run_part(part);
     }
-    if (sums) {
-        for (int64_t k = 0; k < per_part; ++k) {
-            step.metrics[k] = 0;
-            for (int64_t part = 0; part < parts; ++part) step.metrics[k] += sums[part * per_part + k];
-        }
-        delete[] sums;
+    for (int64_t k = 0; k < per_part; ++k) {
+        step.sums[k] = 0;
+        if (!holds(step.wanted, int(k % kNumSums))) continue;
+        for (int64_t part = 0; part < parts; ++part) step.sums[k] += totals[part * per_part + k];
     }
+    delete[] totals;
+}
+
+template <class Rule, class T>
+void run_with(const Step& step, int num_threads) {
+    with_sums<Rule>(step.wanted, [&](auto sums) { run<decltype(sums)::value, Rule, T>(step, num_threads); });
 }
 
 template <template <class> class Rule>
-void run_as(const Step& s, int num_threads) {
-    switch (s.dtype) {
+void run_as(const Step& step, int num_threads) {
+    switch (step.dtype) {
         case DType::float32:
-            return run<Rule<float>, float>(s, num_threads);
+            return run_with<Rule<float>, float>(step, num_threads);
         case DType::float64:
-            return run<Rule<double>, double>(s, num_threads);
+            return run_with<Rule<double>, double>(step, num_threads);
     }
 }
 
@@ -323,7 +319,7 @@ void minibatch(const Minibatch& batch) {
         int64_t* out = batch.out + chain * batch.batch_size;
         uint64_t first;
         const Permutation order = minibatch_order(batch, batch.key.step, chain, first);
-        // Apart, because the compiler vectorizes the first loop and can't the second, which has little to do.
+        // Two loops: the compiler vectorizes the first, but can't the second, which has little to do.
 #pragma GCC ivdep
         for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.once(first + uint64_t(k)));
         for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.walk(uint64_t(out[k])));

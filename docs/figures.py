@@ -1,4 +1,4 @@
-"""Draws docs/images/llc.png, the README's picture of what the learning coefficient measures.
+"""Plots docs/images/llc.png, the README's figure of what the learning coefficient measures.
 
 python docs/figures.py
 """

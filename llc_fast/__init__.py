@@ -2,16 +2,24 @@
 
     result = llc_fast.estimate_llc(model, (x, y), loss_fn)
 
-Start with :func:`estimate_llc`; :class:`SGLD` is a drop-in optimizer for a sampling loop of your own;
-:mod:`llc_fast.theory` holds learning coefficients known in closed form.
+Start with :func:`estimate_llc`. :class:`SGLD` is an optimizer for a sampling loop of your own, and
+:mod:`llc_fast.theory` has learning coefficients known in closed form.
+
+Names are imported when they are first used (PEP 562), so ``import llc_fast`` and ``llc-fast --help`` do not wait for
+torch.
 """
 
-from llc_fast import theory
-from llc_fast.chains.draw import Draw
-from llc_fast.estimate import calibrate, default_nbeta, estimate_llc
-from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
-from llc_fast.result import LLCResult
-from llc_fast.sweep import sweep_checkpoints
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llc_fast import samplers, theory
+    from llc_fast.chains.draw import Draw
+    from llc_fast.estimate import calibrate, estimate_llc
+    from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
+    from llc_fast.result import LLCResult
+    from llc_fast.settings import Execution, default_nbeta
+    from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "SGNHT",
     "AdamSGLD",
     "Draw",
+    "Execution",
     "LLCResult",
     "PreconditionedSGLD",
     "RMSpropSGLD",
@@ -27,6 +36,46 @@ __all__ = [
     "calibrate",
     "default_nbeta",
     "estimate_llc",
+    "samplers",
     "sweep_checkpoints",
     "theory",
 ]
+_HOME = {
+    name: module
+    for module, names in {
+        "chains.draw": ("Draw",),
+        "estimate": ("calibrate", "estimate_llc"),
+        "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
+        "result": ("LLCResult",),
+        "settings": ("Execution", "default_nbeta"),
+        "sweep": ("sweep_checkpoints",),
+    }.items()
+    for name in names
+}
+"""The module of each public name; what is in none of them is a module itself."""
+
+_NOT_BUILT = "this is the source folder, where nothing is built. Start Python elsewhere, or run: pip install -e ."
+
+if not TYPE_CHECKING:  # type checkers would believe that every name exists
+
+    def __getattr__(name):
+        """A public name or a submodule, imported at its first use."""
+        if name in _HOME:
+            value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+            globals()[name] = value
+            return value
+        if not name.startswith("__"):
+            try:
+                return import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise  # the module exists, and something that it imports does not
+                if name == "_native":
+                    raise ModuleNotFoundError(f"{error}: {_NOT_BUILT}", name=error.name) from None
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from pkgutil import iter_modules
+
+    return sorted({*__all__, *(m.name for m in iter_modules(__path__) if not m.name.startswith("_"))})

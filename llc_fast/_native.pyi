@@ -1,3 +1,5 @@
+from typing import Any
+
 def step(
     rule: int,
     dtype: str,
@@ -12,7 +14,8 @@ def step(
     step_index: int,
     chain: int,
     thermostat: int | None,
-    metrics: int | None,
+    wanted: int,
+    sums: int | None,
     scratch: int | None,
     device_scalars: int | None,
     device_step: int | None,
@@ -42,4 +45,5 @@ def minibatch(
     device_step: int | None,
     stream: int | None,
 ) -> None: ...
+def interface() -> dict[str, Any]: ...
 def info() -> dict[str, object]: ...

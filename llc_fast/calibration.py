@@ -1,8 +1,8 @@
 """Chooses what the user left open: a step size from short pilot chains, and how long to run.
 
 The step size is limited by two things. Stability, and the discretization of the stiffest direction: ε·(nβ·h_max + γ)
-starts at 1. And heat, what step size and minibatch noise together add to the loss, which every step measures exactly
-(:meth:`llc_fast.samplers.Sampler.heat`): pilot chains lower ε until it is a tenth. λ̂ is then corrected for it, so that
+starts at 1. And bias, what step size and minibatch noise together add to the loss, which every step measures exactly
+(:meth:`llc_fast.samplers.Sampler.bias`): pilot chains lower ε until it is a tenth. λ̂ is then corrected for it, so that
 the step may be many times larger than without, and slow directions are crossed as many times faster.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,64 +18,154 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llc_fast.chains.group import LOST_AFTER
+from llc_fast.chains.group import DIVERGED_AFTER, RunSpec
 from llc_fast.chains.run import Monitor, run_chains
 from llc_fast.data import mix
-from llc_fast.gradients.plan import Plan
-from llc_fast.objective.control_variate import Baseline
+from llc_fast.gradients.plan import Plan, make_plan
+from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
 from llc_fast.objective.curvature import pilot_metric, top_curvature
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
+from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
 from llc_fast.stats.errors import standard_error
 
 STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
-"""ε·(nβ·h_max + γ) of a step size chosen without and with a correction for heat.
+"""ε·(nβ·h_max + γ) of a step size chosen without and with a correction for bias.
 
 In a quadratic direction of curvature a, Langevin steps of size ε inflate the variance by 1/(1 − εa/4): at 0.2 by 5 % in
 the stiffest direction, at 1 by a third, which the correction takes back; stable is everything below 4.
 """
-HEAT = 0.1
-"""The share of heat in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
+TARGET_BIAS_SHARE = 0.1
+"""The share of bias in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 PILOT_SHARE = 0.13
 """Gradients of the pilot chains, of those of all chains."""
 _STAGES = (1 / 16, 3 / 16, 3 / 4)
 """Lengths of the pilot chains, as shares of their gradients: the last is four tenths as long as the four chains of a
-run, long enough to see what becomes of heat."""
+run, long enough to see what becomes of the bias."""
 _RELATIVE_ERROR, _RISE = 0.01, 0.05
 """What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
-DEFAULT_NUM_DRAWS, MAX_NUM_DRAWS = 2000, 5000
-LEAST_PILOT = 64
-"""Gradients below which pilots would tell nothing."""
-LEAST_FRICTION = 0.5
-"""With less, heat feeds on itself where gradient noise grows with the loss: chains were lost at 0.25."""
+MAX_NUM_DRAWS = 5000
+MIN_PILOT = 64
+"""Gradients below which pilots would show nothing."""
+MIN_FRICTION = 0.5
+"""With less, bias feeds on itself where gradient noise grows with the loss: chains diverged at 0.25."""
 
 
-def default_lr(
-    posterior: Objective,
-    sampler: type[Sampler],
-    options: Mapping[str, Any],
+@dataclass(frozen=True)
+class Chosen:
+    """What the chains run with, as far as it was not given; plain values, which a checkpoint keeps.
+
+    Attributes:
+        init_loss: L(w*) over the whole data set.
+        init_loss_stderr: its standard error.
+        unpaired_reason: why losses are not paired with those at w*; empty if they are.
+        nbeta: nβ.
+        lr: ε.
+        bias_correction: whether bias is subtracted from the loss trace.
+        friction: α of the sampler's variant with momentum; 1: the sampler itself.
+        num_draws: draws of a schedule that was open; None: as given.
+        pilot_steps: gradients that pilot chains took.
+        pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots.
+    """
+
+    init_loss: float
+    init_loss_stderr: float
+    unpaired_reason: str
+    nbeta: float
+    lr: float
+    bias_correction: bool
+    friction: float = 1.0
+    num_draws: int | None = None
+    pilot_steps: int = 0
+    pilot_bias_share: float | None = None
+
+
+def choose_settings(
+    settings: Settings,
+    objective: Objective,
+    at_reference: ReferenceLosses,
+    plan: Plan,
     *,
-    nbeta: float,
-    localization: float,
-    stiffness: float = STIFFNESS,
-    seed: int = 0,
-) -> float:
-    """ε = `stiffness` / a with a = nβ·h_max + γ·p_max, h_max the largest curvature at w* in the sampler's metric.
+    start: Mapping[str, NDArray[Any]] | None = None,
+    monitor: Monitor | None = None,
+) -> Chosen:
+    """Fill in what the settings leave open.
+
+    Args:
+        settings: what was asked for.
+        objective: what is sampled.
+        at_reference: the losses at w*.
+        plan: of the run.
+        start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
+        monitor: what the pilot chains' progress is reported to.
 
     Raises:
-        ValueError: the loss has no curvature at w*.
+        ValueError: no step size can be chosen.
+    """
+    nbeta = settings.nbeta_for(objective.source.num_samples)
+    lr = settings.lr
+    corrected = settings.wants_bias_correction
+    chosen = Chosen(
+        init_loss=at_reference.mean,
+        init_loss_stderr=at_reference.stderr,
+        unpaired_reason=at_reference.unpaired_reason,
+        nbeta=nbeta,
+        lr=math.nan if lr is None else lr,
+        bias_correction=corrected,
+    )
+    if lr is not None:
+        return chosen
+    num_steps = int(PILOT_SHARE * settings.num_chains * settings.schedule.num_steps)
+    has_pilots = corrected and num_steps >= MIN_PILOT
+    template = settings.complete_sampler(1.0, nbeta)
+    stiffness = CORRECTED_STIFFNESS if has_pilots else STIFFNESS
+    chosen = dataclasses.replace(chosen, lr=default_lr(objective, template, stiffness=stiffness, seed=settings.seed))
+    if not has_pilots:
+        return chosen
+    assert settings.execution is not None
+    strategy, release = settings.execution.strategy, plan.release or None
+    pilot = _Pilot(
+        settings=settings,
+        objective=objective,
+        plan=make_plan(objective, template, 1, strategy=strategy, release_gradients=release),
+        control_variate=None
+        if at_reference.unpaired_reason
+        else at_reference.control_variate(objective.source, at_reference.mean),
+        chosen=chosen,
+        num_steps=num_steps,
+        min_friction=MIN_FRICTION if settings.is_default_sampler and not plan.release else 1.0,
+        start=start,
+        monitor=monitor,
+    )
+    chosen = pilot.run()
+    return chosen if settings.schedule_is_open else dataclasses.replace(chosen, num_draws=None)
+
+
+def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STIFFNESS, seed: int = 0) -> float:
+    """ε = `stiffness` / a with a = nβ·h_max + γ·p_max, h_max the largest curvature at w* in the sampler's metric.
+
+    A drift that lags k steps behind overshoots by as much: a is multiplied by 1 + k.
+
+    Raises:
+        ValueError: the loss has no curvature at w*, or the sampler does not say what its metric or its lag is.
     """
     metric: dict[str, Any] | None = None
-    if sampler.adaptive:
-        metric = pilot_metric(posterior, options, seed=seed)
-    elif "preconditioner" in options:
-        given = options["preconditioner"]
-        metric = {name: given[name] if isinstance(given, Mapping) else given for name in posterior.anchor}
+    lag = sampler.drift_lag(vars(sampler))
+    if sampler.metric == "unknown" or math.isnan(lag):
+        raise ValueError(
+            f"lr=None: sampler={sampler.name!r} does not say how a step size is chosen for it (metric, drift_lag): "
+            "pass lr"
+        )
+    if sampler.metric == "adaptive":
+        metric = pilot_metric(objective, vars(sampler), seed=seed)
+    elif sampler.metric == "given":
+        given = vars(sampler)["preconditioner"]
+        metric = {name: given[name] if isinstance(given, Mapping) else given for name in objective.reference}
     largest = 1.0 if metric is None else max(float(torch.as_tensor(p).max()) for p in metric.values())
-    stiffest = nbeta * top_curvature(posterior, metric=metric, seed=seed) + localization * largest
-    if "betas" in options:  # a drift that lags behind by 1/(1 − β₁) steps overshoots by as much
-        stiffest /= 1 - options["betas"][0]
+    assert sampler.nbeta is not None and sampler.localization is not None
+    stiffest = sampler.nbeta * top_curvature(objective, metric=metric, seed=seed) + sampler.localization * largest
+    stiffest *= 1 + lag
     if not 0 < stiffest < math.inf:
         raise ValueError(
             f"lr=None: no step size can be chosen, the curvature of the loss at w* is {stiffest:g}; pass lr"
@@ -84,128 +174,120 @@ def default_lr(
 
 
 @dataclass(frozen=True)
-class PilotResult:
-    """What pilot chains found.
+class _Pilot:
+    """Pilot chains: lower ε until bias is a tenth of nβ·(L − L(w*)), each chain from w* and longer than the one before.
+
+    Where there is less bias than that, momentum takes up the slack: the friction α is lowered, which multiplies bias
+    and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
+    makes every stage an experiment of its own. Bias grows where the curvature does on the way, so the last stage is
+    judged by what its share will have become at the end of the run, which may be two tenths. Stages whose chain
+    diverged are run again with an eighth of ε.
 
     Attributes:
-        lr: ε.
-        friction: α of SGHMC; 1, which is SGLD, without momentum.
-        heat: its share in nβ·(L − L(w*)) at the end; NaN if no pilot got that far.
-        num_draws: draws that a run needs for a standard error of 1 %, burn-in as long as that; 2000 to 5000.
-        num_steps: gradients that the pilot chains took.
-    """
-
-    lr: float
-    friction: float
-    heat: float
-    num_draws: int
-    num_steps: int
-
-
-def run_pilot(
-    posterior: Objective,
-    make: Callable[[float, float], Sampler],
-    plan: Plan,
-    *,
-    lr: float,
-    least_friction: float,
-    nbeta: float,
-    init_loss: float,
-    baseline: Baseline | None,
-    num_chains: int,
-    num_steps: int,
-    seed: int,
-    start: Mapping[str, NDArray[Any]] | None = None,
-    monitor: Monitor | None = None,
-) -> PilotResult:
-    """Lower `lr` until heat is a tenth of nβ·(L − L(w*)), in single chains from w*, each longer than the one before.
-
-    Where there is less heat than that, momentum takes up the slack: the friction α is lowered, which multiplies heat
-    and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
-    makes every stage an experiment of its own. Heat grows where the curvature does on the way, so the last stage is
-    judged by what its share of heat will have become at the end of the run, which may be two tenths. Stages whose
-    chain is lost are run again with an eighth of ε.
-
-    Args:
-        posterior: what is sampled.
-        make: the sampler for a step size and a friction; of friction 1, without momentum.
+        settings: of the run that is being prepared.
+        objective: what is sampled.
         plan: for a single chain.
-        lr: where to begin; never exceeded.
-        least_friction: the least that may be used; 1: no momentum.
-        nbeta, init_loss: nβ and L(w*).
-        baseline: the minibatches' losses at w*, if chains are to be paired with them.
-        num_chains: of the run that is being prepared.
-        num_steps: gradients to spend; more where chains are lost, at most twice.
-        seed: of the run; the pilots' noise and minibatches are their own.
-        start: where the chains of the run start, if not at w*, see :func:`llc_fast.chains.run_chains`; pilots start
-            where its first one does.
-        monitor: told of progress.
-
-    Raises:
-        ValueError: all chains were lost.
+        control_variate: the minibatches' losses at w*, if chains are to be paired with them.
+        chosen: nβ, L(w*), and the step size to begin with, which is never exceeded.
+        num_steps: gradients to spend; more where chains diverge, at most twice.
+        min_friction: the least that may be used; 1: no momentum.
+        start: where the chains of the run start; pilots start where its first one does.
+        monitor: what progress is reported to.
     """
-    share, most, friction = math.nan, lr, 1.0
-    corrected: NDArray[np.float64] = np.zeros(0)
-    stage, attempt, spent = 0, 0, 0
-    while stage < len(_STAGES) and spent < num_steps:
-        last = stage == len(_STAGES) - 1
-        length = max(16, int(_STAGES[stage] * num_steps))
-        sampler = make(lr, friction)
-        if sampler.adaptive:  # half of the pilot to learn the metric, the other half to see what it does
+
+    settings: Settings
+    objective: Objective
+    plan: Plan
+    control_variate: ControlVariate | None
+    chosen: Chosen
+    num_steps: int
+    min_friction: float
+    start: Mapping[str, NDArray[Any]] | None
+    monitor: Monitor | None
+
+    def run(self) -> Chosen:
+        """The step size, friction and length that the pilots end with.
+
+        Raises:
+            ValueError: all chains diverged.
+        """
+        nbeta, most = self.chosen.nbeta, self.chosen.lr
+        lr, friction, share = most, 1.0, math.nan
+        corrected: NDArray[np.float64] = np.zeros(0)
+        stage, attempt, spent = 0, 0, 0
+        while stage < len(_STAGES) and spent < self.num_steps:
+            last = stage == len(_STAGES) - 1
+            length = max(16, int(_STAGES[stage] * self.num_steps))
+            loss, bias = self._chain(lr, friction, length, attempt)
+            attempt += 1
+            spent += min(length, int(np.isfinite(loss).sum()) + DIVERGED_AFTER)
+            excess = nbeta * (loss - self.chosen.init_loss)
+            late = slice(length // 2, None)
+            if np.isfinite(excess).all() and np.isfinite(bias).all():
+                stage += 1
+                corrected = excess - bias
+                found, added = float(excess[late].mean()), float(bias[late].mean())
+                if found <= 0:  # w* is no minimum: no reason to blame the step size
+                    continue
+                share = added / found
+                if last:  # what no pilot has tried is not used
+                    ahead = self.num_steps / (PILOT_SHARE * self.settings.num_chains * length)
+                    change = min(2 * TARGET_BIAS_SHARE / max(_share_ahead(excess, bias, ahead), 1e-12), 1.0)
+                else:  # what grows stops at half of the goal
+                    change = TARGET_BIAS_SHARE / max(share, 1e-12)
+                    change = min(change, max(1.0, change / 2), 2.0)
+                change = max(change, 1 / 8)
+            else:  # the stage once more
+                change = 1 / 8
+            # Bias is proportional to ε/α. Where it is too much momentum goes first, where too little it comes last.
+            wanted = lr / friction * change
+            lr = min(most, wanted)
+            friction = min(1.0, max(lr / wanted, self.min_friction))
+        if not stage:
+            raise ValueError(
+                f"lr=None: no step size can be chosen. Chains from w* diverged down to lr={8 * lr:.2g}. Is there any "
+                "curvature at w*? Pass lr, or a larger localization."
+            )
+        return dataclasses.replace(
+            self.chosen,
+            lr=lr,
+            friction=friction,
+            num_draws=_length_for(corrected, self.settings.num_chains),
+            pilot_steps=spent,
+            pilot_bias_share=share,
+        )
+
+    def _chain(
+        self, lr: float, friction: float, length: int, attempt: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Losses and bias of one chain from w*."""
+        sampler = self.settings.complete_sampler(lr, self.chosen.nbeta, friction=friction)
+        if sampler.metric == "adaptive":  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
-        run = run_chains(
-            posterior,
+        spec = RunSpec(
+            self.objective,
             sampler,
             Schedule(length, 0),
-            chains=range(1),
-            seed=mix(mix(seed, _PILOT), attempt),
-            plan=plan,
-            baseline=baseline,
-            start=start,
-            monitor=monitor,
+            self.plan,
+            mix(mix(self.settings.seed, _PILOT), attempt),
+            control_variate=self.control_variate,
+            start=self.start,
+            is_pilot=True,
         )
-        record, attempt = run.records[0], attempt + 1
-        spent += min(length, int(np.isfinite(record.losses).sum()) + LOST_AFTER)
-        excess, heat = nbeta * (record.losses[0] - init_loss), record.heats[0]
-        late = slice(length // 2, None)
-        if np.isfinite(excess).all() and np.isfinite(heat).all():
-            stage += 1
-            corrected = excess - heat
-            found, warmth = float(excess[late].mean()), float(heat[late].mean())
-            if found <= 0:  # w* is no minimum: no reason to blame the step size
-                continue
-            share = warmth / found
-            if last:  # what no pilot has tried is not used
-                ahead = num_steps / (PILOT_SHARE * num_chains * length)
-                change = min(2 * HEAT / max(_share_ahead(excess, heat, ahead), 1e-12), 1.0)
-            else:  # what becomes warmer stops at half of the goal
-                change = HEAT / max(share, 1e-12)
-                change = min(change, max(1.0, change / 2), 2.0)
-            change = max(change, 1 / 8)
-        else:  # the stage once more
-            change = 1 / 8
-        # Heat is proportional to ε/α. Momentum goes first when it is too much, and comes last when it is too little.
-        wanted = lr / friction * change
-        lr = min(most, wanted)
-        friction = min(1.0, max(lr / wanted, least_friction))
-    if not stage:
-        raise ValueError(
-            f"lr=None: no step size can be chosen, chains from w* became non-finite down to lr={8 * lr:.2g}; is there "
-            "any curvature at w*? pass lr, or a larger localization"
-        )
-    return PilotResult(lr, friction, share, _length_for(corrected, num_chains), spent)
+        traces = run_chains(spec, range(1), monitor=self.monitor).traces[0]
+        return traces.loss[0], traces.steps["bias"][0]
 
 
-def _share_ahead(excess: NDArray[np.float64], heat: NDArray[np.float64], ahead: float) -> float:
-    """The share of heat at `ahead` times the length of a trace, by the power law of its last two quarters."""
-    quarters = [slice(len(heat) * k // 4, len(heat) * (k + 1) // 4) for k in (2, 3)]
-    before, after = (float(heat[q].mean()) / max(float(excess[q].mean()), 1e-12) for q in quarters)
+def _share_ahead(excess: NDArray[np.float64], bias: NDArray[np.float64], ahead: float) -> float:
+    """The share of bias at `ahead` times the length of a trace, by the power law of its last two quarters."""
+    quarters = [slice(len(bias) * k // 4, len(bias) * (k + 1) // 4) for k in (2, 3)]
+    before, after = (float(bias[q].mean()) / max(float(excess[q].mean()), 1e-12) for q in quarters)
     power = math.log(after / before) / math.log(7 / 5) if 0 < before < after else 0.0
     return float(after * max(ahead / (7 / 8), 1.0) ** min(power, _STEEPEST))
 
 
 _STEEPEST = 0.75
-"""Power of the number of steps with which heat is taken to grow at most: what is steeper is noise."""
+"""Power of the number of steps with which bias is taken to grow at most: what is steeper is noise."""
 _PILOT = 0x9107
 """Sets the pilots' seeds apart from those of all chains."""
 

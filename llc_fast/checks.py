@@ -1,26 +1,403 @@
-"""When an estimate can't be trusted: the figures of a result, the thresholds, and a sentence for each one crossed."""
+"""Reasons not to trust an estimate: a statistic, a threshold, a sentence and a stable code for each.
+
+:func:`examine` computes the statistics (``result.diagnostics``) and warns (``result.warnings``). A check is a function
+with the decorator :func:`_check`; its place in this file is that of its warning in the list. The codes:
+
+=============  =========================================================================================================
+training-mode  the model is in training mode, and dropout or batch statistics enter its loss
+unused         the loss does not depend on some of the sampled parameters
+diverged       the loss of some chains became non-finite
+partial        the run was interrupted
+checkpoint     the checkpoint could not be written
+truncated      the data has no length, so L(w*) is the loss over a part of it
+acceptance     a Metropolis-adjusted chain accepts too few proposals
+adaptation     the acceptance of Metropolis-adjusted chains is far from the one that their step size was adapted to
+bias           the bias that was subtracted from λ̂ is too large to be subtracted safely
+step-size      the step size is too large: its bias, which was not subtracted, is a large share of λ̂
+short          a chain is shorter than a few relaxation times of its stiffest directions: it has hardly left w*
+ess            the effective sample size is too small
+rhat           the chains have not converged to the same distribution
+slow           a chain spans few autocorrelation times of its slow fluctuations
+trend          the loss trace still has a trend
+burnin         burn-in ended before the loss reached its plateau
+left           chains left the neighbourhood of w*
+spikes         spikes of the loss make up a part of λ̂
+init-loss      L(w*) is not known precisely enough
+negative       λ̂ is negative
+above-bound    λ̂ is above P/2, the maximum at a local minimum
+imprecise      the standard error is a large share of λ̂
+=============  =========================================================================================================
+
+A threshold is chosen so that fewer than one in a hundred good runs exceeds it by chance, and that what exceeds it
+matters. tests/test_diagnostics.py holds both.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llc_fast.result import LLCResult
-from llc_fast.schedule import Schedule
+from llc_fast.result import Warning as Warning
 from llc_fast.stats import convergence
 from llc_fast.stats.errors import standard_error
-from llc_fast.stats.step_checks import probe_figures
-from llc_fast.stats.traces import burnin_needed, chain_spread, drift, slow_part, spike_share
-
-# ---- thresholds --------------------------------------------------------------------------------------------
-# A warning needs a figure that chance gives in fewer than one of a hundred good runs, and an effect of a size that
-# matters. tests/test_diagnostics.py holds both.
+from llc_fast.stats.step_checks import step_check_statistics
+from llc_fast.stats.traces import burnin_needed, chain_spread, slow_part, spike_share, trend
 
 MIN_ESS = 100
-"""Effective draws over all chains below which the error bar itself is a guess (Vehtari et al. 2021 ask for 400)."""
+"""Effective draws over all chains below which the standard error itself is a guess (Vehtari et al. 2021: 400)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the checks need to know beyond the result itself.
+
+    Attributes:
+        step_checks: of all chains, ``[chain, check, column]``, see :data:`llc_fast.stats.step_checks.COLUMNS`.
+        reference_norm: ‖w*‖ over the parameters that are sampled.
+        init_loss_stderr: of L(w*): rounding, and sampling where it is the mean over a part of the data.
+        injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
+        euclidean: whether the sampler's metric is 1.
+        target_acceptance: of Metropolis-adjusted chains that adapted their step size; None of all others.
+        random_modules: names of modules that make the loss of a model in training mode random.
+        unused_parameters: names of sampled parameters that the loss does not depend on.
+        data_truncated: whether L(w*) was computed on a part of the data only, as it has no length.
+        checkpoint_problem: why the checkpoint could not be written; empty: it could.
+        resumable: whether there is a checkpoint that an interrupted run can be resumed from.
+    """
+
+    step_checks: NDArray[np.float64]
+    reference_norm: float
+    init_loss_stderr: float = 0.0
+    injected_noise: float = math.nan
+    euclidean: bool = False
+    target_acceptance: float | None = None
+    random_modules: Sequence[str] = ()
+    unused_parameters: Sequence[str] = ()
+    data_truncated: bool = False
+    checkpoint_problem: str = ""
+    resumable: bool = False
+
+
+def examine(result: LLCResult, facts: Facts) -> None:
+    """Compute ``result.diagnostics`` and append to ``result.warnings``."""
+    result.diagnostics.update(_diagnostics(result, facts))
+    case = _Case(result, facts, result.kept_draws, result.llc_mean, result.llc_stderr)
+    found: set[str] = set()
+    for check in _CHECKS:
+        if case.draws.size >= check.min_draws and not found.intersection(check.unless):
+            message = check.look(case)
+            if message is not None:
+                found.add(check.code)
+                result.warnings.append(Warning(message, check.code))
+
+
+# ---- statistics --------------------------------------------------------------------------------------------
+
+
+def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
+    """Statistics by name, plain numbers and lists; None where one can't be computed. Diverged chains are left out."""
+    schedule, draws, chains, llc = result.schedule, result.kept_draws, result.kept_chains, result.llc_mean
+    lr, localization, num_parameters = (result.settings[k] for k in ("lr", "localization", "num_parameters"))
+    seen = step_check_statistics(
+        facts.step_checks[chains],
+        lr=lr,
+        num_parameters=num_parameters,
+        localization=localization if facts.euclidean else 0.0,
+        injected_noise=facts.injected_noise,
+    )
+    moved, slow = trend(draws), slow_part(draws)
+    norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
+    steps = draws.shape[1] * schedule.num_steps_bw_draws
+    needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
+    missed = _draws_before(needed, result)
+    numbers = {
+        "chains_diverged": len(result.diverged_chains),
+        "r_hat": convergence.r_hat(draws),
+        "ess_bulk": convergence.ess_bulk(draws),
+        "ess_tail": convergence.ess_tail(draws),
+        "chain_spread": chain_spread(draws),
+        "slow_times": slow.times,
+        "slow_size": slow.size,
+        "trend": moved.value,
+        "trend_stderr": moved.stderr,
+        "burnin_needed": needed,
+        "burnin_effect": llc - float(draws[:, missed:].mean()) if 0 < missed < draws.shape[1] else 0.0,
+        "spike_share": spike_share(draws),
+        "init_loss_stderr": facts.init_loss_stderr,
+        "init_loss_sensitivity": result.nbeta * facts.init_loss_stderr / abs(llc) if llc else math.nan,
+        "bias_share": _bias_share(result),
+        "acceptance": seen.acceptance,
+        "gradient_noise_share": seen.gradient_noise_share,
+        "relaxations": seen.relaxation_rate * steps,
+        "distance_over_prior": norm**2 * localization / num_parameters,
+        "distance_over_reference": norm / facts.reference_norm if facts.reference_norm else math.nan,
+        "distance_growth": seen.distance_growth,
+    }
+    found: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    far = [(c, t) for c, d, t in zip(chains, seen.distance, draws, strict=False) if d > facts.reference_norm > 0]
+    found |= {"distance": seen.distance, "chains_left": [chain for chain, trace in far if _rises(trace)]}
+    return found | _metropolis_diagnostics(result)
+
+
+def _metropolis_diagnostics(result: LLCResult) -> dict[str, Any]:
+    """Of chains whose proposals are accepted or rejected: acceptance and step sizes; nothing of others."""
+    known = [
+        [row[np.isfinite(row)] for row in result.traces.get(name, np.empty((0, 0)))[:, result.schedule.draws]]
+        for name in ("acceptance", "lr")
+    ]
+    if not any(map(len, known[0])):
+        return {}
+    rates = [float(row.mean()) if len(row) else math.nan for row in known[0]]
+    sizes = [float(row[-1]) if len(row) else math.nan for row in known[1]]
+    return {"acceptance": float(np.nanmean(rates)), "acceptance_per_chain": rates, "lr_per_chain": sizes}
+
+
+def _bias_share(result: LLCResult) -> float:
+    """The share of step-size and gradient-noise bias in nβ·(L − L(w*)), the mean over draws before it is subtracted."""
+    draws = result.kept_draws
+    if result.bias_trace is None or not draws.size:
+        return math.nan
+    bias = float(result.bias_trace[result.kept_chains, result.schedule.draws][:, : draws.shape[1]].mean())
+    total = result.llc_mean + (bias if result.settings.get("bias_correction") else 0.0)
+    return bias / total if total > 0 else math.nan
+
+
+def _draws_before(step: float, result: LLCResult) -> int:
+    return max(0, math.ceil((step - result.schedule.num_burnin) / result.schedule.num_steps_bw_draws))
+
+
+def _rises(trace: NDArray[np.float64]) -> bool:
+    """Whether the loss of one chain goes up, among its draws."""
+    moved = trend(trace[None])
+    return moved.value > max(TREND_ERRORS * moved.stderr, TREND_SIZE * abs(float(trace.mean())))
+
+
+# ---- what a check is ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """What a check looks at; ``case["r_hat"]`` is a diagnostic, NaN, for which every comparison is false, if None."""
+
+    result: LLCResult
+    facts: Facts
+    draws: NDArray[np.float64]
+    llc: float
+    stderr: float
+
+    def __getitem__(self, name: str) -> float:
+        value = self.result.diagnostics.get(name)
+        return math.nan if value is None else float(value)
+
+    @property
+    def lr(self) -> float:
+        return float(self.result.settings["lr"])
+
+    @property
+    def stronger_localization(self) -> float:
+        return float(10 * self.result.settings["localization"] or 1)
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether the chains have different distributions."""
+        differs = self["chain_spread"] > 1 and self.result.llc_std > MAX_SPREAD * abs(self.llc)
+        return self["r_hat"] > MAX_R_HAT or differs
+
+
+_Look = Callable[[_Case], str | None]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """See :func:`_check`."""
+
+    code: str
+    look: _Look
+    min_draws: int
+    unless: tuple[str, ...]
+
+
+_CHECKS: list[_Check] = []
+
+
+def _check(code: str, *, min_draws: int = MIN_ESS, unless: tuple[str, ...] = ()) -> Callable[[_Look], _Look]:
+    """Make a check of a function that returns the message of its warning, or None.
+
+    Args:
+        code: of the warning.
+        min_draws: with fewer draws in all there is nothing to be seen; 0: the check needs no estimate.
+        unless: codes of earlier warnings that say the same, or make this one meaningless.
+    """
+
+    def register(look: _Look) -> _Look:
+        _CHECKS.append(_Check(code, look, min_draws, unless))
+        return look
+
+    return register
+
+
+def _rounded(count: float) -> int:
+    """Upwards to two digits: num_draws=19000, not 18733."""
+    unit = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
+    return int(math.ceil(count / unit) * unit)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+# ---- model and run -----------------------------------------------------------------------------------------
+
+
+@_check("training-mode", min_draws=0)
+def _training_mode(case: _Case) -> str | None:
+    if not case.facts.random_modules:
+        return None
+    return (
+        "The model is in training mode and its loss depends on dropout or batch statistics "
+        f"({_some(case.facts.random_modules)}), so λ̂ is that of a random loss. Call model.eval() unless this is meant."
+    )
+
+
+@_check("unused", min_draws=0)
+def _unused(case: _Case) -> str | None:
+    names = case.facts.unused_parameters
+    if not names:
+        return None
+    return (
+        f"The loss does not depend on {len(names)} of the parameters ({_some(names)}): they only diffuse, and count as "
+        "parameters in the diagnostics. Leave them out with params=."
+    )
+
+
+@_check("diverged", min_draws=0)
+def _diverged(case: _Case) -> str | None:
+    count, chains = len(case.result.diverged_chains), len(case.result.loss_trace)
+    if not count:
+        return None
+    rest = "λ̂ is computed from the others" if case.draws.size else "too few are left for an estimate"
+    return (
+        f"{count} of {chains} chains diverged (non-finite loss): {rest}. The step size is too large: "
+        f"use lr={case.lr / 10:.2g}."
+    )
+
+
+@_check("partial", min_draws=0)
+def _partial(case: _Case) -> str | None:
+    if case.result.steps_done is None:
+        return None
+    done, steps = sum(case.result.steps_done), case.result.loss_trace.size
+    rest = "λ̂ is computed from the draws so far" if case.draws.size else "there is no draw yet"
+    remedy = "The same call resumes it." if case.facts.resumable else "Use checkpoint= to make a run resumable."
+    return f"The run was interrupted after {done} of {steps} steps: {rest}. {remedy}"
+
+
+@_check("checkpoint", min_draws=0)
+def _checkpoint(case: _Case) -> str | None:
+    if not case.facts.checkpoint_problem:
+        return None
+    return (
+        f"The checkpoint could not be written ({case.facts.checkpoint_problem}): the last good one was kept, and what "
+        "came after is lost if the process ends. Free space there, or use another path."
+    )
+
+
+@_check("truncated", min_draws=0)
+def _truncated(case: _Case) -> str | None:
+    if not case.facts.data_truncated:
+        return None
+    return (
+        f"data has no length, so L(w*) was computed on its first {case.result.schedule.num_steps} batches only. "
+        "Pass tensors or a loader with a length."
+    )
+
+
+# ---- Metropolis-adjusted samplers --------------------------------------------------------------------------
+
+MIN_METROPOLIS_ACCEPTANCE, MAX_OFF_TARGET = 0.2, 0.15
+"""Mean acceptance of each chain, and its distance from the one that step sizes were adapted to."""
+
+
+@_check("acceptance", min_draws=0)
+def _acceptance(case: _Case) -> str | None:
+    rates = case.result.diagnostics.get("acceptance_per_chain", ())
+    lowest = min((rate for rate in rates if math.isfinite(rate)), default=math.inf)
+    if not lowest < MIN_METROPOLIS_ACCEPTANCE:
+        return None
+    return (
+        f"Acceptance is {lowest:.1%} in the chain where it is lowest (minimum {MIN_METROPOLIS_ACCEPTANCE:.0%}): this "
+        "chain hardly moves, and the standard error does not show the places that it has not reached. "
+        f"Use lr={case.lr / 4:.2g}, or lr=None with a longer burn-in."
+    )
+
+
+@_check("adaptation", min_draws=0, unless=("acceptance",))
+def _adaptation(case: _Case) -> str | None:
+    target = case.facts.target_acceptance
+    if target is None or not abs(case["acceptance"] - target) > MAX_OFF_TARGET:
+        return None
+    return (
+        f"Acceptance is {case['acceptance']:.3g}, but the step size was adapted to {target:g}: burn-in was too short "
+        "for the adaptation, or ended before equilibrium. Increase num_burnin, or use a fixed lr."
+    )
+
+
+# ---- step size ---------------------------------------------------------------------------------------------
+
+MAX_SUBTRACTED_BIAS = 0.5
+"""Share of bias in nβ·(L − L(w*)) up to which it can be subtracted: pilot chains aim at a tenth, and on deep linear
+networks with a known λ half of it has left no visible error (docs/calibration.md)."""
+MAX_BIAS, TARGET_BIAS = 0.10, 0.05
+"""The same where it is not subtracted. The default step size leaves 5 % if all directions are equally stiff, the worst
+case, and the gradient noise of minibatches comes on top."""
+MIN_ACCEPTANCE, ACCEPTABLE_BIAS = 0.9, 0.07
+"""The mean MALA acceptance that Furman & Lau (2024, arXiv 2402.03698) ask for. At a given bias of each direction,
+acceptance goes to 0 as their number grows (0.8 for a thousand directions and the default step size), so it is no
+reason for a warning where the bias of λ̂ is known to be small."""
+
+
+@_check("bias", min_draws=1)
+def _bias(case: _Case) -> str | None:
+    share = case["bias_share"]
+    if not case.result.settings.get("bias_correction") or not share > MAX_SUBTRACTED_BIAS:
+        return None
+    return (
+        f"Step-size and gradient-noise bias was {share:.0%} of nβ·(L − L(w*)) (maximum {MAX_SUBTRACTED_BIAS:.0%}), too "
+        f"much to be subtracted safely. Use lr={case.lr * TARGET_BIAS / share:.2g}, or a larger batch_size."
+    )
+
+
+@_check("step-size", min_draws=1)
+def _step_size(case: _Case) -> str | None:
+    # Where bias is subtracted, or proposals are accepted or rejected, neither number says anything about λ̂.
+    if case.result.settings.get("bias_correction") or "acceptance" in case.result.traces:
+        return None
+    share, acceptance = case["bias_share"], case["acceptance"]
+    low = acceptance < MIN_ACCEPTANCE
+    seen = "" if math.isnan(acceptance) else f"MALA acceptance {acceptance:.2f}, minimum {MIN_ACCEPTANCE}"
+    if share > MAX_BIAS or (low and share > ACCEPTABLE_BIAS):
+        limits = "; ".join(filter(None, [f"maximum {ACCEPTABLE_BIAS if low else MAX_BIAS:.0%}", seen]))
+        batch = ", or a larger batch_size" if case["gradient_noise_share"] > 0.5 else ""
+        return (
+            f"Step-size and gradient-noise bias is {min(share, 1):.0%} of λ̂ ({limits}): the step size is too large, "
+            f"and λ̂ is too high by about that much. Use lr={case.lr * TARGET_BIAS / share:.2g}{batch}."
+        )
+    if low and math.isnan(share):
+        return f"The step size is too large ({seen}): λ̂ is biased by an unknown amount. Use lr={case.lr / 10:.2g}."
+    return None
+
+
+# ---- length and convergence --------------------------------------------------------------------------------
+
+MIN_RELAXATIONS = 10
+"""Relaxation times of the stiff directions among the draws of one chain. The loss forgets twice as fast as w, so that
+four chains then hold about MIN_ESS independent values of it, which the noise of minibatches may hide from the ESS."""
 MAX_R_HAT = 1.05
 """1.01 is asked of posteriors that are published (Vehtari et al. 2021). With the 400 effective draws that they ask for,
 chance gives 1.03 to four chains once in a thousand runs; with 200, 1.05 once in a hundred."""
@@ -30,269 +407,180 @@ MIN_SLOW_TIMES = 5
 """Autocorrelation times of the slow part of λ̂ that a chain spans at least, if that part is more than `MAX_SPREAD` of λ̂.
 Chains start at w*, where λ̂ is 0: those that span three were still 15 to 35 % too low (``llc-fast reproduce
 sensitivity``), those that mix span nine or more."""
-DRIFT_ERRORS, DRIFT_SIZE = 4.0, 0.05
-"""A trend counts from four of its standard errors on (batch means of slow chains are still a little correlated, which
-makes four of them worth three), if λ̂ moves by more than 5 % over the run: its mean is then off by half of that."""
+TREND_ERRORS, TREND_SIZE = 4.0, 0.05
+"""A trend counts from four of its standard errors on (batch means of slow chains are still a little correlated, so that
+four of them are as good as three), if λ̂ changes by more than 5 % over the run: its mean is then off by half of that."""
 BURNIN_EFFECT = 0.02
 """Change of λ̂, relative, by burn-in left among the draws; and more than twice its own error."""
+
+
+@_check("short", min_draws=1)
+def _short(case: _Case) -> str | None:
+    relaxations = case["relaxations"]
+    if not relaxations < MIN_RELAXATIONS:
+        return None
+    factor = 5 * MIN_RELAXATIONS / relaxations
+    larger = max(1.0, min(factor, TARGET_BIAS / case["bias_share"] if case["bias_share"] > 0 else math.inf))
+    cause = "the step size is too small, and the chains have" if larger > 1 else "the chains have"
+    remedies = [f"lr={case.lr * larger:.2g}"] if larger > 1 else []
+    remedies += [f"num_draws={_rounded(case.result.schedule.num_draws * factor / larger)}"] if larger < factor else []
+    return (
+        f"The draws of a chain span {relaxations:.2g} relaxation times of the stiffest directions (minimum "
+        f"{MIN_RELAXATIONS}): {cause} hardly left w*. Use {' and '.join(remedies)}."
+    )
+
+
+@_check("ess", min_draws=1, unless=("short",))
+def _ess(case: _Case) -> str | None:
+    ess = min(0 if math.isnan(case["ess_bulk"]) else case["ess_bulk"], case.draws.size)
+    if not (case.draws.size < MIN_ESS or (ess < MIN_ESS and not case.disagrees)):
+        return None
+    draws = _rounded(case.result.schedule.num_draws * 2 * MIN_ESS / max(ess, 1))
+    return (
+        f"Effective sample size is {ess:.0f} (minimum {MIN_ESS}): λ̂ and its standard error are unreliable. "
+        f"Use num_draws={draws}."
+    )
+
+
+@_check("rhat", unless=("short",))
+def _rhat(case: _Case) -> str | None:
+    if not case.disagrees:
+        return None
+    means = case.draws.mean(axis=1)
+    return (
+        f"The chains have not converged to the same distribution (R̂ = {case['r_hat']:.2f}; λ̂ of single chains from "
+        f"{means.min():.4g} to {means.max():.4g}). Use num_draws={4 * case.result.schedule.num_draws}; if plot() shows "
+        "jumps, also increase localization."
+    )
+
+
+@_check("slow", unless=("short", "ess", "rhat"))
+def _slow(case: _Case) -> str | None:
+    times, size = case["slow_times"], case["slow_size"]
+    if not (times < MIN_SLOW_TIMES and size > MAX_SPREAD * abs(case.llc)):
+        return None
+    draws = _rounded(case.result.schedule.num_draws * 2 * MIN_SLOW_TIMES / times)
+    return (
+        f"Beneath the noise of single draws λ̂ fluctuates slowly by ± {size:.2g}, and a chain spans {times:.2g} "
+        f"autocorrelation times of that (minimum {MIN_SLOW_TIMES}): chains that started at w* may not have reached "
+        f"equilibrium. Use num_draws={draws}, or a larger localization."
+    )
+
+
+@_check("trend", unless=("short",))
+def _trend(case: _Case) -> str | None:
+    change, error = case["trend"], case["trend_stderr"]
+    if not abs(change) > max(TREND_ERRORS * error, TREND_SIZE * abs(case.llc)):
+        return None
+    return (
+        f"The loss trace still has a trend: λ̂ changes by {change:+.3g} ± {error:.2g} between the first and the last "
+        f"draw. Use num_burnin={2 * case.result.schedule.num_steps}."
+    )
+
+
+@_check("burnin", unless=("short", "trend"))
+def _burnin(case: _Case) -> str | None:
+    effect, needed = case["burnin_effect"], case["burnin_needed"]
+    if not abs(effect) > BURNIN_EFFECT * abs(case.llc):
+        return None
+    # The approach has no noise of its own, though it looks like slow noise: the error is that of what comes after.
+    settled = standard_error(case.draws[:, _draws_before(needed, case.result) :]).value
+    if not abs(effect) > 2 * settled:
+        return None
+    return (
+        f"The loss reached its plateau after {needed:.0f} steps, but num_burnin was {case.result.schedule.num_burnin}: "
+        f"λ̂ is off by {effect:+.2g}. Use num_burnin={_rounded(1.5 * needed)}."
+    )
+
+
+# ---- chains ------------------------------------------------------------------------------------------------
+
 MAX_SPIKES = 0.01
 """Share of λ̂ that comes from spikes."""
-MAX_HEATING, TARGET_HEATING = 0.10, 0.05
-"""Share of λ̂ that the step size makes. The default step size leaves 5 % if all directions are equally stiff, the worst
-case, and the gradient noise of minibatches comes on top."""
-MAX_HEAT = 0.5
-"""Share of heat in nβ·(L − L(w*)) up to which λ̂ that was cleared of it is trusted: pilots aim at a tenth, and on deep
-linear networks with a known λ a half has left no error to be seen (docs/calibration.md)."""
-MIN_ACCEPTANCE, ACCEPTABLE_HEATING = 0.9, 0.07
-"""The mean MALA acceptance that Furman & Lau (2024, arXiv 2402.03698) ask for. With the bias of each direction as it
-is, acceptance goes to 0 as their number grows (0.8 for a thousand directions and the default step size), so it is no
-reason to warn where the bias of λ̂ is known to be small."""
-MIN_RELAXATIONS = 10
-"""Relaxation times of the stiff directions among the draws of one chain. The loss forgets twice as fast as w, so that
-four chains then hold about MIN_ESS independent values of it, which the noise of minibatches may hide from the ESS."""
+
+
+@_check("left")
+def _left(case: _Case) -> str | None:
+    chains = [str(chain) for chain in case.result.diagnostics["chains_left"]]
+    if not chains:
+        return None
+    *others, last = chains
+    who = f"Chains {', '.join(others)} and {last}" if others else f"Chain {last}"
+    return (
+        f"{who} left the neighbourhood of w* (‖w − w*‖ > ‖w*‖ and the loss still rises), so λ̂ is not local to w*. "
+        f"Use localization={case.stronger_localization:g}."
+    )
+
+
+@_check("spikes")
+def _spikes(case: _Case) -> str | None:
+    if not case["spike_share"] > MAX_SPIKES:
+        return None
+    return (
+        f"Spikes of the loss make up {case['spike_share']:.1%} of λ̂ (maximum {MAX_SPIKES:.0%}): single steps carry "
+        f"chains out of the basin. Use lr={case.lr / 3:.2g}."
+    )
+
+
+# ---- λ̂ -----------------------------------------------------------------------------------------------------
+
+MAX_INIT_LOSS_SENSITIVITY = 0.1
+"""Change of λ̂, relative, by one standard error of L(w*)."""
 VALUE_ERRORS, REGULAR_SLACK = 3.0, 1.1
 """λ̂ is negative, or above the bound λ ≤ P/2, by more than this many standard errors; a step size within its limits
 may add 10 % to the bound."""
 MAX_RELATIVE_ERROR = 0.25
 """Standard error over λ̂ above which not even the first digit is known."""
-MAX_INIT_LOSS_SENSITIVITY = 0.1
-"""Change of λ̂, relative, by one standard error of L(w*)."""
 
 
-def diagnose(
-    result: LLCResult, probes: NDArray[np.float64], *, anchor_norm: float, init_loss_stderr: float
-) -> dict[str, Any]:
-    """The figures of a result, plain numbers by name; None where there is nothing to make them from.
-
-    Chains that were lost are left out.
-
-    Args:
-        result: whose figures.
-        probes: of all its chains, ``[chain, probe, column]``, see ``llc_fast.probes``.
-        anchor_norm: ‖w*‖ over the parameters that are sampled.
-        init_loss_stderr: of L(w*): rounding, and sampling where it is the mean over a part of the data.
-    """
-    settings, schedule, draws, llc = result.settings, result.schedule, result._good, result.llc_mean
-    chains, count = result._kept
-    seen = probe_figures(
-        probes[chains],
-        llc=llc,
-        lr=settings["lr"],
-        num_parameters=settings["num_parameters"],
-        localization=settings["localization"] if settings.get("sampler") in ("sgld", "sghmc") else 0.0,
-        friction=settings.get("momentum_decay", 1.0),
+@_check("init-loss")
+def _init_loss(case: _Case) -> str | None:
+    share, error = case["init_loss_sensitivity"], case["init_loss_stderr"]
+    if not share > MAX_INIT_LOSS_SENSITIVITY:
+        return None
+    sampled = error > 1e-3 * abs(case.result.init_loss)
+    remedy = "Pass data with a length, so that all of it is used" if sampled else "Use a float64 model"
+    return (
+        f"L(w*) is only known to ± {error:.2g}, which changes λ̂ by ± {share:.0%} (maximum "
+        f"{MAX_INIT_LOSS_SENSITIVITY:.0%}). {remedy}."
     )
-    moved, slow = drift(draws), slow_part(draws)
-    norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
-    steps = count * schedule.num_steps_bw_draws
-    needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
-    missed = _draws_before(needed, schedule)
-    figures = {
-        "r_hat": convergence.r_hat(draws),
-        "ess_bulk": convergence.ess_bulk(draws),
-        "ess_tail": convergence.ess_tail(draws),
-        "chain_spread": chain_spread(draws),
-        "slow_times": slow.times,
-        "slow_size": slow.size,
-        "drift": moved.value,
-        "drift_stderr": moved.stderr,
-        "burnin_needed": needed,
-        "burnin_effect": llc - float(draws[:, missed:].mean()) if 0 < missed < count else 0.0,
-        "spike_share": spike_share(draws),
-        "init_loss_stderr": init_loss_stderr,
-        "init_loss_sensitivity": result.nbeta * init_loss_stderr / abs(llc) if llc else math.nan,
-        "acceptance": seen.acceptance,
-        "gradient_noise_share": seen.gradient_noise_share,
-        "heating": seen.heating,
-        "heat_removed": _heat_removed(result),
-        "relaxations": seen.relaxation_rate * steps,
-        "distance_over_prior": norm**2 * settings["localization"] / settings["num_parameters"],
-        "distance_over_anchor": norm / anchor_norm if anchor_norm else math.nan,
-        "distance_growth": seen.growth,
-    }
-    far = [(c, trace) for c, d, trace in zip(chains, seen.distance, draws, strict=False) if d > anchor_norm > 0]
-    plain: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    return plain | {"distance": seen.distance, "chains_left": [c for c, trace in far if _rises(trace)]}
 
 
-def _heat_removed(result: LLCResult) -> float:
-    """Share of nβ·(L − L(w*)) that the correction took away; 0 without one."""
-    if not result.settings.get("heat_correction") or result.heat_trace is None:
-        return 0.0
-    chains, count = result._kept
-    if not chains or not count:
-        return math.nan
-    heat = float(result.heat_trace[chains][:, result.schedule.draws][:, :count].mean())
-    total = heat + result.llc_mean
-    return heat / total if total else math.nan
+@_check("negative")
+def _negative(case: _Case) -> str | None:
+    llc = case.llc
+    if not llc < -VALUE_ERRORS * case.stderr:
+        return None
+    return (
+        f"λ̂ = {llc:.4g} is negative: the chains find lower loss than at w*, so w* is no local minimum of this loss on "
+        "these data. Train the model to convergence, or use "
+        f"localization={case.stronger_localization:g} to stay closer to w*."
+    )
 
 
-def _draws_before(step: float, schedule: Schedule) -> int:
-    return max(0, math.ceil((step - schedule.num_burnin) / schedule.num_steps_bw_draws))
+@_check("above-bound", unless=("negative",))
+def _above_bound(case: _Case) -> str | None:
+    llc, bound = case.llc, case.result.settings["num_parameters"] / 2
+    if not llc - VALUE_ERRORS * case.stderr > REGULAR_SLACK * bound:
+        return None
+    return (
+        f"λ̂ = {llc:.4g} is above P/2 = {bound:g}, the maximum at a local minimum: w* is no minimum, or the step size "
+        f"is too large. Train the model to convergence, or use lr={case.lr / 10:.2g}."
+    )
 
 
-def _settled_error(result: LLCResult, step: float) -> float:
-    """Standard error of the draws from `step` on: the way there is no noise, though it looks like slow noise."""
-    return standard_error(result._good[:, _draws_before(step, result.schedule) :]).value
+@_check("imprecise", unless=("negative", "above-bound"))
+def _imprecise(case: _Case) -> str | None:
+    llc, error = case.llc, case.stderr
+    if not error > MAX_RELATIVE_ERROR * abs(llc):
+        return None
+    wanted = case.result.schedule.num_draws * (error / (0.1 * abs(llc))) ** 2 if llc else math.inf
+    more = "more draws" if wanted > 1e7 else f"num_draws={_rounded(wanted)} for one of 10%"
+    return (
+        f"λ̂ = {llc:.3g} ± {error:.2g} is imprecise: its standard error is more than {MAX_RELATIVE_ERROR:.0%} of it. "
+        f"Use {more}, or a larger batch_size."
+    )
 
 
-def _rises(trace: NDArray[np.float64]) -> bool:
-    """Whether the loss of one chain goes up, among its draws."""
-    moved = drift(trace[None])
-    return moved.value > max(DRIFT_ERRORS * moved.stderr, DRIFT_SIZE * abs(float(trace.mean())))
-
-
-class _Figures:
-    """A result's figures as attributes; NaN, for which every comparison is false, where there is none."""
-
-    def __init__(self, result: LLCResult) -> None:
-        self._figures = result.diagnostics
-
-    def __getattr__(self, name: str) -> float:
-        value = self._figures.get(name)
-        return math.nan if value is None else float(value)
-
-
-def advise(result: LLCResult) -> list[str]:
-    """A sentence for each reason not to trust a result: what was seen, what it means, what to do."""
-    if not len(result._good):
-        return []  # there is no estimate, for reasons that are told elsewhere
-    figures = _Figures(result)
-    about = [_about_step_size, _about_mixing]
-    if result._good.size >= MIN_ESS:  # else nothing more can be said
-        about += [_about_chains, _about_value]
-    return [sentence for look in about for sentence in look(result, figures)]
-
-
-def _about_step_size(result: LLCResult, figures: _Figures) -> list[str]:
-    accepted, heating, lr = figures.acceptance, figures.heating, result.settings["lr"]
-    if "acceptance_per_chain" in result.diagnostics:
-        return []  # proposals are accepted or rejected: no bias
-    if result.settings.get("heat_correction"):  # then neither says anything about λ̂
-        removed = figures.heat_removed
-        if not removed > MAX_HEAT:
-            return []
-        return [
-            f"{removed:.0%} of nβ·(L − L(w*)) was heat from the step size and the noise of minibatches, more than can "
-            f"be subtracted safely; pass lr={lr * TARGET_HEATING / removed:.2g}, or a larger batch_size"
-        ]
-    low = accepted < MIN_ACCEPTANCE
-    seen = "" if math.isnan(accepted) else f" (MALA acceptance {accepted:.2f}, {MIN_ACCEPTANCE} or more is wanted)"
-    if heating > MAX_HEATING or (low and heating > ACCEPTABLE_HEATING):
-        batch = ", or a larger batch_size" if figures.gradient_noise_share > 0.5 else ""
-        return [
-            f"the step size makes {min(heating, 1):.0%} of λ̂{seen}: it is too large, and λ̂ too high by about that; "
-            f"pass lr={lr * TARGET_HEATING / heating:.2g}{batch}"
-        ]
-    if low and math.isnan(heating):
-        return [f"the step size is too large{seen}: λ̂ is biased by an unknown amount; pass lr={lr / 10:.2g}"]
-    return []
-
-
-def _about_mixing(result: LLCResult, figures: _Figures) -> list[str]:
-    schedule, good, llc = result.schedule, result._good, result.llc_mean
-    if figures.relaxations < MIN_RELAXATIONS:
-        # The other figures would say the same thing in more words.
-        factor = 5 * MIN_RELAXATIONS / figures.relaxations
-        allowed = TARGET_HEATING / figures.heating if figures.heating > 0 else math.inf
-        larger = max(1.0, min(factor, allowed))
-        cause = "the step size is too small for chains of this length, which" if larger > 1 else "the chains"
-        remedies = [f"lr={result.settings['lr'] * larger:.2g}"] if larger > 1 else []
-        remedies += [f"num_draws={_rounded(schedule.num_draws * factor / larger)}"] if larger < factor else []
-        return [
-            f"the draws of a chain span {figures.relaxations:.2g} relaxation times of the stiffest directions, "
-            f"{MIN_RELAXATIONS} are the least: {cause} have hardly left w*; pass {' and '.join(remedies)}"
-        ]
-    sentences = []
-    ess = 0 if math.isnan(figures.ess_bulk) else figures.ess_bulk
-    apart = figures.r_hat > MAX_R_HAT or (figures.chain_spread > 1 and result.llc_std > MAX_SPREAD * abs(llc))
-    if good.size < MIN_ESS or (ess < MIN_ESS and not apart):
-        factor = 2 * MIN_ESS / max(min(ess, good.size), 1)
-        sentences.append(
-            f"the draws are worth {min(ess, good.size):.0f} independent ones, {MIN_ESS} are the least: too few to tell "
-            f"how far λ̂ and its error bar can be trusted; pass num_draws={_rounded(schedule.num_draws * factor)}"
-        )
-        if good.size < MIN_ESS:
-            return sentences
-    if apart:
-        low, high = good.mean(axis=1).min(), good.mean(axis=1).max()
-        sentences.append(
-            f"the chains disagree (R̂ = {figures.r_hat:.3g}, λ̂ of single chains from {low:.4g} to {high:.4g}): they are "
-            f"not one distribution, too short or in different places; pass num_draws={4 * schedule.num_draws}, and a "
-            "larger localization if plot() shows jumps"
-        )
-    if not sentences and figures.slow_times < MIN_SLOW_TIMES and figures.slow_size > MAX_SPREAD * abs(llc):
-        factor = 2 * MIN_SLOW_TIMES / figures.slow_times
-        sentences.append(
-            f"beneath the noise of single draws λ̂ moves by ± {figures.slow_size:.2g} so slowly that a chain spans "
-            f"{figures.slow_times:.2g} of its autocorrelation times, {MIN_SLOW_TIMES} are the least: it may still be "
-            f"on its way from w*; pass num_draws={_rounded(schedule.num_draws * factor)}, or a larger localization"
-        )
-    if abs(figures.drift) > max(DRIFT_ERRORS * figures.drift_stderr, DRIFT_SIZE * abs(llc)):
-        sentences.append(
-            f"the trace has not flattened: λ̂ moves by {figures.drift:+.3g} ± {figures.drift_stderr:.2g} from the first "
-            f"draw to the last, so its mean depends on when the run ended; pass "
-            f"num_burnin={2 * schedule.num_steps}, or a larger localization if chains wander off"
-        )
-    elif (effect := abs(figures.burnin_effect)) > BURNIN_EFFECT * abs(llc) and (
-        effect > 2 * _settled_error(result, figures.burnin_needed)
-    ):
-        sentences.append(
-            f"the loss reached its plateau after {figures.burnin_needed:.0f} steps, burn-in was {schedule.num_burnin}: "
-            f"λ̂ is off by {figures.burnin_effect:+.2g}; pass num_burnin={_rounded(1.5 * figures.burnin_needed)}"
-        )
-    return sentences
-
-
-def _about_chains(result: LLCResult, figures: _Figures) -> list[str]:
-    sentences = []
-    left = result.diagnostics.get("chains_left", [])
-    stronger = 10 * result.settings["localization"] or 1
-    if left:
-        sentences.append(
-            f"chains {', '.join(map(str, left))} left: they are further from w* than w* is from 0, and their loss "
-            f"still rises; λ̂ is not that of w*; pass localization={stronger:g}"
-        )
-    if figures.spike_share > MAX_SPIKES:
-        sentences.append(
-            f"{figures.spike_share:.1%} of λ̂ comes from spikes of the loss: single steps carry chains out of the "
-            f"basin; pass lr={result.settings['lr'] / 3:.2g}"
-        )
-    return sentences
-
-
-def _about_value(result: LLCResult, figures: _Figures) -> list[str]:
-    llc, error, bound = result.llc_mean, result.llc_stderr, result.settings["num_parameters"] / 2
-    sentences = []
-    if figures.init_loss_sensitivity > MAX_INIT_LOSS_SENSITIVITY:
-        sampled = figures.init_loss_stderr > 1e-3 * abs(result.init_loss)
-        remedy = "pass data with a length, so that it is taken over all" if sampled else "pass the model in float64"
-        sentences.append(
-            f"L(w*) is known to ±{figures.init_loss_stderr:.2g} only, which is {figures.init_loss_sensitivity:.0%} of "
-            f"λ̂: {remedy}"
-        )
-    if llc < -VALUE_ERRORS * error:
-        sentences.append(
-            f"λ̂ = {llc:.4g} is negative: the chains find lower loss than at w*, which is no local minimum of this loss "
-            "on these data; train the model to convergence, or pass "
-            f"localization={10 * result.settings['localization'] or 1:g} to stay closer to it"
-        )
-    elif llc - VALUE_ERRORS * error > REGULAR_SLACK * bound:
-        sentences.append(
-            f"λ̂ = {llc:.4g} is above P/2 = {bound:g}, the most that a minimum can have: w* is no minimum, or the step "
-            f"size is too large; train the model to convergence, or pass lr={result.settings['lr'] / 10:.2g}"
-        )
-    elif error > MAX_RELATIVE_ERROR * abs(llc):
-        wanted = result.schedule.num_draws * (error / (0.1 * abs(llc))) ** 2 if llc else math.inf
-        more = "more draws" if wanted > 1e7 else f"num_draws={_rounded(wanted)} for one of 10 %"
-        sentences.append(
-            f"λ̂ = {llc:.3g} ± {error:.2g} is hardly known: its standard error is more than {MAX_RELATIVE_ERROR:.0%} of "
-            f"it; pass {more}, or a larger batch_size"
-        )
-    return sentences
-
-
-def _rounded(count: float) -> int:
-    """Upwards to two digits: nobody wants num_draws=18733."""
-    unit = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
-    return int(math.ceil(count / unit) * unit)
+CODES = tuple(check.code for check in _CHECKS)
+"""The codes of all checks, in the order of their warnings."""

@@ -117,8 +117,8 @@ def _check_pair(batch: Batch) -> Batch:
 class IndexedSource:
     """Anything addressed by sample index: minibatches without replacement within an epoch, or from step to step anew.
 
-    The samples of chain c at step t are a pure function of (seed, c, t), so chains can be run together or apart and
-    resumed at any step.
+    The samples of chain c at step t are a pure function of (seed, c, t), so chains can be run together or one by one,
+    and resumed at any step.
 
     Minibatches of one epoch are not independent: what one holds, those before it did not, so its loss at a place that
     these have led to is too high on average, noticeably if an epoch is a few steps long. With `independent` every step
@@ -155,7 +155,7 @@ class IndexedSource:
         size = self.batch_size or self._n
         return torch.arange(size, device=self._index_device).repeat(num_chains, 1)
 
-    def draw(self, key: NoiseKey, out: Tensor, device_step: Tensor | None = None) -> Tensor:
+    def sample_indices(self, key: NoiseKey, out: Tensor, device_step: Tensor | None = None) -> Tensor:
         """Write the sample indices of step ``key.step`` to `out` ``[num_chains, batch_size]``."""
         if self.is_full_batch:
             return out
@@ -178,7 +178,7 @@ class IndexedSource:
     def minibatches(self, seed: int, chain: int = 0, start: int = 0) -> Iterator[Batch]:
         step, indices = start, self.index_buffer(1)
         while True:
-            yield self.gather(self.draw(NoiseKey(seed, step=step, chain=chain), indices))
+            yield self.gather(self.sample_indices(NoiseKey(seed, step=step, chain=chain), indices))
             step += 1
 
     def full(self) -> Iterator[tuple[Batch, int]]:
@@ -371,7 +371,7 @@ def make_source(
         device: where batches are wanted.
         pairs: whether each batch must be a tuple (inputs…, target); otherwise it may have any structure.
         num_wanted: samples that chains will ask for in all; a map-style data set with more is not kept as tensors.
-        max_batches: where a pass over an iterable that tells no length ends.
+        max_batches: where a pass over an iterable without a length ends.
         independent: whether minibatches of data addressed by index are drawn anew from step to step, not epoch by
             epoch; a loader decides for itself.
         whole: every minibatch is to be the whole data set, as tensors; a loader is read once.
@@ -436,7 +436,7 @@ def _whole_source(data: Any, batch_size: int | None, device: torch.device, pairs
     source = make_source(data, everything, device, pairs=pairs)
     if isinstance(source, LoaderSource):
         if _length(data) is None:
-            raise ValueError("data tell no length, and the whole data set is needed at every step: pass tensors")
+            raise ValueError("data has no length, but the whole data set is needed at every step: pass tensors")
         return IndexedSource(_Tensors(_read(source), device), sys.maxsize, device, source.check)
     assert isinstance(source, IndexedSource)
     if not source.is_full_batch:

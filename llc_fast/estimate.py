@@ -1,73 +1,46 @@
-"""The main job: estimate the local learning coefficient of a model."""
+"""The main job: estimate the local learning coefficient of a model, in four calls: prepare, choose, sample, report."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 
-from llc_fast.calibration import (
-    CORRECTED_STIFFNESS,
-    DEFAULT_NUM_DRAWS,
-    LEAST_FRICTION,
-    LEAST_PILOT,
-    PILOT_SHARE,
-    STIFFNESS,
-    default_lr,
-    run_pilot,
-)
-from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved, data_identity, model_identity
+from llc_fast.calibration import STIFFNESS, Chosen, choose_settings
+from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
-from llc_fast.chains.metropolis import FIGURES
-from llc_fast.chains.processes import Team, default_device, join
-from llc_fast.chains.run import Monitor, run_chains
-from llc_fast.chains.step_checks import COLUMNS
-from llc_fast.checks import advise, diagnose
-from llc_fast.data import DataSource, LoaderSource, make_source
+from llc_fast.chains.group import RunSpec
+from llc_fast.chains.processes import default_device, join
+from llc_fast.chains.run import ChainRun, Monitor, run_chains
+from llc_fast.checks import Facts, examine
+from llc_fast.data import LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
-from llc_fast.objective.control_variate import AnchorLosses, losses_at_anchor
+from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
+from llc_fast.progress import Progress, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers.base import Sampler
-from llc_fast.samplers.metropolis import MetropolisSampler
-from llc_fast.samplers.registry import ADJUSTED, make_sampler
 from llc_fast.schedule import Schedule
-from llc_fast.support.arguments import check_number
-from llc_fast.support.fingerprint import arrays_identity, option_identity
+from llc_fast.settings import Execution, ProgressFunction, Settings, with_old_keywords
+from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
-from llc_fast.traces import ChainRecord
+from llc_fast.support.torch_private import RANDOM_MODULES
+from llc_fast.traces import Traces
 
-Progress = Callable[[int, int, float], None]
-"""Told the steps done, the steps in all and λ̂ so far."""
-DEFAULT_LOCALIZATION = 1.0
 _SMALL = 2e7
-"""Parameters × batch size below which the first look at a model uses one thread; what it counts decides from there."""
-
-
-def default_nbeta(n: int) -> float:
-    """nβ = n / log n, Watanabe's inverse temperature (WBIC 2013) for a data set of n samples.
-
-    `n` is the size of the data set, not of a minibatch.
-
-    Raises:
-        TypeError, ValueError: n is not an integer, or below 2.
-    """
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise TypeError(f"n must be an integer, got {n!r}")
-    if n < 2:
-        raise ValueError(f"n must be at least 2 (log n has to be positive), got {n}")
-    return float(n / math.log(n))
+"""Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
 
 
 def estimate_llc(
@@ -75,8 +48,7 @@ def estimate_llc(
     data: Any,
     loss_fn: LossFunction | None,
     *,
-    sampler: str | None = None,
-    sampler_options: Mapping[str, Any] | None = None,
+    sampler: str | Sampler | None = None,
     lr: float | None = None,
     nbeta: float | None = None,
     localization: float | None = None,
@@ -85,21 +57,18 @@ def estimate_llc(
     num_burnin: int | None = None,
     num_steps_bw_draws: int = 1,
     batch_size: int | None = None,
-    microbatch_size: int | None = None,
     params: Any = None,
-    heat_correction: bool | None = None,
+    bias_correction: bool | None = None,
     observables: Mapping[str, Observable] | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
-    strategy: str | None = None,
-    release_gradients: bool | None = None,
+    execution: Execution | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_interval: float = INTERVAL,
-    distributed: bool | None = None,
     warm_start: LLCResult | None = None,
     keep_ends: bool = False,
-    progress: bool | Progress = True,
+    progress: bool | ProgressFunction = True,
+    **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
 
@@ -108,9 +77,9 @@ def estimate_llc(
     2308.12108; Watanabe 2013). The model is left exactly as it was. It is evaluated in the mode it is in:
     call ``model.eval()`` first unless dropout or batch statistics are meant to be part of the loss.
 
-    A minibatch is judged by what it loses more than at w*: L_B(w_t) − L_B(w*) + L(w*) takes the place of L_B(w_t), with
-    the same expectation and less noise, wherever a minibatch's loss is the mean of its samples' losses
-    (``settings["paired_baseline"]``; if not, ``diagnostics["unpaired_reason"]`` says why). What observables see as
+    The loss that a minibatch has at w* is a control variate: L_B(w_t) − L_B(w*) + L(w*) takes the place of L_B(w_t),
+    with the same expectation and less noise, wherever a minibatch's loss is the mean of its samples' losses
+    (``settings["control_variate"]``; if not, ``diagnostics["unpaired_reason"]`` says why). What observables see as
     ``draw.loss`` is L_B(w_t) itself.
 
     Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises.
@@ -119,15 +88,14 @@ def estimate_llc(
         model: the trained model, float32 or float64, or bfloat16 or float16 with chains in float32.
         data: tensors with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a Dataset;
             or a DataLoader of such batches.
-        loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, told by its first parameter being called
-            `model`; or None for models that return their own loss, ``model(**batch).loss``. It gives the mean over the
-            batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
-        sampler: its name, see ``llc_fast.samplers.SAMPLERS``; None: ``"sgld"``, or ``"sghmc"``, the same with
-            momentum, if `lr` is None too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are
-            Metropolis-adjusted: exact at any step size, for small problems, as each draw takes one gradient, or ten,
-            over all data. They record "acceptance" and "lr" in ``result.observables``.
-        sampler_options: hyperparameters of that sampler alone, such as ``{"eps": 1e-3}`` for ``"rmsprop-sgld"``;
-            metrics that adapt are frozen at the end of burn-in unless ``adapt_steps`` says otherwise.
+        loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, which its first parameter being called
+            `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
+            over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
+        sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
+            ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
+            too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
+            step size, for small problems, as each draw takes one gradient, or ten, over all data. Metrics that adapt
+            are frozen at the end of burn-in, unless the object's ``adapt_steps`` says otherwise.
         lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`. Adjusted samplers start from
             0.2 / (nβ·h_max + γ) and adapt it in burn-in, each chain for itself, to an acceptance of 0.574 (MALA) or
             0.8 (HMC).
@@ -138,12 +106,10 @@ def estimate_llc(
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         batch_size: samples in a minibatch; None: min(512, n), or what the loader gives. Adjusted samplers take all n.
-        microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
-            of the pieces are added up. None: the whole minibatch.
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
             these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
-        heat_correction: whether ``result.loss_trace`` is cleared of heat, what step size and gradient noise add to the
-            loss, measured at every step (:meth:`llc_fast.samplers.Sampler.heat`). None: if `lr` is None, since the
+        bias_correction: whether ``result.loss_trace`` is cleared of bias, what step size and gradient noise add to the
+            loss, measured at every step (:meth:`llc_fast.samplers.Sampler.bias`). None: if `lr` is None, since the
             step size is then chosen for it; with a step size of your own you get the plain average. Minibatches of
             data addressed by index are then independent from step to step, as the correction assumes; otherwise, and
             from a loader, they come without replacement within an epoch.
@@ -151,23 +117,18 @@ def estimate_llc(
             ``result.observables``.
         seed: equal seeds give equal results on the same machine.
         device: where to compute; None: where the model's parameters are.
-        autocast: dtype of forward passes under ``torch.autocast``, such as ``torch.bfloat16``; None: no autocast.
-        strategy: how gradients are computed: ``"sequential"``, ``"batched"``, ``"compiled"`` (torch.compile) or
-            ``"cuda-graph"``; None: chosen by what a trial gradient was measured to need. The draws are the same to
-            rounding.
-        release_gradients: consume and free each gradient during the backward pass: the same bits, and no memory for
-            all gradients at once. None: above ten million parameters.
+        execution: how it is computed: strategy, microbatches, autocast, processes. None: chosen; see
+            :class:`llc_fast.Execution`.
         checkpoint: file that the state is written to at intervals. The same call resumes from it and ends with the
             same bits as if it had never stopped; once done, it returns the result at once.
         checkpoint_interval: seconds between writes.
-        distributed: spread the chains over processes. None: over those of ``torchrun`` or of an initialized
-            torch.distributed, if there are several; False: never. Any number of processes gives the same chains, and
-            each gets the whole result.
         warm_start: an earlier result with as many chains, made with ``keep_ends=True``: each chain starts where that of
             the earlier result ended, moved by as much as w* has moved since. None: at w*.
         keep_ends: keep where the chains end in ``result.ends``, as much memory as all chains' parameters.
-        progress: show a bar with λ̂ so far; or a function that is called a few times a second with the steps done, the
-            steps in all and λ̂ so far (NaN before the first draw).
+        progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log; or a
+            function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
+            the first draw).
+        **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
         An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``.
@@ -177,117 +138,15 @@ def estimate_llc(
             is damaged or belongs to another run.
         PermissionError: the checkpoint's folder can't be written to.
         MemoryError: the run can't fit the memory; says what it needs and what would make it fit.
-        llc_fast.distributed.ProcessFailedError: another process of a distributed run failed or died.
+        llc_fast.chains.processes.ProcessFailedError: another process of a distributed run failed or died.
     """
-    started = time.perf_counter()
-    request = _checked_request(
-        sampler=sampler,
-        sampler_options=sampler_options,
-        lr=lr,
-        nbeta=nbeta,
-        localization=localization,
-        num_chains=num_chains,
-        num_draws=num_draws,
-        num_burnin=num_burnin,
-        num_steps_bw_draws=num_steps_bw_draws,
-        batch_size=batch_size,
-        microbatch_size=microbatch_size,
-        observables=observables,
-        autocast=autocast,
-        strategy=strategy,
-        heat_correction=heat_correction,
-        seed=seed,
-    )
-    check_number("checkpoint_interval", checkpoint_interval, minimum=0)
-    where = default_device(check_device(device)) if device is not None else _device_of(model)
-    team = join(distributed)
-    # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
-    generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
-    is_large = where.type == "cpu" and _num_elements(model) > LARGE_MODEL
-    with team.working(), generators, large_blocks_apart(is_large):
-        keeper = None
-        if checkpoint is not None:
-            keeper = Checkpoint(checkpoint, rank=team.rank if team.size > 1 else None, interval=checkpoint_interval)
-        posterior = _posterior(request, model, data, loss_fn, where, params)
-        source = posterior.source
-        start = None if warm_start is None else _ends_of(warm_start, posterior, request.num_chains)
-        plan = make_plan(
-            posterior,
-            request.sampler_with(1.0, 1.0),
-            -(-request.num_chains // team.size),  # the largest share: the same plan in all processes
-            strategy=strategy,
-            release_gradients=release_gradients,
-            has_observables=bool(request.observables),
-        )
-        check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
-        identity, saved = {}, None
-        if keeper is not None:
-            identity = {**request.identity(), **model_identity(posterior), **data_identity(source)}
-            identity |= {"keep_ends": keep_ends, "warm_start": None if start is None else arrays_identity(start)}
-            saved = keeper.load(identity)
-        with threads(plan.num_threads):
-            at_anchor = losses_at_anchor(posterior, request.nbeta_for(source), request.seed)
-            pilot_bar = _PilotBar(progress is True and team.rank == 0)
-            chosen = _choose(request, posterior, at_anchor, plan, keeper, saved, pilot_bar, start)
-        # One process's numbers for all: another number of threads may round differently.
-        chosen = team.gather(chosen)[0]
-        request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
-        baseline = None if chosen["unpaired"] else at_anchor.baseline(source, chosen["init_loss"])
-        setup = time.perf_counter() - started
-        # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
-        bar = _Observer(request.schedule, team, request.num_chains, chosen, keeper, identity, progress)
-        with bar as observer, stopped_by_sigint() as stop:
-            run = run_chains(
-                posterior,
-                request.sampler_with(chosen["lr"], chosen["nbeta"]),
-                request.schedule,
-                chains=team.share(request.num_chains),
-                seed=request.seed,
-                plan=plan,
-                observables=request.observables,
-                resumed=saved.records if saved is not None else (),
-                baseline=baseline,
-                start=start,
-                keep_ends=keep_ends,
-                monitor=observer,
-                stop=stop,
-            )
-            # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
-            runs = team.gather(([dataclasses.replace(r, arrays=None) for r in run.records], run.interrupted))
-            records = [record for found, _ in runs for record in found]
-            interrupted = any(stopped for _, stopped in runs)
-            if keeper is not None and team.rank == 0 and not interrupted:
-                keeper.merge(Saved(identity, chosen, records))
-            problems = team.gather("" if keeper is None else keeper.problem)
-            problem = next(filter(None, problems if interrupted else problems[:1]), "")
-    result = _result(request, posterior, chosen, records, interrupted)
-    result.settings.update(
-        training_mode=model.training, strategy=run.plan.strategy, seconds=time.perf_counter() - started
-    )
-    result.diagnostics.update(
-        chains_lost=len(result.lost_chains),
-        strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
-        unpaired_reason=chosen["unpaired"],
-        chains_per_group=run.plan.group_size,
-        workers=run.plan.num_workers,
-        seconds_of_setup=setup,
-        **{k: chosen[k] for k in ("pilot_steps", "pilot_heat") if k in chosen},
-        resumed_steps=0 if saved is None else sum(r.step * len(r.losses) for r in saved.records),
-    )
-    result.warnings.extend(_model_warnings(model, posterior))
-    result.warnings.extend(_run_warnings(result, keeper is not None, problem, source))
-    result.diagnostics.update(
-        diagnose(
-            result,
-            _joined_probes(records),
-            anchor_norm=_norm(posterior),
-            init_loss_stderr=chosen.get("init_loss_error", 0.0),
-        )
-    )
-    if isinstance(used := request.sampler_with(chosen["lr"], chosen["nbeta"]), MetropolisSampler):
-        _tell_acceptance(result, used)
-    result.warnings.extend(advise(result))
-    return result
+    given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
+    settings = with_old_keywords(given, old, "estimate_llc")
+    with _Surroundings(settings, model) as surroundings:
+        prepared = prepare(settings, model, data, loss_fn, surroundings)
+        chosen = choose(prepared)
+        run = sample(prepared, chosen)
+    return report(prepared, chosen, run)
 
 
 class Calibration(dict[str, Any]):
@@ -300,38 +159,19 @@ class Calibration(dict[str, Any]):
     reason: str = ""
 
 
-def calibrate(
-    model: nn.Module,
-    data: Any,
-    loss_fn: LossFunction | None,
-    *,
-    sampler: str | None = None,
-    sampler_options: Mapping[str, Any] | None = None,
-    nbeta: float | None = None,
-    localization: float | None = None,
-    num_chains: int = 4,
-    num_draws: int | None = None,
-    num_burnin: int | None = None,
-    num_steps_bw_draws: int = 1,
-    batch_size: int | None = None,
-    microbatch_size: int | None = None,
-    params: Any = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
-    strategy: str | None = None,
-    progress: bool = True,
-) -> Calibration:
+def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **settings: Any) -> Calibration:
     """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
 
     The step size ε begins at 1 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the sampler's
-    metric, and pilot chains of growing length lower it until heat (:meth:`llc_fast.samplers.Sampler.heat`) is no more
-    than a tenth of nβ·(L − L(w*)); for samplers that do not tell their heat it is 0.2 / (nβ·h_max + γ), with no pilot.
+    metric, and pilot chains of growing length lower it until bias (:meth:`llc_fast.samplers.Sampler.bias`) is no more
+    than a tenth of nβ·(L − L(w*)); for samplers without bias correction it is 0.2 / (nβ·h_max + γ), with no pilot.
     Without `num_draws` and `num_burnin` both are 2000, or up to 5000 if the pilot needs more for a standard error of
     1 % or is still rising at its end. All of it takes 13 % of the gradients of the run. Equal seeds choose equally.
 
     Args:
-        model, data, loss_fn, …: as for :func:`estimate_llc`; what is given is kept.
+        model, data, loss_fn: as for :func:`estimate_llc`.
+        **settings: any other argument of :func:`estimate_llc`; what is given is kept. A step size that is given is
+            chosen all the same.
 
     Returns:
         A dictionary of settings, to be passed on as they are or changed; its ``reason`` says why.
@@ -339,502 +179,203 @@ def calibrate(
     Raises:
         TypeError, ValueError: as :func:`estimate_llc`.
     """
-    request = _checked_request(
-        sampler=sampler,
-        sampler_options=sampler_options,
-        lr=None,
-        nbeta=nbeta,
-        localization=localization,
-        num_chains=num_chains,
-        num_draws=num_draws,
-        num_burnin=num_burnin,
-        num_steps_bw_draws=num_steps_bw_draws,
-        batch_size=batch_size,
-        microbatch_size=microbatch_size,
-        observables=None,
-        autocast=autocast,
-        strategy=strategy,
-        heat_correction=None,
-        seed=seed,
-    )
-    where = default_device(check_device(device)) if device is not None else _device_of(model)
-    generators = torch.random.fork_rng(devices=[where] if where.type == "cuda" else [])
-    with generators, large_blocks_apart(where.type == "cpu" and _num_elements(model) > LARGE_MODEL):
-        posterior = _posterior(request, model, data, loss_fn, where, params)
-        # The plan of the run: another number of threads may round differently.
-        plan = make_plan(posterior, request.sampler_with(1.0, 1.0), request.num_chains, strategy=strategy)
-        check_memory(posterior, request.sampler_with(1.0, 1.0), plan)
-        with threads(plan.num_threads):
-            at_anchor = losses_at_anchor(posterior, request.nbeta_for(posterior.source), request.seed)
-            chosen = _choose(request, posterior, at_anchor, plan, None, None, _PilotBar(progress), None)
-    request = request.with_schedule(chosen).with_friction(chosen.get("friction", 1.0))
-    is_loader = isinstance(posterior.source, LoaderSource)
+    old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
+    asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
+    with _Surroundings(asked, model, alone=True) as surroundings:
+        prepared = prepare(asked, model, data, loss_fn, surroundings)
+        chosen = choose(prepared)
+    sampler = asked.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
+    schedule = asked.complete_schedule(chosen.num_draws)
+    is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
+    options = _options(sampler)
     found = Calibration(
-        sampler=request.sampler,
-        lr=chosen["lr"],
-        nbeta=chosen["nbeta"],
-        localization=request.localization,
-        num_chains=request.num_chains,
-        num_draws=request.schedule.num_draws,
-        num_burnin=request.schedule.num_burnin,
-        num_steps_bw_draws=request.schedule.num_steps_bw_draws,
+        sampler=dataclasses.replace(sampler, lr=None, nbeta=None) if options else sampler.name,
+        lr=chosen.lr,
+        nbeta=chosen.nbeta,
+        localization=sampler.localization,
+        num_chains=asked.num_chains,
+        num_draws=schedule.num_draws,
+        num_burnin=schedule.num_burnin,
+        num_steps_bw_draws=schedule.num_steps_bw_draws,
         # A loader decides for itself, and adjusted samplers take everything.
-        batch_size=request.batch_size if is_loader or request.is_adjusted else posterior.source.batch_size,
-        heat_correction=chosen["heat_correction"],
+        batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
+        bias_correction=chosen.bias_correction,
     )
-    # With an lr that is given, adjusted samplers would not adapt it.
-    kept = ("momentum_decay", "adapt_steps") if request.is_adjusted else ("momentum_decay",)
-    extra = {k: request.options[k] for k in kept if k in request.options}
-    if sampler_options or extra:
-        found["sampler_options"] = {**(sampler_options or {}), **extra}
-    found.reason = _why(chosen, request)
+    found.reason = _why(chosen, sampler, schedule)
     return found
 
 
-def _why(chosen: Mapping[str, Any], request: _Request) -> str:
+_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+
+
+def _why(chosen: Chosen, sampler: Sampler, schedule: Schedule) -> str:
     """What calibration chose, and why."""
-    lr, schedule = f"lr={chosen['lr']:.3g}", request.schedule
-    length = f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
-    if "pilot_heat" not in chosen:
-        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {request.sampler} does not tell its heat; {length}"
+    lr, length = f"lr={chosen.lr:.3g}", f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
+    if chosen.pilot_bias_share is None:
+        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {sampler.name} has no bias correction; {length}"
     return (
-        f"{lr}: pilot chains of {chosen['pilot_steps']} steps ended with heat at {chosen['pilot_heat']:.1%} of "
+        f"{lr}: pilot chains of {chosen.pilot_steps} steps ended with bias at {chosen.pilot_bias_share:.1%} of "
         f"nβ·(L − L(w*)), which is subtracted; {length}"
     )
 
 
-def _posterior(
-    request: _Request, model: nn.Module, data: Any, loss_fn: LossFunction | None, where: torch.device, params: Any
+# ---- prepare -----------------------------------------------------------------------------------------------
+
+
+class _Surroundings:
+    """What holds while a run lasts: its processes, its random numbers, its memory.
+
+    Attributes:
+        device: where to compute.
+        team: the processes.
+        started: when.
+    """
+
+    def __init__(self, settings: Settings, model: nn.Module, *, alone: bool = False) -> None:
+        assert settings.execution is not None
+        self.started = time.perf_counter()
+        given = settings.device
+        self.device = _device_of(model) if given is None else default_device(check_device(given))
+        self.team = join(False if alone else settings.execution.distributed)
+        self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Surroundings:
+        self._stack.enter_context(self.team.working())
+        # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
+        cuda = [self.device] if self.device.type == "cuda" else []
+        self._stack.enter_context(torch.random.fork_rng(devices=cuda))
+        self._stack.enter_context(large_blocks_apart(self._is_large))
+        return self
+
+    def __exit__(self, *error: Any) -> bool:
+        return bool(self._stack.__exit__(*error))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin: everything has been looked at, and nothing has been sampled.
+
+    Attributes:
+        settings: what was asked for.
+        model: the user's.
+        objective: model, loss and data on their device.
+        plan: how gradients are computed.
+        start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
+        reference_losses: the losses at w*.
+        keeper: of the checkpoint; None: there is none.
+        identity: what names the run.
+        saved: what an earlier process has done of it; None: nothing.
+        surroundings: what holds while the run lasts.
+    """
+
+    settings: Settings
+    model: nn.Module
+    objective: Objective
+    plan: Plan
+    start: dict[str, NDArray[Any]] | None
+    reference_losses: ReferenceLosses
+    keeper: Checkpoint | None
+    identity: dict[str, Any]
+    saved: Saved | None
+    surroundings: _Surroundings
+
+
+def prepare(
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
+) -> Prepared:
+    """Look at model, loss, data and checkpoint, and take L(w*).
+
+    Raises:
+        TypeError, ValueError, PermissionError, MemoryError: as :func:`estimate_llc`.
+    """
+    execution, team = settings.execution, surroundings.team
+    assert execution is not None
+    keeper = None
+    if settings.checkpoint is not None:
+        rank = team.rank if team.size > 1 else None
+        keeper = Checkpoint(settings.checkpoint, rank=rank, interval=settings.checkpoint_interval)
+    objective = _objective(settings, model, data, loss_fn, surroundings.device)
+    start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
+    template = settings.complete_sampler(1.0, 1.0)
+    plan = make_plan(
+        objective,
+        template,
+        -(-settings.num_chains // team.size),  # the largest share: the same plan in all processes
+        strategy=execution.strategy,
+        release_gradients=execution.release_gradients,
+        has_observables=bool(settings.observables),
+    )
+    check_memory(objective, template, plan)
+    identity: dict[str, Any] = {}
+    saved = None
+    if keeper is not None:
+        identity = {**settings.identity(), **objective.identity()}
+        identity["warm_start"] = None if start is None else arrays_identity(start)
+        saved = keeper.load(identity)
+    nbeta = settings.nbeta_for(objective.source.num_samples)
+    with threads(plan.num_threads):
+        at_reference = reference_losses(objective, nbeta, settings.seed)
+    return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
+
+
+def _objective(
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, device: torch.device
 ) -> Objective:
-    """Model, loss and data on their device, looked at once; seeds torch's generator."""
+    """Model, loss and data on their device, tried once; seeds torch's generator."""
+    execution, template = settings.execution, settings.template
+    assert execution is not None
     source = make_source(
         data,
-        request.batch_size,
-        where,
+        settings.batch_size,
+        device,
         pairs=not takes_model(loss_fn),
-        num_wanted=request.num_chains * request.schedule.num_steps * (request.batch_size or 512),
-        max_batches=request.schedule.num_steps,
-        independent=request.heat_correction,
-        whole=request.is_adjusted,
+        num_wanted=settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
+        max_batches=settings.schedule.num_steps,
+        independent=settings.wants_bias_correction,
+        whole=template.kind == "metropolis",
     )
-    if request.nbeta is None and source.num_samples is None:
-        raise ValueError("nbeta=None needs the number of samples, which this data does not tell: pass nbeta")
-    torch.manual_seed(request.seed)
+    settings.nbeta_for(source.num_samples)
+    torch.manual_seed(settings.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
-        posterior = Objective(
+        objective = Objective(
             model,
             loss_fn,
             source,
-            device=where,
-            params=params,
-            autocast=request.autocast,
-            microbatch_size=request.microbatch_size,
+            device=device,
+            params=settings.params,
+            autocast=execution.autocast,
+            microbatch_size=execution.microbatch_size,
         )
-    if request.is_adjusted:
-        _check_adjustable(request, posterior)
-    return posterior
+    if template.kind == "metropolis":
+        _check_exact(template, objective, execution)
+    return objective
 
 
-# ---- what was asked for ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """What was asked for, checked; lr and nβ may still be open, and the schedule if `is_open`."""
-
-    sampler: str
-    is_default: bool
-    options: dict[str, Any]
-    lr: float | None
-    nbeta: float | None
-    localization: float
-    schedule: Schedule
-    is_open: bool
-    heat_correction: bool
-    num_chains: int
-    batch_size: int | None
-    microbatch_size: int | None
-    observables: dict[str, Observable]
-    autocast: torch.dtype | None
-    strategy: str | None
-    seed: int
-
-    def sampler_with(self, lr: float, nbeta: float) -> Sampler:
-        return make_sampler(self.sampler, lr=lr, nbeta=nbeta, **self.options)
-
-    def with_schedule(self, chosen: Mapping[str, Any]) -> _Request:
-        """With the number of draws that was chosen, if it was open."""
-        draws = chosen.get("num_draws")
-        if draws is None:
-            return self
-        options = self.options | ({"adapt_steps": draws} if "adapt_steps" in self.options else {})
-        schedule = Schedule(draws, draws, self.schedule.num_steps_bw_draws)
-        return dataclasses.replace(self, schedule=schedule, options=options)
-
-    def with_friction(self, friction: float) -> _Request:
-        """With SGHMC of this friction, if it is not 1, which is SGLD."""
-        if friction == 1 or self.sampler != "sgld":
-            return self
-        return dataclasses.replace(self, sampler="sghmc", options=self.options | {"momentum_decay": friction})
-
-    def nbeta_for(self, source: DataSource) -> float:
-        return default_nbeta(source.num_samples or 0) if self.nbeta is None else self.nbeta
-
-    @property
-    def is_adjusted(self) -> bool:
-        return self.sampler in ADJUSTED
-
-    @property
-    def plain_options(self) -> dict[str, Any]:
-        """Those that can be written down."""
-        return {k: v for k, v in self.options.items() if isinstance(v, (bool, int, float, str))}
-
-    def identity(self) -> dict[str, Any]:
-        """What names a run, apart from model and data."""
-        return {
-            "sampler": self.sampler,
-            **{name: option_identity(value) for name, value in self.options.items()},
-            "lr": self.lr,
-            "nbeta": self.nbeta,
-            "heat_correction": self.heat_correction,
-            "schedule": vars(self.schedule),
-            "num_chains": self.num_chains,
-            "microbatch_size": self.microbatch_size,
-            "autocast": None if self.autocast is None else str(self.autocast),
-            "observables": sorted(self.observables),
-            "strategy": self.strategy,
-            "seed": self.seed,
-        }
-
-
-def _checked_request(
-    *,
-    sampler: str | None,
-    sampler_options: Mapping[str, Any] | None,
-    lr: float | None,
-    nbeta: float | None,
-    localization: float | None,
-    autocast: torch.dtype | None,
-    observables: Mapping[str, Observable] | None,
-    strategy: str | None,
-    heat_correction: bool | None,
-    **counts: Any,
-) -> _Request:
-    """Names and values, before any work."""
-    for name, value in counts.items():
-        optional = name in ("num_draws", "num_burnin", "batch_size", "microbatch_size")
-        _check_integer(name, value, 0 if name in ("num_burnin", "seed") else 1, optional=optional)
-        # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
-        counts[name] = None if value is None else int(value)
-    if counts["seed"] >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {counts['seed']}")
-    for name, number in (("lr", lr), ("nbeta", nbeta)):
-        if number is not None:
-            check_number(name, number, minimum=0, exclusive=True)
-    gamma = DEFAULT_LOCALIZATION if localization is None else check_number("localization", localization, minimum=0)
-    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
-        raise TypeError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {autocast!r}")
-    draws = DEFAULT_NUM_DRAWS if counts["num_draws"] is None else counts["num_draws"]
-    burnin = draws if counts["num_burnin"] is None else counts["num_burnin"]
-    options: dict[str, Any] = {"localization": gamma, **(sampler_options or {})}
-    name = "sgld" if sampler is None else sampler
-    wanted = make_sampler(name, lr=lr or 1.0, nbeta=nbeta or 1.0, **options)
-    is_open = counts["num_draws"] is None and counts["num_burnin"] is None
-    if wanted.adaptive:
-        is_open = is_open and "adapt_steps" not in options
-        options.setdefault("adapt_steps", max(1, burnin))
-    possible = wanted.tells_heat and wanted.noise_level == 1 and wanted.bounding_box_size is None
-    if heat_correction and not possible:
-        raise ValueError(
-            f"heat_correction=True is not possible with sampler={name!r}"
-            + (", noise_level or bounding_box_size: the chain has to be free" if wanted.tells_heat else "")
-        )
-    if name in ADJUSTED:
-        options.setdefault("adapt_steps", burnin if lr is None else 0)
-        if reserved := sorted(set(FIGURES) & set(observables or ())):
-            raise ValueError(
-                f"observables={reserved[0]!r} is what sampler={name!r} records itself: call yours otherwise"
-            )
-    return _Request(
-        sampler=name,
-        is_default=sampler is None and not sampler_options,
-        options=options,
-        lr=None if lr is None else float(lr),
-        nbeta=None if nbeta is None else float(nbeta),
-        localization=gamma,
-        schedule=Schedule(draws, burnin, counts["num_steps_bw_draws"]),
-        is_open=is_open,
-        heat_correction=(lr is None and possible) if heat_correction is None else bool(heat_correction),
-        num_chains=counts["num_chains"],
-        batch_size=counts["batch_size"],
-        microbatch_size=counts["microbatch_size"],
-        observables=_check_observables(observables),
-        autocast=autocast,
-        strategy=strategy,
-        seed=counts["seed"],
-    )
-
-
-def _check_adjustable(request: _Request, posterior: Objective) -> None:
+def _check_exact(sampler: Sampler, objective: Objective, execution: Execution) -> None:
     """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
-    if posterior.is_random or posterior.writes_buffers:
-        why = "draws random numbers (dropout?)" if posterior.is_random else "changes buffers (batch or spectral norm?)"
+    trial = objective.trial
+    if trial.is_random or trial.writes_buffers:
+        why = "draws random numbers (dropout?)" if trial.is_random else "changes buffers (batch or spectral norm?)"
         raise ValueError(
-            f"sampler={request.sampler!r} needs a loss that is a function of the parameters alone, and this one {why}: "
+            f"sampler={sampler.name!r} needs a loss that is a function of the parameters alone, and this one {why}: "
             "call model.eval(), or use an unadjusted sampler such as 'sgld'"
         )
-    low = next((name for name, p in posterior.anchor.items() if is_low_precision(p)), None)
-    if low is not None or request.autocast is not None:
-        what = f"autocast={request.autocast}" if low is None else f"parameter {low!r} in {posterior.anchor[low].dtype}"
+    low = next((name for name, p in objective.reference.items() if is_low_precision(p)), None)
+    if low is not None or execution.autocast is not None:
+        dtype = execution.autocast if low is None else objective.reference[low].dtype
+        what = f"autocast={dtype}" if low is None else f"parameter {low!r} in {dtype}"
         raise ValueError(
-            f"sampler={request.sampler!r} compares losses times nβ, for which {what} is too coarse: use float32 or "
+            f"sampler={sampler.name!r} compares losses times nβ, for which {what} is too coarse: use float32 or "
             "float64, or an unadjusted sampler such as 'sgld'"
         )
 
 
-def _choose(
-    request: _Request,
-    posterior: Objective,
-    at_anchor: AnchorLosses,
-    plan: Plan,
-    keeper: Checkpoint | None,
-    saved: Saved | None,
-    monitor: Monitor,
-    start: dict[str, NDArray[Any]] | None,
-) -> dict[str, Any]:
-    """L(w*), and the settings left open: measured, or those of the run that is resumed."""
-    init_loss = at_anchor.mean
-    if saved is not None and keeper is not None:
-        before = float(saved.chosen["init_loss"])
-        if abs(before - init_loss) > 1e-5 * abs(init_loss):
-            raise ValueError(
-                f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {before:.6g}, is "
-                f"{init_loss:.6g}. Other data or another loss_fn?"
-            )
-        return saved.chosen
-    nbeta = request.nbeta_for(posterior.source)
-    chosen: dict[str, Any] = {
-        "init_loss": init_loss,
-        "init_loss_error": at_anchor.error,
-        "nbeta": nbeta,
-        "heat_correction": request.heat_correction,
-        "unpaired": at_anchor.unpaired,
-    }
-    if request.lr is not None:
-        return chosen | {"lr": request.lr}
-    prepared = request.sampler_with(1.0, nbeta)
-    pilot_steps = int(PILOT_SHARE * request.num_chains * request.schedule.num_steps)
-    corrected = request.heat_correction and pilot_steps >= LEAST_PILOT
-    chosen["lr"] = default_lr(
-        posterior,
-        type(prepared),
-        vars(prepared),
-        nbeta=nbeta,
-        localization=request.localization,
-        stiffness=CORRECTED_STIFFNESS if corrected else STIFFNESS,
-        seed=request.seed,
-    )
-    if corrected:
-        may_change = request.is_default and not plan.release
-        pilot = run_pilot(
-            posterior,
-            lambda lr, friction: request.with_friction(friction).sampler_with(lr, nbeta),
-            make_plan(posterior, prepared, 1, strategy=request.strategy, release_gradients=plan.release or None),
-            lr=chosen["lr"],
-            least_friction=LEAST_FRICTION if may_change else 1.0,
-            nbeta=nbeta,
-            init_loss=init_loss,
-            baseline=None if at_anchor.unpaired else at_anchor.baseline(posterior.source, init_loss),
-            num_chains=request.num_chains,
-            num_steps=pilot_steps,
-            seed=request.seed,
-            start=start,
-            monitor=monitor,
-        )
-        chosen |= {"lr": pilot.lr, "friction": pilot.friction, "pilot_steps": pilot.num_steps, "pilot_heat": pilot.heat}
-        if request.is_open:
-            chosen["num_draws"] = pilot.num_draws
-    return chosen
-
-
-def _result(
-    request: _Request,
-    posterior: Objective,
-    chosen: Mapping[str, Any],
-    records: list[ChainRecord],
-    interrupted: bool,
-) -> LLCResult:
-    losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
-    if chosen["heat_correction"]:
-        with np.errstate(invalid="ignore"):  # of a lost chain
-            losses = losses - heats / chosen["nbeta"]
-    losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
-    schedule = request.schedule
-    names = {name: None for r in records for name in r.observables}
-    return LLCResult(
-        loss_trace=losses,
-        init_loss=chosen["init_loss"],
-        nbeta=chosen["nbeta"],
-        schedule=schedule,
-        settings={
-            "sampler": request.sampler,
-            "lr": chosen["lr"],
-            "heat_correction": chosen["heat_correction"],
-            **request.plain_options,
-            "num_chains": request.num_chains,
-            "num_burnin": schedule.num_burnin,
-            "num_draws": schedule.num_draws,
-            "num_steps_bw_draws": schedule.num_steps_bw_draws,
-            "batch_size": posterior.source.batch_size,
-            "num_samples": posterior.source.num_samples,
-            "num_parameters": posterior.num_parameters,
-            "paired_baseline": not chosen["unpaired"],
-            "device": str(posterior.device),
-            "seed": request.seed,
-        },
-        heat_trace=heats,
-        ends=_joined_ends(records),
-        observables={name: _joined(name, records, schedule.num_draws) for name in names},
-        steps_done=[r.step for r in records for _ in r.chains] if interrupted else None,
-    )
-
-
-_LOW_ACCEPTANCE, _OFF_TARGET = 0.2, 0.15
-
-
-def _tell_acceptance(result: LLCResult, sampler: MetropolisSampler) -> None:
-    """Acceptance, step sizes and cost of the draws made, and what they are worth."""
-    result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * result.schedule.num_steps_bw_draws
-    traces = [result.observables.get(name, np.empty((0, 0))) for name in FIGURES]
-    known = [[trace[np.isfinite(trace)] for trace in rows] for rows in traces]
-    if not any(map(len, known[0])):  # no draw yet
-        return
-    per_chain = [float(values.mean()) if len(values) else math.nan for values in known[0]]
-    steps = [float(values[-1]) if len(values) else math.nan for values in known[1]]
-    mean, lr = float(np.nanmean(per_chain)), math.exp(float(np.nanmean(np.log(steps))))
-    result.diagnostics.update(acceptance=mean, acceptance_per_chain=per_chain, lr_per_chain=steps)
-    if sampler.adapt_steps:
-        result.settings["lr"] = lr
-    lowest = float(np.nanmin(per_chain))
-    if lowest < _LOW_ACCEPTANCE:
-        result.warnings.append(
-            f"acceptance is {lowest:.1%} in the chain where it is lowest: it hardly moves, and the error bar can't see "
-            f"where it was not; use a smaller step, such as lr={lr / 4:.2g}, or lr=None with a longer burn-in"
-        )
-    elif sampler.adapt_steps and abs(mean - sampler.target_acceptance) > _OFF_TARGET:
-        result.warnings.append(
-            f"the step size was adapted to an acceptance of {sampler.target_acceptance:g}, and the draws have "
-            f"{mean:.3g}: burn-in was too short to find it, or ended before equilibrium; raise num_burnin, or pass lr"
-        )
-
-
-# ---- on the way --------------------------------------------------------------------------------------------
-
-
-class _Observer(Monitor):
-    """The progress bar and the checkpoint of a run."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        team: Team,
-        num_chains: int,
-        chosen: Mapping[str, Any],
-        keeper: Checkpoint | None,
-        identity: Mapping[str, Any],
-        progress: bool | Progress,
-    ) -> None:
-        self._tell = progress if callable(progress) else None
-        self._schedule, self._chosen, self._keeper, self._identity = schedule, chosen, keeper, identity
-        self._total = len(team.share(num_chains)) * schedule.num_steps
-        self._bar = tqdm(
-            total=self._total,
-            disable=progress is not True or team.rank != 0,
-            unit="step",
-            desc="LLC" if team.size == 1 else f"LLC (1 of {team.size} processes)",
-            mininterval=0.2,
-        )
-
-    def __enter__(self) -> _Observer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
-        if self._bar.disable and self._tell is None:
-            return
-        done = [(r, slice(self._schedule.num_burnin, r.step)) for r in records()]
-        values = [r.losses[:, draws].mean() for r, draws in done if r.step > draws.start]
-        if self._chosen["heat_correction"]:
-            heats = [r.heats[:, draws].mean() for r, draws in done if r.step > draws.start]
-            values = [value - heat / self._chosen["nbeta"] for value, heat in zip(values, heats, strict=True)]
-        mean = float(np.mean(values)) if values else math.nan
-        estimate = self._chosen["nbeta"] * (mean - self._chosen["init_loss"])
-        if self._tell is not None:
-            self._tell(steps, self._total, estimate)
-            return
-        self._bar.update(steps - self._bar.n)
-        if values:
-            self._bar.set_postfix_str(f"λ̂ ≈ {estimate:.4g}", refresh=False)
-
-    def wants_snapshot(self) -> bool:
-        return self._keeper is not None and self._keeper.is_due
-
-    def snapshot(self, records: list[ChainRecord]) -> None:
-        self.report(lambda: records, sum(r.step * len(r.losses) for r in records))
-        if self._keeper is not None:
-            self._keeper.save(Saved(dict(self._identity), dict(self._chosen), records))
-
-
-class _PilotBar(Monitor):
-    """The progress bar of the pilot chains; it leaves when they are done."""
-
-    def __init__(self, progress: bool) -> None:
-        self._progress = progress
-        self._bar: Any = None
-
-    def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
-        if self._progress and self._bar is None:
-            self._bar = tqdm(unit="step", desc="calibration", leave=False, mininterval=0.2)
-        if self._bar is not None:
-            self._bar.update(max(steps - self._bar.n, 0))
-
-    def snapshot(self, records: list[ChainRecord]) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def _joined(name: str, records: list[ChainRecord], num_draws: int) -> NDArray[np.float64]:
-    """An observable of all chains; NaN where a group has made no draw yet."""
-    shape = next(r.observables[name].shape[2:] for r in records if name in r.observables)
-    empty = [np.full((len(r.losses), num_draws, *shape), np.nan) for r in records]
-    return np.concatenate([r.observables.get(name, e) for r, e in zip(records, empty, strict=True)])
-
-
-def _joined_ends(records: list[ChainRecord]) -> dict[str, NDArray[Any]] | None:
-    """Where all chains ended, if they did and it was asked."""
-    found = [r.ends for r in records if r.ends is not None]
-    if not found or len(found) < len(records):
-        return None
-    return {name: np.concatenate([ends[name] for ends in found]) for name in found[0]}
-
-
-def _joined_probes(records: list[ChainRecord]) -> NDArray[np.float64]:
-    """The probes of all chains; NaN where a group has none."""
-    shape = next((r.probes.shape[1:] for r in records if r.probes is not None), (0, len(COLUMNS)))
-    empty = [np.full((len(r.losses), *shape), np.nan) for r in records]
-    return np.concatenate([e if r.probes is None else r.probes for r, e in zip(records, empty, strict=True)])
-
-
-def _ends_of(warm_start: LLCResult, posterior: Objective, num_chains: int) -> dict[str, NDArray[Any]]:
+def _ends_of(warm_start: LLCResult, objective: Objective, num_chains: int) -> dict[str, NDArray[Any]]:
     """Where the chains of an earlier result ended, checked to fit."""
-    if not isinstance(warm_start, LLCResult):
-        raise TypeError(f"warm_start must be the result of an earlier estimate, got {type(warm_start).__name__}")
     if warm_start.ends is None:
         raise ValueError("warm_start does not know where its chains ended: make it with keep_ends=True")
-    shapes = {name: (num_chains, *w.shape) for name, w in posterior.anchor.items()}
+    shapes = {name: (num_chains, *w.shape) for name, w in objective.reference.items()}
     given = {name: a.shape for name, a in warm_start.ends.items()}
     if shapes != given:
         name = next(n for n in {**shapes, **given} if shapes.get(n) != given.get(n))
@@ -845,47 +386,280 @@ def _ends_of(warm_start: LLCResult, posterior: Objective, num_chains: int) -> di
     return warm_start.ends
 
 
-def _norm(posterior: Objective) -> float:
+# ---- choose ------------------------------------------------------------------------------------------------
+
+
+def choose(prepared: Prepared) -> Chosen:
+    """What the settings leave open: measured by pilot chains, or that of the run that is resumed.
+
+    Raises:
+        ValueError: no step size can be chosen; the checkpoint is of a run with another loss.
+    """
+    settings, team = prepared.settings, prepared.surroundings.team
+    with threads(prepared.plan.num_threads):
+        if prepared.saved is not None and prepared.keeper is not None:
+            chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses.mean)
+        else:
+            with _PilotMonitor(settings.progress is True and team.rank == 0) as monitor:
+                chosen = choose_settings(
+                    settings,
+                    prepared.objective,
+                    prepared.reference_losses,
+                    prepared.plan,
+                    start=prepared.start,
+                    monitor=monitor,
+                )
+    # One process's numbers for all: another number of threads may round differently.
+    return team.gather(chosen)[0]  # type: ignore[no-any-return]
+
+
+def _chosen_before(saved: Saved, keeper: Checkpoint, init_loss: float) -> Chosen:
+    chosen = Chosen(**saved.chosen)
+    if abs(chosen.init_loss - init_loss) > 1e-5 * abs(init_loss):
+        raise ValueError(
+            f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
+            f"{init_loss:.6g}. Other data or another loss_fn?"
+        )
+    return chosen
+
+
+class _PilotMonitor(Monitor):
+    """Shows the progress of the pilot chains; it leaves when they are done."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self._is_shown, self._done = is_shown, 0
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> _PilotMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+    def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
+        if self._is_shown and self._progress is None:  # short pilots show nothing
+            self._progress = make_progress(True, None, "calibration", stays=False)
+        if self._progress is not None:
+            self._progress.update(self._done + steps)
+
+    def snapshot(self, traces: list[Traces]) -> None:  # at the end of each
+        self._done += sum(t.step for t in traces)
+
+
+# ---- sample ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What all processes have sampled.
+
+    Attributes:
+        traces: of all chains.
+        run: of this process.
+        interrupted: whether somebody stopped a process early.
+        problem: why the checkpoint could not be written; empty if it was.
+        seconds_of_setup: from the start to the first step.
+    """
+
+    traces: Traces
+    steps_done: list[int]
+    run: ChainRun
+    interrupted: bool
+    problem: str
+    seconds_of_setup: float
+
+
+def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
+    """Run the chains, those of this process, and gather what all processes have done."""
+    settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
+    team, saved = prepared.surroundings.team, prepared.saved
+    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
+    unpaired = bool(chosen.unpaired_reason)
+    spec = RunSpec(
+        objective,
+        sampler,
+        settings.complete_schedule(chosen.num_draws),
+        prepared.plan,
+        settings.seed,
+        observables=dict(settings.observables or {}),
+        control_variate=None
+        if unpaired
+        else prepared.reference_losses.control_variate(objective.source, chosen.init_loss),
+        start=prepared.start,
+        keep_ends=settings.keep_ends,
+    )
+    setup = time.perf_counter() - prepared.surroundings.started
+    chains = team.share(settings.num_chains)
+    # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
+    with _RunMonitor(prepared, chosen, spec.schedule, chains) as monitor, stopped_by_sigint() as stop:
+        resumed = saved.traces if saved is not None else ()
+        run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
+        # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
+        runs = team.gather(([dataclasses.replace(t, state=None) for t in run.traces], run.interrupted))
+        traces = [t for found, _ in runs for t in found]
+        interrupted = any(stopped for _, stopped in runs)
+        if keeper is not None and team.rank == 0 and not interrupted:
+            keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces))
+        problems = team.gather("" if keeper is None else keeper.problem)
+        problem = next(filter(None, problems if interrupted else problems[:1]), "")
+    steps_done = [t.step for t in traces for _ in t.chains]
+    return Sampled(Traces.stack(traces), steps_done, run, interrupted, problem, setup)
+
+
+class _RunMonitor(Monitor):
+    """Shows progress, and keeps the checkpoint."""
+
+    def __init__(self, prepared: Prepared, chosen: Chosen, schedule: Schedule, chains: range) -> None:
+        self._prepared, self._chosen, self._schedule = prepared, chosen, schedule
+        settings, team = prepared.settings, prepared.surroundings.team
+        wanted = settings.progress
+        title = "LLC" if team.size == 1 else f"LLC (1 of {team.size} processes)"
+        shown = wanted if callable(wanted) or (wanted and team.rank == 0) else False
+        self._progress = make_progress(shown, len(chains) * schedule.num_steps, title)
+
+    def __enter__(self) -> _RunMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+
+    def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
+        if self._progress.is_shown:
+            self._progress.update(steps, self._llc_so_far(traces()))
+
+    def _llc_so_far(self, traces: list[Traces]) -> float:
+        """λ̂ of the steps since burn-in; NaN before."""
+        chosen, values = self._chosen, []
+        for t in traces:
+            steps = slice(self._schedule.num_burnin, t.step)
+            if t.step > steps.start:
+                values.append(_corrected(t, chosen, steps).mean())
+        return chosen.nbeta * (float(np.mean(values)) - chosen.init_loss) if values else math.nan
+
+    def wants_snapshot(self) -> bool:
+        return self._prepared.keeper is not None and self._prepared.keeper.is_due
+
+    def snapshot(self, traces: list[Traces]) -> None:
+        self.report(lambda: traces, sum(t.step * len(t.chains) for t in traces))
+        if self._prepared.keeper is not None:
+            chosen = dataclasses.asdict(self._chosen)
+            self._prepared.keeper.save(Saved(dict(self._prepared.identity), chosen, traces))
+
+
+def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
+    """The losses of these steps, less the bias where it is corrected for."""
+    losses = traces.loss[:, steps]
+    if not chosen.bias_correction:
+        return losses
+    with np.errstate(invalid="ignore"):  # of a chain that diverged
+        corrected: NDArray[np.float64] = losses - traces.steps["bias"][:, steps] / chosen.nbeta
+    return corrected
+
+
+# ---- report ------------------------------------------------------------------------------------------------
+
+
+def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
+    """The result, examined."""
+    settings, objective, traces, run = prepared.settings, prepared.objective, sampled.traces, sampled.run
+    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
+    schedule = settings.complete_schedule(chosen.num_draws)
+    losses = _corrected(traces, chosen).copy()
+    losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
+    result = LLCResult(
+        loss_trace=losses,
+        init_loss=chosen.init_loss,
+        nbeta=chosen.nbeta,
+        schedule=schedule,
+        settings={
+            "sampler": sampler.name,
+            "lr": chosen.lr,
+            "bias_correction": chosen.bias_correction,
+            "localization": sampler.localization,
+            **{name: value for name, value in _options(sampler).items() if isinstance(value, (bool, int, float, str))},
+            "num_chains": settings.num_chains,
+            "num_burnin": schedule.num_burnin,
+            "num_draws": schedule.num_draws,
+            "num_steps_bw_draws": schedule.num_steps_bw_draws,
+            "batch_size": objective.source.batch_size,
+            "num_samples": objective.source.num_samples,
+            "num_parameters": objective.num_parameters,
+            "control_variate": not chosen.unpaired_reason,
+            "device": str(objective.device),
+            "seed": settings.seed,
+            "training_mode": prepared.model.training,
+            "strategy": run.plan.strategy,
+            "seconds": time.perf_counter() - prepared.surroundings.started,
+        },
+        traces={name: values for name, values in traces.steps.items() if name != "loss"},
+        ends=None if sampled.interrupted else traces.ends,
+        observables=traces.draws,
+        steps_done=sampled.steps_done if sampled.interrupted else None,
+    )
+    saved = prepared.saved
+    result.diagnostics.update(
+        strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
+        unpaired_reason=chosen.unpaired_reason,
+        chains_per_group=run.plan.group_size,
+        workers=run.plan.num_workers,
+        seconds_of_setup=sampled.seconds_of_setup,
+        resumed_steps=0 if saved is None else sum(t.step * len(t.chains) for t in saved.traces),
+    )
+    if chosen.pilot_bias_share is not None:
+        result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=chosen.pilot_bias_share)
+    if sampler.kind == "metropolis":
+        if vars(sampler)["adapt_steps"]:
+            result.settings["lr"] = _adapted_lr(result)
+        result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
+    examine(result, _facts(prepared, chosen, sampler, sampled))
+    return result
+
+
+def _adapted_lr(result: LLCResult) -> float:
+    """The geometric mean of the chains' step sizes after their last draws; before the first draw, what was given."""
+    rows = result.traces["lr"][:, result.schedule.draws]
+    last = [row[np.isfinite(row)][-1] for row in rows if np.isfinite(row).any()]
+    return math.exp(float(np.log(last).mean())) if last else float(result.settings["lr"])
+
+
+def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled) -> Facts:
+    objective, options = prepared.objective, vars(sampler)
+    adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
+    return Facts(
+        step_checks=sampled.traces.checks,
+        reference_norm=_norm(objective),
+        init_loss_stderr=chosen.init_loss_stderr,
+        random_modules=_random_modules(prepared.model),
+        unused_parameters=list(objective.trial.unused),
+        data_truncated=isinstance(objective.source, LoaderSource) and objective.source.truncated,
+        checkpoint_problem=sampled.problem,
+        resumable=prepared.keeper is not None,
+        target_acceptance=options["target_acceptance"] if adapts else None,
+        injected_noise=sampler.injected_noise(options),
+        euclidean=sampler.metric == "identity",
+    )
+
+
+def _options(sampler: Sampler) -> dict[str, Any]:
+    """The options of a sampler that are not its defaults, apart from what every sampler is given."""
+    given = {f.name: (f.default, getattr(sampler, f.name)) for f in dataclasses.fields(sampler)}
+    shared = ("lr", "nbeta", "localization")
+    return {k: value for k, (default, value) in given.items() if k not in shared and value is not default}
+
+
+def _norm(objective: Objective) -> float:
     """‖w*‖ over the elements that are sampled."""
-    moving = ((w[posterior.masks[name]] if name in posterior.masks else w) for name, w in posterior.anchor.items())
+    moving = ((w[objective.masks[k]] if k in objective.masks else w) for k, w in objective.reference.items())
     return math.hypot(*(float(torch.linalg.vector_norm(w)) for w in moving))
 
 
-def _check_observables(observables: Mapping[str, Observable] | None) -> dict[str, Observable]:
-    if observables is None:
-        return {}
-    if not isinstance(observables, Mapping):
-        raise TypeError(f"observables must be a mapping from names to functions, got {type(observables).__name__}")
-    for name, function in observables.items():
-        if not isinstance(name, str) or not callable(function):
-            raise TypeError(f"observables must map names to functions of a draw, got {name!r}: {function!r:.60}")
-    return dict(observables)
+def _random_modules(model: nn.Module) -> list[str]:
+    """Modules in training mode that make the loss depend on dropout or batch statistics."""
+    return [name for name, module in model.named_modules() if module.training and isinstance(module, RANDOM_MODULES)]
 
 
-def _run_warnings(result: LLCResult, resumable: bool, problem: str, source: DataSource) -> list[str]:
-    """What happened on the way."""
-    warnings = []
-    lost, lr = len(result.lost_chains), result.settings["lr"]
-    if lost:
-        few = "too few are left for an estimate; " if not len(result._good) else ""
-        warnings.append(
-            f"{lost} of {len(result.loss_trace)} chains became non-finite and were left out: {few}the step size is "
-            f"too large, try lr={lr / 10:.2g}"
-        )
-    if result.is_partial:
-        warnings.append(
-            f"the run was interrupted after {sum(result.steps_done or [])} of {result.loss_trace.size} steps: "
-            + ("λ̂ comes from the draws so far" if len(result._good) else "there is no draw yet")
-            + ("; the same call resumes it" if resumable else "")
-        )
-    if problem:
-        warnings.append(f"the checkpoint could not be written: {problem}; the last good one was kept")
-    if isinstance(source, LoaderSource) and source.truncated:
-        warnings.append(
-            "the data tell no length: L(w*) was taken over the first "
-            f"{result.schedule.num_steps} batches; pass a loader with a length, or tensors"
-        )
-    return warnings
+# ---- devices -----------------------------------------------------------------------------------------------
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -896,15 +670,6 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(device)!r} can't be used: {error}") from None
     return where
-
-
-def _check_integer(name: str, value: object, least: int, *, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -919,27 +684,3 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _num_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
-
-
-def _model_warnings(model: nn.Module, posterior: Objective) -> list[str]:
-    warnings = []
-    random = [
-        name
-        for name, module in model.named_modules()
-        if module.training and isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm))
-    ]
-    if random:
-        warnings.append(
-            "the model is in training mode and its loss depends on dropout or batch statistics "
-            f"({_some(random)}): call model.eval() unless that is meant"
-        )
-    if posterior.unused:
-        warnings.append(
-            f"the loss did not use {len(posterior.unused)} of the parameters ({_some(posterior.unused)}): leave them "
-            "out with params="
-        )
-    return warnings
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -6,21 +6,19 @@ import inspect
 import operator
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import llc_fast.kernels.operator  # noqa: F401  registers torch.ops.llc_fast.step
 from llc_fast import samplers
 from llc_fast.kernels.native import (
-    NUM_METRICS,
     NUM_STATES,
+    NUM_SUMS,
     Segment,
     SegmentTable,
     check_tensor,
@@ -39,10 +37,14 @@ from llc_fast.kernels.sharding import (
     sharded_axes,
     whole_of,
 )
-from llc_fast.kernels.step import METRICS as STEP_METRICS
-from llc_fast.kernels.step import NoiseKey, StepScalars
+from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
+from llc_fast.support.torch_private import is_observed
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+Group = dict[str, Any]
+State = MutableMapping[Tensor, dict[str, Any]]
+_REPORTED_SUMS = ("grad", "distance", "weight", "noise")
+"""The kernel sums that the norms in `_SUMMED` are made of."""
 _SUMMED = ("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss")
 _TENSORS = ("noise", "dws")
 METRICS = (*_TENSORS, *_SUMMED)
@@ -74,6 +76,345 @@ Raises:
 """
 
 
+# ---- one parameter group ---------------------------------------------------------------------------------------
+
+
+class _Stepper:
+    """Steps one parameter group, and keeps what need not be made again at every step.
+
+    It is given group and state each time, because torch replaces both when it loads a state_dict, and compares what it
+    kept with what they hold now.
+
+    Args:
+        sampler: the rule.
+        index: of the group.
+        is_sharded: whether parameters are DTensors.
+        is_capturable: whether step count and scalars are on the GPU, where a captured graph reads them.
+    """
+
+    def __init__(self, sampler: type[samplers.Sampler], index: int, *, is_sharded: bool, is_capturable: bool) -> None:
+        self._sampler, self._index = sampler, index
+        self._is_sharded, self._is_capturable = is_sharded, is_capturable
+        self._numbers = operator.itemgetter(*(f.name for f in fields(sampler) if f.name != "preconditioner"))
+        self._scalars: tuple[tuple[Any, ...], StepScalars] | None = None
+        self._device_scalars: tuple[StepScalars, Tensor] | None = None
+        self._layouts: dict[int | None, _Layout] = {}  # of the whole group, and of parameters that are moved alone
+
+    def step(self, group: Group, state: State, report: _Report) -> Tensor | None:
+        """One step; the sums that it leaves behind, if anybody wants them."""
+        step = 0 if self._is_capturable else int(group["step"])
+        sums = self._move(group, state, step, report)
+        if self._is_capturable:
+            group["step"] += 1
+        else:
+            # A new tensor, because a state_dict taken before must not move on; this is the fastest way to make one.
+            group["step"] = torch.from_numpy(np.array(step + 1))
+        return sums
+
+    def _move(self, group: Group, state: State, step: int, report: _Report) -> Tensor | None:
+        live, params, grads = _gradients(group["params"])
+        if not live:
+            return None
+        scalars, sums = self.scalars(group), None
+        if feedback := self._sampler.feedback_sums(group):
+            masks = [_entry(group["optimize_over"], k) for k in live]
+            with torch.no_grad():  # of gradients that have a graph themselves
+                scalars = self._sampler.adapted(scalars, group, group, step, grads, masks)
+        if report.wanted:
+            report.keep_tensors(self._index, group, state, live)
+        device_scalars = self._scalars_on_device(scalars, params[0].device) if self._is_capturable else None
+        if self._is_sharded:
+            grads = [local_gradient(p, grad) for p, grad in zip(params, grads, strict=True)]
+        wanted = feedback + report.sums
+        for position, table, axes in self._tables(None, group, state, live, params):
+            part = None
+            if wanted:
+                part = torch.zeros(1, NUM_SUMS, dtype=torch.float64, device=params[0].device)
+            table.step(
+                [grads[j] for j in position],
+                scalars,
+                NoiseKey(group["seed"], step),
+                thermostat=group.get("thermostat"),
+                sums=part,
+                wanted=wanted,
+                device_scalars=device_scalars,
+                device_step=group["step"] if self._is_capturable else None,
+            )
+            if not table.is_sent:
+                raise RuntimeError(
+                    "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
+                    "CUDA graph is captured: take a step before, and keep them in place (zero_grad(set_to_none=False))"
+                )
+            if part is not None:
+                for mesh, axis in axes:
+                    torch.distributed.all_reduce(part, group=mesh.get_group(axis))
+                sums = part if sums is None else sums + part
+        mark_written(params)
+        if feedback:
+            assert sums is not None
+            self._sampler.follow(scalars, group, step, sums, _count(group, live))
+        return sums
+
+    def step_one(self, group: Group, state: State, k: int) -> None:
+        """Move one parameter, whose gradient is complete, and free the gradient."""
+        p: Tensor = group["params"][k]
+        grad = p.grad
+        assert grad is not None  # the hook runs right after it was accumulated
+        [(_, table, _)] = self._tables(k, group, state, [k], [p])
+        table.step([local_gradient(p, grad)], self.scalars(group), NoiseKey(group["seed"], int(group["step"])))
+        mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
+        p.grad = None
+
+    def can_be_compiled(self, group: Group) -> bool:
+        """Whether the step is one operation that torch.compile can keep in its graph."""
+        return not (self._is_capturable or self._is_sharded or self._sampler.adapts_on_host(group))
+
+    # ---- what is kept between steps ------------------------------------------------------------------------
+
+    def scalars(self, group: Group) -> StepScalars:
+        """The group's scalars, made and checked again only when one of its numbers has changed."""
+        numbers = self._numbers(group)
+        cached = self._scalars
+        if cached is None or cached[0] != numbers:
+            cached = (numbers, self._sampler.scalars(group))
+            if _is_constant(numbers):
+                self._scalars = cached
+        return cached[1]
+
+    def refresh_scalars(self, group: Group) -> None:
+        """Hand the group's present hyperparameters to the next replay of a captured graph."""
+        self._scalars_on_device(self._sampler.scalars(group), group["params"][0].device)
+
+    def _scalars_on_device(self, scalars: StepScalars, device: torch.device) -> Tensor:
+        """The scalars where a captured graph reads them; written again only when they change."""
+        cached = self._device_scalars
+        if cached is None:
+            cached = (scalars, torch.tensor(scalars, dtype=torch.float64, device=device))
+        elif cached[0] != scalars:
+            cached[1].copy_(torch.tensor(scalars, dtype=torch.float64))
+            cached = (scalars, cached[1])
+        self._device_scalars = cached
+        return cached[1]
+
+    def _tables(
+        self, slot: int | None, group: Group, state: State, live: list[int], params: list[Tensor]
+    ) -> list[_Table]:
+        """Tables of `params`, numbers `live` of the group; new ones if anything that they are built from is new."""
+        addresses, objects = _built_from(self._sampler, group, state, params, self._is_sharded)
+        kept = self._layouts.get(slot)
+        if not (
+            kept is not None
+            and addresses == kept.addresses
+            and len(objects) == len(kept.objects)
+            and all(map(operator.is_, objects, kept.objects))
+        ):
+            segments = _segments(self._sampler, group, state, live, self._is_sharded)
+            buckets: dict[tuple[torch.dtype, Axes], list[int]] = defaultdict(list)
+            for j, p in enumerate(params):
+                buckets[p.dtype, sharded_axes(p)].append(j)
+            tables = [
+                _Table(position, SegmentTable(self._sampler.rule(), [segments[j] for j in position]), axes)
+                for (_, axes), position in buckets.items()
+            ]
+            kept = self._layouts[slot] = _Layout(addresses, objects, tables)
+        return kept.tables
+
+
+class _Table(NamedTuple):
+    """Parameters of a group that one native call steps.
+
+    Attributes:
+        position: of its parameters, among those that have a gradient.
+        table: their segments.
+        axes: the mesh dimensions over which they are sharded, and sums have to be added up.
+    """
+
+    position: list[int]
+    table: SegmentTable
+    axes: Axes
+
+
+class _Layout(NamedTuple):
+    """A table for each dtype and way to shard, and what they were built from.
+
+    The tables keep the memory alive that the addresses are of, so an equal address is the same memory.
+    """
+
+    addresses: list[int]
+    objects: list[Any]
+    tables: list[_Table]
+
+
+def _built_from(
+    sampler: type[samplers.Sampler], group: Group, state: State, params: list[Tensor], is_sharded: bool
+) -> tuple[list[int], list[Any]]:
+    """What a table of `params` is built from: their addresses, and the objects that belong to them.
+
+    This runs at every step, and is most of what an optimizer does in a small one.
+    """
+    masks, metric = group["optimize_over"], group.get("preconditioner")
+    objects = [masks, metric, *params]
+    if isinstance(masks, (list, tuple)):
+        objects += masks
+    if isinstance(metric, (list, tuple)):
+        objects += metric
+    for p in params:
+        objects += state[p].values()
+    parts = map(local_part, params) if is_sharded else params
+    return [sampler.needs_reference(group), *map(Tensor.data_ptr, parts)], objects
+
+
+def _segments(
+    sampler: type[samplers.Sampler], group: Group, state: State, live: list[int], is_sharded: bool = False
+) -> list[Segment]:
+    """The parameters `live` with all that belongs to them.
+
+    Raises:
+        ValueError: the step needs w*, which was not kept.
+    """
+    needs_reference, offsets, segments = sampler.needs_reference(group), _offsets(group), []
+    for k in live:
+        p = group["params"][k]
+        kept = state[p]
+        if needs_reference and "initial_param" not in kept:
+            raise ValueError(
+                "localization or bounding_box_size was switched on after construction, when w* was not kept: "
+                "construct the optimizer with it"
+            )
+        segment = Segment(
+            w=kept.get("master", p.detach()),
+            offset=offsets[k],
+            reference=kept.get("initial_param"),
+            mask=_entry(group["optimize_over"], k),
+            state=[kept[f"state{j}"] for j in range(NUM_STATES[sampler.rule()])],
+            preconditioner=_entry(group.get("preconditioner", 1.0), k),
+            copy=p.detach() if "master" in kept else None,
+        )
+        segments.append(local_segment(f"parameter {k}", p, segment) if is_sharded else segment)
+    return segments
+
+
+@torch.no_grad()
+def _step_compiled(sampler: type[samplers.Sampler], group: Group, state: State) -> None:
+    """The step of a group as one opaque operation that torch.compile can keep in its graph."""
+    live, _, grads = _gradients(group["params"])
+    if live:
+        scalars, sums = sampler.scalars(group), None
+        if sampler.feedback_sums(group):
+            sums = torch.zeros(1, NUM_SUMS, dtype=torch.float64, device=group["params"][0].device)
+        segments = _segments(sampler, group, state, live)
+        torch.ops.llc_fast.step(
+            [s.w for s in segments],
+            grads,
+            [s.reference for s in segments],
+            [s.mask for s in segments],
+            [t for s in segments for t in s.state],
+            [s.preconditioner if isinstance(s.preconditioner, Tensor) else None for s in segments],
+            [1.0 if isinstance(s.preconditioner, Tensor) else float(s.preconditioner) for s in segments],
+            [s.copy for s in segments if s.copy is not None],
+            sampler.rule(),
+            [s.offset for s in segments],
+            list(scalars),
+            group["seed"],
+            group["step"],
+            group.get("thermostat"),
+            sums,
+            sampler.feedback_sums(group),
+        )
+        if sums is not None:
+            sampler.follow(scalars, group, 0, sums, _count(group, live))
+    # One graph for all steps: the count is a tensor for its sake, and computed in it.
+    group["step"] = group["step"] + 1
+
+
+def _gradients(params: list[Tensor]) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient: by number, themselves, and those gradients."""
+    live, grads = [], []
+    for k, p in enumerate(params):
+        if (grad := p.grad) is not None:
+            live.append(k)
+            grads.append(grad)
+    return live, params if len(live) == len(params) else [params[k] for k in live], grads
+
+
+def _offsets(group: Group) -> list[int]:
+    """Where in the noise each parameter begins."""
+    offsets, total = [], group["offset"]
+    for p in group["params"]:
+        offsets.append(total)
+        total += p.numel()
+    return offsets
+
+
+def _count(group: Group, live: list[int]) -> int:
+    """Elements that may move, on all ranks."""
+    masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
+    return sum(p.numel() if m is None else int(whole_of(m.expand(p.shape).sum())) for p, m in masks)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether it can't change in place, as a tensor or a list could."""
+    return all(map(_is_constant, value)) if isinstance(value, tuple) else isinstance(value, (int, float, type(None)))
+
+
+def _entry(value: Any, k: int) -> Any:
+    """Options that may be given once for a group or once for each of its parameters."""
+    return value[k] if isinstance(value, (list, tuple)) else value
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+class _Report:
+    """What was asked for with ``metrics=``, of the last step."""
+
+    def __init__(self, wanted: frozenset[str]) -> None:
+        self.wanted = wanted
+        self.sums = () if wanted.isdisjoint(_SUMMED) else _REPORTED_SUMS
+        self.values: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        self.values = {"noise": defaultdict(list), "dws": []}
+
+    @torch.no_grad()
+    def keep_tensors(self, index: int, group: Group, state: State, live: list[int]) -> None:
+        """The noise and the drift of the step to come, remade outside the kernel for callbacks that want tensors."""
+        if self.wanted.isdisjoint(_TENSORS):
+            return
+        offsets = _offsets(group)
+        for k in live:
+            p = group["params"][k]
+            kept = state[p]
+            w = kept.get("master", p.detach())
+            if "noise" in self.wanted:
+                key = NoiseKey(seed=group["seed"], step=int(group["step"]))
+                self.values["noise"][index].append(group["noise_level"] * noise_like(w, offsets[k], key))
+            if "dws" in self.wanted:
+                drift = group["nbeta"] * p.grad.to(w.dtype) + group["weight_decay"] * w
+                if group["localization"]:
+                    drift = drift + group["localization"] * (w - kept["initial_param"])
+                self.values["dws"].append(drift)
+
+    def finish(self, sums: list[tuple[Group, Tensor | None]]) -> None:
+        """The norms over all groups, as devinterp defines them."""
+        columns = {name: k for k, name in enumerate(SUMS)}
+
+        def total(name: str, factor: Callable[[Group], float] = lambda group: 1.0) -> Tensor:
+            zero = torch.zeros((), dtype=torch.float64)
+            return sum((factor(g) * m[0, columns[name]] for g, m in sums if m is not None), zero)
+
+        self.values |= {
+            "noise_norm": total("noise", lambda g: g["noise_level"] ** 2).sqrt(),
+            "grad_norm": total("grad", lambda g: (0.5 * g["lr"] * g["nbeta"]) ** 2).sqrt(),
+            "weight_norm": total("weight").sqrt(),
+            "distance": total("distance").sqrt(),
+            "localization_loss": total("distance", lambda g: 0.5 * g["localization"]),
+        }
+
+
+# ---- the optimizers --------------------------------------------------------------------------------------------
+
+
 class LangevinOptimizer(torch.optim.Optimizer):
     """What the sampling optimizers share: w*, noise bookkeeping, the fused step, metrics.
 
@@ -86,13 +427,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
     """
 
     sampler: ClassVar[type[samplers.Sampler]]
-    _numbers: ClassVar[operator.itemgetter[Any]]
-    """The options in a group that a step's scalars are made from."""
 
     def __init_subclass__(cls, sampler: type[samplers.Sampler], **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.sampler = sampler
-        cls._numbers = operator.itemgetter(*(f.name for f in fields(sampler) if f.name != "preconditioner"))
         parts = {"summary": cls.__doc__, "sampler": inspect.cleandoc(sampler.__doc__ or "")}
         cls.__doc__ = _DOC.format(**parts)
         shared = list(inspect.signature(LangevinOptimizer.__init__).parameters.values())[1:-1]
@@ -137,19 +475,15 @@ class LangevinOptimizer(torch.optim.Optimizer):
             bounding_box_size=bounding_box_size,
             **options,
         )
-        defaults = {f.name: f.default for f in fields(self.sampler) if f.default is not MISSING}
-        if unknown := sorted(set(given) - {f.name for f in fields(self.sampler)}):
+        defaults = {f.name: f.default for f in fields(self.sampler)}
+        if unknown := sorted(set(given) - set(defaults)):
             raise TypeError(
                 f"{type(self).__name__} has no option {', '.join(unknown)}; see help({type(self).__name__})"
             )
         self._wanted = frozenset(metrics or ())
-        self._sums = not self._wanted.isdisjoint(_SUMMED)
         self._release, self._capturable = release_gradients, capturable
-        self._sharded = False
-        self._values: dict[str, Any] = {}
-        self._tables: dict[tuple[int, int], _Tables] = {}
-        self._scalars: dict[int, tuple[tuple[Any, ...], StepScalars]] = {}
-        self._device_scalars: dict[int, tuple[StepScalars, Tensor]] = {}
+        self._report = _Report(self._wanted)
+        self._steppers: list[_Stepper] = []
         self._hooks: list[Any] = []
         # A tensor, as in torch's own optimizers: torch.compile would build a new graph for each value of an int.
         bookkeeping = {"optimize_over": optimize_over, "seed": seed, "step": torch.tensor(0), "offset": 0}
@@ -158,16 +492,21 @@ class LangevinOptimizer(torch.optim.Optimizer):
     # ---- groups and state ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_wanted", "_sums", "_release", "_capturable", "_seed_drawn", "_sharded")
+        own = ("_wanted", "_release", "_capturable", "_seed_drawn")
         return super().__getstate__() | {k: self.__dict__[k] for k in own}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, and whenever a state_dict is loaded
         super().__setstate__(state)
-        self._tables, self._scalars, self._device_scalars, self._values = {}, {}, {}, {}
+        self._report = _Report(self._wanted)
+        self._steppers = [self._stepper(k, group) for k, group in enumerate(self.param_groups)]
         if "_hooks" not in self.__dict__:
             self._hooks = []
             if self._release:
                 self._register_release()
+
+    def _stepper(self, index: int, group: Group) -> _Stepper:
+        is_sharded = any(map(is_dtensor, group["params"]))
+        return _Stepper(self.sampler, index, is_sharded=is_sharded, is_capturable=self._capturable)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -178,7 +517,6 @@ class LangevinOptimizer(torch.optim.Optimizer):
             if is_low_precision(p):
                 for name, value in saved.get(k, {}).items():
                     self.state[p][name] = value.to(p.device) if isinstance(value, Tensor) else value
-        self._tables, self._device_scalars = {}, {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; a group that is refused leaves no trace.
@@ -193,15 +531,23 @@ class LangevinOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._prepare(group)
+            self._check(group)
+            states = self._prepare(group)
         except BaseException:
             self.param_groups.pop()
             raise
+        for p, state in states.items():  # only now: nothing above may fail half-way
+            self.state[p].update(state)
+        self._steppers.append(self._stepper(len(self._steppers), group))
+        if self._release:
+            self._register_release()
 
-    def _prepare(self, group: dict[str, Any]) -> None:
-        sampler = self.sampler(**{k: v for k, v in group.items() if k in self.sampler.__dataclass_fields__})
+    def _check(self, group: Group) -> None:
+        """Raise TypeError or ValueError unless a step can be taken with these options and parameters."""
+        self.sampler(**{k: v for k, v in group.items() if k in self.sampler.__dataclass_fields__})
+        self.sampler.scalars(group)
         params: list[Tensor] = group["params"]
-        seed = group["seed"]
+        seed, adapts_on_host = group["seed"], self.sampler.adapts_on_host(group)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int or None, got {seed!r}")
         if not 0 <= seed < 2**64:
@@ -220,37 +566,38 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 block_of(f"parameter {k}", p)
                 if self._seed_drawn and seed == self.defaults["seed"]:
                     raise ValueError(f"parameter {k} is a DTensor: pass seed=, the same number on every rank")
-                if group.get("relative_eps"):
+                if adapts_on_host:
                     raise ValueError(f"parameter {k} is a DTensor, whose scale no rank knows: leave relative_eps out")
-        if self._release and self.sampler.measures(group):
+        if self._release and self.sampler.needs_whole_step(group):
             raise ValueError("release_gradients frees each gradient early: no thermostat and no relative_eps with it")
         if self._capturable and params and params[0].device.type != "cuda":
             raise ValueError(f"capturable=True is for CUDA graphs; the parameters are on {params[0].device}")
-        if self._capturable and group.get("relative_eps"):
+        if self._capturable and adapts_on_host:
             raise ValueError("relative_eps=True reads a sum back to the host at every step: it can't be capturable")
+
+    def _prepare(self, group: Group) -> dict[Tensor, dict[str, Any]]:
+        """Complete a group by what its steps count and adapt; what is to be kept for each of its parameters."""
+        params: list[Tensor] = group["params"]
         group["offset"] = sum(p.numel() for g in self.param_groups[:-1] for p in g["params"])
-        if self._capturable:
+        if params and self._capturable:
             group["step"] = torch.zeros((), dtype=torch.int64, device=params[0].device)
         if params:
-            group |= self.sampler.initial_memory(group, params[0].device)
+            group |= self.sampler.initial_adaptation(group, params[0].device)
+        keeps_reference = self.sampler.needs_reference(group) or self._wanted & {"distance", "localization_loss"}
         states = {}
         for p, offset in zip(params, _offsets(group), strict=True):
             state = {}
             w = p.detach()
             if is_low_precision(p):
                 state["master"] = w = w.float().contiguous()
-            if sampler.needs_anchor() or self._wanted & {"distance", "localization_loss"}:
+            if keeps_reference:
                 state["initial_param"] = w.clone(memory_format=torch.contiguous_format)
             for j, kept in enumerate(self._initial_state(w, offset, group)):
                 state[f"state{j}"] = kept
             states[p] = state
-        for p, state in states.items():  # only now: nothing above may fail half-way
-            self.state[p].update(state)
-        self._sharded = self._sharded or any(map(is_dtensor, params))
-        if self._release:
-            self._register_release()
+        return states
 
-    def _initial_state(self, w: Tensor, offset: int, group: dict[str, Any]) -> list[Tensor]:
+    def _initial_state(self, w: Tensor, offset: int, group: Group) -> list[Tensor]:
         """What the rule keeps for a parameter whose first element is `offset` in the flat parameter vector."""
         if not is_dtensor(w):
             return self.sampler.initial_state(w, offset, group, group["seed"])
@@ -283,7 +630,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         """
         # torch wraps every optimizer's step for hooks and profiler, at more than this step's own cost: enter the
         # wrapper only when somebody is listening.
-        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _listening():
+        if is_observed(self):
             return _HOOKED_STEP(self, closure)
         return self._step(closure)
 
@@ -299,205 +646,28 @@ class LangevinOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._wanted:
-            self._values = {"noise": defaultdict(list), "dws": []}
-        sums = [(group, self._step_group(index, group)) for index, group in enumerate(self.param_groups)]
-        if self._sums:
-            self._report(sums)
+            self._report.begin()
+        pairs = zip(self.param_groups, self._steppers)  # noqa: B905  as many steppers as groups; this runs at every step
+        sums = [(group, self._step_group(group, stepper)) for group, stepper in pairs]
+        if self._report.sums:
+            self._report.finish(sums)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any]) -> Tensor | None:
+    def _step_group(self, group: Group, stepper: _Stepper) -> Tensor | None:
         """One step of a group; the sums that it leaves behind, if anybody wants them."""
         if not torch.compiler.is_compiling():
-            return self._step_eagerly(index, group)
-        if not (self._capturable or self._sharded or group.get("relative_eps")):
-            self._step_compiled(group)
+            return stepper.step(group, self.state, self._report)
+        if stepper.can_be_compiled(group):
+            _step_compiled(self.sampler, group, self.state)
             return None
-        # So does what talks to other ranks.
-        outside: Callable[..., Tensor | None] = torch.compiler.disable(self._step_eagerly)  # type: ignore[no-untyped-call]
-        return outside(index, group)
-
-    def _step_eagerly(self, index: int, group: dict[str, Any]) -> Tensor | None:
-        step = 0 if self._capturable else int(group["step"])
-        metrics = self._move(index, group, step)
-        if self._capturable:
-            group["step"] += 1
-        else:
-            # A new tensor, because a state_dict taken before must not move on; this is the fastest way to make one.
-            group["step"] = torch.from_numpy(np.array(step + 1))
-        return metrics
-
-    def _move(self, index: int, group: dict[str, Any], step: int) -> Tensor | None:
-        params: list[Tensor] = group["params"]
-        live, grads = _gradients(params)
-        if not live:
-            return None
-        scalars, metrics = self._group_scalars(index, group), None
-        if measures := self.sampler.measures(group):
-            masks = [_entry(group["optimize_over"], k) for k in live]
-            with torch.no_grad():  # of gradients that have a graph themselves
-                scalars = self.sampler.adjusted(scalars, group, group, step, grads, masks)
-        if self._wanted:
-            self._keep_tensors(index, group, live)
-        device_scalars = self._scalars_on_device(index, scalars, params[0].device) if self._capturable else None
-        if self._sharded:
-            grads = [local_gradient(params[k], grad) for k, grad in zip(live, grads, strict=True)]
-        for position, table, axes in self._group_tables((index, 0), group, live):
-            part = None
-            if measures or self._sums:
-                part = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=params[0].device)
-            table.step(
-                [grads[j] for j in position],
-                scalars,
-                NoiseKey(group["seed"], step),
-                thermostat=group.get("thermostat"),
-                metrics=part,
-                device_scalars=device_scalars,
-                device_step=group["step"] if self._capturable else None,
-            )
-            if not table.is_sent:
-                raise RuntimeError(
-                    "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
-                    "CUDA graph is captured: take a step before, and keep them in place (zero_grad(set_to_none=False))"
-                )
-            if part is not None:
-                for mesh, axis in axes:
-                    torch.distributed.all_reduce(part, group=mesh.get_group(axis))
-                metrics = part if metrics is None else metrics + part
-        mark_written([params[k] for k in live])
-        if metrics is not None and measures:
-            self.sampler.follow(scalars, group, step, metrics, self._count(group, live))
-        return metrics
-
-    @staticmethod
-    def _count(group: dict[str, Any], live: list[int]) -> int:
-        """Elements that may move, on all ranks."""
-        masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
-        return sum(p.numel() if m is None else int(whole_of(m.expand(p.shape).sum())) for p, m in masks)
-
-    def _group_scalars(self, index: int, group: dict[str, Any]) -> StepScalars:
-        """The scalars of a group, made and checked again only when one of its numbers has changed."""
-        numbers = self._numbers(group)
-        cached = self._scalars.get(index)
-        if cached is None or cached[0] != numbers:
-            cached = (numbers, self.sampler.scalars(group))
-            if _constant(numbers):
-                self._scalars[index] = cached
-        return cached[1]
+        # What reads back to the host breaks the graph, and so does what talks to other ranks.
+        outside: Callable[..., Tensor | None] = torch.compiler.disable(stepper.step)  # type: ignore[no-untyped-call]
+        return outside(group, self.state, self._report)
 
     def refresh_scalars(self) -> None:
         """With ``capturable``: hand the groups' present hyperparameters to the next replay of a captured graph."""
-        for index, group in enumerate(self.param_groups):
-            self._scalars_on_device(index, self.sampler.scalars(group), group["params"][0].device)
-
-    def _scalars_on_device(self, index: int, scalars: StepScalars, device: torch.device) -> Tensor:
-        """The scalars where a captured graph reads them; written again only when they change."""
-        cached = self._device_scalars.get(index)
-        if cached is None:
-            cached = (scalars, torch.tensor(scalars, dtype=torch.float64, device=device))
-        elif cached[0] != scalars:
-            cached[1].copy_(torch.tensor(scalars, dtype=torch.float64))
-            cached = (scalars, cached[1])
-        self._device_scalars[index] = cached
-        return cached[1]
-
-    def _group_tables(self, slot: tuple[int, int], group: dict[str, Any], live: list[int]) -> list[_Table]:
-        """A group's segments, a table for each dtype and way to shard; rebuilt only when a tensor or mask was replaced.
-
-        `slot` names the cache: (group, 0) for the whole group, (group, 1 + k) for its parameter k alone.
-        """
-        identity, objects = self._identity(group, live)
-        cached = self._tables.get(slot)
-        if cached is None or cached.identity != identity:
-            buckets: dict[tuple[torch.dtype, Axes], list[int]] = defaultdict(list)
-            for j, k in enumerate(live):
-                p = group["params"][k]
-                buckets[p.dtype, sharded_axes(p)].append(j)
-            segments = self._segments(group, live)
-            tables = [
-                _Table(position, SegmentTable(self.sampler.name, [segments[j] for j in position]), axes)
-                for (_, axes), position in buckets.items()
-            ]
-            cached = self._tables[slot] = _Tables(identity, objects, tables)
-        return cached.tables
-
-    def _identity(self, group: dict[str, Any], live: list[int]) -> tuple[list[int], list[Any]]:
-        """What a table is built from: numbers that change when anything is moved, replaced or switched on.
-
-        Some are ids: those objects have to stay alive for as long as the numbers are compared. A loop of plain appends,
-        because it runs at every step.
-        """
-        params, state, sharded = group["params"], self.state, self._sharded
-        objects: list[Any] = []
-        numbers: list[int] = [group["localization"] != 0 or group["bounding_box_size"] is not None]
-        for given in (group["optimize_over"], group.get("preconditioner")):
-            if isinstance(given, (list, tuple)):
-                objects += given
-            else:
-                objects.append(given)
-        for k in live:
-            p = params[k]
-            numbers.append((local_part(p) if sharded else p).data_ptr())
-            objects.append(state[p].get("initial_param"))
-        numbers += map(id, objects)
-        return numbers, objects
-
-    def _segments(self, group: dict[str, Any], live: list[int]) -> list[Segment]:
-        anchored = group["localization"] != 0 or group["bounding_box_size"] is not None
-        offsets, segments = _offsets(group), []
-        for k in live:
-            p = group["params"][k]
-            state = self.state[p]
-            if anchored and "initial_param" not in state:
-                raise ValueError(
-                    "localization or bounding_box_size was switched on after construction, when w* was not kept: "
-                    "construct the optimizer with it"
-                )
-            segment = Segment(
-                w=state.get("master", p.detach()),
-                offset=offsets[k],
-                anchor=state.get("initial_param"),
-                mask=_entry(group["optimize_over"], k),
-                state=[state[f"state{j}"] for j in range(NUM_STATES[self.sampler.name])],
-                preconditioner=_entry(group.get("preconditioner", 1.0), k),
-                copy=p.detach() if "master" in state else None,
-            )
-            segments.append(local_segment(f"parameter {k}", p, segment) if self._sharded else segment)
-        return segments
-
-    @torch.no_grad()
-    def _step_compiled(self, group: dict[str, Any]) -> None:
-        """The same step as one opaque operation that torch.compile can keep in its graph."""
-        live, grads = _gradients(group["params"])
-        if live:
-            self._move_compiled(group, live, grads)
-        # One graph for all steps: the count is a tensor for its sake, and computed in it.
-        group["step"] = group["step"] + 1
-
-    def _move_compiled(self, group: dict[str, Any], live: list[int], grads: list[Tensor]) -> None:
-        device, scalars = group["params"][0].device, self.sampler.scalars(group)
-        metrics = None
-        if self.sampler.thermostatted:
-            metrics = torch.zeros(1, NUM_METRICS, dtype=torch.float64, device=device)
-        segments = self._segments(group, live)
-        torch.ops.llc_fast.step(
-            [s.w for s in segments],
-            grads,
-            [s.anchor for s in segments],
-            [s.mask for s in segments],
-            [t for s in segments for t in s.state],
-            [s.preconditioner if isinstance(s.preconditioner, Tensor) else None for s in segments],
-            [1.0 if isinstance(s.preconditioner, Tensor) else float(s.preconditioner) for s in segments],
-            [s.copy for s in segments if s.copy is not None],
-            self.sampler.name,
-            [s.offset for s in segments],
-            list(scalars),
-            group["seed"],
-            group["step"],
-            group.get("thermostat"),
-            metrics,
-        )
-        if metrics is not None:
-            self.sampler.follow(scalars, group, 0, metrics, self._count(group, live))
+        for group, stepper in zip(self.param_groups, self._steppers, strict=True):
+            stepper.refresh_scalars(group)
 
     # ---- gradient release ----------------------------------------------------------------------------------
 
@@ -513,16 +683,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         ]
 
     def _released(self, index: int, k: int) -> Callable[[Tensor], None]:
-        def move(p: Tensor) -> None:
-            group = self.param_groups[index]
-            [(_, table, _)] = self._group_tables((index, 1 + k), group, [k])
-            scalars, grad = self.sampler.scalars(group), p.grad
-            assert grad is not None  # the hook runs right after it was accumulated
-            table.step([local_gradient(p, grad)], scalars, NoiseKey(group["seed"], int(group["step"])))
-            mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
-            p.grad = None
-
-        return move
+        return lambda _: self._steppers[index].step_one(self.param_groups[index], self.state, k)
 
     # ---- freezing, metrics ---------------------------------------------------------------------------------
 
@@ -532,45 +693,10 @@ class LangevinOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: the sampler's metric does not adapt.
         """
-        if not self.sampler.adaptive:
+        if self.sampler.metric != "adaptive":
             raise TypeError(f"{type(self).__name__} has no metric that adapts")
         for group in self.param_groups:
             group["adapt_steps"] = int(group["step"])
-
-    @torch.no_grad()
-    def _keep_tensors(self, index: int, group: dict[str, Any], live: list[int]) -> None:
-        """The noise and the drift of the step to come, remade outside the kernel for callbacks that want tensors."""
-        if self._wanted.isdisjoint(_TENSORS):
-            return
-        offsets = _offsets(group)
-        for k in live:
-            p = group["params"][k]
-            state = self.state[p]
-            w = state.get("master", p.detach())
-            if "noise" in self._wanted:
-                key = NoiseKey(seed=group["seed"], step=int(group["step"]))
-                self._values["noise"][index].append(group["noise_level"] * noise_like(w, offsets[k], key))
-            if "dws" in self._wanted:
-                drift = group["nbeta"] * p.grad.to(w.dtype) + group["weight_decay"] * w
-                if group["localization"]:
-                    drift = drift + group["localization"] * (w - state["initial_param"])
-                self._values["dws"].append(drift)
-
-    def _report(self, sums: list[tuple[dict[str, Any], Tensor | None]]) -> None:
-        """The norms of the last step over all groups, as devinterp defines them."""
-        columns = {name: k for k, name in enumerate(STEP_METRICS)}
-
-        def total(name: str, factor: Callable[[dict[str, Any]], float] = lambda group: 1.0) -> Tensor:
-            zero = torch.zeros((), dtype=torch.float64)
-            return sum((factor(g) * m[0, columns[name]] for g, m in sums if m is not None), zero)
-
-        self._values |= {
-            "noise_norm": total("noise", lambda g: g["noise_level"] ** 2).sqrt(),
-            "grad_norm": total("grad", lambda g: (0.5 * g["lr"] * g["nbeta"]) ** 2).sqrt(),
-            "weight_norm": total("weight").sqrt(),
-            "distance": total("distance").sqrt(),
-            "localization_loss": total("distance", lambda g: 0.5 * g["localization"]),
-        }
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -580,72 +706,16 @@ class LangevinOptimizer(torch.optim.Optimizer):
         ``localization_loss`` γ/2·‖w − w*‖² before it; ``noise`` σξ as tensors, by group; ``dws`` the drift nβ·g +
         γ(w − w*) + μw as a list of tensors. Each can also be read as an attribute of that name.
         """
-        return {name: self._values[name] for name in METRICS if name in self._wanted and name in self._values}
+        values = self._report.values
+        return {name: values[name] for name in METRICS if name in self._wanted and name in values}
 
     def __getattr__(self, name: str) -> Any:
         if name in METRICS:
-            values = self.__dict__.get("_values", {})
-            if name in self.__dict__.get("_wanted", ()) and name in values:
-                return values[name]
+            report = self.__dict__.get("_report")
+            if report is not None and name in report.wanted and name in report.values:
+                return report.values[name]
             raise AttributeError(f"{name} was not measured: pass metrics=[{name!r}] and take a step first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-class _Table(NamedTuple):
-    """Parameters of a group that one native call steps.
-
-    Attributes:
-        position: of its parameters, among those that have a gradient.
-        table: their segments.
-        axes: the mesh dimensions over which they are sharded, and sums have to be added up.
-    """
-
-    position: list[int]
-    table: SegmentTable
-    axes: Axes
-
-
-class _Tables(NamedTuple):
-    """A group's tables and what they were built from."""
-
-    identity: list[int]
-    objects: list[Any]  # kept alive: `identity` holds their ids
-    tables: list[_Table]
-
-
-def _gradients(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """The parameters that have a gradient, by number, and those gradients."""
-    live, grads = [], []
-    for k, p in enumerate(params):
-        if (grad := p.grad) is not None:
-            live.append(k)
-            grads.append(grad)
-    return live, grads
-
-
-def _offsets(group: dict[str, Any]) -> list[int]:
-    offsets, total = [], group["offset"]
-    for p in group["params"]:
-        offsets.append(total)
-        total += p.numel()
-    return offsets
-
-
-def _constant(value: Any) -> bool:
-    """Whether it can't change in place, as a tensor or a list could."""
-    return all(map(_constant, value)) if isinstance(value, tuple) else isinstance(value, (int, float, type(None)))
-
-
-def _entry(value: Any, k: int) -> Any:
-    """Options that may be given once for a group or once for each of its parameters."""
-    return value[k] if isinstance(value, (list, tuple)) else value
-
-
-def _listening() -> bool:
-    """Whether hooks for all optimizers are registered, or a profiler runs."""
-    if torch.compiler.is_compiling():  # it can't look at the profiler
-        return False
-    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
 
 
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(LangevinOptimizer._step)
@@ -657,39 +727,38 @@ def optimizer_for(sampler: type[samplers.Sampler]) -> type[LangevinOptimizer]:
     Raises:
         ValueError: the sampler is Metropolis-adjusted, and needs to evaluate the loss itself.
     """
-    if sampler.adjusted_by_metropolis:
+    name = sampler.__name__.removesuffix("Sampler")
+    if sampler.kind == "metropolis":
         raise ValueError(
-            f"{sampler.__name__} accepts or rejects by the loss over all data, which an optimizer does not see: use "
+            f"{name} accepts or rejects by the loss over all data, which an optimizer does not see: use "
             f"estimate_llc(sampler={sampler.name!r})"
         )
     for cls in LangevinOptimizer.__subclasses__():
         if cls.sampler is sampler:
             return cls
-    namespace = {"__doc__": f"{sampler.__name__} as an optimizer, one fused pass per step.", "__module__": __name__}
-    return types.new_class(
-        sampler.__name__, (LangevinOptimizer,), {"sampler": sampler}, lambda ns: ns.update(namespace)
-    )
+    namespace = {"__doc__": f"{name} as an optimizer, one fused pass per step.", "__module__": __name__}
+    return types.new_class(name, (LangevinOptimizer,), {"sampler": sampler}, lambda ns: ns.update(namespace))
 
 
-class SGLD(LangevinOptimizer, sampler=samplers.SGLD):
+class SGLD(LangevinOptimizer, sampler=samplers.SGLDSampler):
     """SGLD as an optimizer, one fused pass per step."""
 
 
-class PreconditionedSGLD(LangevinOptimizer, sampler=samplers.PreconditionedSGLD):
+class PreconditionedSGLD(LangevinOptimizer, sampler=samplers.PreconditionedSGLDSampler):
     """SGLD in a fixed diagonal metric as an optimizer, one fused pass per step."""
 
 
-class RMSpropSGLD(LangevinOptimizer, sampler=samplers.RMSpropSGLD):
+class RMSpropSGLD(LangevinOptimizer, sampler=samplers.RMSpropSGLDSampler):
     """RMSprop-SGLD as an optimizer, one fused pass per step; :meth:`freeze` fixes its metric."""
 
 
-class AdamSGLD(LangevinOptimizer, sampler=samplers.AdamSGLD):
+class AdamSGLD(LangevinOptimizer, sampler=samplers.AdamSGLDSampler):
     """Adam-SGLD as an optimizer, one fused pass per step; :meth:`freeze` fixes its metric."""
 
 
-class SGHMC(LangevinOptimizer, sampler=samplers.SGHMC):
+class SGHMC(LangevinOptimizer, sampler=samplers.SGHMCSampler):
     """SGHMC as an optimizer, one fused pass per step."""
 
 
-class SGNHT(LangevinOptimizer, sampler=samplers.SGNHT):
+class SGNHT(LangevinOptimizer, sampler=samplers.SGNHTSampler):
     """SGNHT as an optimizer, one fused pass per step and one sum for the thermostat."""

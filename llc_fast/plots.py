@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,8 +18,17 @@ if TYPE_CHECKING:
     from llc_fast.result import LLCResult
 from llc_fast.support.optional import require
 
-CLASSES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"))
-"""Color and marker of each of several classes, by Okabe & Ito: also people who see few colors can tell them apart."""
+OKABE_ITO = {
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "orange": "#E69F00",
+}
+"""Colors by Okabe & Ito (2008), which people with any color vision can tell apart; lines have them in this order."""
+CLASSES = tuple(zip(OKABE_ITO.values(), "os^DvP", strict=True))
+"""Color and marker of each of several classes."""
 
 
 def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float = 4.4) -> tuple[Figure, list[Axes]]:
@@ -24,7 +36,65 @@ def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float
     # Not pyplot: no global state, no display, nothing to close.
     made = require("matplotlib.figure", "plot").Figure
     figure: Figure = made(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(rows * columns)]
+    axes = [figure.add_subplot(rows, columns, k + 1) for k in range(rows * columns)]
+    for panel in axes:
+        panel.set_prop_cycle(color=list(OKABE_ITO.values()))
+    return figure, axes
+
+
+def picture_endings() -> list[str]:
+    """Endings that a picture's file may have: "pdf", "png", …
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    return sorted(require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes())
+
+
+# ---- onto axes ---------------------------------------------------------------------------------------------
+
+
+def errorbar_by_warning(
+    axes: Axes,
+    x: ArrayLike,
+    y: ArrayLike,
+    yerr: ArrayLike | None,
+    warned: Iterable[Any],
+    *,
+    xerr: ArrayLike | None = None,
+    color: str = OKABE_ITO["blue"],
+    marker: str = "o",
+    label: str | None = None,
+    **style: Any,
+) -> None:
+    """Points with error bars: filled for estimates without a warning, hollow for those with one.
+
+    Args:
+        axes: where.
+        x, y: a number for each point.
+        yerr, xerr: half the length of each point's error bar, or two rows of them, below and above; None: no bars, or
+            none for this point.
+        warned: for each point whether it has a warning, or a list of its warnings.
+        color, marker: of both kinds of points.
+        label: for the legend, which shows the filled kind; see :func:`label_hollow` for the other.
+        style: further arguments of ``Axes.errorbar``.
+    """
+    is_warned = np.array([bool(w) for w in warned], dtype=bool)
+    numbers = [None if values is None else np.array(values, dtype=np.float64) for values in (x, y, yerr, xerr)]
+    for hollow in (False, True):
+        axes.errorbar(
+            *(None if values is None else values[..., is_warned == hollow] for values in numbers),  # type: ignore[arg-type]
+            **{"ls": "", "ms": 5, "capsize": 3, **style},
+            marker=marker,
+            color=color,
+            mfc="white" if hollow else color,
+            label="_hollow" if hollow else label,
+        )
+
+
+def label_hollow(axes: Axes, marker: str = "o") -> None:
+    """Say in the legend what hollow points are."""
+    axes.plot([], [], marker, color="0.4", mfc="white", ms=5, label="hollow: with a warning")
 
 
 def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -34,37 +104,21 @@ def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, An
     return (np.arange(count) + 0.5) * (len(trace[: count * width]) / count), means
 
 
-def draw_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
-    """nβ·(L − L(w*)) along every chain: it rises from zero and must flatten before the draws begin."""
+def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
+    """nβ·(L − L(w*)) along every chain: it rises from zero, and should be flat before the draws begin."""
     width = max(1, result.loss_trace.shape[1] // 200)
     for row in result.nbeta * (result.loss_trace - result.init_loss):
         axes.plot(*_smooth(row, width), lw=0.9, alpha=0.8)
-    axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)
-    axes.text(0.02, 0.97, "burn-in", transform=axes.transAxes, va="top", color="0.5")
+    if result.schedule.num_burnin:
+        axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)
+        axes.text(0.02, 0.97, "burn-in", transform=axes.transAxes, va="top", color="0.5")
     if known is not None:
         axes.axhline(known, color="k", ls="--", lw=1, label=f"known λ = {known:g}")
         axes.legend(loc="lower right")
     axes.set(xlabel="step", ylabel="nβ (L − L(w*)), window means", xlim=(0, result.loss_trace.shape[1]))
 
 
-def plot_result(result: LLCResult) -> Figure:
-    """Loss traces, and the running λ̂ of each chain with the final interval."""
-    figure, (left, right) = new_figure(2)
-    draw_traces(left, result)
-    left.set_title("loss along the chains")
-    draws = np.arange(1, result.schedule.num_draws + 1)
-    for row in result.llc_trace:
-        right.plot(draws, np.cumsum(row) / draws, lw=0.9, alpha=0.8)
-    low, high = result.interval()
-    if np.isfinite([low, high]).all():
-        right.axhspan(low, high, color="C0", alpha=0.15, label="95 % interval")
-    right.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
-    right.legend()
-    right.set(title="running estimate", xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(1, len(draws)))
-    return figure
-
-
-def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def plot_against_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """λ̂ against known λ with error bars, one point a model, hollow where the estimate came with a warning.
 
     Args:
@@ -80,21 +134,19 @@ def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.plot([low, high], [low, high], color="k", lw=1, label="λ̂ = λ")
     axes.fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color="0.9", label="± 10 %")
     for size, (color, marker) in zip(dict.fromkeys(r["size"] for r in rows), itertools.cycle(CLASSES), strict=False):
-        for is_warned in (False, True):
-            chosen = [r for r in rows if r["size"] == size and bool(r.get("warnings")) == is_warned]
-            axes.errorbar(
-                [r["lambda_true"] for r in chosen],
-                [r["llc_mean"] for r in chosen],
-                yerr=[2 * r["llc_stderr"] for r in chosen],
-                fmt=marker,
-                color=color,
-                mfc="white" if is_warned else color,
-                ms=5,
-                capsize=3,
-                label=f"_{size}" if is_warned else f"{size} networks",
-            )
+        chosen = [r for r in rows if r["size"] == size]
+        errorbar_by_warning(
+            axes,
+            [r["lambda_true"] for r in chosen],
+            [r["llc_mean"] for r in chosen],
+            [2 * r["llc_stderr"] for r in chosen],
+            [bool(r.get("warnings")) for r in chosen],
+            color=color,
+            marker=marker,
+            label=f"{size} networks",
+        )
     if any(r.get("warnings") for r in rows):
-        axes.plot([], [], "o", color="0.4", mfc="white", ms=5, label="hollow: with a warning")
+        label_hollow(axes)
     axes.set(
         xscale="log",
         yscale="log",
@@ -110,16 +162,46 @@ def draw_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.legend(loc="upper left", fontsize=9)
 
 
+# ---- whole figures -----------------------------------------------------------------------------------------
+
+
+def plot_result(result: LLCResult) -> Figure:
+    """Loss traces, and the running λ̂ of each chain with the final interval."""
+    figure, (left, right) = new_figure(2)
+    plot_traces(left, result)
+    left.set_title("loss along the chains")
+    draws = np.arange(1, result.schedule.num_draws + 1)
+    for row in result.llc_trace:
+        right.plot(draws, np.cumsum(row) / draws, lw=0.9, alpha=0.8)
+    low, high = result.interval()
+    if np.isfinite([low, high]).all():
+        right.axhspan(low, high, color="0.5", alpha=0.15, label="95 % interval")
+    right.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
+    right.legend()
+    right.set(title="running estimate", xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(0, len(draws)))
+    return figure
+
+
+def small_png_of_traces(result: LLCResult) -> str:
+    """:func:`plot_traces` as a small PNG in base64, for a notebook."""
+    figure, (axes,) = new_figure(1, width=4.5, height=2.2)
+    plot_traces(axes, result)
+    axes.set_ylabel("nβ (L − L(w*))")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None) -> Figure:
-    """λ̂ against known λ, see :func:`draw_known`; beside it the traces of one of the models.
+    """λ̂ against known λ, see :func:`plot_against_known`; beside it the traces of one of the models.
 
     Args:
         rows: one a model.
         example: the result of the last row.
     """
     figure, axes = new_figure(1 if example is None else 2)
-    draw_known(axes[0], rows)
+    plot_against_known(axes[0], rows)
     if example is not None:
-        draw_traces(axes[1], example, known=rows[-1]["lambda_true"])
+        plot_traces(axes[1], example, known=rows[-1]["lambda_true"])
         axes[1].set_title("loss along the chains of the last network")
     return figure

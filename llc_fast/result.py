@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,38 +22,64 @@ from llc_fast.stats.errors import StandardError, standard_error
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
-_FORMAT = 3
+_FORMAT = 4
+_SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
+"""Traces that ArviZ has a name for."""
 
 
-@dataclass(frozen=True)
+class Warning(str):
+    """A reason not to trust an estimate: a sentence, and a code that stays the same when the sentence changes.
+
+    Attributes:
+        code: one of those that :mod:`llc_fast.checks` lists, such as ``"ess"``.
+    """
+
+    __slots__ = ("code",)
+    code: str
+
+    def __new__(cls, message: str, code: str) -> Warning:
+        self = super().__new__(cls, message)
+        object.__setattr__(self, "code", code)
+        return self
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{name} can't be changed: a warning is immutable, like every string")
+
+    def __reduce__(self) -> tuple[type[Warning], tuple[str, str]]:
+        return Warning, (str(self), self.code)
+
+
+@dataclass(frozen=True, repr=False)
 class LLCResult:
     """An estimate of the local learning coefficient, λ̂ = nβ·(mean L over draws − L(w*)).
 
     Attributes:
         loss_trace: loss of every step, burn-in included, float64 ``[chain, step]``: the minibatch's, L_B(w_t), or with
             ``settings["paired_baseline"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise;
-            with ``settings["heat_correction"]`` less `heat_trace`/nβ. NaN from the step on at which a chain was lost.
+            with ``settings["bias_correction"]`` less `bias_trace`/nβ. NaN from the step on at which a chain diverged.
         init_loss: L(w*) over the whole data set.
         nbeta: nβ.
         schedule: which steps are draws.
         settings: everything that was used, chosen values included.
-        warnings: reasons not to trust the estimate, each with what to do about it.
-        diagnostics: further figures by name, None where there is nothing to make them from. Of the trace: ``r_hat``,
-            ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``slow_times`` (of what single draws
-            hide beneath their noise, the autocorrelation times that a chain spans), ``slow_size`` (of that, in λ̂),
-            ``drift`` ± ``drift_stderr`` (of λ̂ from the first draw to the last), ``burnin_needed`` (steps),
-            ``burnin_effect`` (on λ̂), ``spike_share``,
-            ``init_loss_stderr``, ``init_loss_sensitivity`` (its share of λ̂). Of probes: ``acceptance`` (MALA),
-            ``gradient_noise_share``, ``heating`` (the share of λ̂ that the step size makes), ``relaxations`` (of the
+        warnings: reasons not to trust the estimate, each with a remedy and a stable ``code``, see
+            :mod:`llc_fast.checks`.
+        diagnostics: further statistics by name, None where one can't be computed. Of the loss trace: ``r_hat``,
+            ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``slow_times`` and ``slow_size`` (of
+            fluctuations that the noise of single draws hides: the length of a chain in their autocorrelation times,
+            their standard deviation in λ̂), ``trend`` ± ``trend_stderr`` (change of λ̂ from the first draw to the last),
+            ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``, ``init_loss_stderr``,
+            ``init_loss_sensitivity`` (its share of λ̂). Of the bias trace: ``bias_share`` (the share of step-size and
+            gradient-noise bias in the mean of nβ·(L − L(w*)), before it is subtracted, if it is). Of step checks:
+            ``acceptance`` (of a Metropolis–Hastings test, MALA), ``gradient_noise_share``, ``relaxations`` (of the
             stiff directions, among a chain's draws), ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
-            ``distance_over_anchor`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held w),
-            ``chains_left``. See :mod:`llc_fast.diagnostics`; what they mean is in ``warnings``.
-        observables: what the functions of ``estimate_llc(observables=…)`` gave, by name, float64 ``[chain, draw, …]``.
+            ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
+            w), ``chains_left``; and ``chains_diverged``. Their meaning is in ``warnings``.
+        observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
-        heat_trace: what step size and gradient noise add to nβ·(L − L(w*)) at every step, measured, float64
-            ``[chain, step]``, see :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
-        ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, if ``keep_ends`` asked for it;
-            what ``estimate_llc(warm_start=…)`` goes on from.
+        traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
+            ``"acceptance"`` (probability) and ``"lr"`` of Metropolis-adjusted samplers.
+        ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, with ``keep_ends=True``: the
+            starting points of ``estimate_llc(warm_start=…)``.
     """
 
     loss_trace: NDArray[np.float64]
@@ -59,16 +87,24 @@ class LLCResult:
     nbeta: float
     schedule: Schedule
     settings: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[Warning] = field(default_factory=list)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     observables: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     steps_done: list[int] | None = None
-    heat_trace: NDArray[np.float64] | None = None
+    traces: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ends: dict[str, NDArray[Any]] | None = None
 
     @property
+    def bias_trace(self) -> NDArray[np.float64] | None:
+        """What step size and gradient noise add to nβ·(L − L(w*)), measured at every step, ``[chain, step]``.
+
+        None for samplers that do not support it, see :meth:`llc_fast.samplers.Sampler.bias`.
+        """
+        return self.traces.get("bias")
+
+    @property
     def is_partial(self) -> bool:
-        """Whether the run was interrupted; the numbers are then those of the draws it had made."""
+        """Whether the run was interrupted; all numbers are then those of the draws it had made."""
         return self.steps_done is not None
 
     @property
@@ -79,10 +115,10 @@ class LLCResult:
 
     @property
     def llc_per_chain(self) -> NDArray[np.float64]:
-        """λ̂ of each chain, ``[chain]``, from the draws it has made; NaN for a lost one, or one without draws."""
-        trace, lost = self.llc_trace, self.lost_chains
+        """λ̂ of each chain, ``[chain]``, from the draws it has made; NaN if it diverged, or has no draws."""
+        trace, diverged = self.llc_trace, self.diverged_chains
         means = [
-            math.nan if chain in lost or not count else float(trace[chain, :count].mean())
+            math.nan if chain in diverged or not count else float(trace[chain, :count].mean())
             for chain, count in enumerate(self._draws_done)
         ]
         return np.array(means)
@@ -92,7 +128,7 @@ class LLCResult:
         return self.steps_done or [self.loss_trace.shape[1]] * len(self.loss_trace)
 
     @property
-    def lost_chains(self) -> list[int]:
+    def diverged_chains(self) -> list[int]:
         """Chains whose loss became non-finite."""
         return [c for c, steps in enumerate(self._steps_done) if not np.isfinite(self.loss_trace[c, :steps]).all()]
 
@@ -102,22 +138,26 @@ class LLCResult:
         return [int((steps < count).sum()) for count in self._steps_done]
 
     @property
-    def _good(self) -> NDArray[np.float64]:
-        """The draws that λ̂ is made from ``[chain, draw]``."""
+    def kept_chains(self) -> list[int]:
+        """The chains that λ̂ is computed from: those that did not diverge; none if that is fewer than half of them.
+
+        Of an interrupted run, those that have as many draws as `kept_draws` has.
+        """
+        return self._kept[0]
+
+    @property
+    def kept_draws(self) -> NDArray[np.float64]:
+        """The draws of nβ·(L − L(w*)) that λ̂ is the mean of, ``[chain, draw]``, a row for each of `kept_chains`."""
         chains, length = self._kept
-        good: NDArray[np.float64] = self.llc_trace[chains, :length]
-        return good
+        kept: NDArray[np.float64] = self.llc_trace[chains, :length]
+        return kept
 
     @property
     def _kept(self) -> tuple[list[int], int]:
-        """The chains that λ̂ is made from, and how many draws of each: those that were not lost, equally many.
-
-        None if fewer than half of the chains are left. Of an interrupted run, as many draws of as many chains as
-        makes the most in all.
-        """
-        lost, counts = set(self.lost_chains), self._draws_done
-        started = [c for c, count in enumerate(counts) if count or c in lost]
-        kept = [c for c in started if c not in lost]
+        """The chains to be used, and how many draws of each: as many draws of as many chains as makes the most."""
+        diverged, counts = set(self.diverged_chains), self._draws_done
+        started = [c for c, count in enumerate(counts) if count or c in diverged]
+        kept = [c for c in started if c not in diverged]
         if 2 * len(kept) < len(started) or not kept:
             return [], self.schedule.num_draws
         length = max({counts[c] for c in kept}, key=lambda n: n * sum(counts[c] >= n for c in kept))
@@ -125,29 +165,31 @@ class LLCResult:
 
     @property
     def llc_mean(self) -> float:
-        """λ̂: the mean over all draws of all chains not lost; NaN if fewer than half of the chains are left."""
-        return float(self._good.mean()) if len(self._good) else math.nan
+        """λ̂: the mean of `kept_draws`; NaN if there are none."""
+        draws = self.kept_draws
+        return float(draws.mean()) if len(draws) else math.nan
 
     @property
     def llc_std(self) -> float:
         """Standard deviation of λ̂ over chains; NaN with fewer than two."""
-        return float(self._good.mean(axis=1).std(ddof=1)) if len(self._good) > 1 else math.nan
+        draws = self.kept_draws
+        return float(draws.mean(axis=1).std(ddof=1)) if len(draws) > 1 else math.nan
 
     @property
     def llc_stderr(self) -> float:
-        """Standard error of `llc_mean`: of the draws, see :func:`llc_fast.diagnostics.standard_error`, and of L(w*)."""
+        """Standard error of `llc_mean`, with that of L(w*); see :func:`llc_fast.stats.errors.standard_error`."""
         return self._error.value
 
     @property
     def _error(self) -> StandardError:
-        error = standard_error(self._good)
+        error = standard_error(self.kept_draws)
         of_init_loss = self.nbeta * float(self.diagnostics.get("init_loss_stderr") or 0.0)
         return error._replace(value=math.hypot(error.value, of_init_loss))
 
     def interval(self, prob: float = 0.95) -> tuple[float, float]:
         """A central interval for the sampler's long-run λ̂, from `llc_stderr` and Student's t.
 
-        Monte Carlo error only: a bias of the sampler (step size, localization, too short a burn-in) is not in it.
+        It covers Monte Carlo error only, not a bias of the sampler (step size, localization, too short a burn-in).
 
         Raises:
             ValueError: `prob` is not between 0 and 1.
@@ -158,38 +200,56 @@ class LLCResult:
         half = error.quantile(prob) * error.value
         return self.llc_mean - half, self.llc_mean + half
 
+    # ---- for people --------------------------------------------------------------------------------------------
+
     def summary(self) -> str:
-        """A few lines for people."""
+        """The estimate, what it was made with, and all warnings, in a few lines."""
+        settings = (f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.settings.items())
+        return "\n  ".join([*self._head(), ", ".join(settings), *(f"WARNING: {w}" for w in self.warnings)])
+
+    def _head(self) -> list[str]:
+        """The lines that matter most."""
         low, high = self.interval()
-        lost, good = len(self.lost_chains), self._good
+        draws, diverged = self.kept_draws, len(self.diverged_chains)
         lines = [
             f"λ̂ = {self.llc_mean:.4g} ± {self.llc_stderr:.2g} (standard error; 95 % interval {low:.4g} to {high:.4g})",
-            f"  {len(good)} chains × {good.shape[1] if len(good) else 0} draws"
-            + (f" ({lost} chains lost)" if lost else "")
+            f"{len(draws)} chains × {draws.shape[1] if len(draws) else 0} draws"
+            + (f" ({diverged} diverged)" if diverged else "")
             + (" (interrupted)" if self.is_partial else "")
             + f", L(w*) = {self.init_loss:.6g}, nβ = {self.nbeta:.6g}",
-            *([f"  {health}"] if (health := self._health()) else []),
-            "  "
-            + ", ".join(f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.settings.items()),
         ]
-        return "\n".join(lines + [f"  WARNING: {w}" for w in self.warnings])
-
-    def _health(self) -> str:
-        """The figures that matter most, in a line."""
         formats = {
             "r_hat": "R̂ = {:.3f}",
             "ess_bulk": "ESS = {:.0f}",
-            "drift": "drift {:+.2g}",
+            "trend": "trend {:+.2g}",
             "acceptance": "acceptance {:.2f}",
-            "heating": "heating {:.1%}",
+            "bias_share": "bias {:.1%}" + (" (subtracted)" if self.settings.get("bias_correction") else ""),
             "gradient_noise_share": "gradient noise {:.0%}",
-            "distance_over_anchor": "‖w − w*‖/‖w*‖ = {:.2g}",
+            "distance_over_reference": "‖w − w*‖/‖w*‖ = {:.2g}",
         }
         known = {name: self.diagnostics.get(name) for name in formats}
-        return ", ".join(formats[name].format(value) for name, value in known.items() if value is not None)
+        health = ", ".join(formats[name].format(value) for name, value in known.items() if value is not None)
+        return lines + [health] * bool(health)
 
     def __str__(self) -> str:
         return self.summary()
+
+    def __repr__(self) -> str:
+        codes = ", ".join(w.code for w in self.warnings)
+        return "\n  ".join(["LLCResult: " + self._head()[0], *self._head()[1:], *[f"warnings: {codes}"] * bool(codes)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: summary, warnings, and a small picture of the traces if Matplotlib is installed."""
+        first, *others = map(html.escape, self._head())
+        warnings = "".join(f"<li><b>{html.escape(w.code)}</b>: {html.escape(w)}</li>" for w in self.warnings)
+        try:
+            from llc_fast.plots import small_png_of_traces
+
+            picture = f'<img alt="traces" src="data:image/png;base64,{small_png_of_traces(self)}">'
+        except Exception:  # of whatever kind: a notebook must be able to show every result
+            picture = ""
+        text = "".join(f"<div>{line}</div>" for line in (f"<b>{first}</b>", *others))
+        return f"<div>{text}{f'<ul>{warnings}</ul>' if warnings else ''}{picture}</div>"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Loss traces of the chains beside their running λ̂; written to `path` if given.
@@ -204,8 +264,12 @@ class LLCResult:
             figure.savefig(path, dpi=150)
         return figure
 
+    # ---- for other programs ------------------------------------------------------------------------------------
+
     def to_xarray(self) -> xarray.Dataset:
-        """Loss trace, draws and per-chain λ̂ as an ``xarray.Dataset``; settings as attributes.
+        """All traces, draws, observables and per-chain λ̂ as an ``xarray.Dataset``; settings as attributes.
+
+        An observable that has the name of another variable is called ``observable_…``.
 
         Raises:
             ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
@@ -214,39 +278,63 @@ class LLCResult:
         import xarray
 
         steps = np.arange(self.loss_trace.shape[1])
+        coords = {
+            "chain": np.arange(len(self.loss_trace)),
+            "step": steps,
+            "draw": np.arange(self.schedule.num_draws),
+            "draw_step": ("draw", steps[self.schedule.draws]),
+        }
+        variables = {
+            "loss": (("chain", "step"), self.loss_trace),
+            **{name: (("chain", "step"), values) for name, values in self.traces.items()},
+            "llc": (("chain", "draw"), self.llc_trace),
+            "llc_per_chain": ("chain", self.llc_per_chain),
+        }
+        for name, values in _renamed(self.observables, variables | coords).items():
+            variables[name] = (("chain", "draw", *(f"{name}_{k}" for k in range(values.ndim - 2))), values)
         return xarray.Dataset(
-            {
-                "loss": (("chain", "step"), self.loss_trace),
-                "llc": (("chain", "draw"), self.llc_trace),
-                "llc_per_chain": ("chain", self.llc_per_chain),
-            }
-            | {
-                name: (("chain", "draw", *(f"{name}_{k}" for k in range(values.ndim - 2))), values)
-                for name, values in self.observables.items()
-            },
-            coords={
-                "chain": np.arange(len(self.loss_trace)),
-                "step": steps,
-                "draw": np.arange(self.schedule.num_draws),
-                "draw_step": ("draw", steps[self.schedule.draws]),
-            },
+            variables,
+            coords=coords,
             attrs={
                 "llc_mean": self.llc_mean,
                 "llc_stderr": self.llc_stderr,
                 "init_loss": self.init_loss,
                 "nbeta": self.nbeta,
                 "settings": json.dumps(self.settings),
+                "diagnostics": json.dumps(self.diagnostics),
                 "warnings": json.dumps(self.warnings),
+                "warning_codes": json.dumps([w.code for w in self.warnings]),
             },
         )
 
     def to_arviz(self) -> Any:
-        """The draws of λ̂ as ArviZ inference data: variable ``llc`` with dimensions (chain, draw).
+        """The draws that λ̂ is computed from, as ArviZ inference data.
+
+        Group ``posterior`` has ``llc``, nβ·(L − L(w*)), whose mean is λ̂, and the observables; ``sample_stats`` has the
+        loss and the other traces at these draws (those of Metropolis-adjusted samplers as ``acceptance_rate`` and
+        ``step_size``); ``warmup_posterior`` and ``warmup_sample_stats`` have every step of burn-in. The dimensions are
+        ``chain``, by its number in this result, and ``draw``.
 
         Raises:
             ModuleNotFoundError: ArviZ is not installed (``pip install "llc_fast[xarray]"``).
         """
-        return require("arviz", "xarray").from_dict(posterior={"llc": self._good})
+        from_dict = require("arviz", "xarray").from_dict
+        chains, count = self._kept
+        traces = {"loss": self.loss_trace} | {_SAMPLE_STATS.get(k, k): values for k, values in self.traces.items()}
+        burnin = {name: values[chains, : self.schedule.num_burnin] for name, values in traces.items()}
+        observables = {name: values[chains, :count] for name, values in self.observables.items()}
+        warmup = {
+            "warmup_posterior": {"llc": self.nbeta * (burnin["loss"] - self.init_loss)},
+            "warmup_sample_stats": burnin,
+            "save_warmup": True,
+        }
+        return from_dict(
+            posterior={"llc": self.kept_draws, **_renamed(observables, ("llc", "chain", "draw"))},
+            sample_stats={name: values[chains, self.schedule.draws][:, :count] for name, values in traces.items()},
+            coords={"chain": chains},
+            posterior_attrs={"inference_library": "llc_fast", "init_loss": self.init_loss, "nbeta": self.nbeta},
+            **(warmup if self.schedule.num_burnin else {}),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one."""
@@ -256,16 +344,14 @@ class LLCResult:
             "nbeta": self.nbeta,
             "schedule": vars(self.schedule),
             "settings": self.settings,
-            "warnings": self.warnings,
+            "warnings": [[w, w.code] for w in self.warnings],
             "diagnostics": self.diagnostics,
             "steps_done": self.steps_done,
         }
-        arrays: dict[str, Any] = {f"observable.{name}": values for name, values in self.observables.items()}
-        if self.heat_trace is not None:
-            arrays["heat_trace"] = self.heat_trace
-        arrays |= {f"end.{name}": values for name, values in (self.ends or {}).items()}
+        named = {"trace.": self.traces, "observable.": self.observables, "end.": self.ends or {}}
+        arrays = {prefix + name: values for prefix, group in named.items() for name, values in group.items()}
         with atomic_write(Path(path)) as file:
-            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **arrays)
+            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LLCResult:
@@ -276,18 +362,28 @@ class LLCResult:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
-                heats = file["heat_trace"] if "heat_trace" in file.files else None
-                observables, ends = (
+                loss_trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
+                traces, observables, ends = (
                     {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
-                    for prefix in ("observable.", "end.")
+                    for prefix in ("trace.", "observable.", "end.")
                 )
             if meta.pop("format") == _FORMAT:
-                schedule = Schedule(**meta.pop("schedule"))
-                traces = {"loss_trace": trace, "heat_trace": heats, "observables": observables, "ends": ends or None}
-                return cls(**traces, schedule=schedule, **meta)
+                return cls(
+                    loss_trace=loss_trace,
+                    schedule=Schedule(**meta.pop("schedule")),
+                    warnings=[Warning(*warning) for warning in meta.pop("warnings", [])],
+                    observables=observables,
+                    traces=traces,
+                    ends=ends or None,
+                    **meta,
+                )
         except FileNotFoundError:
             raise
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is not a file that LLCResult.save wrote, or is damaged") from error
         raise ValueError(f"{os.fspath(path)!r} was written by another version of llc_fast")
+
+
+def _renamed(values: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """The same values, under names that are not taken."""
+    return {f"observable_{name}" if name in taken else name: value for name, value in values.items()}

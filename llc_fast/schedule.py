@@ -29,6 +29,6 @@ class Schedule:
         return slice(self.num_burnin + self.num_steps_bw_draws - 1, self.num_steps, self.num_steps_bw_draws)
 
     def draw_at(self, step: int) -> int | None:
-        """Which draw a step is; None if it is none."""
+        """The number of the draw that a step is; None if it is no draw."""
         draw, rest = divmod(step - self.num_burnin + 1, self.num_steps_bw_draws)
         return draw - 1 if draw >= 1 and rest == 0 else None

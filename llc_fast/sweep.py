@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     import xarray
-from llc_fast.calibration import DEFAULT_NUM_DRAWS
 from llc_fast.estimate import estimate_llc
 from llc_fast.objective.objective import LossFunction
+from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult
+from llc_fast.settings import DEFAULT_NUM_DRAWS
 from llc_fast.support.optional import require
 
 WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""
 _NAMES = (
     *("chain", "llc_mean", "llc_stderr", "llc_low", "llc_high", "llc_per_chain", "init_loss", "nbeta", "lr"),
-    *("warnings", "is_warm", "gradients", "seconds"),
+    *("warnings", "warning_codes", "is_warm", "gradients", "seconds"),
 )
-_DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "drift", "heat_removed", "distance_over_anchor", "init_loss_stderr")
+_DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "trend", "bias_share", "distance_over_reference", "init_loss_stderr")
 
 
 def sweep_checkpoints(
@@ -72,15 +72,15 @@ def sweep_checkpoints(
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
             need be.
-        progress: show a bar with λ̂ so far.
+        progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log.
         settings: further arguments of :func:`llc_fast.estimate_llc`.
 
     Returns:
         A dataset over `dim`: ``llc_mean``, ``llc_stderr``, ``llc_low`` and ``llc_high`` (the 95 % interval),
-        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``warnings`` (one string, a line each),
-        ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the diagnostics ``r_hat``, ``ess_bulk``,
-        ``ess_tail``, ``drift``, ``heat_removed``, ``distance_over_anchor`` and ``init_loss_stderr``; NaN where there is
-        none. ``Dataset.to_netcdf`` and ``to_zarr`` write it.
+        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``warnings`` (one string, a line each) and
+        ``warning_codes`` (separated by spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the
+        diagnostics ``r_hat``, ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and
+        ``init_loss_stderr``; NaN where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it.
 
     Raises:
         TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no state dicts of this model, or
@@ -98,11 +98,14 @@ def sweep_checkpoints(
     before = copy.deepcopy(model.state_dict())
     results: list[LLCResult] = []
     previous: LLCResult | None = None
-    bar = _Bar(len(checkpoints), progress)
+    shown = make_progress(progress, len(checkpoints), "LLC", unit="checkpoint")
     try:
         for k, checkpoint in enumerate(checkpoints):
-            bar.begin(k, names[k])
+            shown.title = f"LLC at {names[k]}"
             model.load_state_dict(_loaded(checkpoint, k))
+
+            def report(steps: int, total: int, llc: float, k: int = k) -> None:
+                shown.update(k + steps / total, llc)
 
             def estimate(start: LLCResult | None, name: str) -> LLCResult:
                 return estimate_llc(
@@ -114,7 +117,7 @@ def sweep_checkpoints(
                     warm_start=start,
                     keep_ends=warm,
                     checkpoint=None if kept is None else kept / f"{name}.npz",
-                    progress=bar.tell,
+                    progress=report if shown.is_shown else False,
                     **settings,
                 )
 
@@ -132,7 +135,7 @@ def sweep_checkpoints(
             previous = result
             results.append(dataclasses.replace(result, ends=None))  # of one checkpoint at a time
     finally:
-        bar.close()
+        shown.close()
         model.load_state_dict(before)
     return _dataset(results, names, dim)
 
@@ -154,6 +157,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
             "warnings": column(lambda r: "\n".join(r.warnings)),
+            "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),
             "gradients": column(lambda r: r.loss_trace.size + r.diagnostics.get("pilot_steps", 0)),
             "seconds": column(lambda r: r.settings["seconds"]),
@@ -234,29 +238,3 @@ def _loaded(checkpoint: Mapping[str, Any] | str | os.PathLike[str], k: int) -> M
             f"checkpoints[{k}]={os.fspath(checkpoint)!r} can't be read by torch.load(weights_only=True): {error}"
         ) from error
     return loaded
-
-
-class _Bar:
-    """One progress bar for all checkpoints, which moves within them too."""
-
-    def __init__(self, count: int, progress: bool) -> None:
-        self._begun = 0
-        self._bar = tqdm(
-            total=count,
-            disable=not progress,
-            mininterval=0.2,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} checkpoints [{elapsed}<{remaining}{postfix}]",
-        )
-
-    def begin(self, k: int, label: Any) -> None:
-        self._begun = k
-        self._bar.set_description(f"LLC at {label}", refresh=False)
-        self._bar.set_postfix_str("", refresh=False)
-
-    def tell(self, steps: int, total: int, llc: float) -> None:
-        if not math.isnan(llc):
-            self._bar.set_postfix_str(f"λ̂ ≈ {llc:.4g}", refresh=False)
-        self._bar.update(self._begun + steps / total - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()

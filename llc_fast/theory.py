@@ -85,8 +85,8 @@ def reduced_rank_regression(
     - N + H < M + r: λ = (HN − Hr + Mr) / 2, m = 1;
     - M + N < H + r: λ = MN / 2, m = 1.
 
-    This is `deep_linear((inputs, hidden, outputs), rank)`, from another paper and in another form; what
-    is said there about the loss and about local values holds here as well.
+    This equals `deep_linear((inputs, hidden, outputs), rank)`, from another paper and in another form. The
+    remarks there on the loss and on local values hold here as well.
 
     Source: M. Aoyagi and S. Watanabe, Stochastic complexities of reduced rank regression in Bayesian
     estimation, Neural Networks 18 (2005) 924–933.
@@ -139,8 +139,8 @@ def deep_linear(widths: Iterable[SupportsIndex], rank: SupportsIndex) -> Learnin
     This is the global coefficient: the least λ(w*) over all parameters w* with the given product, and the
     value at the most singular of them, where every W_s has rank r. Elsewhere λ(w*) may be larger: with widths
     (2, 2, 2) and r = 0 the global value is 3/2, but where W_1 is invertible and W_2 = 0 the zero set
-    is {W_2 = 0}, and λ(w*) = 4/2. A w* whose layers, or products of some adjacent layers, have rank above r
-    is thus owed only λ(w*) ≥ `deep_linear(...)`. Experiments such as those of Lau et al. (arXiv:2402.03698)
+    is {W_2 = 0}, and λ(w*) = 4/2. For a w* whose layers, or products of adjacent layers, have rank above r,
+    only λ(w*) ≥ `deep_linear(...)` is known. Experiments such as those of Furman & Lau (arXiv:2402.03698)
     compare with this global formula.
 
     Source: M. Aoyagi, Consideration on the learning efficiency of multiple-layered neural networks with
@@ -172,7 +172,7 @@ def deep_linear(widths: Iterable[SupportsIndex], rank: SupportsIndex) -> Learnin
 
 
 def _integer(name: str, value: SupportsIndex, minimum: int) -> int:
-    """Return `value` as an int (numpy integers included), or say what is wrong with it."""
+    """Return `value`, which may be one of NumPy's integers, as an int; raise if it is none, or below `minimum`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -192,7 +192,7 @@ def _integers(name: str, values: Iterable[SupportsIndex], minimum: int) -> tuple
 
 
 def _rank(rank: SupportsIndex, sizes: tuple[int, ...]) -> int:
-    """Return the rank of a product of matrices of these sizes, checked to be one it can have."""
+    """Return `rank` as an int; raise if no product of matrices of these sizes has that rank."""
     r = _integer("rank", rank, minimum=0)
     if r > min(sizes):
         raise ValueError(

@@ -1,71 +1,147 @@
-"""What chains leave behind."""
+"""What chains leave behind: named arrays with a leading chain axis, kept, joined, cut and stored in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+Arrays = dict[str, NDArray[Any]]
+
+LOSS = "loss"
+"""The name of the trace that every chain has; the others are those that the sampler's transitions return."""
+
 
 @dataclass
-class ChainRecord:
-    """What a group of chains has done so far.
+class Traces:
+    """What consecutive chains have left behind so far.
 
     Attributes:
-        first_chain: the chains are ``first_chain … first_chain + len(losses) − 1``.
+        first_chain: the chains are ``first_chain … first_chain + num_chains − 1``.
         step: steps that are done.
-        losses: float64 ``[chain, step]``, less the paired baseline if there is one; later columns hold nothing yet.
-        heats: the same of :meth:`llc_fast.samplers.Sampler.heat`; NaN for samplers that do not tell.
-        observables: by name, float64 ``[chain, draw, …]``.
-        arrays: what changes from step to step in chains under way, see ``ChainState.arrays``; None once they are done.
-        probes: what was measured on the way, float64 ``[chain, probe, column]``, see ``llc_fast.probes.COLUMNS``; NaN
-            where there is nothing, or nothing yet.
+        steps: by name, float64 ``[chain, step]``: the loss of every step, less the control variate if there is one, and
+            what the sampler's transitions return (``Sampler.traces``). Columns from `step` on hold NaN.
+        draws: what observables returned, by name, float64 ``[chain, draw, …]``; NaN where there is no draw yet.
+        checks: what the step checks measured, float64 ``[chain, check, column]``, see ``llc_fast.chains.step_checks``;
+            NaN where there is nothing, or nothing yet.
+        state: what changes from step to step in chains under way, ``[chain, …]``, see ``ChainState.arrays``; None once
+            they are done.
         ends: w − w* by parameter, ``[chain, …]``, where the chains stopped; None unless they are done and it was asked.
     """
 
     first_chain: int
     step: int
-    losses: NDArray[np.float64]
-    heats: NDArray[np.float64]
-    observables: dict[str, NDArray[np.float64]]
-    arrays: dict[str, NDArray[Any]] | None
-    probes: NDArray[np.float64] | None = None
-    ends: dict[str, NDArray[Any]] | None = None
+    steps: Arrays
+    draws: Arrays = field(default_factory=dict)
+    checks: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0, 0)))
+    state: Arrays | None = None
+    ends: Arrays | None = None
+
+    @classmethod
+    def blank(cls, chains: range, num_steps: int, names: Sequence[str], checks: tuple[int, int]) -> Traces:
+        """Of chains that have done nothing: `names` beside the loss, and room for so many checks and columns."""
+        return cls(
+            chains.start,
+            0,
+            {name: np.full((len(chains), num_steps), np.nan) for name in (LOSS, *names)},
+            checks=np.full((len(chains), *checks), np.nan),
+        )
+
+    @property
+    def loss(self) -> NDArray[np.float64]:
+        return self.steps[LOSS]
 
     @property
     def chains(self) -> range:
-        return range(self.first_chain, self.first_chain + len(self.losses))
+        return range(self.first_chain, self.first_chain + len(self.loss))
 
-    def row(self, chain: int) -> ChainRecord:
-        """The record of one chain."""
+    def _groups(self) -> list[Mapping[str, NDArray[Any]]]:
+        """All arrays: those with a name, and those without as if they had one."""
+        return [self.steps, self.draws, {"": self.checks}, self.state or {}, self.ends or {}]
+
+    def _made_of(self, first_chain: int, groups: Sequence[Arrays], has_state: bool, has_ends: bool) -> Traces:
+        steps, draws, checks, state, ends = groups
+        return Traces(
+            first_chain, self.step, steps, draws, checks[""], state if has_state else None, ends if has_ends else None
+        )
+
+    def row(self, chain: int) -> Traces:
+        """Those of one chain; views."""
         k = chain - self.first_chain
-        arrays = None if self.arrays is None else {name: a[k : k + 1] for name, a in self.arrays.items()}
-        observables = {name: a[k : k + 1] for name, a in self.observables.items()}
-        probes = None if self.probes is None else self.probes[k : k + 1]
-        losses, heats = self.losses[k : k + 1], self.heats[k : k + 1]
-        ends = None if self.ends is None else {name: a[k : k + 1] for name, a in self.ends.items()}
-        return ChainRecord(chain, self.step, losses, heats, observables, arrays, probes, ends)
+        groups = [{name: a[k : k + 1] for name, a in group.items()} for group in self._groups()]
+        return self._made_of(chain, groups, self.state is not None, self.ends is not None)
+
+    def copy(self) -> Traces:
+        """Apart from the memory that the chains go on to write to."""
+        groups = [{name: a.copy() for name, a in group.items()} for group in self._groups()]
+        return self._made_of(self.first_chain, groups, self.state is not None, self.ends is not None)
 
     @staticmethod
-    def stack(records: Sequence[ChainRecord]) -> ChainRecord:
-        """Consecutive chains with equally many steps as one group."""
-        first = records[0]
-        if len(records) == 1:
+    def stack(traces: Sequence[Traces]) -> Traces:
+        """Consecutive chains as one group, whose `step` is that of the last to get on.
+
+        A name that some of them lack (diverged chains may have made no draw) is NaN there. State and ends are kept if
+        all of them have one.
+        """
+        first = traces[0]
+        if len(traces) == 1:
             return first
-        arrays = None
-        if first.arrays is not None:
-            arrays = {k: np.concatenate([r.arrays[k] for r in records if r.arrays is not None]) for k in first.arrays}
-        seen = {k: a for r in records for k, a in r.observables.items()}  # lost chains may have none
-        observables = {
-            k: np.concatenate([r.observables.get(k, np.full((len(r.losses), *a.shape[1:]), np.nan)) for r in records])
-            for k, a in seen.items()
+        has_state, has_ends = (all(getattr(t, name) is not None for t in traces) for name in ("state", "ends"))
+        groups: list[Arrays] = []
+        for parts in zip(*(t._groups() for t in traces), strict=True):
+            like = {name: a for part in parts for name, a in part.items()}
+            groups.append({name: np.concatenate(_rows(name, a, parts, traces)) for name, a in like.items()})
+        found = first._made_of(first.first_chain, groups, has_state, has_ends)
+        found.step = min(t.step for t in traces)
+        return found
+
+    # ---- as plain arrays and numbers, for files ------------------------------------------------------------
+
+    def to_arrays(self) -> tuple[dict[str, Any], Arrays]:
+        """Numbers for JSON, and arrays by name; steps that are not done are left out."""
+        numbers = {
+            "first_chain": self.first_chain,
+            "step": self.step,
+            "num_steps": self.loss.shape[1],
+            "has_state": self.state is not None,
+            "has_ends": self.ends is not None,
         }
-        losses, heats = np.concatenate([r.losses for r in records]), np.concatenate([r.heats for r in records])
-        probes = [r.probes for r in records if r.probes is not None]
-        together = np.concatenate(probes) if len(probes) == len(records) else None
-        found = [r.ends for r in records if r.ends is not None]
-        ends = {k: np.concatenate([e[k] for e in found]) for k in found[0]} if len(found) == len(records) else None
-        return ChainRecord(first.first_chain, first.step, losses, heats, observables, arrays, together, ends)
+        arrays: Arrays = {"checks": self.checks}
+        arrays |= {f"step.{name}": a[:, : self.step] for name, a in self.steps.items()}
+        for kind, group in (("draw", self.draws), ("state", self.state or {}), ("end", self.ends or {})):
+            arrays |= {f"{kind}.{name}": a for name, a in group.items()}
+        return numbers, arrays
+
+    @classmethod
+    def from_arrays(cls, numbers: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Traces:
+        """What :meth:`to_arrays` gave."""
+
+        def part(kind: str) -> Arrays:
+            return {name.removeprefix(f"{kind}."): a for name, a in arrays.items() if name.startswith(f"{kind}.")}
+
+        steps = {}
+        for name, done in part("step").items():
+            steps[name] = np.full((len(done), numbers["num_steps"]), np.nan)
+            steps[name][:, : numbers["step"]] = done
+        return cls(
+            numbers["first_chain"],
+            numbers["step"],
+            steps,
+            part("draw"),
+            np.array(arrays["checks"]),
+            part("state") if numbers["has_state"] else None,
+            part("end") if numbers["has_ends"] else None,
+        )
+
+
+def _rows(
+    name: str, like: NDArray[Any], parts: Sequence[Mapping[str, NDArray[Any]]], traces: Sequence[Traces]
+) -> list[NDArray[Any]]:
+    """The arrays of that name, NaN where there is none."""
+    return [
+        part[name] if name in part else np.full((len(t.chains), *like.shape[1:]), np.nan)
+        for part, t in zip(parts, traces, strict=True)
+    ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast import estimate as estimate_module
-from llc_fast.chains import run as chains
-from llc_fast.checks import advise
-from llc_fast.result import LLCResult
+from llc_fast.chains.run import StepTaken, after_each_step
+from llc_fast.result import LLCResult, Warning
+from llc_fast.samplers import make_sampler
 
 mse = nn.functional.mse_loss
 TIMEOUT = 120
@@ -46,6 +48,20 @@ def mlp(dtype: torch.dtype = torch.float32, seed: int = 7) -> nn.Module:
     return initialized(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype), seed)
 
 
+_EXECUTION = tuple(field.name for field in dataclasses.fields(llc_fast.Execution))
+
+
+def arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as estimate_llc takes them: tests name those of `Execution`, and a sampler's own, beside the others."""
+    given = dict(options)
+    execution = {name: given.pop(name) for name in _EXECUTION if name in given}
+    if execution:
+        given["execution"] = llc_fast.Execution(**execution)
+    if own := given.pop("sampler_options", None):
+        given["sampler"] = make_sampler(given.get("sampler") or "sgld", **own)
+    return given
+
+
 def estimate(**options: Any) -> LLCResult:
     """`estimate_llc` of a small network with everything that a test does not give."""
     chosen: dict[str, Any] = {
@@ -58,14 +74,20 @@ def estimate(**options: Any) -> LLCResult:
     } | options
     model = chosen.pop("model", None) or mlp()
     inputs = chosen.pop("data", None) or data()
-    return llc_fast.estimate_llc(model, inputs, chosen.pop("loss_fn", mse), **chosen)
+    return llc_fast.estimate_llc(model, inputs, chosen.pop("loss_fn", mse), **arguments(chosen))
 
 
-def happened(result: LLCResult) -> list[str]:
-    """The warnings of what happened on the way, without the advice, which most of these short runs are right to get."""
-    advice = advise(result)
-    assert result.warnings[len(result.warnings) - len(advice) :] == advice
-    return result.warnings[: len(result.warnings) - len(advice)]
+_EVENTS = ("training-mode", "unused", "diverged", "partial", "checkpoint", "truncated")
+
+
+def happened(result: LLCResult) -> list[Warning]:
+    """The warnings about model and run, without those about the estimate, which most of these short runs deserve."""
+    return [w for w in result.warnings if w.code in _EVENTS]
+
+
+def codes(result: LLCResult) -> list[str]:
+    """Of all warnings, in their order."""
+    return [w.code for w in result.warnings]
 
 
 def assert_same(found: LLCResult, expected: LLCResult) -> None:
@@ -85,32 +107,27 @@ def assert_same(found: LLCResult, expected: LLCResult) -> None:
     np.testing.assert_array_equal(found.llc_per_chain, expected.llc_per_chain)
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """SIGINT comes during the `count`-th step that this process does from now on, whichever chain takes it.
+@contextlib.contextmanager
+def interrupted_after(count: int) -> Iterator[None]:
+    """SIGINT comes after the `count`-th step that this process takes from now on, whichever chain takes it.
 
     Pilot chains do not count: nothing is lost with them, and Ctrl-C there is an ordinary KeyboardInterrupt.
     """
-    advance, done = chains.Group.advance, iter(range(count - 1, -1, -1))
-    run_pilot, pilots = estimate_module.run_pilot, []
+    left = iter(range(count - 1, -1, -1))
 
-    def run_unharmed(*args: Any, **options: Any) -> Any:
-        pilots.append(1)
-        try:
-            return run_pilot(*args, **options)
-        finally:
-            pilots.pop()
-
-    monkeypatch.setattr(chains.Monitor, "interval", 0.001)
-
-    def interrupted(group: Any, *rest: Any) -> None:
-        advance(group, *rest)
-        if not pilots and next(done, None) == 0:
+    def interrupt(taken: StepTaken) -> None:
+        if not taken.is_pilot and next(left, None) == 0:
             signal.raise_signal(signal.SIGINT)
             while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
                 time.sleep(0.001)  # in a thread: until the main one has handled it
 
-    monkeypatch.setattr(estimate_module, "run_pilot", run_unharmed)
-    monkeypatch.setattr(chains.Group, "advance", interrupted)
+    with after_each_step(interrupt):
+        yield
+
+
+def no_step() -> contextlib.AbstractContextManager[None]:
+    """The test fails if a chain takes a step."""
+    return after_each_step(lambda taken: pytest.fail(f"a step: {taken}"))
 
 
 # ---- other processes ---------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import llc_fast
-from llc_fast.estimate import default_nbeta
 from llc_fast.optim import SGLD
+from llc_fast.settings import default_nbeta
 
 mse = nn.functional.mse_loss
 

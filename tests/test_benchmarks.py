@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import llc_fast
-from llc_fast.cli.bench import floor_bytes
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not part of this distribution")
@@ -28,8 +27,9 @@ HAS_DEVINTERP = importlib.util.find_spec("devinterp") is not None
 
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of the benchmarks' folder by its name."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+    """Imports a module of the benchmarks' folders by its name."""
+    for name in ("gpu", "speed"):
+        monkeypatch.syspath_prepend(str(FOLDER / name))
     return importlib.import_module
 
 
@@ -84,13 +84,6 @@ def test_what_a_step_launches(benchmark_module: Any) -> None:
     assert counts == {"step_kernel": 1, "Memcpy HtoD": 1}
 
 
-def test_floor_of_chains_that_share_their_anchor() -> None:
-    """The table of bytes a parameter: w* is read once for four chains, a bfloat16 gradient pays for the copy of w."""
-    assert [floor_bytes("sgld"), floor_bytes("sgld", chains=4), floor_bytes("sgld", low=True)] == [16, 13, 16]
-    assert [floor_bytes(name) for name in ("preconditioned-sgld", "rmsprop-sgld", "adam-sgld")] == [20, 24, 32]
-    assert floor_bytes("preconditioned-sgld", chains=4) == 14
-
-
 # ---- the modes that a GPU session runs -----------------------------------------------------------------------
 
 
@@ -108,7 +101,9 @@ def test_steps_of_an_estimate_and_its_set_up(tmp_path: Path) -> None:
     """Rivals make fewer steps, whose rest is extrapolated, and then they have no λ̂."""
     rivals = ["devinterp"] if HAS_DEVINTERP else []
     options = ["--sizes", "16", "--chains", "2", "--steps", "30", "--per-step", "--rival-steps", "20"]
-    tables = _run("bench_estimate.py", *options, "--contenders", "llc_fast", *rivals, path=tmp_path / "chains.json")
+    tables = _run(
+        "speed/bench_estimate.py", *options, "--contenders", "llc_fast", *rivals, path=tmp_path / "chains.json"
+    )
     ours, *theirs = tables["16"]
     assert ours["λ̂"] > 0 and ours["chains"] == 2 and "extrapolated" not in ours["contender"]
     assert ours["seconds"] == pytest.approx(ours["set-up, s"] + 30e-6 * ours["µs per step"])
@@ -121,7 +116,7 @@ def test_the_large_network(tmp_path: Path) -> None:
     """One whole estimate, and one of few steps that is extrapolated; the network is kept for the next call."""
     network, contenders = tmp_path / "network.pt", ["llc_fast:tf32", "llc_fast:tf32:kept"]
     options = ["--size", "1k", "--seed", "0", "--steps", "60", "--short", "20", "--network", str(network)]
-    tables = _run("bench_large.py", *options, "--contenders", *contenders, path=tmp_path / "large.json")
+    tables = _run("gpu/bench_large.py", *options, "--contenders", *contenders, path=tmp_path / "large.json")
     whole, short = tables["rows"]
     assert whole["done"] == 60 and whole["λ̂"] > 0 and network.exists()
     assert whole["λ̂/λ − 1"] == pytest.approx(whole["λ̂"] / tables["network"]["lambda"] - 1)
@@ -161,7 +156,7 @@ def _gpu_script(folder: Path, *stages: str, **environment: str) -> subprocess.Co
         path.write_text(f"#!{bash}\n{body.replace('{python}', sys.executable)}\n")
         path.chmod(0o755)
     paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "SITE": str(Path(llc_fast.__file__).parents[1])}
-    command = [bash, str(FOLDER / "gpu.sh"), "-o", str(folder / "out"), *stages]
+    command = [bash, str(FOLDER / "gpu" / "gpu.sh"), "-o", str(folder / "out"), *stages]
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | paths | {"DEVICE": "cpu", "SMOKE": "1"} | environment
     )
@@ -205,7 +200,7 @@ def _made_up(good: bool) -> dict[str, dict[str, Any]]:
         {"sampler": name, "share of copy's GB/s": (0.95 if name == "sgld" else 0.86) if good else 0.84}
         for name in ("sgld", "preconditioned-sgld", "rmsprop-sgld", "adam-sgld", "sghmc", "sgnht")
     ]
-    kernel = "void llc::(anonymous namespace)::step_kernel<llc::Sgld<float>, float, false>(llc::Step)"
+    kernel = "void llc::(anonymous namespace)::step_kernel<0u, llc::Sgld<float>, float>(llc::Step)"
     launches = {"llc_fast SGLD": {kernel: 1} if good else {kernel: 1, "Memcpy HtoD (Pageable -> Device)": 1}}
 
     def large(precision: str) -> dict[str, Any]:
@@ -251,7 +246,7 @@ def test_report_of_targets_held(benchmark_module: Any, tmp_path: Path) -> None:
     assert len(found) == 5 + 18 + 1 + 4 + 1 and all(target.holds is True for target in found)
     text = module.report(results)
     assert text.startswith("# NVIDIA H100, 2026-11-22\n") and "**no**" not in text and "not measured" not in text
-    assert "| 1 × step_kernel<Sgld<float>, float, false> | 1 kernel | yes |" in text
+    assert "| 1 × step_kernel<0u, Sgld<float>, float> | 1 kernel | yes |" in text
 
 
 def test_report_of_targets_missed(benchmark_module: Any, tmp_path: Path) -> None:
@@ -290,7 +285,7 @@ def test_report_joins_calls(
     good, bad = _made_up(good=True), _made_up(good=False)
     _write(tmp_path / "first", {"step": bad["step"], "chains": good["chains"]})
     _write(tmp_path / "second", {"step": good["step"]})
-    kernel = '"0","void llc::<unnamed>::step_kernel<llc::Sgld<float>, float, (bool)1>(llc::Step)"'
+    kernel = '"0","void llc::<unnamed>::step_kernel<(unsigned int)63, llc::Sgld<float>, float>(llc::Step)"'
     (tmp_path / "second" / "ncu.csv").write_text(
         '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         f'{kernel},"Duration","us","530.1"\n{kernel},"DRAM Throughput","%","91"\n'
@@ -299,4 +294,4 @@ def test_report_joins_calls(
     module.main()
     text = (tmp_path / "first" / "report.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip() and "| yes |" in text and "**no**" not in text
-    assert "| step_kernel<Sgld<float>, float, 1> | 530.1 us | 91 % |" in text
+    assert "| step_kernel<63, Sgld<float>, float> | 530.1 us | 91 % |" in text

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 import llc_fast
 from llc_fast import theory
-from llc_fast.cli import app as cli
+from llc_fast.cli import app, networks
+from llc_fast.cli.estimate import problem_of
 from llc_fast.problems import deep_linear
 
 COLUMNS = {
@@ -33,7 +37,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def _run(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, list(arguments))
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app.make_app(), list(arguments))
 
 
 def _said(result: Result) -> str:
@@ -57,6 +61,15 @@ def test_info() -> None:
     result = _run("info")
     assert result.exit_code == 0
     for words in (llc_fast.__version__, torch.__version__, "instruction_set", "threads", "backend"):
+        assert words in result.output
+
+
+def test_info_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that can't be imported is what the report is about: the rest is printed, and the exit status is 1."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = _run("info")
+    assert result.exit_code == 1
+    for words in (llc_fast.__version__, "instruction_set", "torch_error", "import of torch halted"):
         assert words in result.output
 
 
@@ -130,7 +143,7 @@ def test_dln_steps_default_to_the_papers(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_dln_counts_the_pilots_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrated estimates say what they took in all: at most a fifth more than the chains themselves."""
-    monkeypatch.setattr(cli, "CALIBRATED_STEPS", 400)
+    monkeypatch.setattr(networks, "CALIBRATED_STEPS", 400)
     (row,) = _rows(tmp_path / "rows.json", "--networks", "1", "--chains", "3")
     assert 1200 < row["steps"] <= 1440
 
@@ -184,8 +197,26 @@ def test_wrong_arguments(arguments: list[str], said: list[str], monkeypatch: pyt
 def test_help() -> None:
     """Without a command the commands are listed."""
     result = _run()
-    for command in ("demo", "dln", "info"):
-        assert command in _said(result)
+    listed = re.findall(r"^│ ([a-z]+) ", _said(result), re.MULTILINE)
+    assert listed == ["bench", "demo", "dln", "estimate", "info", "reproduce"]
+
+
+def test_help_waits_for_nothing() -> None:
+    """The commands, and what is known of the machine without torch, need no package that takes long to import."""
+    script = """
+import sys, llc_fast.cli.app as app, llc_fast.cli.info as info
+sys.argv = ["llc-fast", "--help"]
+try:
+    app.main()
+except SystemExit as done:
+    assert not done.code, done.code
+info.installed()
+print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "estimate" in done.stdout and {"typer", "llc_fast"} <= imported
+    assert not imported & {"torch", "numpy", "scipy", "tqdm", "matplotlib", "pandas", "xarray", "arviz", "sklearn"}
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +224,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     for size, settings in list(deep_linear.SIZE_CLASSES.items()):
         monkeypatch.setitem(deep_linear.SIZE_CLASSES, size, dataclasses.replace(settings, num_samples=2000))
-    monkeypatch.setattr(cli, "CALIBRATED_STEPS", 20)
+    monkeypatch.setattr(networks, "CALIBRATED_STEPS", 20)
     monkeypatch.chdir(tmp_path)
     result = _run("demo", "--no-progress", "--json", "rows.json")
     assert result.exit_code == 0, result.output
@@ -211,7 +242,7 @@ def _main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("sys.argv", ["llc-fast", *arguments])
     monkeypatch.setenv("COLUMNS", "400")  # so that no message is wrapped
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        app.main()
     status = caught.value.code
     assert isinstance(status, int)
     return status
@@ -225,30 +256,44 @@ def _assert_one_line(capfd: pytest.CaptureFixture[str], *said: str) -> None:
         assert words in err
 
 
-@pytest.mark.parametrize("error", [ValueError, TypeError, ModuleNotFoundError])
+OWN_ERRORS = """
+import torch
+
+def not_a_model():
+    return 3, torch.zeros(4, 1), None
+
+def no_samples():
+    return torch.nn.Linear(1, 1), (torch.zeros(0, 1), torch.zeros(0, 1)), torch.nn.functional.mse_loss
+
+def fails():
+    raise ValueError("a bug of the user's own")
+
+def imports():
+    import nowhere_to_be_found
+"""
+
+
+@pytest.mark.parametrize(("problem", "said"), [("not_a_model", "model must be"), ("no_samples", "data")])
 def test_errors_are_one_line(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    problem: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What the package says about wrong input is printed as a line, no traceback, with exit status 2."""
-
-    def fail(*args: Any) -> None:
-        raise error("what is wrong, and what to do")
-
-    monkeypatch.setattr(deep_linear, "make_problem", fail)
-    assert _main(["dln", "--no-progress"], monkeypatch) == 2
-    _assert_one_line(capfd, "llc-fast: what is wrong, and what to do")
+    path = tmp_path / f"{problem}_{tmp_path.name}.py"
+    path.write_text(OWN_ERRORS)
+    assert _main(["estimate", "--no-progress", f"{path}:{problem}"], monkeypatch) == 2
+    _assert_one_line(capfd, said)
 
 
-def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug is not disguised as the user's mistake."""
-
-    def fail(*args: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(deep_linear, "make_problem", fail)
-    monkeypatch.setattr("sys.argv", ["llc-fast", "dln", "--no-progress"])
-    with pytest.raises(ZeroDivisionError):
-        cli.main()
+@pytest.mark.parametrize(("problem", "error"), [("fails", ValueError), ("imports", ModuleNotFoundError)])
+def test_errors_of_the_users_code_keep_their_traceback(
+    problem: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks for a bug needs the place."""
+    path = tmp_path / f"{problem}_{tmp_path.name}.py"
+    path.write_text(OWN_ERRORS)
+    monkeypatch.setattr("sys.argv", ["llc-fast", "estimate", f"{path}:{problem}"])
+    with pytest.raises(error):
+        app.main()
 
 
 def _assert_no_traceback(capfd: pytest.CaptureFixture[str], *said: str) -> None:
@@ -284,6 +329,29 @@ def test_unwritable_files_are_found_before_sampling(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("llc_fast.estimate.run_chains", lambda *_, **__: pytest.fail("sampling began"))
     arguments = ["dln", "--networks", "1", "--steps", "10", "--no-progress"]
     assert _main([*arguments, "--json", str(tmp_path / "nowhere" / "rows.json")], monkeypatch) == 2
+
+
+def test_pictures_that_can_not_be_drawn_are_found_before_sampling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An ending that matplotlib does not know, or no matplotlib."""
+    monkeypatch.setattr(deep_linear, "make_problem", lambda *_: pytest.fail("a network was made"))
+    pytest.importorskip("matplotlib")
+    assert _main(["dln", "--plot", str(tmp_path / "plot.txt")], monkeypatch) == 2
+    _assert_no_traceback(capfd, ".png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert _main(["dln", "--plot", str(tmp_path / "plot.png")], monkeypatch) == 2
+    _assert_one_line(capfd, "llc_fast[plot]")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_files_that_may_not_be_written_are_found_before_sampling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deep_linear, "make_problem", lambda *_: pytest.fail("a network was made"))
+    (tmp_path / "kept.json").touch(mode=0o400)
+    assert _main(["dln", "--json", str(tmp_path / "kept.json")], monkeypatch) == 2
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
@@ -445,7 +513,7 @@ def test_estimate_of_a_file(tmp_path: Path, problem_file: Path) -> None:
     options = ["--json", paths[0], "--save", paths[1], "--plot", paths[2], "--lr", "1e-4", "--localization", "10"]
     done = _run("estimate", f"{problem_file}:problem", *SHORT, *options)
     assert done.exit_code == 0, done.output
-    model, data, loss_fn = cli._problem_of(f"{problem_file}:problem")
+    model, data, loss_fn = problem_of(f"{problem_file}:problem")
     expected = llc_fast.estimate_llc(
         model,
         data,
@@ -499,9 +567,9 @@ def test_bench(tmp_path: Path) -> None:
     done = _run("bench", "--parameters", "20000", "--seconds", "0.02", "--json", str(path))
     assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
-    assert [row["sampler"] for row in rows] == [n for n in llc_fast.samplers.SAMPLERS if n not in ("mala", "hmc")]
+    assert [row["sampler"] for row in rows] == list(llc_fast.samplers.samplers_with_optimizer())
     for row in rows:
         assert row["parameters"] == 20_000 and row["sampler"] in done.output
-        assert row["gb_per_s"] == pytest.approx(row["floor_bytes"] / row["ns_per_parameter"])
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["ns_per_parameter"])
         assert row["share_of_copy"] > 0
-    assert [row["floor_bytes"] for row in rows[:1]] == [16]
+    assert [row["bytes_moved"] for row in rows[:1]] == [16]

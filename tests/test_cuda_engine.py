@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from runs import arguments
 from torch import Tensor, nn
 
 import llc_fast
 from llc_fast import LLCResult
-from llc_fast.chains import run as chains
-from llc_fast.samplers.registry import ADJUSTED, SAMPLERS
+from llc_fast.chains.run import Monitor, StepTaken, after_each_step
+from llc_fast.samplers import SAMPLERS, samplers_with_optimizer
 
 pytestmark = pytest.mark.gpu
 mse = nn.functional.mse_loss
@@ -31,10 +34,10 @@ def _problem(device: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 def _estimate(device: str, **options: Any) -> LLCResult:
     model, data = _problem(device)
-    return llc_fast.estimate_llc(model, data, mse, progress=False, **SETTINGS | options)
+    return llc_fast.estimate_llc(model, data, mse, progress=False, **arguments(SETTINGS | options))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers_with_optimizer())
 @pytest.mark.parametrize("strategy", [None, "sequential", "batched", "cuda-graph"])
 def test_the_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
     """A hundred steps agree with the CPU's to rounding, in float64: minibatches and noise are the same."""
@@ -43,7 +46,7 @@ def test_the_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
     np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ADJUSTED)
+@pytest.mark.parametrize("sampler", [name for name, cls in SAMPLERS.items() if cls.kind == "metropolis"])
 @pytest.mark.parametrize("strategy", [None, "sequential", "batched"])
 def test_adjusted_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
     """The same proposals, accepted and rejected alike; nobody captures them in a graph."""
@@ -66,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "microbatches": {"microbatch_size": 20},
     "masked": {"params": {"0.weight": torch.arange(72).view(12, 6) % 3 > 0, "3.bias": True}},
     "observed": {"observables": {"away": lambda draw: sum(p.square().sum() for p in draw.params.values())}},
-    "thinned": {"num_steps_bw_draws": 2, "heat_correction": False},
+    "thinned": {"num_steps_bw_draws": 2, "bias_correction": False},
     "RMSprop's metric": {"sampler": "rmsprop-sgld", "sampler_options": {"adapt_steps": 10}},
     "ends": {"keep_ends": True},
 }
@@ -88,10 +91,10 @@ def test_every_option(what: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["cuda-graph", "sequential"])
 def test_examined_as_on_the_cpu(strategy: str) -> None:
-    """Between the replays of a graph too: acceptance, gradient noise, heating, and the warnings that follow."""
+    """Between the replays of a graph too: acceptance, gradient noise, bias, and the warnings that follow."""
     options: dict[str, Any] = {"lr": 1e-3, "num_draws": 500, "num_burnin": 100}
     on_gpu, on_cpu = _estimate("cuda", strategy=strategy, **options), _estimate("cpu", **options)
-    for name in ("acceptance", "gradient_noise_share", "heating", "relaxations"):
+    for name in ("acceptance", "gradient_noise_share", "bias_share", "relaxations"):
         assert on_gpu.diagnostics[name] == pytest.approx(on_cpu.diagnostics[name], rel=1e-6), name
     assert on_gpu.warnings == on_cpu.warnings
     np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)
@@ -99,7 +102,9 @@ def test_examined_as_on_the_cpu(strategy: str) -> None:
 
 def _near_float64(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> None:
     """Two runs give the same bits, near those of float64 on the CPU, as near as products in low precision are."""
-    first, again = (llc_fast.estimate_llc(model, data, mse, progress=False, **SETTINGS | options) for _ in range(2))
+    first, again = (
+        llc_fast.estimate_llc(model, data, mse, progress=False, **arguments(SETTINGS | options)) for _ in range(2)
+    )
     assert np.array_equal(first.loss_trace, again.loss_trace)
     np.testing.assert_allclose(first.loss_trace, _estimate("cpu").loss_trace, rtol=0.1, atol=5e-3)
 
@@ -122,14 +127,13 @@ def test_a_model_that_draws_random_numbers_resumes(tmp_path: Path, monkeypatch: 
     noisy = nn.Sequential(model, nn.Dropout(0.2)).train()
 
     def estimate(**options: Any) -> LLCResult:
-        return llc_fast.estimate_llc(noisy, data, mse, device="cuda", progress=False, **SETTINGS, **options)
+        return llc_fast.estimate_llc(noisy, data, mse, device="cuda", progress=False, **arguments(SETTINGS | options))
 
     whole = estimate()
-    _stop_after(45, monkeypatch)
+    monkeypatch.setattr(Monitor, "interval", 0.0)
     options: dict[str, Any] = {"checkpoint": tmp_path / "run.npz", "checkpoint_interval": 0}
-    with pytest.raises(KeyboardInterrupt):
+    with _killed_after(45):
         estimate(**options)
-    monkeypatch.undo()
     resumed = estimate(**options)
     assert resumed.diagnostics["resumed_steps"] > 0
     assert np.array_equal(resumed.loss_trace, whole.loss_trace)
@@ -153,18 +157,17 @@ def test_a_captured_step_repeats_bit_for_bit() -> None:
     assert not np.array_equal(first.loss_trace, other.loss_trace)
 
 
-def _stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt the next run in the midst of its steps."""
-    steps, advance = [0], chains.Group.advance
+@contextlib.contextmanager
+def _killed_after(count: int) -> Iterator[None]:
+    """A run dies in the midst of its steps."""
+    left = iter(range(count - 1, -1, -1))
 
-    def stop_after_a_while(group: Any, *rest: Any) -> None:
-        advance(group, *rest)
-        steps[0] += 1
-        if steps[0] == count:
+    def kill(taken: StepTaken) -> None:
+        if next(left, None) == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chains.Monitor, "interval", 0.0)
-    monkeypatch.setattr(chains.Group, "advance", stop_after_a_while)
+    with after_each_step(kill), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "cuda-graph"])
@@ -172,10 +175,9 @@ def test_interrupted_and_resumed(strategy: str, tmp_path: Path, monkeypatch: pyt
     """A run that ends half-way goes on from its checkpoint with the bits of one that was never stopped."""
     whole = _estimate("cuda", strategy=strategy)
     options: dict[str, Any] = {"strategy": strategy, "checkpoint": tmp_path / "run.npz", "checkpoint_interval": 0}
-    _stop_after(55, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Monitor, "interval", 0.0)
+    with _killed_after(55):
         _estimate("cuda", **options)
-    monkeypatch.undo()
     resumed = _estimate("cuda", **options)
     assert resumed.diagnostics["resumed_steps"] > 0
     assert np.array_equal(resumed.loss_trace, whole.loss_trace)

@@ -23,12 +23,13 @@ from llc_fast import optim
 from llc_fast.kernels import native as update
 from llc_fast.kernels.native import NUM_STATES, Segment, SegmentTable
 from llc_fast.kernels.step import NoiseKey, StepScalars
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.samplers import samplers_with_optimizer
 
 if torch.__version__ < (2, 6) or not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs fully_shard, which came with torch 2.6, and gloo", allow_module_level=True)
 
 SEED, STEPS = 20240517, 4
+SAMPLERS = samplers_with_optimizer()
 OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "nbeta": 20.0, "localization": 2.0, "weight_decay": 1.0, "seed": SEED}
 SHAPES = [(7, 3), (5,), (1, 4), (3, 5, 2), (6, 4), (700, 3)]  # uneven over two ranks, or empty on one
@@ -101,7 +102,7 @@ def test_a_block_of_columns_moves_as_in_the_whole(name: str, where: str, monkeyp
         monkeypatch.setattr(update, "has_native_backend", lambda _: False)
     device = "cuda" if where == "cuda" else "cpu"
     rows, columns, box = 40, 70, (slice(None), slice(11, 53))
-    tensors = {k: _random((rows, columns), seed) for seed, k in enumerate(("w", "grad", "anchor"))}
+    tensors = {k: _random((rows, columns), seed) for seed, k in enumerate(("w", "grad", "reference"))}
     kept = [_random((rows, columns), 10 + j).abs() for j in range(NUM_STATES[name])]
     mask, scale = _random((rows, columns), 20) > -1, _random((rows, columns), 21).abs() + 0.1
     scalars = StepScalars(1e-2, 20.0, 2.0, 1.0, 0.7, 0.3, 0.9, 0.9, 0.1, 0.1)
@@ -112,7 +113,7 @@ def test_a_block_of_columns_moves_as_in_the_whole(name: str, where: str, monkeyp
         edges = [torch.zeros(3, device=device), torch.zeros(5, device=device)]
         segments = [
             Segment(edges[1], 3 + rows * columns, state=[torch.zeros_like(edges[1]) for _ in state]),
-            Segment(own["w"], offset, own["anchor"], cut(mask).to(device), state, cut(scale).to(device)),
+            Segment(own["w"], offset, own["reference"], cut(mask).to(device), state, cut(scale).to(device)),
             Segment(edges[0], 0, state=[torch.zeros_like(edges[0]) for _ in state]),
         ]
         grads = [torch.ones_like(edges[1]), own["grad"], torch.ones_like(edges[0])]
@@ -273,7 +274,7 @@ def fully_sharded() -> None:
         _same(*params, name, exact=name != "sgnht")
         ends = []
         options = OPTIONS | {"lr": 1e-3, "metrics": ("distance",)}
-        for release in (False, True) if not SAMPLERS[name].thermostatted else (False,):
+        for release in (False, True) if SAMPLERS[name].kind != "thermostat" else (False,):
             if release:
                 options = OPTIONS | {"lr": 1e-3, "release_gradients": True}
             models = _models()
@@ -358,7 +359,7 @@ def refusals() -> None:
         llc_fast.SGLD([plain], optimize_over=_distributed(torch.ones(5, 3) > 0, mesh, [Shard(0)])).step()
     optimizer = llc_fast.SGLD([p], seed=1, localization=1.0)
     optimizer.state[p]["initial_param"] = torch.zeros(5, 3)
-    with pytest.raises(ValueError, match=r"anchor of parameter 0 must be a DTensor .* got a plain tensor"):
+    with pytest.raises(ValueError, match=r"reference point of parameter 0 must be a DTensor .* got a plain tensor"):
         optimizer.step()
     assert not _full(p).any()
     # Gradients that are not summed yet are summed; a backward pass through old values is an error.

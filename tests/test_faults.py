@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import Script, assert_same, data, estimate, happened, initialized, interrupt_after, mlp, mse
+from runs import Script, assert_same, data, estimate, happened, initialized, interrupted_after, mlp, mse
 from torch import Tensor, nn
 
-from llc_fast.chains import run as chains
 from llc_fast.chains.draw import Draw
+from llc_fast.chains.run import StepTaken, after_each_step
 from llc_fast.result import LLCResult
 
 
@@ -117,7 +117,7 @@ def test_ctrl_c(tmp_path: Path, strategy: str) -> None:
     code, output, errors = Script(_INTERRUPTED, tmp_path, strategy).finish()
     assert code == 0, errors
     assert "Traceback" not in errors
-    assert "WARNING: the run was interrupted after" in output and "λ̂ comes from the draws so far" in output
+    assert "WARNING: The run was interrupted after" in output and "λ̂ is computed from the draws so far" in output
     assert output.splitlines()[-1] == "a second one raises"
     loaded = LLCResult.load(tmp_path / "result")
     assert loaded.is_partial and math.isfinite(loaded.llc_mean)
@@ -132,8 +132,7 @@ def test_estimate_of_the_draws_so_far(monkeypatch: pytest.MonkeyPatch, strategy:
     options: dict[str, Any] = {"strategy": strategy, "observables": {"weight": _weight}}
     try:
         whole = estimate(**options)
-        with monkeypatch.context() as patch:
-            interrupt_after(patch, count)
+        with interrupted_after(count):
             partial = estimate(**options)
     finally:
         torch.set_num_threads(threads)
@@ -148,10 +147,10 @@ def test_estimate_of_the_draws_so_far(monkeypatch: pytest.MonkeyPatch, strategy:
         partial.observables["weight"][going, : count - 4], whole.observables["weight"][going, : count - 4]
     )
     assert np.isnan(partial.observables["weight"][:, count - 4 :]).all()
-    assert partial.lost_chains == [] and partial.diagnostics["chains_lost"] == 0
+    assert partial.diverged_chains == [] and partial.diagnostics["chains_diverged"] == 0
     (warning,) = happened(partial)
     assert f"interrupted after {count * len(going)} of 36 steps" in warning
-    assert "λ̂ comes from the draws so far" in warning and "resumes" not in warning
+    assert "λ̂ is computed from the draws so far" in warning and "resumes" not in warning and warning.code == "partial"
 
 
 def _everything_works(result: LLCResult, folder: Path) -> None:
@@ -161,9 +160,9 @@ def _everything_works(result: LLCResult, folder: Path) -> None:
     result.save(folder / "result")
     loaded = LLCResult.load(folder / "result")
     assert_same(loaded, result)
-    assert (loaded.is_partial, loaded.lost_chains, loaded.warnings) == (
+    assert (loaded.is_partial, loaded.diverged_chains, loaded.warnings) == (
         result.is_partial,
-        result.lost_chains,
+        result.diverged_chains,
         result.warnings,
     )
     assert loaded.summary() == result.summary() == str(result)
@@ -186,14 +185,13 @@ def test_interrupted_before_the_first_draw(
 ) -> None:
     """During burn-in there is nothing to estimate from: NaN, and words; the same call resumes."""
     options: dict[str, Any] = {"strategy": strategy, "observables": {"weight": _weight}}
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, count)
+    with interrupted_after(count):
         partial = estimate(**options, checkpoint=tmp_path / "run")
     assert partial.is_partial and math.isnan(partial.llc_mean)
     (warning,) = happened(partial)
-    assert "there is no draw yet; the same call resumes it" in warning
+    assert "there is no draw yet. The same call resumes it." in warning and warning.code == "partial"
     assert "(interrupted)" in partial.summary() and "nan" in partial.summary()
-    assert partial.lost_chains == []
+    assert partial.diverged_chains == []
     _everything_works(partial, tmp_path)
     assert_same(estimate(**options, checkpoint=tmp_path / "run"), estimate(**options))
 
@@ -204,8 +202,7 @@ def test_partial_results_can_do_what_others_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, count: int
 ) -> None:
     """They are saved, loaded, drawn, exported and summarized, with one draw or many, of one chain or all."""
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, count)
+    with interrupted_after(count):
         partial = estimate(strategy=strategy, num_draws=40, observables={"weight": _weight})
     assert partial.is_partial and math.isfinite(partial.llc_mean)
     _everything_works(partial, tmp_path)
@@ -214,8 +211,8 @@ def test_partial_results_can_do_what_others_can(
 def test_interrupted_in_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was done anyway is whole, with no warning."""
     expected = estimate(strategy="batched")
-    interrupt_after(monkeypatch, 12)
-    result = estimate(strategy="batched")
+    with interrupted_after(12):
+        result = estimate(strategy="batched")
     assert not result.is_partial and happened(result) == []
     assert_same(result, expected)
 
@@ -286,13 +283,13 @@ _LONG: dict[str, Any] = {"num_chains": 4, "num_draws": 100, "num_burnin": 0, "ob
 def _reaches(strategy: str) -> list[float]:
     """How far each of the chains goes, the shortest way first."""
     whole = estimate(model=_Fragile(math.inf), strategy=strategy, **_LONG)
-    assert whole.lost_chains == []
+    assert whole.diverged_chains == []
     return sorted(whole.observables["distance"].max(axis=1))
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
 @pytest.mark.parametrize("lost", [1, 2])
-def test_lost_chains_are_left_out(tmp_path: Path, strategy: str, lost: int) -> None:
+def test_diverged_chains_are_left_out(tmp_path: Path, strategy: str, lost: int) -> None:
     """What the others do, and λ̂ from them, is what it would be without those that became NaN."""
     reaches = _reaches(strategy)
     result = estimate(
@@ -303,7 +300,7 @@ def test_lost_chains_are_left_out(tmp_path: Path, strategy: str, lost: int) -> N
     )
     whole = estimate(model=_Fragile(math.inf), strategy=strategy, **_LONG)
     far = whole.observables["distance"].max(axis=1).argsort()[4 - lost :]
-    assert result.lost_chains == sorted(far) and result.diagnostics["chains_lost"] == lost
+    assert result.diverged_chains == sorted(far) and result.diagnostics["chains_diverged"] == lost
     kept = [c for c in range(4) if c not in far]
     np.testing.assert_array_equal(result.loss_trace[kept], whole.loss_trace[kept])
     np.testing.assert_array_equal(result.observables["distance"][kept], whole.observables["distance"][kept])
@@ -313,8 +310,9 @@ def test_lost_chains_are_left_out(tmp_path: Path, strategy: str, lost: int) -> N
         good = int(np.isfinite(result.loss_trace[chain]).argmin())
         np.testing.assert_array_equal(result.loss_trace[chain, :good], whole.loss_trace[chain, :good])
         assert np.isnan(result.loss_trace[chain, good:]).all()
-    assert any(f"{lost} of 4 chains became non-finite" in w and "try lr=" in w for w in result.warnings)
-    assert f"({lost} chains lost)" in result.summary()
+    (warning,) = happened(result)
+    assert warning.code == "diverged" and f"{lost} of 4 chains diverged" in warning and "use lr=" in warning
+    assert f"({lost} diverged)" in result.summary()
     _everything_works(result, tmp_path)
     again = estimate(
         model=_Fragile((reaches[3 - lost] + reaches[4 - lost]) / 2),
@@ -331,27 +329,25 @@ def test_too_few_are_left(tmp_path: Path, strategy: str, lost: int) -> None:
     """From fewer than half of the chains there is no estimate: NaN, and words that say so."""
     reach = 0.0 if lost == 4 else sum(_reaches(strategy)[:2]) / 2
     result = estimate(model=_Fragile(reach), strategy=strategy, **_LONG)
-    assert len(result.lost_chains) == lost
+    assert len(result.diverged_chains) == lost
     assert math.isnan(result.llc_mean) and math.isnan(result.llc_stderr)
     assert int(np.isfinite(result.llc_per_chain).sum()) == 4 - lost
     (warning,) = result.warnings
-    assert f"{lost} of 4 chains became non-finite" in warning and "too few are left for an estimate" in warning
+    assert (
+        warning.code == "diverged"
+        and f"{lost} of 4 chains diverged" in warning
+        and "too few are left for an estimate" in warning
+    )
     _everything_works(result, tmp_path)
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
-def test_lost_chains_are_stopped(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+def test_diverged_chains_are_stopped(strategy: str) -> None:
     """Nothing is sampled for long once a chain, or all of a batch, is lost for good."""
-    steps: list[int] = []
-    advance = chains.Group.advance
-
-    def counted(group: Any, *rest: Any) -> None:
-        advance(group, *rest)
-        steps.append(1)
-
-    monkeypatch.setattr(chains.Group, "advance", counted)
-    result = estimate(model=_Fragile(0.0), strategy=strategy, num_chains=2, num_draws=10_000)
-    assert result.lost_chains == [0, 1]
+    steps: list[StepTaken] = []
+    with after_each_step(steps.append):
+        result = estimate(model=_Fragile(0.0), strategy=strategy, num_chains=2, num_draws=10_000)
+    assert result.diverged_chains == [0, 1]
     assert len(steps) <= (128 if strategy == "sequential" else 64)
 
 
@@ -368,12 +364,12 @@ def test_lost_in_burn_in(observed: bool) -> None:
     first, second = np.sort(reaches)[-2:]
     result = estimate(model=_Fragile((first + second) / 2), **options)
     lost = int(reaches.argmax())
-    assert result.lost_chains == [lost]
+    assert result.diverged_chains == [lost]
     if observed:
         finite = np.isfinite(result.observables["distance"]).all(axis=1)
         assert finite.tolist() == [c != lost for c in range(3)]
     nothing = estimate(model=_Fragile(0.0), **options)
-    assert nothing.lost_chains == [0, 1, 2] and nothing.observables == {}
+    assert nothing.diverged_chains == [0, 1, 2] and nothing.observables == {}
 
 
 def test_lost_and_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,10 +378,9 @@ def test_lost_and_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     reaches = _reaches("batched")
     model = _Fragile((reaches[2] + reaches[3]) / 2)
     whole = estimate(model=model, **options)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 95)
+    with interrupted_after(95):
         partial = estimate(model=model, **options, checkpoint=tmp_path / "run")
-    kept = [c for c in range(4) if c not in whole.lost_chains]
+    kept = [c for c in range(4) if c not in whole.diverged_chains]
     assert partial.is_partial and len(kept) == 3
     assert partial.llc_mean == pytest.approx(whole.llc_trace[kept, :95].mean(), rel=1e-12)
     _everything_works(partial, tmp_path)
@@ -396,7 +391,7 @@ def test_a_loss_that_overflows(tmp_path: Path) -> None:
     """Infinite losses count as lost, even where a later one would be finite again."""
     x, y = data()
     result = estimate(data=(x, y), lr=1e3, num_draws=100, num_burnin=0)
-    assert result.lost_chains == [0, 1, 2]
+    assert result.diverged_chains == [0, 1, 2]
     for row in result.loss_trace:
         finite = np.isfinite(row)
         assert not finite.all() and not finite[finite.argmin() :].any()

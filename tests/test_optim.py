@@ -61,7 +61,7 @@ def _expected(
     box = known.pop("bounding_box_size", None)
     scalars = StepScalars(**known, bounding_box=math.inf if box is None else box)
     noise = reference.normals(offset, w.numel(), NoiseKey(seed, step=step)).reshape(w.shape)
-    x = reference.Coordinates(w.double(), grad.double(), w0.double(), noise)
+    x = reference.Coordinates(w=w.double(), grad=grad.double(), reference=w0.double(), noise=noise)
     reference.sgld(x, scalars, step)
     return x.w
 
@@ -511,6 +511,21 @@ def test_tensors_can_be_replaced_between_steps(what: str) -> None:
         optimizer.step()
         ends.append(w.detach())
     _assert_same_bits(ends[:1], ends[1:])
+
+
+def test_what_the_rule_keeps_can_be_replaced_between_steps() -> None:
+    """A step reads and writes the state that is there now, not the one that its table was built with."""
+    (w,) = _parameters([(6,)])
+    optimizer = llc_fast.RMSpropSGLD([w], lr=0.01, alpha=0.5, seed=SEED)
+    _give_gradients([w])
+    optimizer.step()
+    old, new = optimizer.state[w]["state0"], torch.ones(6, dtype=torch.float64)
+    kept = old.clone()
+    optimizer.state[w]["state0"] = new
+    _give_gradients([w], 1)
+    optimizer.step()
+    assert torch.equal(old, kept)
+    torch.testing.assert_close(new, 0.5 + 0.5 * w.grad.square())
 
 
 def test_zero_grad() -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from runs import Script, assert_same, data, estimate, interrupt_after, mlp, mse
+from runs import Script, assert_same, data, estimate, interrupted_after, mlp, mse
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from llc_fast.chains.draw import Draw
 from llc_fast.kernels import reference
 from llc_fast.kernels.step import NoiseKey
-from llc_fast.objective.control_variate import Baseline
+from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.result import LLCResult
 
 N, BATCH, CHAINS, STEPS, SEED = 43, 10, 3, 12, 5
@@ -88,7 +88,7 @@ def test_the_trace_is_the_raw_one_less_the_same_minibatches_at_the_anchor(
     else:
         losses = _losses_at(model, given)
     result = estimate(model=model, data=given, strategy=strategy, **EVERY_STEP | options)
-    assert result.settings["paired_baseline"] and result.diagnostics["unpaired_reason"] == ""
+    assert result.settings["control_variate"] and result.diagnostics["unpaired_reason"] == ""
     np.testing.assert_allclose(result.init_loss, losses.mean(), rtol=tolerance)
     expected = _raw(result) - _expected_baseline(losses) + losses.mean()
     np.testing.assert_allclose(result.loss_trace, expected, rtol=10 * tolerance)
@@ -145,7 +145,7 @@ def test_a_realizable_problem_needs_no_baseline() -> None:
     with torch.no_grad():
         y = model(x)
     result = estimate(model=model, data=(x, y), **EVERY_STEP)
-    assert not result.settings["paired_baseline"]
+    assert not result.settings["control_variate"]
     assert "the same on all minibatches" in result.diagnostics["unpaired_reason"]
     assert 0 <= result.init_loss < 1e-30  # zero but for the order in which a batch's sums are rounded
     np.testing.assert_array_equal(result.loss_trace, _raw(result))
@@ -231,7 +231,7 @@ def test_refused_where_a_minibatch_is_not_the_mean_of_its_samples(name: str) -> 
     build, reason = REFUSED[name]
     options = {**EVERY_STEP, "data": data(N), **build()}
     result = estimate(**options)
-    assert not result.settings["paired_baseline"]
+    assert not result.settings["control_variate"]
     assert reason in result.diagnostics["unpaired_reason"]
     np.testing.assert_array_equal(result.loss_trace, _raw(result))
 
@@ -253,8 +253,8 @@ def test_the_kind_of_weights_is_no_obstacle_where_they_are_equal() -> None:
 
     even = estimate(model=model(), data=(tokens, tokens), loss_fn=over_tokens, **EVERY_STEP)
     uneven = estimate(model=model(), data=(tokens, padded), loss_fn=over_tokens, **EVERY_STEP)
-    assert even.settings["paired_baseline"]
-    assert not uneven.settings["paired_baseline"]
+    assert even.settings["control_variate"]
+    assert not uneven.settings["control_variate"]
 
 
 def test_models_that_vmap_does_not_know_are_paired_by_their_outputs() -> None:
@@ -269,7 +269,7 @@ def test_models_that_vmap_does_not_know_are_paired_by_their_outputs() -> None:
 
     torch.manual_seed(0)
     result = estimate(model=Recurrent(), data=data(N), strategy="sequential", **EVERY_STEP)
-    assert result.settings["paired_baseline"]
+    assert result.settings["control_variate"]
     np.testing.assert_allclose(result.loss_trace[:, 0], result.init_loss, rtol=1e-5)
 
 
@@ -286,14 +286,14 @@ def test_low_precision_hides_neither_means_nor_weights(kind: str) -> None:
 
     paired = estimate(model=mlp(dtype), **options)
     weighted = estimate(model=mlp(dtype), loss_fn=slightly, **options)
-    assert paired.settings["paired_baseline"] and not weighted.settings["paired_baseline"]
+    assert paired.settings["control_variate"] and not weighted.settings["control_variate"]
     assert "weighted by tokens" in weighted.diagnostics["unpaired_reason"]
     np.testing.assert_allclose(paired.loss_trace[:, 0], paired.init_loss, rtol=2**-6)  # batched, rounded otherwise
 
 
 def test_the_baseline_is_the_same_on_a_device() -> None:
     losses = np.random.default_rng(0).exponential(size=N)
-    baseline = Baseline(losses, float(losses.mean()), BATCH)
+    baseline = ControlVariate(losses, float(losses.mean()), BATCH)
     indices = torch.randint(N, (CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
     expected = losses[indices.numpy()].mean(axis=1) - losses.mean()
     np.testing.assert_allclose(baseline(indices.numpy()), expected, rtol=0, atol=1e-14)
@@ -316,9 +316,8 @@ def test_batched_is_sequential() -> None:
 def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     options = {**EVERY_STEP, "data": data(N), "strategy": strategy}
     whole = estimate(**options)
-    assert whole.settings["paired_baseline"]
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 7)
+    assert whole.settings["control_variate"]
+    with interrupted_after(7):
         partial = estimate(**options, checkpoint=tmp_path / "run")
     assert partial.is_partial
     for chain, done in enumerate(partial.steps_done or []):
@@ -326,7 +325,7 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_same(estimate(**options, checkpoint=tmp_path / "run"), whole)
     again = estimate(**options, checkpoint=tmp_path / "run")  # nothing left to do
     assert_same(again, whole)
-    assert again.settings["paired_baseline"]
+    assert again.settings["control_variate"]
 
 
 def test_processes_give_what_one_does(tmp_path: Path) -> None:
@@ -346,4 +345,4 @@ result.save(f"result{os.environ['RANK']}")
     found_results = [LLCResult.load(tmp_path / f"result{rank}") for rank in range(2)]
     assert_same(found_results[0], found_results[1])
     np.testing.assert_allclose(found_results[0].loss_trace, alone.loss_trace, rtol=1e-5)
-    assert found_results[0].settings["paired_baseline"]
+    assert found_results[0].settings["control_variate"]

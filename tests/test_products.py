@@ -78,7 +78,7 @@ def test_without_noise(nbeta: float) -> None:
 
 @pytest.mark.parametrize("prior", ["box", "gaussian"])
 def test_with_noise(prior: str) -> None:
-    """Against sums over a fine grid of all parameters, correlated data and an anchor away from the origin."""
+    """Against sums over a fine grid of all parameters, correlated data and a reference point away from the origin."""
     rng = np.random.default_rng(3)
     for inputs, outputs, power, points in ((1, 1, 1, 601), (1, 1, 2, 601), (1, 2, 1, 101), (2, 1, 1, 101)):
         model, nbeta = ProductRegression(inputs, outputs, power), 60.0

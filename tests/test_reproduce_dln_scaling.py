@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from llc_fast.plots import draw_known, new_figure
+from llc_fast.plots import new_figure, plot_against_known
 from llc_fast.problems import deep_linear
-from llc_fast.reproduce import dln_scaling, load
+from llc_fast.reproduce import dln_scaling
+from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.dln_scaling import Large, Sample, Settings
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, run
+from llc_fast.reproduce.rows import Row, Tables
+from llc_fast.reproduce.run import load, run
+from llc_fast.reproduce.study import Study
 
 pytest.importorskip("matplotlib")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,11 +38,11 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_process")
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows say what was estimated and are measured once; what does not fit the memory is a row as well."""
-    checks = run(load("dln-scaling"), _study(tmp_path), TINY)
+    claims = run(load("dln-scaling"), _study(tmp_path), TINY)
     written = json.loads((tmp_path / "data.json").read_text())
     rows = written["tables"]["networks"]
     assert list(rows) == ["1k 0", "1k 1", "100k 0"] and (tmp_path / "dln-scaling.png").read_bytes().startswith(PNG)
-    assert len(checks) == len(written["checks"]) == 5
+    assert len(claims) == len(written["claims"]) == 5
     problem = deep_linear.make_problem("1k", 1)
     row = rows["1k 1"]
     assert row["lambda"] == problem.learning_coefficient and row["widths"] == list(problem.widths)
@@ -53,10 +56,10 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Study, "estimate", refuse)
     run(load("dln-scaling"), _study(tmp_path), TINY)
     assert json.loads((tmp_path / "data.json").read_text())["tables"] == written["tables"]
-    checks = run(load("dln-scaling"), _study(tmp_path / "other"), TINY)
+    claims = run(load("dln-scaling"), _study(tmp_path / "other"), TINY)
     tables = json.loads((tmp_path / "other" / "data.json").read_text())["tables"]
     assert tables["networks"]["1k 0"]["warnings"] == ["not estimated: this run needs 10 GiB"]
-    assert not checks[0].passed and "3 have no estimate" in checks[0].found
+    assert not claims[0].holds and "3 have no estimate" in claims[0].found
 
 
 def test_large_network_in_its_own_process() -> None:
@@ -64,7 +67,7 @@ def test_large_network_in_its_own_process() -> None:
     large = Large(width=300, layers=4, steps=2)
     row = dln_scaling.in_own_process(vars(large) | {"seed": 0, "device": "cpu"})
     assert "problem" not in row, row
-    assert row["num_parameters"] == 360_000 and row["lost_chains"] == []
+    assert row["num_parameters"] == 360_000 and row["diverged_chains"] == []
     assert 0 < row["seconds_of_update"] < row["seconds_of_step"]
     if sys.platform == "linux":
         parts = dln_scaling.bytes_per_parameter(row)
@@ -114,22 +117,22 @@ SETTINGS = Settings({"1k": Sample(5, 10), "10k": Sample(5, 10)})
 GOOD = [_row(size, 10.0 * k * scale, 0.01 * k) for size, scale in (("1k", 1), ("10k", 10)) for k in range(1, 6)]
 
 
-def _check(tables: Tables) -> list[Check]:
-    return dln_scaling.check(tables, SETTINGS)
+def _check(tables: Tables) -> list[Claim]:
+    return dln_scaling.claims(tables, SETTINGS)
 
 
 def test_claims_that_hold() -> None:
-    checks = _check(_tables(*GOOD))
-    assert all(c.passed for c in checks), checks
-    assert "1.0000 over 10" in checks[0].found and "3.0% and 4.6%" in checks[1].found
-    assert "8.66" in checks[-1].claim and "8.52" in checks[-1].found and "12.55" in checks[-1].found
+    claims = _check(_tables(*GOOD))
+    assert all(c.holds for c in claims), claims
+    assert "1.0000 over 10" in claims[0].found and "3.0% and 4.6%" in claims[1].found
+    assert "8.66" in claims[-1].text and "8.52" in claims[-1].found and "12.55" in claims[-1].found
 
 
 def test_claims_that_fail() -> None:
     """Each on its own: order, a class's accuracy, an error without a warning, memory."""
 
     def failing(*rows: Row, large: Row | None = None) -> list[int]:
-        return [k for k, c in enumerate(_check(_tables(*rows, large=large))) if not c.passed]
+        return [k for k, c in enumerate(_check(_tables(*rows, large=large))) if not c.holds]
 
     rest = GOOD[1:]
     assert failing(_row("1k", 10.0, 0.35), *rest) == [1, 3]
@@ -137,23 +140,28 @@ def test_claims_that_fail() -> None:
     assert failing(_row("1k", 10.0, -0.35, ("too short",)), *rest) == [1]
     assert failing(*(r if r["size"] == "1k" else _row("10k", r["lambda"], 0.06) for r in GOOD)) == [2]
     assert failing(_row("1k", 10.0, 4.5, ("too short",)), *rest) == [0, 1]
-    assert failing(_row("1k", 10.0, None, ("lost",)), *rest) == [0, 1]
+    assert failing(_row("1k", 10.0, None, ("diverged",)), *rest) == [0, 1]
     assert failing(_row("1k", 10.0, None), *rest) == [0, 1, 3]
     assert failing(*GOOD, large=_tables()["large"]["large"] | {"peak_bytes": 1300}) == [4]
     assert failing(*GOOD, large={"problem": "exit status 1: MemoryError"}) == [4]
     unknown = _tables()["large"]["large"] | {"peak_bytes": None}
     assert failing(*GOOD, large=unknown) == [4]
     for large in (unknown, {"problem": "exit status 1"}):
-        assert dln_scaling.draw(_tables(_row("1k", 1.0, None), *GOOD, large=large), SETTINGS)
+        assert dln_scaling.plot(_tables(_row("1k", 1.0, None), *GOOD, large=large), SETTINGS)
 
 
 def test_warned_points_are_hollow() -> None:
-    """In the picture of known models: color inside where there is no warning; nothing where there is no estimate."""
+    """In the figure of known models: color inside where there is no warning; nothing where there is no estimate."""
     _, (axes,) = new_figure(1)
     points = [
         {"size": "1k", "lambda_true": k, "llc_mean": llc, "llc_stderr": 0.1, "warnings": warnings}
-        for k, llc, warnings in ((1.0, 1.1, []), (2.0, 2.1, ["short"]), (3.0, 3.1, ["short"]), (4.0, None, ["lost"]))
+        for k, llc, warnings in (
+            (1.0, 1.1, []),
+            (2.0, 2.1, ["short"]),
+            (3.0, 3.1, ["short"]),
+            (4.0, None, ["diverged"]),
+        )
     ]
-    draw_known(axes, points)
+    plot_against_known(axes, points)
     markers = {line.get_markerfacecolor(): len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"}
     assert markers.pop("white") in (0, 2) and list(markers.values()) == [1]

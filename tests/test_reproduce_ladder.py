@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from llc_fast.problems.products import ProductRegression
-from llc_fast.reproduce import ladder, load
-from llc_fast.reproduce.frame import Row, Study, run
+from llc_fast.reproduce import ladder
 from llc_fast.reproduce.ladder import Settings, fit_exponent
+from llc_fast.reproduce.rows import Row
+from llc_fast.reproduce.run import load, run
+from llc_fast.reproduce.study import Study
 
 pytest.importorskip("matplotlib")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -44,9 +46,9 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return estimate(study, key, *arguments, **(settings or short))
 
     monkeypatch.setattr(Study, "estimate", shorter)
-    checks = run(load("ladder"), _study(tmp_path), TINY)
+    claims = run(load("ladder"), _study(tmp_path), TINY)
     written = json.loads((tmp_path / "data.json").read_text())
-    assert len(checks) == 4
+    assert len(claims) == 4
     tables = written["tables"]
     assert all(list(tables[rung]) == list(ladder.MODELS) for rung in ("volume", "empirical", "local"))
     assert list(tables["idealized"]) == [f"{name}, nβ = 100" for name in ladder.MODELS]
@@ -95,7 +97,7 @@ def test_exponents() -> None:
 
 
 def test_errors_of_exponents_are_true() -> None:
-    """The spread over repetitions is what each fit says, within what sixty repetitions tell (three sigma: 28 %)."""
+    """The spread over repetitions is what each fit says, within the error of sixty repetitions (three sigma: 28 %)."""
     rng = np.random.default_rng(1)
     fits = [fit_exponent(rng.exponential(1.0, (2, 2000)).sum(axis=0), 2)[:2] for _ in range(60)]
     values, errors = np.array(fits).T
@@ -127,17 +129,15 @@ def _row(llc: float | None, **figures: Any) -> Row:
 
 
 def _tables(**changed: Row) -> dict[str, dict[str, Row]]:
-    good = {
-        name: _row(1.02, model="w₁²w₂²", heat_removed=0.1) for name in ("volume", "idealized", "empirical", "local")
-    }
+    good = {name: _row(1.02, model="w₁²w₂²", bias_share=0.1) for name in ("volume", "idealized", "empirical", "local")}
     return {name: {"a": _row(1.0, model="w₁²w₂²"), "b": row} for name, row in (good | changed).items()}
 
 
 def test_claims() -> None:
-    """Three standard errors each; for the local rung half of the heat as well, in a well of degree four."""
+    """Three standard errors each; for the local rung half of the bias as well, in a well of degree four."""
 
     def failing(**changed: Row) -> list[int]:
-        return [k for k, c in enumerate(ladder.check(_tables(**changed), TINY)) if not c.passed]
+        return [k for k, c in enumerate(ladder.claims(_tables(**changed), TINY)) if not c.holds]
 
     assert failing() == []
     for place, rung in enumerate(("volume", "idealized", "empirical")):
@@ -145,7 +145,7 @@ def test_claims() -> None:
         assert failing(**{rung: _row(0.96, model="w₁²w₂²")}) == [place]
         assert failing(**{rung: _row(None, model="w₁²w₂²")}) == [place]
     # 3 standard errors and half of 0.1/0.9 of λ̂ make 0.08.
-    assert failing(local=_row(0.93, model="w₁²w₂²", heat_removed=0.1)) == []
-    assert failing(local=_row(0.90, model="w₁²w₂²", heat_removed=0.1)) == [3]
-    assert failing(local=_row(0.93, model="regular, 4 parameters", heat_removed=0.1)) == [3]
-    assert "not b" in ladder.check(_tables(volume=_row(2.0)), TINY)[0].found
+    assert failing(local=_row(0.93, model="w₁²w₂²", bias_share=0.1)) == []
+    assert failing(local=_row(0.90, model="w₁²w₂²", bias_share=0.1)) == [3]
+    assert failing(local=_row(0.93, model="regular, 4 parameters", bias_share=0.1)) == [3]
+    assert "not b" in ladder.claims(_tables(volume=_row(2.0)), TINY)[0].found

@@ -22,7 +22,9 @@ from llc_fast.problems.saddle_to_saddle import (
     small_weights,
 )
 from llc_fast.reproduce import rank_transitions as experiment
-from llc_fast.reproduce.frame import Study, Tables, run
+from llc_fast.reproduce.rows import Row, Tables
+from llc_fast.reproduce.run import run
+from llc_fast.reproduce.study import Study
 
 TINY = experiment.Settings(
     widths=(4, 2, 2, 4),
@@ -182,86 +184,95 @@ def _tables() -> Tables:
     """As if measured: ranks 0, transition, 1, 2."""
     energies = [(0.001, 0.001), (5.0, 0.001), (100.0, 0.001), (100.0, 100.0)]
     values = [[_value(TINY, e) for e in pair] for pair in energies]
-    llc = [2.1, 3.0, 3.9, 6.2]
-    row = {
-        "step": [10, 20, 30, 40],
-        "singular_values": values,
-        "layers": [[[v ** (1 / 3) for v in pair]] * 3 for pair in values],
-        "llc": llc,
-        "low": [v - 0.4 for v in llc],
-        "high": [v + 0.4 for v in llc],
-        "warnings": [[], ["oh"], [], []],
-    }
+    llc, steps = [2.1, 3.0, 3.9, 6.2], [10, 20, 30, 40]
+
+    def rows(llc: list[float | None]) -> dict[str, Row]:
+        return {
+            f"step {step}": {
+                "step": step,
+                "singular_values": list(pair),
+                "layers": [[v ** (1 / 3) for v in pair]] * 3,
+                "llc": value,
+                "interval": [None, None] if value is None else [value - 0.4, value + 0.4],
+                "warnings": ["oh"] if step == 20 else [],
+            }
+            for step, pair, value in zip(steps, values, llc, strict=True)
+        }
+
     controls = {
         f"rank {k}": {"rank": k, "known": level, "llc": level, "interval": [level - 0.3, level + 0.3], "warnings": []}
         for k, level in enumerate(TINY.levels)
     }
-    curve = {"step": row["step"], "loss": [2.0, 1.5, 1.0, 1e-9], "singular_values": values}
+    curve = {"step": steps, "loss": [2.0, 1.5, 1.0, 1e-9], "singular_values": values}
     return {
         "control": controls,
         "training": {"curve": curve},
-        "sweeps": {experiment.BEHAVIOURAL: row, experiment.TRAINING: {**row, "llc": [-500.0, None, -20.0, 6.0]}},
+        experiment.BEHAVIOURAL: rows([*llc]),
+        experiment.TRAINING: rows([-500.0, None, -20.0, 6.0]),
     }
 
 
 def _verdicts(tables: Tables) -> list[bool]:
-    return [c.passed for c in experiment.check(tables, TINY)]
+    return [c.holds for c in experiment.claims(tables, TINY)]
 
 
 def test_claims_hold_where_they_do() -> None:
     tables = _tables()
     assert _verdicts(tables) == [True] * 4
-    found = experiment.check(tables, TINY)
+    found = experiment.claims(tables, TINY)
     assert "rank 0: 1, rank 1: 1, rank 2: 1 checkpoints; 1 in transitions" in found[1].found
     assert "0 with warnings" in found[3].found
-    (figure,) = experiment.draw(tables, TINY).values()
+    (figure,) = experiment.plot(tables, TINY).values()
     figure.canvas.draw()
+
+
+def _change(tables: Tables, step: int, llc: float | None, half: float = 0.4) -> None:
+    interval = [None, None] if llc is None else [llc - half, llc + half]
+    tables[experiment.BEHAVIOURAL][f"step {step}"] |= {"llc": llc, "interval": interval}
 
 
 def test_estimates_off_the_level_fail() -> None:
     tables = _tables()
-    row = tables["sweeps"][experiment.BEHAVIOURAL]
-    row["llc"][2], row["low"][2], row["high"][2] = 4.6, 4.2, 5.0  # 1.5 error bars; three at once may be 1.22 off
+    _change(tables, 30, 4.6)  # 1.5 error bars; three at once may be 1.22 off
     assert _verdicts(tables) == [True, True, True, False]
-    row["llc"][2], row["low"][2], row["high"][2] = 4.45, 4.05, 4.85
+    _change(tables, 30, 4.45)
     assert _verdicts(tables) == [True] * 4
 
 
-def test_lost_estimates_fail_and_are_drawn() -> None:
+def test_diverged_estimates_fail_and_are_plotted() -> None:
     tables = _tables()
-    row = tables["sweeps"][experiment.BEHAVIOURAL]
-    row["llc"][3] = row["low"][3] = row["high"][3] = None
-    tables["control"]["rank 1"]["llc"], tables["control"]["rank 1"]["interval"] = None, [None, None]
+    _change(tables, 40, None)
+    tables["control"]["rank 1"] |= {"llc": None, "interval": [None, None]}
     assert _verdicts(tables) == [False, True, True, False]
-    experiment.draw(tables, TINY)["rank-transitions"].canvas.draw()
+    experiment.plot(tables, TINY)["rank-transitions"].canvas.draw()
 
 
-def test_error_bars_that_tell_nothing_fail() -> None:
+def test_error_bars_that_are_too_long_fail() -> None:
     tables = _tables()
-    tables["sweeps"][experiment.BEHAVIOURAL]["high"][0] += 2.0
+    _change(tables, 10, 2.1, half=1.4)
     assert _verdicts(tables) == [True, True, True, False]
 
 
 def test_transitions_are_not_judged() -> None:
     tables = _tables()
-    tables["sweeps"][experiment.BEHAVIOURAL]["llc"][1] = 1000.0
+    tables[experiment.BEHAVIOURAL]["step 20"]["llc"] = 1000.0
     assert _verdicts(tables) == [True] * 4
 
 
-def test_ranks_out_of_order_or_left_out_fail() -> None:
+def test_ranks_out_of_order_or_left_out_are_findings() -> None:
     tables = _tables()
-    for name in ("singular_values", "layers", "llc", "low", "high", "warnings"):
-        rows = tables["sweeps"][experiment.BEHAVIOURAL][name]
-        rows[2], rows[3] = rows[3], rows[2]
+    rows = tables[experiment.BEHAVIOURAL]
+    third, fourth = rows.pop("step 30"), rows.pop("step 40")
+    rows |= {"step 40": fourth, "step 30": third}
     assert _verdicts(tables) == [True, False, True, True]
-    for values in tables["sweeps"][experiment.BEHAVIOURAL].values():
-        del values[2:]
+    del rows["step 40"], rows["step 30"]
     assert _verdicts(tables)[1] is False
+    assert experiment.claims(tables, TINY)[1].verdict == "finding"
 
 
 def test_layers_of_a_higher_rank_fail() -> None:
     tables = _tables()
-    tables["sweeps"][experiment.BEHAVIOURAL]["layers"][2][1] = [3.0, 1.5]
+    tables[experiment.BEHAVIOURAL]["step 30"]["layers"][1] = [3.0, 1.5]
     assert _verdicts(tables) == [True, True, False, True]
 
 
@@ -270,17 +281,16 @@ def test_layers_of_a_higher_rank_fail() -> None:
 
 def test_experiment_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study("rank-transitions", "small", tmp_path, progress=False)
-    checks = run(experiment, study, TINY)
-    assert checks[1].passed, checks[1]  # training is exact; λ̂ of so short chains need not be
-    assert checks[2].passed, checks[2]
+    claims = run(experiment, study, TINY)
+    assert claims[1].holds, claims[1]  # training is exact; λ̂ of so short chains need not be
+    assert claims[2].holds, claims[2]
     assert (tmp_path / "rank-transitions.png").stat().st_size > 10_000
     tables = json.loads((tmp_path / "data.json").read_text())["tables"]
-    row = tables["sweeps"][experiment.BEHAVIOURAL]
-    assert row["init_loss"] == pytest.approx([0] * len(row["step"]), abs=1e-12)
-    assert [len(row[name]) for name in ("llc", "warnings", "layers", "lr")] == [len(row["step"])] * 4
-    before = tables["sweeps"][experiment.TRAINING]
-    assert before["llc"][0] < -100  # w* is a saddle
-    assert "negative" in " ".join(before["warnings"][0])
+    rows = tables[experiment.BEHAVIOURAL]
+    assert len(rows) == 6 and all({"llc", "codes", "layers", "lr"} <= set(row) for row in rows.values())
+    assert all(row["init_loss"] == pytest.approx(0, abs=1e-12) for row in rows.values())
+    first = next(iter(tables[experiment.TRAINING].values()))
+    assert first["llc"] < -100 and first["warnings"]  # w* is a saddle
 
     def unwanted(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
@@ -289,7 +299,7 @@ def test_experiment_and_its_resumption(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("llc_fast.sweep_checkpoints", unwanted)
     monkeypatch.setattr(experiment, "_train", unwanted)
     again = Study("rank-transitions", "small", tmp_path, progress=False)
-    assert run(experiment, again, TINY) == checks
+    assert run(experiment, again, TINY) == claims
     assert again.tables == tables
 
 
@@ -297,6 +307,6 @@ def test_paper_scale_takes_the_same_path(tmp_path: Path) -> None:
     paper = experiment.SCALES["paper"]
     few = {"num_samples": 2000, "most_steps": 40, "num_draws": 4, "num_burnin": 4, "num_checkpoints": 2}
     settings = dataclasses.replace(paper, **few, num_training_loss=1, singular_values=paper.singular_values[:2])
-    checks = run(experiment, Study("rank-transitions", "paper", tmp_path, progress=False), settings)
-    assert len(checks) == 4
-    assert not checks[1].passed  # 40 steps are no training
+    claims = run(experiment, Study("rank-transitions", "paper", tmp_path, progress=False), settings)
+    assert len(claims) == 4
+    assert not claims[1].holds  # 40 steps are no training

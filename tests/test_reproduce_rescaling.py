@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast.estimate import default_nbeta
 from llc_fast.problems import relu_network
 from llc_fast.problems.relu_network import make_data, make_network, rescale, scale_factors, undoing_preconditioner
-from llc_fast.reproduce import load, rescaling
-from llc_fast.reproduce.frame import Study, Tables, run
+from llc_fast.reproduce import rescaling
+from llc_fast.reproduce.rows import Tables
+from llc_fast.reproduce.run import load, run
+from llc_fast.reproduce.study import Study
+from llc_fast.samplers import PreconditionedSGLDSampler
+from llc_fast.settings import default_nbeta
 
 mse = nn.functional.mse_loss
 WIDTHS = (4, 6, 5, 3)
@@ -105,13 +108,12 @@ def trace(model: nn.Sequential, loss_fn: Any = mse, sampler: str = "precondition
         kept[draw.chain] = torch.cat([p.flatten() for p in draw.params.values()]).clone()
         return 0.0
 
-    if "preconditioner" in options:
-        options["sampler_options"] = {"preconditioner": options.pop("preconditioner")}
+    metric = options.pop("preconditioner", None)
     result = llc_fast.estimate_llc(
         model,
         data,
         loss_fn,
-        sampler=sampler,
+        sampler=sampler if metric is None else PreconditionedSGLDSampler(preconditioner=metric),
         num_chains=2,
         num_burnin=0,
         num_draws=200,
@@ -153,10 +155,10 @@ def test_localization_is_undone_only_in_the_metric() -> None:
     isotropic[:, 200:] /= scales_of(0, factor, None)
     assert float((isotropic - plain).abs().max()) > 0.1
     # The same pull in the metric A'⁻¹, as part of the loss: (γ/2)·(w' − w'*)ᵀA'⁻¹(w' − w'*)/nβ.
-    anchor = {name: p.detach().clone() for name, p in rescaled.named_parameters()}
+    reference = {name: p.detach().clone() for name, p in rescaled.named_parameters()}
 
     def pulled(model: nn.Module, batch: Any) -> Tensor:
-        away = [((p - anchor[k]).square() / undoing[k]).sum() for k, p in model.named_parameters()]
+        away = [((p - reference[k]).square() / undoing[k]).sum() for k, p in model.named_parameters()]
         return mse(model(batch[0]), batch[1]) + gamma / (2 * default_nbeta(200)) * sum(away)
 
     in_metric = trace(rescaled, pulled, preconditioner=undoing)
@@ -228,8 +230,8 @@ TINY = rescaling.Settings(
 
 def test_the_experiment_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study("rescaling", "small", tmp_path, progress=False)
-    checks = run(load("rescaling"), study, TINY)
-    assert checks[0].passed and len(checks) == 3
+    claims = run(load("rescaling"), study, TINY)
+    assert claims[0].holds and len(claims) == 3
     assert {p.name for p in tmp_path.iterdir()} == {"data.json", "rescaling.png", "work"}
     rows = study.tables["estimates"]
     assert len(rows) == 3 * len(rescaling.SAMPLERS) and all(row["warnings"] for row in rows.values())
@@ -239,7 +241,7 @@ def test_the_experiment_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monk
     data = (tmp_path / "data.json").read_text()
     monkeypatch.setattr(llc_fast, "estimate_llc", None)  # nothing is measured again
     again = Study("rescaling", "small", tmp_path, progress=False)
-    assert run(load("rescaling"), again, TINY) == checks
+    assert run(load("rescaling"), again, TINY) == claims
     assert (tmp_path / "data.json").read_text() == data
 
 
@@ -280,10 +282,10 @@ def made_up(**values: list[float | None]) -> Tables:
 )
 def test_what_is_claimed(values: dict[str, list[float | None]], passed: list[bool]) -> None:
     tables = made_up(**values)
-    assert [c.passed for c in rescaling.check(tables, TINY)] == passed
-    rescaling.draw(tables, TINY)["rescaling"].canvas.draw()
+    assert [c.holds for c in rescaling.claims(tables, TINY)] == passed
+    rescaling.plot(tables, TINY)["rescaling"].canvas.draw()
 
 
 def test_deviations_in_words() -> None:
-    checks = rescaling.check(made_up(plain=[None, 100, 79]), TINY)
-    assert checks[1].found == "−21 % at a = 1000, lost at 1 of 3"
+    claims = rescaling.claims(made_up(plain=[None, 100, 79]), TINY)
+    assert claims[1].found == "−21 % at a = 1000, diverged at 1 of 3"

@@ -1,4 +1,4 @@
-"""The experiment `resnet`, its network and its pictures."""
+"""The experiment `resnet`, its network and its images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from llc_fast.problems.digits import NUM_PICTURES, load_digits
 from llc_fast.problems.resnet import resnet
 from llc_fast.reproduce import resnet as experiment
-from llc_fast.reproduce.frame import Study, Tables, run
+from llc_fast.reproduce.rows import Tables
+from llc_fast.reproduce.run import run
+from llc_fast.reproduce.study import Study
 
 TINY = dataclasses.replace(
     experiment.SCALES["small"],
@@ -41,7 +43,7 @@ def network(seed: int = 0, **options: Any) -> nn.Sequential:
     return resnet(**{"width": 4, "blocks": 1, "size": 8} | options, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_and_standardized() -> None:
@@ -50,7 +52,7 @@ def test_digits_are_split_and_standardized() -> None:
     assert x.shape == (1000, 1, 8, 8) and other.shape == (NUM_PICTURES - 1000, 1, 8, 8)
     assert x.mean().abs() < 1e-5 and x.std() == pytest.approx(1, abs=1e-5)
     assert torch.equal(torch.bincount(torch.cat([y, labels])) > 170, torch.ones(10, dtype=torch.bool))
-    # The same pictures, whatever the split: told by their pixels, which are integers from 0 to 16.
+    # The same images, whatever the split: known by their pixels, which are integers from 0 to 16.
     again = load_digits(num_train=1000, seed=4)
     assert not torch.equal(again.train[1], y)
     assert torch.equal(load_digits(num_train=1000, seed=3).train[0], x)
@@ -58,14 +60,14 @@ def test_digits_are_split_and_standardized() -> None:
     assert len(levels) == 17 and torch.allclose(levels.diff(), levels.diff().mean(), atol=1e-4)
 
 
-def test_digits_can_be_drawn_larger() -> None:
+def test_digits_can_be_enlarged() -> None:
     small, large = load_digits().train[0], load_digits(size=16).train[0]
     # Bilinear interpolation by 2 has weights 9, 3, 3 and 1 of 16: averages over 2 × 2 stay close to the pixels.
     correlation = np.corrcoef(F.avg_pool2d(large, 2).flatten(), small.flatten())[0, 1]
     assert large.shape[-2:] == (16, 16) and correlation > 0.95
 
 
-def test_what_is_wrong_with_digits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_of_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_train in (0, NUM_PICTURES):
         with pytest.raises(ValueError, match=f"num_train must be between 1 and 1796, got {num_train}"):
             load_digits(num_train=num_train)
@@ -121,7 +123,7 @@ def test_scale_of_normalized_filters_is_free() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-11)
 
 
-def test_what_is_wrong_with_a_network_is_told() -> None:
+def test_wrong_arguments_of_a_network() -> None:
     for options in ({"width": 0}, {"blocks": 0}, {"width": 24}, {"size": 1}):
         name, value = next(iter(options.items()))
         with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
@@ -141,19 +143,18 @@ def test_localization_is_that_of_the_reach() -> None:
 
 
 def test_experiment_from_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
-    assert len(checks) == 5 and checks[1].passed and checks[2].passed
+    claims = run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
+    assert len(claims) == 5 and claims[1].holds and claims[2].holds
     first = (tmp_path / "data.json").read_bytes()
     rows = json.loads(first)["tables"]["runs"]
-    assert len(rows) == 6 and (tmp_path / "resnet.png").stat().st_size > 10_000
+    steps = {0: [2, 4], 1: [4]}
+    expected = [f"{r.name}, step {step}" for r in experiment.plan(TINY) for step in steps[r.training]]
+    assert list(rows) == expected and (tmp_path / "resnet.png").stat().st_size > 10_000
     for row in rows.values():
-        count = 2 if row["training"] == 0 else 1
-        assert row["step"] == [2, 4][-count:]
-        for name in ("llc_mean", "llc_stderr", "init_loss", "r_hat", "warnings", "test_accuracy"):
-            assert len(row[name]) == count, name
-        assert all(np.isfinite(row["llc_mean"])) and min(row["llc_stderr"]) > 0
-        assert len({r["localization"] for r in rows.values()}) == 1
-    monkeypatch.setattr(Study, "sweep", None)  # nothing is measured again
+        assert {"init_loss", "r_hat", "warnings", "codes", "train_accuracy", "test_accuracy"} <= set(row)
+        assert row["llc"] is not None and row["stderr"] > 0
+    assert len({row["localization"] for row in rows.values()}) == 1
+    monkeypatch.setattr("llc_fast.sweep_checkpoints", None)  # nothing is measured again
     run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
     assert (tmp_path / "data.json").read_bytes() == first
 
@@ -167,13 +168,13 @@ def test_training_is_sgd(tmp_path: Path) -> None:
     def moved(learning_rate: float, steps: int) -> tuple[float, dict[str, Any]]:
         settings = dataclasses.replace(TINY, checkpoints=(steps,))
         kept = experiment._train(study, settings, digits, experiment.Run(learning_rate, 60, 0), seed=3)
-        (state,) = kept["states"]
-        return math.sqrt(sum(float((state[k] - begun[k]).square().sum()) for k in begun)), kept
+        state = kept[steps]["state"]
+        return math.sqrt(sum(float((state[k] - begun[k]).square().sum()) for k in begun)), kept[steps]
 
-    # One step on all pictures is the full gradient times the learning rate.
+    # One step on all images is the full gradient times the learning rate.
     assert moved(0.2, 1)[0] == pytest.approx(2 * moved(0.1, 1)[0], rel=1e-3)
     learned = moved(0.1, 60)[1]
-    assert learned["train_accuracy"][0] > 0.5 > learned["test_accuracy"][0] - 0.5
+    assert learned["train_accuracy"] > 0.5 > learned["test_accuracy"] - 0.5
 
 
 def test_paper_scale_is_resnet18() -> None:
@@ -195,12 +196,12 @@ def tables(values: dict[tuple[float, int], list[float]], **changes: Any) -> Tabl
                 "learning_rate": lr,
                 "batch_size": size,
                 "training": k,
-                "step": [4],
-                "llc_mean": [value],
-                "llc_stderr": [0.1],
-                "init_loss": [0.2],
-                "r_hat": [1.01],
-                "warnings": [[]],
+                "step": 4,
+                "llc": value,
+                "stderr": 0.1,
+                "init_loss": 0.2,
+                "r_hat": 1.01,
+                "warnings": [],
             } | changes
     return {"runs": rows}
 
@@ -209,40 +210,40 @@ GOOD = {(0.1, 8): [20.0, 20.4], (0.3, 8): [10.1, 9.9], (0.1, 16): [31.0, 30.0]}
 
 
 def verdicts(found: Tables) -> list[bool]:
-    return [c.passed for c in experiment.check(found, TINY)]
+    return [c.holds for c in experiment.claims(found, TINY)]
 
 
 def test_check_of_good_tables() -> None:
-    checks = experiment.check(tables(GOOD), TINY)
-    assert [c.passed for c in checks] == [True] * 5
-    assert checks[3].found == "0.1: 20.2 ± 0.2, 0.3: 10 ± 0.1; λ̂ falls"
-    assert checks[4].found == "8: 20.2 ± 0.2, 16: 30.5 ± 0.5; λ̂ rises"
+    claims = experiment.claims(tables(GOOD), TINY)
+    assert [c.holds for c in claims] == [True] * 5
+    assert claims[3].found == "0.1: 20.2 ± 0.2, 0.3: 10 ± 0.1; λ̂ falls"
+    assert claims[4].found == "8: 20.2 ± 0.2, 16: 30.5 ± 0.5; λ̂ rises"
 
 
 def test_check_does_not_care_which_way_round() -> None:
     other = dict(zip(GOOD, reversed(GOOD.values()), strict=True))
-    checks = experiment.check(tables(other), TINY)
-    assert all(c.passed for c in checks) and "falls" in checks[3].found and "falls" in checks[4].found
+    claims = experiment.claims(tables(other), TINY)
+    assert all(c.holds for c in claims) and "falls" in claims[3].found and "falls" in claims[4].found
 
 
 def test_check_of_bad_tables() -> None:
     # Within two standard errors, by their own errors or by the spread over trainings.
     assert verdicts(tables(GOOD | {(0.3, 8): [20.2, 20.3]}))[3:] == [False, True]
     assert verdicts(tables(GOOD | {(0.3, 8): [15.0, 22.0]}))[3:] == [False, True]
-    assert verdicts(tables(GOOD, llc_stderr=[12.0])) == [False, True, True, False, False]
+    assert verdicts(tables(GOOD, stderr=12.0)) == [False, True, True, False, False]
     # One run has no neighbours.
-    assert experiment.check(tables(GOOD), dataclasses.replace(TINY, batch_sizes=(8,)))[4].passed is False
+    assert experiment.claims(tables(GOOD), dataclasses.replace(TINY, batch_sizes=(8,)))[4].holds is False
     # Silent: no warning where one is due.
-    assert verdicts(tables(GOOD, r_hat=[1.2])) == [True, False, True, True, True]
-    assert verdicts(tables(GOOD, r_hat=[1.2], warnings=[["the chains disagree"]])) == [True] * 5
+    assert verdicts(tables(GOOD, r_hat=1.2)) == [True, False, True, True, True]
+    assert verdicts(tables(GOOD, r_hat=1.2, warnings=["the chains disagree"])) == [True] * 5
     negative = GOOD | {(0.3, 8): [-3.0, -3.1]}
     assert verdicts(tables(negative)) == [True, True, False, True, True]
-    assert verdicts(tables(negative, warnings=[["λ̂ is negative"]])) == [True] * 5
-    # Lost chains: no λ̂.
-    lost = tables(GOOD)
-    lost["runs"]["0.3 8 1"] |= {"llc_mean": [None], "llc_stderr": [None], "r_hat": [None], "warnings": [["lost"]]}
-    assert verdicts(lost) == [False, True, True, False, True]
-    experiment.draw(lost, TINY)
+    assert verdicts(tables(negative, warnings=["λ̂ is negative"])) == [True] * 5
+    # Diverged chains: no λ̂.
+    diverged = tables(GOOD)
+    diverged["runs"]["0.3 8 1"] |= {"llc": None, "stderr": None, "r_hat": None, "warnings": ["diverged"]}
+    assert verdicts(diverged) == [False, True, True, False, True]
+    experiment.plot(diverged, TINY)
 
 
 @pytest.mark.parametrize(

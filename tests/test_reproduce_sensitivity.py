@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from llc_fast.reproduce import load, sensitivity
-from llc_fast.reproduce.frame import Check, Study, Tables, run
+from llc_fast.reproduce import sensitivity
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Tables
+from llc_fast.reproduce.run import load, run
 from llc_fast.reproduce.sensitivity import Detection, Place, Settings
+from llc_fast.reproduce.study import Study
 
 pytest.importorskip("matplotlib")
 
@@ -33,15 +36,15 @@ def _study(folder: Path) -> Study:
 
 
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every setting is a row, lost chains too; a second run measures nothing and finds the same."""
+    """Every setting is a row, diverged chains too; a second run measures nothing and finds the same."""
     study = _study(tmp_path)
-    checks = run(sensitivity, study, _TINY)
+    claims = run(sensitivity, study, _TINY)
     lines = len(sensitivity.places(_TINY))
     assert [len(study.tables[name]) for name in ("network", "reference", "estimate")] == [1, 2, lines * 4]
-    assert len(checks) == 4 and (tmp_path / "sensitivity.png").stat().st_size > 10_000
+    assert len(claims) == 4 and (tmp_path / "sensitivity.png").stat().st_size > 10_000
     rows = study.tables["estimate"]
-    lost = [row for row in rows.values() if row["llc"] is None]
-    assert lost and all(row["warnings"] and row["step_size"] == 1000 for row in lost)
+    diverged = [row for row in rows.values() if row["llc"] is None]
+    assert diverged and all(row["warnings"] and row["step_size"] == 1000 for row in diverged)
     # Neither length is enough, and both were paid for.
     assert {row["draws"] for row in study.tables["reference"].values()} == {20}
     assert {row["gradients"] for row in study.tables["reference"].values()} == {2 * (15 + 30) * 3}
@@ -51,7 +54,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert row["lr"] * natural == pytest.approx(row["step_size"])
     monkeypatch.setattr(Study, "estimate", None)
     again = _study(tmp_path)
-    assert run(sensitivity, again, _TINY) == checks and again.tables == study.tables
+    assert run(sensitivity, again, _TINY) == claims and again.tables == study.tables
 
 
 def test_settings_of_the_scales() -> None:
@@ -82,7 +85,8 @@ def _tables(*rows: tuple[float | None, bool]) -> Tables:
     """Estimates of 100 ± 1, each with a warning or without."""
 
     def row(llc: float | None, warned: bool) -> dict[str, Any]:
-        figures = {"llc": llc, "stderr": None if llc is None else 2.0, "warnings": ["no"] if warned else []}
+        figures = {"llc": llc, "stderr": None if llc is None else 2.0}
+        figures |= {"warnings": ["no"], "codes": ["ess"]} if warned else {"warnings": [], "codes": []}
         return figures | {"architecture": "net", "place": [1.0, 1.0, 16], "step_size": 0.1}
 
     return {
@@ -93,11 +97,11 @@ def _tables(*rows: tuple[float | None, bool]) -> Tables:
 
 
 def _passed(tables: Tables) -> list[bool]:
-    return [check.passed for check in sensitivity.check(tables, Settings())]
+    return [check.holds for check in sensitivity.claims(tables, Settings())]
 
 
 def test_warnings_as_a_detector() -> None:
-    """Recall and precision by hand; lost chains are wrong by any measure."""
+    """Recall and precision by hand; diverged chains are wrong by any measure."""
     tables = _tables((100, False), (112, True), (112, False), (70, True), (None, True), (104, True), (60, False))
     judged = sensitivity.judge(tables)
     assert [one.is_wrong() for one in judged] == [False, True, True, True, True, False, True]
@@ -115,8 +119,9 @@ def test_claims() -> None:
     good = _tables(*[(100, False)] * 5, (150, True), (85, True), (None, True), (101, True))
     assert _passed(good) == [True] * 4
     assert _passed(_tables(*[(150, True)] * 50, (150, False))) == [True, False, True, True]
-    found: list[Check] = sensitivity.check(_tables((115, False), (115, True), (150, True)), Settings())
-    assert [check.passed for check in found] == [True, True, False, True]
+    found: list[Claim] = sensitivity.claims(_tables((115, False), (115, True), (150, True)), Settings())
+    assert [check.holds for check in found] == [True, True, False, True]
+    assert "Right, by code: ess 2 of 2" in found[3].found
     assert "net γ=1 nβ×1 B=16 ε=0.1 (+15%)" in found[2].found and "2 of 3" in found[2].found
     assert _passed(_tables((150, True), (101, True), (99, True))) == [True, True, True, False]
     doubtful = copy.deepcopy(good)
@@ -126,7 +131,7 @@ def test_claims() -> None:
     assert _passed(doubtful)[0] is False
 
 
-def test_a_reference_that_is_lost() -> None:
+def test_a_reference_that_diverged() -> None:
     """Then nothing can be judged, and the claims say so."""
     tables = _tables((100, False), (150, True))
     tables["reference"]["net γ=1 nβ×1"] |= {"llc": None, "stderr": None}

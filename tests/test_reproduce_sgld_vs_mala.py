@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 import llc_fast
-from llc_fast.reproduce import load, sgld_vs_mala
-from llc_fast.reproduce.frame import Row, Study, Tables, run
+from llc_fast.reproduce import sgld_vs_mala
+from llc_fast.reproduce.rows import Row, Tables
+from llc_fast.reproduce.run import load, run
+from llc_fast.reproduce.study import Study
 
 TINY = sgld_vs_mala.Settings(sizes=(40, 100), runs=3, exact_runs=2, steps=40, trajectories=4, stiff=100)
 
 
 def test_the_experiment_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study("sgld-vs-mala", "small", tmp_path, progress=False)
-    checks = run(load("sgld-vs-mala"), study, TINY)
+    claims = run(load("sgld-vs-mala"), study, TINY)
     assert {p.name for p in tmp_path.iterdir()} == {"data.json", "sgld-vs-mala.png", "work"}
     rows = study.tables["estimates"]
     assert [key for key in rows if key.startswith("MALA")] == ["MALA, n = 40"] and len(rows) == 7
@@ -30,7 +32,7 @@ def test_the_experiment_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monk
     data = (tmp_path / "data.json").read_text()
     monkeypatch.setattr(llc_fast, "estimate_llc", None)  # nothing is measured again
     again = Study("sgld-vs-mala", "small", tmp_path, progress=False)
-    assert run(load("sgld-vs-mala"), again, TINY) == checks
+    assert run(load("sgld-vs-mala"), again, TINY) == claims
     assert (tmp_path / "data.json").read_text() == data
 
 
@@ -77,8 +79,8 @@ def shifted(by: float) -> Row:
 )
 def test_what_is_claimed(changes: dict[str, Row], passed: list[bool]) -> None:
     tables = made_up(**changes)
-    assert [c.passed for c in sgld_vs_mala.check(tables, SETTINGS)] == passed
-    sgld_vs_mala.draw(tables, SETTINGS)["sgld-vs-mala"].canvas.draw()
+    assert [c.holds for c in sgld_vs_mala.claims(tables, SETTINGS)] == passed
+    sgld_vs_mala.plot(tables, SETTINGS)["sgld-vs-mala"].canvas.draw()
 
 
 def test_differences_are_paired_where_the_noise_is_shared() -> None:
@@ -95,7 +97,7 @@ def test_errors_are_pooled_where_it_is_not() -> None:
     assert error == pytest.approx(100 / 99.5 * math.sqrt(18.5 / 4 * (1 / 4 + 1 / 2)))
 
 
-def test_lost_runs_make_no_pair() -> None:
+def test_diverged_runs_make_no_pair() -> None:
     tables = made_up()
     tables["estimates"]["SGLD, n = 100"]["llc_per_chain"] = [None, 102.0, 101.0, 104.0]
     difference, error, words = sgld_vs_mala._compared(tables, "SGLD", 100)
@@ -103,5 +105,5 @@ def test_lost_runs_make_no_pair() -> None:
 
 
 def test_an_interrupted_clock_is_not_believed() -> None:
-    checks = sgld_vs_mala.check(made_up(SGLD={"seconds_of_run": None}), SETTINGS)
-    assert checks[2].found == "not timed in one go: --restart"
+    claims = sgld_vs_mala.claims(made_up(SGLD={"seconds_of_run": None}), SETTINGS)
+    assert claims[2].found == "not timed in one go: --restart"

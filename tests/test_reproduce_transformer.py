@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import llc_fast
 from llc_fast.problems.text import HELD_OUT, OTHER, load_text, python_manual
 from llc_fast.problems.transformer import Transformer, head_masks, sequence_losses
 from llc_fast.reproduce import transformer as experiment
-from llc_fast.reproduce.frame import Study, run
+from llc_fast.reproduce.run import run
+from llc_fast.reproduce.study import Study
 from llc_fast.reproduce.transformer import SCALES, Chains, Settings
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -149,14 +151,14 @@ def _study(folder: Path) -> Study:
 
 
 def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row, the same from a second run, which measures nothing; nothing that was warned about is lost."""
+    """Every row, the same from a second run, which measures nothing; nothing that was warned about is left out."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("xarray")
     study = _study(tmp_path)
-    checks = run(experiment, study, _TINY)
+    claims = run(experiment, study, _TINY)
     tables = study.tables
-    assert list(tables["training"]) == ["step 0", "step 4", "step 20"]
-    assert list(tables["heads"]) == ["layer 0 head 0 step 20", "layer 0 head 1 step 20"]
+    assert list(tables["training"]) == ["training, step 0", "training, step 4", "training, step 20"]
+    assert list(tables["heads"]) == ["layer 0 head 0, step 20", "layer 0 head 1, step 20"]
     assert len(tables["agreement"]) == 3 and 0 < tables["agreement"]["MALA, full gradients"]["acceptance"] <= 1
     first, *_, last = tables["training"].values()
     assert first["test_loss"] == pytest.approx(first["init_loss"], rel=1e-6) and last["test_loss"] < first["test_loss"]
@@ -164,14 +166,14 @@ def test_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not first["is_warm"]
     for row in (*tables["training"].values(), *tables["heads"].values(), *tables["agreement"].values()):
         assert row["llc"] is not None and row["stderr"] > 0 and row["warnings"]  # so few draws are worth little
-    assert [check.passed for check in checks[:3]] == [True] * 3
+    assert [check.holds for check in claims[:3]] == [True] * 3
     for name in ("training", "heads"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
-    for name in ("sweep", "estimate"):
-        monkeypatch.setattr(Study, name, lambda *_, **__: pytest.fail("measured again"))
+    for name in ("sweep_checkpoints", "estimate_llc"):
+        monkeypatch.setattr(llc_fast, name, lambda *_, **__: pytest.fail("measured again"))
     again = _study(tmp_path)
-    assert run(experiment, again, _TINY) == checks and again.tables == tables
+    assert run(experiment, again, _TINY) == claims and again.tables == tables
 
 
 def test_gradients_of_training(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def _tables() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _passed(tables: dict[str, dict[str, dict[str, Any]]]) -> list[bool]:
-    return [check.passed for check in experiment.check(tables, _TINY)]
+    return [check.holds for check in experiment.claims(tables, _TINY)]
 
 
 def test_claims_hold() -> None:
@@ -240,14 +242,14 @@ def test_claims_hold() -> None:
 @pytest.mark.parametrize(
     ("table", "row", "change", "failing"),
     [
-        ("training", "4", {"llc": None, "stderr": None, "warnings": ["lost"]}, [0]),
-        ("training", "4", {"stderr": None, "warnings": ["lost"]}, [0]),
+        ("training", "4", {"llc": None, "stderr": None, "warnings": ["diverged"]}, [0]),
+        ("training", "4", {"stderr": None, "warnings": ["diverged"]}, [0]),
         ("training", "4", {"llc": -1.0}, [2]),
         ("training", "4", {"llc": -1.0, "warnings": ["negative"]}, []),
         ("training", "0", {"r_hat": 1.2}, [2]),
         ("heads", "1", {"ess": 50.0}, [2]),
-        ("heads", "1", {"llc": None, "warnings": ["lost"]}, [1]),
-        ("agreement", "SGLD, minibatches", {"llc": None, "warnings": ["lost"]}, [3, 4]),
+        ("heads", "1", {"llc": None, "warnings": ["diverged"]}, [1]),
+        ("agreement", "SGLD, minibatches", {"llc": None, "warnings": ["diverged"]}, [3, 4]),
         ("agreement", "MALA, full gradients", {"llc": 9.5}, [4]),  # 6 %, 2.1 standard errors
         ("agreement", "MALA, full gradients", {"llc": 9.8, "stderr": 0.02}, []),
         ("agreement", "SGLD, minibatches", {"llc": 10.4, "stderr": 0.01}, []),
@@ -268,16 +270,16 @@ def test_close_but_too_precise() -> None:
     assert _passed(tables) == [True, True, True, True, False]
 
 
-def test_pictures_of_what_is_missing() -> None:
-    """Estimates that are missing or warned about are drawn as what they are, and no growth is claimed that is none."""
+def test_figures_of_what_is_missing() -> None:
+    """Estimates that are missing or have a warning are plotted as such, and no growth is claimed that is none."""
     pytest.importorskip("matplotlib")
     tables = _tables()
-    tables["training"]["4"] |= {"llc": None, "stderr": None, "warnings": ["lost"]}
+    tables["training"]["4"] |= {"llc": None, "stderr": None, "warnings": ["diverged"]}
     tables["training"]["20"] |= {"llc": 1.1, "warnings": ["slow"]}
     tables["agreement"]["MALA, full gradients"] |= {"llc": None}
-    figure = experiment.draw(tables, _TINY)["training"]
+    figure = experiment.plot(tables, _TINY)["training"]
     assert figure.axes[0].get_title() == "λ̂ while a transformer learns to predict text"
     filled, hollow = figure.axes[1].containers
     assert [list(part[0].get_xdata()) for part in (filled, hollow)] == [[0], [20]]
     assert hollow[0].get_markerfacecolor() == "white" != filled[0].get_markerfacecolor()
-    assert "grows to 21 ± 0.2" in experiment.draw(_tables(), _TINY)["training"].axes[0].get_title()
+    assert "grows to 21 ± 0.2" in experiment.plot(_tables(), _TINY)["training"].axes[0].get_title()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import dataclasses
+import html
 import json
 import math
+import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llc_fast.result import LLCResult
+from llc_fast.result import LLCResult, Warning
 from llc_fast.schedule import Schedule
 
 
@@ -31,11 +36,12 @@ def _result(draws: Any, **fields: Any) -> LLCResult:
     )
 
 
-def _rich(chains: int = 3, lost: int = 0) -> LLCResult:
+def _rich(chains: int = 3, diverged: int = 0) -> LLCResult:
     """A result with everything in it that a run may leave."""
     schedule = Schedule(num_draws=40, num_burnin=10, num_steps_bw_draws=2)
-    trace = 0.5 + 0.01 * np.random.default_rng(0).standard_normal((chains, schedule.num_steps))
-    for c in range(lost):
+    rng = np.random.default_rng(0)
+    trace = 0.5 + 0.01 * rng.standard_normal((chains, schedule.num_steps))
+    for c in range(diverged):
         trace[c, 7 + c :] = np.nan
     return LLCResult(
         loss_trace=trace,
@@ -49,8 +55,11 @@ def _rich(chains: int = 3, lost: int = 0) -> LLCResult:
             "num_samples": 1000,
             "training_mode": False,
         },
-        warnings=["the step size is too large, try lr=1e-06", "λ̂ ist unzuverlässig"],
-        diagnostics={"chains_lost": lost, "figures": [1.5, 2]},
+        warnings=[Warning("P < 5 & λ̂ ist unzuverlässig", "ess"), Warning("Use lr=1e-06.", "step-size")],
+        diagnostics={"chains_diverged": diverged, "distance": [1.5, 2], "r_hat": 1.0123, "bias_share": None},
+        observables={"norm": rng.random((chains, 40)), "weights": rng.random((chains, 40, 2, 3))},
+        traces={name: rng.random(trace.shape) for name in ("bias", "acceptance", "lr")},
+        ends={"0.weight": rng.random((chains, 2, 3), dtype=np.float32)},
     )
 
 
@@ -137,22 +146,24 @@ def test_interval_wants_a_probability(prob: float) -> None:
         _rich().interval(prob)
 
 
-def test_lost_chains_are_left_out() -> None:
+def test_diverged_chains_are_left_out() -> None:
     """NaN rows count for nothing: the estimate and its errors are those of the chains that are left."""
     rng = np.random.default_rng(1)
     good = rng.standard_normal((3, 50))
-    lost = np.full((2, 50), np.nan)
-    lost[1, :20] = 1e6
-    with_lost = _result(np.concatenate([lost[:1], good, lost[1:]]))
+    bad = np.full((2, 50), np.nan)
+    bad[1, :20] = 1e6
+    together = _result(np.concatenate([bad[:1], good, bad[1:]]))
     alone = _result(good)
-    assert with_lost.llc_mean == alone.llc_mean and with_lost.llc_std == alone.llc_std
-    assert with_lost.llc_stderr == alone.llc_stderr and with_lost.interval() == alone.interval()
-    assert np.isnan(with_lost.llc_per_chain).tolist() == [True, False, False, False, True]
+    assert together.llc_mean == alone.llc_mean and together.llc_std == alone.llc_std
+    assert together.llc_stderr == alone.llc_stderr and together.interval() == alone.interval()
+    assert np.isnan(together.llc_per_chain).tolist() == [True, False, False, False, True]
+    assert together.diverged_chains == [0, 4] and together.kept_chains == [1, 2, 3]
+    np.testing.assert_array_equal(together.kept_draws, good)
 
 
 def test_nothing_left() -> None:
-    """With every chain lost all numbers are NaN, without an exception or a warning of NumPy's."""
-    result = _rich(lost=3)
+    """With every chain diverged all numbers are NaN, without an exception or a warning of NumPy's."""
+    result = _rich(diverged=3)
     numbers = [result.llc_mean, result.llc_std, result.llc_stderr, *result.interval(), *result.llc_per_chain]
     assert all(map(math.isnan, numbers))
     assert "nan" in result.summary()
@@ -206,16 +217,23 @@ def test_interval_sees_chains_that_settled_in_different_places() -> None:
 
 def _assert_same(a: LLCResult, b: LLCResult) -> None:
     assert a.loss_trace.tobytes() == b.loss_trace.tobytes() and a.loss_trace.shape == b.loss_trace.shape
-    for name in ("init_loss", "nbeta", "schedule", "settings", "warnings", "diagnostics"):
+    for name in ("init_loss", "nbeta", "schedule", "settings", "warnings", "diagnostics", "steps_done"):
         assert getattr(a, name) == getattr(b, name), name
+    assert [w.code for w in a.warnings] == [w.code for w in b.warnings]
+    for group in ("traces", "observables", "ends"):
+        ours, theirs = getattr(a, group) or {}, getattr(b, group) or {}
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            np.testing.assert_array_equal(values, theirs[name])
+            assert values.dtype == theirs[name].dtype
 
 
-@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("diverged", [0, 1, 3])
 @pytest.mark.parametrize("name", ["result.npz", "result", "λ̂ of a network.llc"])
 @pytest.mark.parametrize("kind", [str, Path])
-def test_round_trip(tmp_path: Path, kind: Any, name: str, lost: int) -> None:
+def test_round_trip(tmp_path: Path, kind: Any, name: str, diverged: int) -> None:
     """What was saved is what is loaded, bit for bit, NaN included, under exactly the name that was given."""
-    path, result = tmp_path / name, _rich(lost=lost)
+    path, result = tmp_path / name, _rich(diverged=diverged)
     result.save(kind(path))
     assert [p.name for p in tmp_path.iterdir()] == [name]
     loaded = LLCResult.load(kind(path))
@@ -277,7 +295,7 @@ def test_settings_that_no_file_can_hold(tmp_path: Path) -> None:
 
 
 def _meta(**changes: Any) -> str:
-    fields = {"format": 3, "init_loss": 0.0, "nbeta": 1.0, "schedule": {"num_draws": 2, "num_burnin": 0}}
+    fields = {"format": 4, "init_loss": 0.0, "nbeta": 1.0, "schedule": {"num_draws": 2, "num_burnin": 0}}
     return json.dumps({k: v for k, v in (fields | changes).items() if v is not None})
 
 
@@ -358,37 +376,102 @@ def test_missing_folder(tmp_path: Path) -> None:
         _rich().save(tmp_path / "nowhere" / "result.npz")
 
 
+# --- Warnings -----------------------------------------------------------------------------------------------
+
+
+def test_a_warning_is_a_string_with_a_code() -> None:
+    """It compares, prints and formats as its sentence, and neither can be changed."""
+    warning = Warning("too few draws", "ess")
+    assert warning == "too few draws" and f"{warning!s} {warning!r}" == "too few draws 'too few draws'"
+    assert warning.code == "ess" and json.dumps([warning]) == '["too few draws"]'
+    for name in ("code", "other"):
+        with pytest.raises(AttributeError):
+            setattr(warning, name, "rhat")
+    with pytest.raises(TypeError):
+        Warning("a sentence without a code")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.copy, copy.deepcopy, *(lambda w, p=p: pickle.loads(pickle.dumps(w, p)) for p in range(6))],
+    ids=["copy", "deepcopy", *(f"pickle {p}" for p in range(6))],
+)
+def test_copies_of_a_warning(again: Any) -> None:
+    """Copies and pickles have the code too; so processes exchange it."""
+    found = again(Warning("too few draws", "ess"))
+    assert type(found) is Warning and (found, found.code) == ("too few draws", "ess")
+
+
 # --- For people ---------------------------------------------------------------------------------------------
 
 
 def test_summary() -> None:
     """The estimate, its error and interval, chains and draws, settings, every warning; str() is the same."""
-    result = _rich(chains=4, lost=1)
+    result = _rich(chains=4, diverged=1)
     text = result.summary()
     low, high = result.interval()
     for words in (
         f"λ̂ = {result.llc_mean:.4g} ± {result.llc_stderr:.2g}",
         f"95 % interval {low:.4g} to {high:.4g}",
-        "3 chains × 40 draws (1 chains lost)",
+        "3 chains × 40 draws (1 diverged)",
         "L(w*) = 0.25",
         "nβ = 144.3",
+        "R̂ = 1.012",
         "lr = 1.25e-05",
         "sampler = sgld",
         *(f"WARNING: {w}" for w in result.warnings),
     ):
         assert words in text
     assert str(result) == text
-    assert "lost" not in _rich().summary().split("WARNING")[0]
+    assert "diverged" not in _rich().summary().split("WARNING")[0]
 
 
-@pytest.mark.parametrize("lost", [0, 1, 3])
-def test_plot(tmp_path: Path, lost: int) -> None:
-    """A figure with two panels, as a PNG file if a path is given, with chains lost too."""
+def test_bias_in_the_summary() -> None:
+    """Its share, and whether it was subtracted."""
+    for corrected, expected in ((False, "bias 12.3%"), (True, "bias 12.3% (subtracted)")):
+        result = _result(np.ones((1, 8)), settings={"bias_correction": corrected}, diagnostics={"bias_share": 0.123})
+        assert result.summary().splitlines()[2].strip() == expected
+
+
+def test_repr_is_short() -> None:
+    """The estimate in four lines, with the codes of the warnings, however long the traces are."""
+    found = repr(_rich(chains=50)).splitlines()
+    assert len(found) == 4 and max(map(len, found)) < 120
+    assert found[0].startswith("LLCResult: λ̂ = ") and found[3] == "  warnings: ess, step-size"
+    assert "warnings" not in repr(_result([[1.0, 2.0]]))
+
+
+def test_html() -> None:
+    """Summary, escaped warnings with their codes, and a picture."""
     pytest.importorskip("matplotlib")
-    figure = _rich(lost=lost).plot(tmp_path / "plot.png")
+    found = _rich(diverged=1)._repr_html_()
+    assert all(html.escape(w) in found and f"<b>{w.code}</b>" in found for w in _rich().warnings)
+    assert "P &lt; 5 &amp; λ̂" in found and "λ̂ = " in found
+    (picture,) = re.findall(r'src="data:image/png;base64,([^"]*)"', found)
+    assert base64.b64decode(picture).startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("make", [lambda: _result([[2.0]]), lambda: _rich(diverged=3)], ids=["one draw", "no chain"])
+def test_html_of_odd_results(make: Any) -> None:
+    """Never an exception."""
+    assert "<img" in make()._repr_html_()
+
+
+def test_html_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no picture, and the rest is there."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = _rich()._repr_html_()
+    assert "<img" not in found and "λ̂ = " in found and "<b>ess</b>" in found
+
+
+@pytest.mark.parametrize("diverged", [0, 1, 3])
+def test_plot(tmp_path: Path, diverged: int) -> None:
+    """A figure with two panels, as a PNG file if a path is given, with chains that diverged too."""
+    pytest.importorskip("matplotlib")
+    figure = _rich(diverged=diverged).plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert len(figure.axes) == 2
-    assert len(_rich(lost=lost).plot().axes) == 2
+    assert len(_rich(diverged=diverged).plot().axes) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
 
 
@@ -421,29 +504,72 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_to_xarray() -> None:
-    """Losses by (chain, step), draws by (chain, draw) with the step of each, settings as attributes."""
+    """Traces by (chain, step), draws by (chain, draw) with the step of each, settings as attributes."""
     pytest.importorskip("xarray")
-    result = _rich(lost=1)
+    result = _rich(diverged=1)
     data = result.to_xarray()
     assert data["loss"].dims == ("chain", "step") and data["llc"].dims == ("chain", "draw")
     np.testing.assert_array_equal(data["loss"].values, result.loss_trace)
     np.testing.assert_array_equal(data["llc"].values, result.llc_trace)
     np.testing.assert_array_equal(data["llc_per_chain"].values, result.llc_per_chain)
+    for name, values in result.traces.items():
+        assert data[name].dims == ("chain", "step")
+        np.testing.assert_array_equal(data[name].values, values)
+    for name, values in result.observables.items():
+        assert data[name].dims[:2] == ("chain", "draw")
+        np.testing.assert_array_equal(data[name].values, values)
     at_draws = data["loss"].sel(step=data["draw_step"].values).values
     np.testing.assert_array_equal(result.nbeta * (at_draws - result.init_loss), data["llc"].values)
     assert data.attrs["llc_mean"] == result.llc_mean and data.attrs["llc_stderr"] == result.llc_stderr
     assert data.attrs["init_loss"] == result.init_loss and data.attrs["nbeta"] == result.nbeta
     assert json.loads(data.attrs["settings"]) == result.settings
+    assert json.loads(data.attrs["diagnostics"]) == result.diagnostics
     assert json.loads(data.attrs["warnings"]) == result.warnings
+    assert json.loads(data.attrs["warning_codes"]) == ["ess", "step-size"]
+
+
+@pytest.mark.parametrize("name", ["loss", "bias", "llc", "chain", "draw_step"])
+def test_observables_with_names_that_are_taken(name: str) -> None:
+    """Neither the trace nor the observable is dropped."""
+    pytest.importorskip("arviz")
+    result = dataclasses.replace(_rich(), observables={name: np.ones((3, 40))})
+    data = result.to_xarray()
+    assert (data[f"observable_{name}"].values == 1).all() and data[f"observable_{name}"].dims == ("chain", "draw")
+    np.testing.assert_array_equal(data["loss"].values, result.loss_trace)
+    posterior = result.to_arviz().posterior
+    np.testing.assert_array_equal(posterior["llc"].values, result.llc_trace)
+    assert (posterior[f"observable_{name}" if name in ("llc", "chain") else name].values == 1).all()
 
 
 def test_to_arviz() -> None:
-    """Inference data whose posterior is the draws of λ̂ of the chains that were not lost."""
+    """Draws, observables, sample statistics and burn-in of the chains that did not diverge, under their own numbers."""
     pytest.importorskip("arviz")
-    result = _rich(chains=4, lost=1)
-    posterior = result.to_arviz().posterior
-    assert posterior["llc"].dims == ("chain", "draw")
+    result = _rich(chains=4, diverged=1)
+    found = result.to_arviz()
+    assert set(found.groups()) == {"posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"}
+    posterior, draws = found.posterior, result.schedule.draws
+    assert posterior["llc"].dims == ("chain", "draw") and posterior["chain"].values.tolist() == [1, 2, 3]
     np.testing.assert_array_equal(posterior["llc"].values, result.llc_trace[1:])
+    np.testing.assert_array_equal(posterior["weights"].values, result.observables["weights"][1:])
+    assert posterior.attrs["nbeta"] == result.nbeta
+    names = {"loss": result.loss_trace, "bias": result.traces["bias"]}
+    names |= {"acceptance_rate": result.traces["acceptance"], "step_size": result.traces["lr"]}
+    assert set(found.sample_stats) == set(names) == set(found.warmup_sample_stats)
+    for name, values in names.items():
+        np.testing.assert_array_equal(found.sample_stats[name].values, values[1:, draws])
+        np.testing.assert_array_equal(found.warmup_sample_stats[name].values, values[1:, :10])
+    np.testing.assert_allclose(found.warmup_posterior["llc"].values, 144.3 * (result.loss_trace[1:, :10] - 0.25))
+    assert set(_result(np.ones((2, 8))).to_arviz().groups()) == {"posterior", "sample_stats"}
+
+
+def test_to_arviz_of_an_interrupted_run() -> None:
+    """As many draws as there are, and none that is not."""
+    pytest.importorskip("arviz")
+    loss = np.full((3, 8), np.nan)
+    loss[0, :6], loss[1, :5] = 1.0, 2.0
+    found = _result(loss, steps_done=[6, 5, 0]).to_arviz()
+    assert found.posterior["llc"].values.tolist() == [[1.0] * 5, [2.0] * 5]
+    assert found.sample_stats["loss"].shape == (2, 5)
 
 
 @pytest.mark.parametrize(("module", "export"), [("xarray", "to_xarray"), ("arviz", "to_arviz")])

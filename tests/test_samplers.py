@@ -1,4 +1,4 @@
-"""Every sampler: its stationary law, its λ̂, and what it owes to torch; parametrized over `SAMPLERS`."""
+"""Every sampler: its stationary law, its λ̂, what it declares, and what torch expects; parametrized over `SAMPLERS`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from torch import nn
 
 import llc_fast
 from llc_fast import optim, theory
+from llc_fast.kernels import reference
 from llc_fast.kernels.native import NUM_STATES
-from llc_fast.kernels.step import METRICS
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.kernels.step import SUMS
+from llc_fast.samplers import SAMPLERS, Sampler, SGLDSampler, make_sampler, register, samplers_with_optimizer
+from llc_fast.samplers.state import ChainState
 
-OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in SAMPLERS.items()}
+STEPPED = samplers_with_optimizer()
+OPTIMIZERS = {name: optim.optimizer_for(cls) for name, cls in STEPPED.items()}
 COPIES = 40_000  # independent chains for each curvature, in one tensor
 CURVATURES = torch.tensor([1.0, 100.0])
 NBETA, LOCALIZATION = 2.0, 0.5
@@ -35,11 +38,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_sampler_has_a_rule_and_an_optimizer() -> None:
-    assert list(SAMPLERS) == list(OPTIONS) == list(NUM_STATES)
+    assert [*OPTIONS, "mala", "hmc"] == list(SAMPLERS) and list(OPTIONS) == list(NUM_STATES) == list(STEPPED)
     assert OPTIMIZERS["sgld"] is llc_fast.SGLD and OPTIMIZERS["sgnht"] is llc_fast.SGNHT
 
     @dataclasses.dataclass(frozen=True)
-    class Warm(SAMPLERS["sgld"]):  # type: ignore[misc, name-defined]
+    class Warm(SGLDSampler):
         """SGLD by another name."""
 
     w = nn.Parameter(torch.zeros(5))
@@ -66,7 +69,7 @@ def _dynamics(name: str, lr: float, curvature: float, p: float, friction: float)
     return np.array([[1 - pull, keep], [-pull, keep]]), np.array([[kick], [kick]])
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
     """Mean, variance and fourth moment in a stiff and in a soft direction, against the exact discrete-time law."""
     start = 0.01
@@ -74,7 +77,7 @@ def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
     curvature = CURVATURES[:, None]
     lr = {"preconditioned-sgld": 0.05, "rmsprop-sgld": 0.003, "adam-sgld": 0.002}.get(name, 0.005)
     optimizer = OPTIMIZERS[name]([w], lr=lr, nbeta=NBETA, localization=LOCALIZATION, seed=7, **OPTIONS[name])
-    optimizer.state[w]["initial_param"].zero_()  # the anchor at the minimum, the start beside it
+    optimizer.state[w]["initial_param"].zero_()  # w* at the minimum, the start beside it
     for _ in range(6000):
         w.grad = curvature * w.detach()
         optimizer.step()
@@ -83,7 +86,7 @@ def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
         p, friction = 1.0, group.get("momentum_decay", 0.0)
         if name == "preconditioned-sgld":
             p = float(OPTIONS[name]["preconditioner"][CURVATURES.tolist().index(h), 0])
-        elif SAMPLERS[name].adaptive:  # frozen after the first gradient, which all copies share
+        elif SAMPLERS[name].metric == "adaptive":  # frozen after the first gradient, which all copies share
             decay = group["alpha"] if name == "rmsprop-sgld" else 0.0  # Adam corrects for it
             p = 1 / (math.sqrt(1 - decay) * h * start + group["eps"])
         elif name == "sgnht":
@@ -103,8 +106,190 @@ def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
         assert kinetic / lr == pytest.approx(1, abs=10 * math.sqrt(2 / (2 * COPIES)))
 
 
-@pytest.mark.parametrize("model", ["regular", "quartic"])
+# ---- what samplers declare -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Silent(Sampler):
+    """SGLD's rule, of which nothing is said."""
+
+    name = "silent"
+
+    @classmethod
+    def rule(cls) -> str:
+        return "sgld"
+
+
+def test_a_rule_that_says_nothing_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No correction, no acceptance statistics, no chosen step size; with a step size that is given, SGLD's chain."""
+    monkeypatch.setitem(SAMPLERS, "silent", Silent)
+    state = ChainState({"w": torch.ones(3)}, {}, Silent(lr=0.1, nbeta=1.0), 2)
+    state.start(0, 0)
+    state.move([torch.ones(2, 3)], 0)
+    assert state.info() == {} and Silent.sums_needed({}) == () and math.isnan(float(state.metric(1)[0, 0]))
+    options: dict[str, Any] = {"num_draws": 400, "num_burnin": 100, "num_chains": 2, "nbeta": 50.0}
+    model = Quadratic(torch.ones(20))
+    silent, spoken = (run(model, sampler=name, lr=1e-3, **options) for name in ("silent", "sgld"))
+    np.testing.assert_array_equal(silent.loss_trace, spoken.loss_trace)
+    for measured in ("acceptance", "gradient_noise_share"):
+        assert spoken.diagnostics[measured] is not None and not np.isfinite(silent.diagnostics[measured] or math.nan)
+    assert silent.bias_trace is None and spoken.bias_trace is not None
+    with pytest.raises(ValueError, match="bias_correction=True is not possible with sampler='silent'"):
+        run(model, sampler="silent", lr=1e-3, bias_correction=True, **options)
+    with pytest.raises(ValueError, match="lr=None: sampler='silent' does not say how a step size is chosen"):
+        run(model, sampler="silent", **options)
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ValueError, match="sampler='sgld' is SGLDSampler already"):
+        register(dataclasses.make_dataclass("Other", [], bases=(SGLDSampler,), frozen=True))
+    assert SAMPLERS["sgld"] is SGLDSampler
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_declarations_agree(name: str) -> None:
+    cls = SAMPLERS[name]
+    options = vars(cls(lr=0.1, nbeta=1.0, **OPTIONS.get(name, {})))
+    assert cls.name == name and cls.kind != "unknown" and cls.metric != "unknown"
+    assert ("bias" in cls.traces) == ("bias" in cls.sums_needed(options)) == cls.supports_bias_correction
+    assert math.isfinite(cls.injected_noise(options)) == cls.supports_bias_correction
+    assert cls.momentum_variant is None or SAMPLERS[cls.momentum_variant].kind == "momentum"
+    assert (name in STEPPED) == (cls.kind != "metropolis") == math.isfinite(cls.bytes_moved())
+
+
+def test_bytes_moved() -> None:
+    """The table of docs/samplers.md; w* and metric are read once for four chains, low precision pays for the copy."""
+    assert [cls.bytes_moved() for cls in STEPPED.values()] == [16, 20, 24, 32, 24, 24]
+    assert [SGLDSampler.bytes_moved(chains=4), SGLDSampler.bytes_moved(low=True)] == [13, 16]
+    assert SAMPLERS["preconditioned-sgld"].bytes_moved(chains=4) == 14
+
+
+def test_lag_and_noise() -> None:
+    assert make_sampler("adam-sgld").drift_lag({"betas": (0.75, 0.9)}) == pytest.approx(3)
+    assert make_sampler("sghmc").injected_noise({"momentum_decay": 0.3}) == 0.3
+
+
+def _mean_bias(cls: type[Sampler], options: dict[str, Any]) -> tuple[float, float]:
+    """The bias that a stationary chain on a quadratic reports, a copy, and the exact one of its discrete dynamics."""
+    curvatures, start, lr = torch.tensor([1.0, 4.0]), 0.1, 0.1
+    state = ChainState(
+        {"w": torch.zeros(2, COPIES)}, {}, cls(lr=lr, nbeta=NBETA, localization=LOCALIZATION, **options), num_chains=1
+    )
+    state.start(0, seed=3)
+    state.displace({"w": torch.full((1, 2, COPIES), start)})
+    reported = []
+    for step in range(600):
+        state.move([curvatures[:, None] * state.params()["w"]], step)
+        reported.append(float(state.info()["bias"][0]) / COPIES)
+    exact = 0.0
+    for h in curvatures.tolist():
+        p = 1.0
+        if cls.metric == "given":
+            p = float(options["preconditioner"]["w"][curvatures.tolist().index(h), 0])
+        elif cls.metric == "adaptive":  # frozen after the first gradient
+            p = 1 / (math.sqrt(1 - options["alpha"]) * h * start + options["eps"])
+        f, g = _dynamics(cls.rule(), lr, h, p, options.get("momentum_decay", 0.0))
+        variance = solve_discrete_lyapunov(f, g @ g.T)[0, 0]
+        exact += 0.5 * NBETA * h * (variance - 1 / (NBETA * h + LOCALIZATION))
+    return float(np.mean(reported[300:])), exact
+
+
+_SUPPORTING = [name for name, cls in SAMPLERS.items() if cls.supports_bias_correction]
+
+
+def _assert_bias(cls: type[Sampler], options: dict[str, Any]) -> None:
+    reported, exact = _mean_bias(cls, options)
+    assert exact > 0.04 and reported == pytest.approx(exact, rel=0.03)
+
+
+@pytest.mark.parametrize("name", _SUPPORTING)
+def test_bias_of_a_stationary_chain(name: str) -> None:
+    """nβ·E[L] of the discrete dynamics above the posterior's, by the Lyapunov equation."""
+    cls, options = SAMPLERS[name], dict(OPTIONS[name])
+    if cls.metric == "given":
+        options["preconditioner"] = {"w": torch.tensor([[2.0], [0.5]])}
+    _assert_bias(cls, options)
+
+
+def test_a_declared_bias_that_is_0_is_noticed() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Zero(SGLDSampler):
+        """Declares support, and returns nothing."""
+
+        @classmethod
+        def bias(cls, scalars: Any, sums: Any) -> Any:
+            return 0.0 * sums[:, 0]
+
+    _assert_bias(SGLDSampler, {})
+    with pytest.raises(AssertionError):
+        _assert_bias(Zero, {})
+
+
+@pytest.mark.parametrize("name", _SUPPORTING)
+def test_bias_of_a_step(name: str) -> None:
+    """(ε/8)·Σ p·G·nβ·g, and SGHMC's, in float64 for each of two chains, over what may move."""
+    lr, nbeta, gamma, decay = 0.02, 30.0, 2.0, 0.7
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start, mask = {"a": random(5, 3), "b": random(4)}, random(5, 3) > 0
+    options = dict(OPTIONS[name])
+    if SAMPLERS[name].metric == "given":
+        options["preconditioner"] = {k: random(*v.shape).abs() + 0.1 for k, v in start.items()}
+    sampler = make_sampler(name, lr=lr, nbeta=nbeta, localization=gamma, weight_decay=decay, **options)
+    state = ChainState(start, {"a": mask}, sampler, 2)
+    state.start(0, 7)
+    moving = state.rows_of(state.moving)
+    for step in range(3):
+        w, kept = state.w.clone(), [t.clone() for t in state.states]
+        grads = [random(2, *v.shape) for v in start.values()]
+        g = state.rows_of(grads) * moving
+        state.move(grads, step)
+        drift = nbeta * g + gamma * (w - state.rows_of(state.reference)) + decay * w
+        if name == "sghmc":
+            alpha = options["momentum_decay"]
+            q = (lr / 8 * drift - (1 - alpha) * kept[0] / 2) / alpha
+        else:
+            p = {
+                "sgld": lambda: 1.0,
+                "preconditioned-sgld": lambda: state.rows_of(list(options["preconditioner"].values())),
+                "rmsprop-sgld": lambda: 1 / (state.states[0].sqrt() + options["eps"]),
+            }[name]()
+            q = lr / 8 * p * drift
+        expected = (nbeta * g * q).sum(dim=1)
+        torch.testing.assert_close(torch.as_tensor(state.info()["bias"]), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n, cls in STEPPED.items() if cls.metric == "adaptive"])
+def test_frozen_metric_is_that_of_the_specification(name: str) -> None:
+    scalars = SAMPLERS[name].scalars(vars(make_sampler(name, lr=0.1, nbeta=1.0, eps=0.3, adapt_steps=3)))
+    squares, one = torch.rand(9, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+    x = reference.Coordinates(w=one, grad=0 * one, reference=one, noise=one, state=[squares.clone(), 0 * one])
+    reference.apply(name, x, scalars, step=3)
+    by_noise = (x.w - 1).square() / 0.1  # without a gradient w moves by √(εp)·ξ
+    torch.testing.assert_close(SAMPLERS[name].frozen_metric(scalars, [squares]), by_noise)
+
+
+def test_a_sampler_can_be_completed_later() -> None:
+    """lr and nβ may be open in the sampler, and not in a step."""
+    sampler = make_sampler("rmsprop-sgld", alpha=0.9)
+    for missing, given in (("lr", {}), ("nbeta", {"lr": 0.1})):
+        with pytest.raises(TypeError, match=f"{missing} must be a number, got None"):
+            sampler.scalars(vars(make_sampler(sampler, **given)))
+    complete = make_sampler(sampler, lr=0.1, nbeta=2.0)
+    assert complete == SAMPLERS["rmsprop-sgld"](lr=0.1, nbeta=2.0, alpha=0.9)
+    assert complete.scalars(vars(complete))[:2] == (0.1, 2.0)
+    with pytest.raises(ValueError, match="RMSpropSGLDSampler has no option beta; it takes: lr, nbeta"):
+        make_sampler(sampler, beta=0.9)
+
+
+# ---- learning coefficients, and the optimizers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["regular", "quartic"])
+@pytest.mark.parametrize("name", STEPPED)
 def test_known_learning_coefficients(name: str, model: str) -> None:
     """λ̂ of d/2 and of 1/4 per copy, at a fifth of the default step size: 1 % for its bias, and the error bar."""
     copies = 1000
@@ -113,7 +298,9 @@ def test_known_learning_coefficients(name: str, model: str) -> None:
     lr = {"regular": None, "quartic": 4e-5}[model]
     options: dict[str, Any] = {"nbeta": 1000.0, "localization": 0.01, "sampler": name}
     given = {k: v for k, v in OPTIONS[name].items() if k == "momentum_decay"}
-    if SAMPLERS[name].adaptive:  # w* is the minimum, so all that is learned from gradients is their noise: none
+    if (
+        SAMPLERS[name].metric == "adaptive"
+    ):  # w* is the minimum, so all that is learned from gradients is their noise: none
         given = {"eps": 1.0}
     if lr is None:
         lr = run(module, num_draws=1, num_burnin=1, sampler_options=given, **options).settings["lr"] / 5
@@ -154,7 +341,7 @@ def test_relative_eps_makes_the_metric_follow_the_loss_scale(name: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_state_dict_continues_bit_for_bit(name: str) -> None:
     def steps(w: nn.Parameter, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):
@@ -185,7 +372,7 @@ def _model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 2)).to(dtype)
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if not SAMPLERS[n].thermostatted])
+@pytest.mark.parametrize("name", [n for n, cls in STEPPED.items() if cls.kind != "thermostat"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_release(name: str, dtype: torch.dtype) -> None:
     """The same bits as the ordinary step, and no gradient left behind; through load_state_dict and deepcopy too."""
@@ -248,7 +435,7 @@ def test_estimate_of_a_bfloat16_model() -> None:
     assert low.llc_mean > 0
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_metrics_are_what_they_say(name: str) -> None:
     """Norms against torch's own, over two groups with a mask in one."""
     torch.manual_seed(1)
@@ -283,7 +470,7 @@ def test_metrics_are_what_they_say(name: str) -> None:
     torch.testing.assert_close(optimizer.dws[0], drift)
     with pytest.raises(AttributeError, match="was not measured"):
         _ = llc_fast.SGLD([a]).distance
-    assert len(METRICS) == 8
+    assert len(SUMS) == 6
 
 
 def test_sgld_moves_by_its_reported_drift_and_noise() -> None:
@@ -304,11 +491,11 @@ def _operation_arguments(name: str, low: bool = False) -> tuple[Any, ...]:
     copies = [torch.zeros_like(g) for g in grads] if low else []
     states = [torch.rand_like(t) for t in w for _ in range(NUM_STATES[name])]
     scalars = [1e-3, 10.0, 1.0, 0.0, 1.0, math.inf, 0.9, 0.9, 0.1, 0.1, math.inf]
-    anchors, masks = [w[0].clone(), None], [None, torch.rand(3, 4) > 0.5]
+    references, masks = [w[0].clone(), None], [None, torch.rand(3, 4) > 0.5]
     return (
         w,
         grads,
-        anchors,
+        references,
         masks,
         states,
         [None, None],
@@ -320,17 +507,18 @@ def _operation_arguments(name: str, low: bool = False) -> tuple[Any, ...]:
         3,
         torch.tensor(2),
         torch.full((1,), 0.2, dtype=torch.float64),
-        torch.zeros(1, len(METRICS), dtype=torch.float64) if SAMPLERS[name].thermostatted else None,
+        torch.zeros(1, len(SUMS), dtype=torch.float64) if name == "sgnht" else None,
+        ["momentum"],
     )
 
 
 @pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_opcheck(name: str, low: bool) -> None:
     torch.library.opcheck(torch.ops.llc_fast.step.default, _operation_arguments(name, low))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_torch_compile_without_graph_breaks(name: str) -> None:
     """fullgraph=True refuses any break; six steps, one graph, the same bits as eager."""
     torch._dynamo.reset()

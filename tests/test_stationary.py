@@ -58,7 +58,7 @@ def test_autocorrelation() -> None:
     assert correlation == pytest.approx(1 - 0.02 * 20 / 2, abs=5 / math.sqrt(COPIES))
 
 
-def test_anchored_away_from_the_minimum() -> None:
+def test_reference_away_from_the_minimum() -> None:
     """The pull towards w* moves the mean to the balance of both forces."""
     w = torch.nn.Parameter(torch.full((COPIES,), 2.0))
     optimizer = llc_fast.SGLD([w], lr=0.01, nbeta=40.0, localization=20.0, seed=5)

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import DATA, Quadratic, run
-from runs import assert_same, data, estimate, interrupt_after, mlp, mse
+from runs import arguments, assert_same, codes, data, estimate, interrupted_after, mlp, mse, no_step
 from torch import Tensor, nn
 
 import llc_fast
 from llc_fast import calibration
 from llc_fast import estimate as estimate_module
 from llc_fast import sweep as sweep_module
-from llc_fast.result import LLCResult
+from llc_fast.checks import Facts
+from llc_fast.result import LLCResult, Warning
 
 STRATEGIES = ["sequential", "batched"]
 
@@ -102,8 +103,7 @@ def test_stopped_warm_runs_end_with_the_same_bits(
         options |= {"batch_size": None}
     first = estimate(**options)
     expected = estimate(warm_start=first, **options)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, steps)
+    with interrupted_after(steps):
         partial = estimate(warm_start=first, checkpoint=tmp_path / "c", **options)
     assert partial.is_partial and partial.ends is None
     found = estimate(warm_start=first, checkpoint=tmp_path / "c", **options)
@@ -164,7 +164,7 @@ def _sweep(checkpoints: Any = None, **options: Any) -> Any:
     } | options
     model = chosen.pop("model", None) or mlp()
     states = _states() if checkpoints is None else checkpoints
-    return llc_fast.sweep_checkpoints(model, states, chosen.pop("data", None) or data(), mse, **chosen)
+    return llc_fast.sweep_checkpoints(model, states, chosen.pop("data", None) or data(), mse, **arguments(chosen))
 
 
 def test_a_cold_sweep_is_an_estimate_for_each() -> None:
@@ -178,13 +178,14 @@ def test_a_cold_sweep_is_an_estimate_for_each() -> None:
         assert (float(row.llc_low), float(row.llc_high)) == expected.interval()
         assert float(row.init_loss) == expected.init_loss and float(row.lr) == 1e-3
         assert str(row.warnings.item()) == "\n".join(expected.warnings)
+        assert str(row.warning_codes.item()).split() == codes(expected) != []
         assert int(row.gradients) == expected.loss_trace.size and not bool(row.is_warm)
     assert found.attrs["partial"] == 0
 
 
 def test_a_warm_sweep_goes_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second estimate is that of a warm start from the first, with a quarter of its burn-in."""
-    monkeypatch.setattr(estimate_module, "advise", lambda result: [])
+    monkeypatch.setattr(estimate_module, "examine", lambda result, facts: None)
     found = _sweep()
     first = estimate(model=mlp(seed=0), keep_ends=True)
     second = estimate(model=mlp(seed=1), warm_start=first, num_burnin=1)
@@ -257,7 +258,7 @@ def test_pilots_start_where_the_chains_do(monkeypatch: pytest.MonkeyPatch) -> No
     original = calibration.run_chains
 
     def spied(*args: Any, **options: Any) -> Any:
-        starts.append(options["start"])
+        starts.append(args[0].start)
         return original(*args, **options)
 
     monkeypatch.setattr(calibration, "run_chains", spied)
@@ -284,8 +285,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """In the first checkpoint, the second's warm chains or its cold ones, or the last: what is finished is returned."""
     expected = _sweep()
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, steps)
+    with interrupted_after(steps):
         partial = _sweep(folder=tmp_path / "kept" / "here", strategy="sequential")
     done = {5: 0, 40: 1, 70: 1, 110: 2}[steps]
     assert partial.attrs["partial"] == 1 and partial.sizes["checkpoint"] == done
@@ -297,8 +297,8 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_finished_estimates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = _sweep(folder=tmp_path)
-    monkeypatch.setattr(llc_fast.chains.group.Group, "advance", None)  # no step may be taken
-    assert _sweep(folder=tmp_path).drop_vars("seconds").identical(found.drop_vars("seconds"))
+    with no_step():
+        assert _sweep(folder=tmp_path).drop_vars("seconds").identical(found.drop_vars("seconds"))
     with pytest.raises(ValueError, match="belongs to another run"):
         _sweep(_states()[::-1], folder=tmp_path)
 
@@ -319,11 +319,11 @@ def test_doubtful_warm_estimates_are_made_again(monkeypatch: pytest.MonkeyPatch)
     """From w*, with the whole burn-in: what is kept is the cold estimate and what is said of it."""
     warned: list[bool] = []
 
-    def advise(result: LLCResult) -> list[str]:
+    def examine(result: LLCResult, facts: Facts) -> None:
         warned.append(result.schedule.num_burnin == 1)  # a warm one
-        return ["doubtful"] if warned[-1] else []
+        result.warnings.extend([Warning("doubtful", "doubt")] * warned[-1])
 
-    monkeypatch.setattr(estimate_module, "advise", advise)
+    monkeypatch.setattr(estimate_module, "examine", examine)
     found = _sweep()
     assert warned == [False, True, False, True, False] and not found.is_warm.any()
     np.testing.assert_array_equal(found.llc_mean, _sweep(warm=False).llc_mean)
@@ -347,7 +347,7 @@ def test_where_a_warm_chain_is_lost_all_start_again() -> None:
     model.load_state_dict(states[0])
     far = run(model, **{**options, **wide, "keep_ends": True})
     model.load_state_dict(states[1])
-    assert run(model, **{**options, "warm_start": far}).lost_chains  # the premise
+    assert run(model, **{**options, "warm_start": far}).diverged_chains  # the premise
     cold = run(model, **options)
     calls: list[bool] = []
     original = sweep_module.estimate_llc
@@ -390,12 +390,16 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
         _sweep(model=lambda x: x)
 
 
-def test_one_bar_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends at the last checkpoint, and says λ̂."""
+def test_progress_over_all_checkpoints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One count, which ends at the last checkpoint and says its λ̂; nothing is printed without progress."""
     monkeypatch.setattr(llc_fast.chains.run.Monitor, "interval", 0.0)
     found = _sweep(progress=True, labels=["a", "b", "c"])
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert "LLC at c" in last and "3.0/3 checkpoints" in last and f"λ̂ ≈ {float(found.llc_mean[-1]):.4g}" in last
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["LLC at a"] * 3 + ["LLC at b"] * 3 + ["LLC at c"] * 4
+    assert "(0.3 of 3 checkpoints)" in lines[0]
+    assert lines[-1].startswith(f"LLC at c: 100 % (3 of 3 checkpoints), λ̂ ≈ {float(found.llc_mean[-1]):.4g}, 0:0")
+    _sweep()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_data_set_can_be_written(tmp_path: Path) -> None:

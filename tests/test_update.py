@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import itertools
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import llc_fast
-from llc_fast.kernels import reference
-from llc_fast.kernels.native import NUM_METRICS, NUM_STATES, Segment, SegmentTable, native_info, normals
-from llc_fast.kernels.step import METRICS, NoiseKey, StepScalars
+from llc_fast import _native
+from llc_fast.kernels import native, reference
+from llc_fast.kernels.native import (
+    NUM_STATES,
+    NUM_SUMS,
+    Segment,
+    SegmentTable,
+    check_interface,
+    native_info,
+    normals,
+)
+from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
 
 KEY = NoiseKey(seed=987654321, step=3, chain=2)
 RULE_SCALARS: dict[str, dict[str, float]] = {
@@ -63,16 +76,16 @@ def _segment(rule: str, w: Tensor, offset: int, *, seed: int = 50, **fields: obj
 def _step(
     rule: str, segments: list[Segment], grads: list[Tensor], s: StepScalars, key: NoiseKey = KEY, **table: int
 ) -> Tensor:
-    """One step, thermostat and metrics included; returns the metrics."""
+    """One step, thermostat and sums included; returns the sums."""
     chains = table.get("num_chains", 1)
-    metrics = torch.full((chains, NUM_METRICS), math.nan, dtype=torch.float64, device=grads[0].device)
+    sums = torch.full((chains, NUM_SUMS), math.nan, dtype=torch.float64, device=grads[0].device)
     thermostat = torch.full((chains,), THERMOSTAT, dtype=torch.float64, device=grads[0].device)
-    SegmentTable(rule, segments, **table).step(grads, s, key, thermostat=thermostat, metrics=metrics)
-    return metrics
+    SegmentTable(rule, segments, **table).step(grads, s, key, thermostat=thermostat, sums=sums)
+    return sums
 
 
 def _reference(rule: str, segment: Segment, grad: Tensor, s: StepScalars, key: NoiseKey = KEY) -> reference.Coordinates:
-    """The same step in float64; `metrics` of the result are its sums."""
+    """The same step in float64; `sums` of the result are its sums."""
 
     def wide(t: Tensor) -> Tensor:
         return t.detach().double().cpu().flatten().clone()
@@ -81,7 +94,7 @@ def _reference(rule: str, segment: Segment, grad: Tensor, s: StepScalars, key: N
     x = reference.Coordinates(
         w=wide(segment.w),
         grad=wide(grad),
-        anchor=wide(segment.w if segment.anchor is None else segment.anchor),
+        reference=wide(segment.w if segment.reference is None else segment.reference),
         noise=reference.normals(segment.offset, segment.w.numel(), key) * (s.noise_level != 0),
         state=[wide(t) for t in segment.state],
         preconditioner=wide(given) if isinstance(given, Tensor) else given,
@@ -103,8 +116,8 @@ def _check(rule: str, w: Tensor, grad: Tensor, s: StepScalars, *, offset: int = 
     segment = _segment(rule, w, offset, **fields)
     before = wide_terms = w.double().flatten().abs()
     x = _reference(rule, segment, grad, s)
-    metrics = _step(rule, [segment], [grad], s)
-    p = torch.as_tensor(x.scale).double()
+    sums = _step(rule, [segment], [grad], s)
+    p = torch.as_tensor(x.preconditioner).double()
     force = s.nbeta * (x.grad.abs() + 0.1) + (s.localization + s.weight_decay) * (before + 5)
     moved = s.lr * p * force + 7 * s.noise_level * (s.lr * p).sqrt() + (before * 0 + 1 if rule.startswith("sg") else 0)
     wide_terms = before + moved
@@ -112,11 +125,10 @@ def _check(rule: str, w: Tensor, grad: Tensor, s: StepScalars, *, offset: int = 
     for actual, expected in zip(segment.state, x.state, strict=True):
         _assert_close(actual, expected, expected.abs() + x.grad.square() + x.grad.abs() + moved)
     # Sums of up to a block in the working precision.
-    sums = x.sums  # type: ignore[attr-defined]
-    scale = sums.abs() + wide_terms.square().sum() * torch.finfo(w.dtype).eps * 64
-    scale[METRICS.index("drift_noise")] += float((x.drift.abs() * p.sqrt() * x.noise.abs()).sum())  # type: ignore[union-attr]
-    scale[METRICS.index("heat")] += float((x.grad * torch.as_tensor(x.heat)).abs().sum())
-    assert ((metrics[0] - sums).abs() <= 600 * torch.finfo(w.dtype).eps * scale).all()
+    expected = x.sums  # type: ignore[attr-defined]
+    scale = expected.abs() + wide_terms.square().sum() * torch.finfo(w.dtype).eps * 64
+    scale[SUMS.index("bias")] += float((x.grad * torch.as_tensor(x.bias)).abs().sum())
+    assert ((sums[0] - expected).abs() <= 600 * torch.finfo(w.dtype).eps * scale).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -128,8 +140,8 @@ def test_one_step_of_every_size(rule: str, option: str, dtype: torch.dtype) -> N
         buffer = _random(size + 3, dtype=dtype, seed=size)
         w = buffer[size % 4 : size % 4 + size]  # starts at every alignment
         grad = _random(size, dtype=dtype, seed=size + 1000)
-        anchor = w + 0.1 * _random(size, dtype=dtype, seed=size + 2000)
-        _check(rule, w, grad, _scalars(rule, option), offset=37 * size, anchor=anchor)
+        reference = w + 0.1 * _random(size, dtype=dtype, seed=size + 2000)
+        _check(rule, w, grad, _scalars(rule, option), offset=37 * size, reference=reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -137,10 +149,10 @@ def test_one_step_of_every_size(rule: str, option: str, dtype: torch.dtype) -> N
 def test_large_tensor(rule: str, dtype: torch.dtype) -> None:
     size = 300_003
     w, grad = _random(size, dtype=dtype, seed=1), _random(size, dtype=dtype, seed=2)
-    _check(rule, w, grad, _scalars(rule, "everything"), anchor=w + 0.1)
+    _check(rule, w, grad, _scalars(rule, "everything"), reference=w + 0.1)
 
 
-def test_without_anchor_the_weights_serve() -> None:
+def test_without_a_reference_point_the_weights_serve() -> None:
     w, grad = _random(1000, dtype=torch.float32, seed=1), _random(1000, dtype=torch.float32, seed=2)
     _check("sgld", w, grad, OPTIONS["weight decay"])
 
@@ -163,13 +175,13 @@ def test_mask_leaves_elements_bit_for_bit(rule: str) -> None:
     mask = _random(30, 40, dtype=torch.float32, seed=3) > 0
     rows = torch.zeros(30, 1, dtype=torch.bool)  # broadcasts over columns
     free, w, still = start.clone(), start.clone(), start.clone()
-    _step(rule, [_segment(rule, free, 5, anchor=start)], [grad], s)
-    metrics = _step(rule, [_segment(rule, w, 5, anchor=start, mask=mask)], [grad], s)
-    _step(rule, [_segment(rule, still, 5, anchor=start, mask=rows)], [grad], s)
+    _step(rule, [_segment(rule, free, 5, reference=start)], [grad], s)
+    sums = _step(rule, [_segment(rule, w, 5, reference=start, mask=mask)], [grad], s)
+    _step(rule, [_segment(rule, still, 5, reference=start, mask=rows)], [grad], s)
     assert torch.equal(w, torch.where(mask, free, start))
     assert torch.equal(still, start)
     expected = float(grad.double()[mask].square().sum())
-    assert float(metrics[0, 0]) == pytest.approx(expected, rel=1e-5), "masked elements must not be measured"
+    assert float(sums[0, 0]) == pytest.approx(expected, rel=1e-5), "masked elements must not be measured"
 
 
 @pytest.mark.parametrize(
@@ -229,9 +241,9 @@ def test_any_split_and_thread_count_gives_the_same_bits(rule: str, dtype: torch.
                 for c in cuts
             ]
             for step in range(3):
-                metrics = _step(rule, segments, [grad[c] for c in cuts], s, KEY._replace(step=step))
+                last = _step(rule, segments, [grad[c] for c in cuts], s, KEY._replace(step=step))
             results.append(torch.cat([p.w for p in segments]))
-            sums.append(metrics)
+            sums.append(last)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], r) for r in results[1:])
@@ -248,21 +260,57 @@ def test_measuring_does_not_change_the_step() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [700, 40_000])
 @pytest.mark.parametrize("rule", RULES)
-def test_chains_share_an_anchor_and_draw_their_own_noise(rule: str) -> None:
+def test_a_sum_does_not_depend_on_the_others(rule: str, size: int, device: str) -> None:
+    """Every set of sums moves the chains alike, gives the bits of each sum that it holds and 0 for the rest."""
+    s, chains = _scalars(rule, "everything"), 2
+    rows = _random(chains, size, dtype=torch.float32, seed=1).to(device)
+    grads = [_random(chains, size, dtype=torch.float32, seed=2).to(device)]
+    mask = (_random(size, dtype=torch.float32, seed=3) > 0).to(device)
+    state = rows.abs() * 0.1
+    thermostat = torch.full((chains,), THERMOSTAT, dtype=torch.float64, device=device)
+
+    def run(wanted: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        w, kept = rows.clone(), [state.clone() for _ in range(NUM_STATES[rule])]
+        segment = Segment(w[0], 5, rows[1], mask, [t[0] for t in kept], preconditioner=0.7)
+        sums = torch.full((chains, NUM_SUMS), math.nan, dtype=torch.float64, device=device)
+        table = SegmentTable(rule, [segment], num_chains=chains, chain_stride=size)
+        table.step(grads, s, KEY, thermostat=thermostat, sums=sums, wanted=wanted)
+        return w.cpu(), sums.cpu()
+
+    expected, every = run(None)
+    assert every.isfinite().all()
+    for count in range(len(SUMS) + 1):
+        for wanted in itertools.combinations(SUMS, count):
+            w, sums = run(wanted)
+            columns = torch.tensor([name in wanted for name in SUMS])
+            assert torch.equal(w, expected), wanted
+            assert torch.equal(sums, torch.where(columns, every, 0.0)), wanted
+
+
+def test_an_unknown_sum_is_refused() -> None:
+    table, sums = SegmentTable("sgld", [Segment(torch.zeros(3), 0)]), torch.zeros(1, NUM_SUMS, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"unknown sums: heat; choose from: grad, .* bias"):
+        table.step([torch.zeros(3)], OPTIONS["plain"], KEY, sums=sums, wanted=["heat"])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_chains_share_a_reference_point_and_draw_their_own_noise(rule: str) -> None:
     """Rows of a [chains, P] buffer, with a gradient each or one for all, equal chains stepped by themselves."""
     s, chains, size = _scalars(rule, "everything"), 5, 700
     rows = _random(chains, size, dtype=torch.float32, seed=1)
     states = [_random(chains, size, dtype=torch.float32, seed=7 + k).abs() for k in range(NUM_STATES[rule])]
-    anchor = rows[0].clone()
+    w_star = rows[0].clone()
     for grads in (_random(chains, size, dtype=torch.float32, seed=2), _random(size, dtype=torch.float32, seed=2)):
         together, alone = rows.clone(), rows.clone()
         kept = [t.clone() for t in states]
-        segment = Segment(together[0], 11, anchor, state=[t[0] for t in kept], preconditioner=0.7)
+        segment = Segment(together[0], 11, w_star, state=[t[0] for t in kept], preconditioner=0.7)
         sums = _step(rule, [segment], [grads], s, num_chains=chains, chain_stride=size)
         for c in range(chains):
             grad = grads[c] if grads.ndim == 2 else grads
-            single = Segment(alone[c], 11, anchor, state=[t[c].clone() for t in states], preconditioner=0.7)
+            single = Segment(alone[c], 11, w_star, state=[t[c].clone() for t in states], preconditioner=0.7)
             sum_ = _step(rule, [single], [grad], s, KEY._replace(chain=KEY.chain + c))
             assert torch.equal(sum_[0], sums[c])
             assert all(torch.equal(a[c], b) for a, b in zip(kept, single.state, strict=True))
@@ -285,8 +333,8 @@ def test_low_precision_models(rule: str, low: torch.dtype) -> None:
     s, size = _scalars(rule, "everything"), 1500
     w = _random(size, dtype=torch.float32, seed=1)
     grad, copy, plain = _random(size, dtype=low, seed=2), torch.zeros(size, dtype=low), w.clone()
-    _step(rule, [_segment(rule, w, 3, anchor=w.clone(), copy=copy)], [grad], s)
-    _step(rule, [_segment(rule, plain, 3, anchor=plain.clone())], [grad.float()], s)
+    _step(rule, [_segment(rule, w, 3, reference=w.clone(), copy=copy)], [grad], s)
+    _step(rule, [_segment(rule, plain, 3, reference=plain.clone())], [grad.float()], s)
     assert torch.equal(w, plain)
     assert torch.equal(copy, w.to(low))
 
@@ -325,12 +373,12 @@ def test_nan_stays_nan_in_the_box() -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("low", [False, True])
 def test_fallback_is_the_reference(rule: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices without a native backend run the specification; here the CPU plays one."""
+    """Devices without a native backend run the specification; here that is said of the CPU."""
     s = _scalars(rule, "everything")
     rows, grad = _random(3, 333, dtype=torch.float32, seed=1), _random(3, 333, dtype=torch.float32, seed=2)
     if low:
         grad = grad.bfloat16()
-    anchor, mask = rows[0] + 0.01, rows[0] > 0
+    w_star, mask = rows[0] + 0.01, rows[0] > 0
 
     def run() -> tuple[list[Tensor], Tensor]:
         w, copy = rows.clone(), torch.zeros(3, 333, dtype=torch.bfloat16) if low else None
@@ -338,22 +386,22 @@ def test_fallback_is_the_reference(rule: str, low: bool, monkeypatch: pytest.Mon
         segment = Segment(
             w[0],
             0,
-            anchor,
+            w_star,
             mask,
             state=[t[0] for t in states],
-            preconditioner=anchor.abs() + 0.1,
+            preconditioner=w_star.abs() + 0.1,
             copy=None if copy is None else copy[0],
         )
         sums = _step(rule, [segment], [grad], s, num_chains=3, chain_stride=333)
         moved = [torch.where(mask, t, 0) for t in states]  # what is kept for elements that never move is not used
         return [w, *moved, *([] if copy is None else [copy])], sums
 
-    native, native_sums = run()
+    compiled, compiled_sums = run()
     monkeypatch.setattr("llc_fast.kernels.native.has_native_backend", lambda device: False)
     fallback, fallback_sums = run()
-    for a, b in zip(native, fallback, strict=True):
+    for a, b in zip(compiled, fallback, strict=True):
         assert torch.allclose(a, b, rtol=0.01 if a.dtype == torch.bfloat16 else 1e-6, atol=4e-6)
-    assert torch.allclose(native_sums, fallback_sums, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(compiled_sums, fallback_sums, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +422,7 @@ def test_rejects_tensors(params: list[Tensor], error: type[Exception], message: 
         SegmentTable("sgld", [Segment(p, k) for k, p in enumerate(params)])
 
 
-def test_rejects_gradients_anchors_states_and_masks() -> None:
+def test_rejects_gradients_reference_points_states_and_masks() -> None:
     s, w = OPTIONS["plain"], torch.zeros(4)
     table = SegmentTable("sgld", [Segment(w, 0)])
     sparse = torch.eye(4)[0].to_sparse()
@@ -383,7 +431,7 @@ def test_rejects_gradients_anchors_states_and_masks() -> None:
             table.step([grad], s, KEY)
     assert torch.equal(w, torch.zeros(4))
     for segment, error, message in (
-        (Segment(w, 0, torch.zeros(5)), ValueError, "anchor"),
+        (Segment(w, 0, torch.zeros(5)), ValueError, "reference"),
         (Segment(w, 0, mask=torch.ones(5, dtype=torch.bool)), ValueError, "does not fit"),
         (Segment(w, 0, mask=torch.ones(4)), TypeError, r"torch\.bool"),
         (Segment(w, 0, preconditioner=torch.ones(3)), ValueError, "does not fit"),
@@ -400,9 +448,60 @@ def test_native_rules_are_the_reference_rules() -> None:
     assert native_info()["rules"] == NUM_STATES
 
 
+def _reorder_sums(interface: dict[str, Any]) -> None:
+    interface["sums"].reverse()
+
+
+def _rename_a_field(interface: dict[str, Any]) -> None:
+    interface["Segment"]["names"][6] = "anchor"
+
+
+def _swap_two_fields(interface: dict[str, Any]) -> None:
+    offsets = interface["Segment"]["offsets"]
+    offsets[2], offsets[4] = offsets[4], offsets[2]
+
+
+def _change_a_type(interface: dict[str, Any]) -> None:
+    interface["Segment"]["formats"][-2] = "i8"
+
+
+def _add_a_scalar(interface: dict[str, Any]) -> None:
+    interface["Scalars"]["itemsize"] += 8
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_reorder_sums, "sums differ"),
+        (_rename_a_field, "Segment differ"),
+        (_swap_two_fields, "Segment differ"),
+        (_change_a_type, "Segment differ"),
+        (_add_a_scalar, "Scalars differ"),
+        (lambda interface: interface["rules"].pop(), "rules differ"),
+        (dict.clear, "Segment, Scalars, sums, rules differ"),  # a module from before there was such a check
+    ],
+)
+def test_a_module_of_another_version_is_refused(change: Callable[[dict[str, Any]], None], named: str) -> None:
+    exported = copy.deepcopy(_native.interface())
+    check_interface(exported)
+    change(exported)
+    with pytest.raises(ImportError, match=rf"another version than this package \({named}\): reinstall llc_fast"):
+        check_interface(exported)
+
+
+def test_import_compares_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = _native.interface()
+    exported["Segment"]["names"][0] = "start"
+    monkeypatch.setattr(_native, "interface", lambda: exported)
+    spec = importlib.util.spec_from_file_location("imported_again", native.__file__)
+    assert spec and spec.loader
+    with pytest.raises(ImportError, match="another version"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 _STEP = """
 import torch
-from llc_fast.kernels.step import METRICS, NoiseKey, StepScalars
+from llc_fast.kernels.step import NoiseKey, StepScalars
 from llc_fast.kernels.native import Segment, SegmentTable, native_info
 torch.manual_seed(0)
 w, g = torch.randn(5000), torch.randn(5000)
@@ -455,11 +554,11 @@ def _gpu_case(rule: str, dtype: torch.dtype, device: str, chains: int = 1) -> tu
     rows = _random(chains, total, dtype=dtype, seed=1).to(device)
     states = [_random(chains, total, dtype=dtype, seed=5 + k).abs().to(device) for k in range(NUM_STATES[rule])]
     for k, (n, o) in enumerate(zip(sizes, offsets, strict=True)):
-        anchor = rows[0, o : o + n].clone() + 0.01
+        w_star = rows[0, o : o + n].clone() + 0.01
         mask = (_random(n, dtype=dtype, seed=n + 3) > 0).to(device) if k % 3 == 2 else None
         given = (_random(n, dtype=dtype, seed=n + 4).abs() + 0.1).to(device) if k % 2 else 0.7
         kept = [t[0, o : o + n] for t in states]
-        segments.append(Segment(rows[0, o : o + n], o, anchor, mask, state=kept, preconditioner=given))
+        segments.append(Segment(rows[0, o : o + n], o, w_star, mask, state=kept, preconditioner=given))
         grads.append(_random(chains, n, dtype=dtype, seed=n + 1).to(device))
     return segments, grads
 

@@ -143,7 +143,7 @@ def fingerprint(result: Any) -> str:
     """Of the losses, the bias trace, what observables gave, L(w*) and the step size."""
     bias = result.bias_trace if hasattr(result, "bias_trace") else result.heat_trace
     total = hashlib.blake2b(digest_size=12)
-    arrays = [result.loss_trace, np.full(1, np.nan) if bias is None else bias]
+    arrays = [result.loss_trace, np.full_like(result.loss_trace, np.nan) if bias is None else bias]
     arrays += [values for name, values in sorted(result.observables.items()) if name not in ("acceptance", "lr")]
     for array in [*arrays, np.array([result.init_loss, result.nbeta, result.settings["lr"]])]:
         total.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())

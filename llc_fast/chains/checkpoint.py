@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from llc_fast.data import DataSource, IndexedSource, leaves, spread_indices
-from llc_fast.objective.objective import Objective
 from llc_fast.support.files import atomic_write, remove_partial
-from llc_fast.support.fingerprint import digest
-from llc_fast.traces import ChainRecord
+from llc_fast.traces import Traces
 
-_FORMAT = 3
+_FORMAT = 4
 INTERVAL = 60.0
 """Seconds between snapshots."""
 
@@ -33,12 +28,12 @@ class Saved:
     Attributes:
         identity: what names the run; a checkpoint of another one is refused.
         chosen: what was chosen for settings left open, so that a resumed run goes on with them.
-        records: the chains.
+        traces: of the chains.
     """
 
     identity: dict[str, Any]
     chosen: dict[str, Any]
-    records: list[ChainRecord]
+    traces: list[Traces]
 
 
 class Checkpoint:
@@ -83,14 +78,14 @@ class Checkpoint:
                 compare(path, found[-1].identity, identity)
         if not found:
             return None
-        return Saved(found[0].identity, found[0].chosen, [r for saved in found for r in saved.records])
+        return Saved(found[0].identity, found[0].chosen, [t for saved in found for t in saved.traces])
 
     @property
     def is_due(self) -> bool:
         return time.monotonic() - self._written >= self._interval
 
     def save(self, saved: Saved) -> None:
-        """Replace the file; a failure leaves the old one and is told in :attr:`problem`."""
+        """Replace the file; a failure leaves the old one and is reported in :attr:`problem`."""
         started = time.monotonic()
         try:
             write(self._file, saved)
@@ -120,30 +115,14 @@ def write(path: Path, saved: Saved) -> None:
     Raises:
         OSError: it can't be written; what was at `path` before is still there.
     """
-    arrays: dict[str, Any] = {}
-    groups = []
-    for k, record in enumerate(saved.records):
-        named = {f"observable.{n}": a for n, a in record.observables.items()}
-        named |= {f"state.{n}": a for n, a in (record.arrays or {}).items()}
-        named |= {f"end.{n}": a for n, a in (record.ends or {}).items()}
-        arrays |= {f"{k}/{n}": a for n, a in (_traces(record) | named).items()}
-        groups.append(
-            {
-                "first_chain": record.first_chain,
-                "step": record.step,
-                "num_steps": record.losses.shape[1],
-                "has_state": record.arrays is not None,
-                "has_ends": record.ends is not None,
-            }
-        )
+    groups, arrays = [], dict[str, Any]()
+    for k, traces in enumerate(saved.traces):
+        numbers, named = traces.to_arrays()
+        groups.append(numbers)
+        arrays |= {f"{k}/{name}": a for name, a in named.items()}
     meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
     with atomic_write(path) as file:
         np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
-
-
-def _traces(record: ChainRecord) -> dict[str, Any]:
-    traces = {"losses": record.losses[:, : record.step], "heats": record.heats[:, : record.step]}
-    return traces if record.probes is None else traces | {"probes": record.probes}
 
 
 def read(path: Path) -> Saved:
@@ -158,21 +137,12 @@ def read(path: Path) -> Saved:
             groups = meta["groups"]
             is_current = meta["format"] == _FORMAT
             arrays = {name: file[name] for name in file.files if name != "meta"} if is_current else {}
-        records = []
-        for k, group in enumerate(groups if is_current else []):
-            mine = {n.removeprefix(f"{k}/"): a for n, a in arrays.items() if n.startswith(f"{k}/")}
-            losses, heats = (np.full((len(mine["losses"]), group["num_steps"]), np.nan) for _ in range(2))
-            losses[:, : group["step"]], heats[:, : group["step"]] = mine["losses"], mine["heats"]
-
-            def part(prefix: str, mine: dict[str, Any] = mine) -> dict[str, Any]:
-                return {n.removeprefix(prefix): a for n, a in mine.items() if n.startswith(prefix)}
-
-            state = part("state.") if group["has_state"] else None
-            ends = part("end.") if group["has_ends"] else None
-            first, step, probes = group["first_chain"], group["step"], mine.get("probes")
-            records.append(ChainRecord(first, step, losses, heats, part("observable."), state, probes, ends))
+        traces = []
+        for k, numbers in enumerate(groups if is_current else []):
+            mine = {name.removeprefix(f"{k}/"): a for name, a in arrays.items() if name.startswith(f"{k}/")}
+            traces.append(Traces.from_arrays(numbers, mine))
         if is_current:
-            return Saved(meta["identity"], meta["chosen"], records)
+            return Saved(meta["identity"], meta["chosen"], traces)
     except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:
@@ -199,24 +169,3 @@ def compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def model_identity(posterior: Objective) -> dict[str, Any]:
-    """What names w*: the values of what is sampled, of what is not, and of the buffers."""
-    fixed = [*posterior.frozen.items(), *posterior.fresh_buffers().items()]
-    return {
-        "model": digest(posterior.anchor.items()),
-        "frozen parameters and buffers": digest(fixed),
-        "masks": digest(posterior.masks.items()),
-    }
-
-
-def data_identity(source: DataSource) -> dict[str, Any]:
-    """What names the data: their number, and the values of a few samples if they are addressed by index."""
-    identity: dict[str, Any] = {"num_samples": source.num_samples, "batch_size": source.batch_size}
-    if isinstance(source, IndexedSource) and source.num_samples:
-        some = spread_indices(source.num_samples, 64)
-        with torch.random.fork_rng(devices=[]):  # what augmentation draws here must not be missing elsewhere
-            found = leaves(source.gather(some.to(source.index_buffer(1).device)))
-        identity["data"] = digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))
-    return identity

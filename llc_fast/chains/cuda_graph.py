@@ -9,15 +9,24 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from llc_fast.chains.step_checks import StepChecks
 from llc_fast.gradients.minibatches import Feed, paired
 from llc_fast.gradients.replay import NotReplayableError
 from llc_fast.gradients.strategies import Gradient, check_replay
-from llc_fast.objective.control_variate import Baseline
+from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.samplers.state import ChainState
+from llc_fast.traces import LOSS
 
 
 class CapturedStep:
     """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet.
+
+    Args:
+        state, feed, gradient: of the chains.
+        checks: taken between replays.
+        control_variate: subtracted from losses; None: nothing.
+        traces: the loss and what transitions return, float64 ``[chain, step]`` each, on the device.
+        start: the first step.
 
     Raises:
         NotReplayableError: the step waits for the GPU, or its replay does not do what the step itself does.
@@ -28,22 +37,23 @@ class CapturedStep:
         state: ChainState,
         feed: Feed,
         gradient: Gradient,
-        baseline: Baseline | None,
-        losses: Tensor,
-        heats: Tensor | None,
+        checks: StepChecks,
+        control_variate: ControlVariate | None,
+        traces: Mapping[str, Tensor],
         start: int,
     ) -> None:
+        self._feed, self._checks, losses = feed, checks, traces[LOSS]
         self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
         grads: list[Tensor] = []
 
         def body() -> None:
             evaluation = gradient.evaluate(feed(0, self._step))
-            loss = paired(evaluation.loss, baseline, feed)
-            losses.index_copy_(1, self._step.reshape(1), loss.to(losses.dtype).reshape(-1, 1))
+            values = {LOSS: paired(evaluation.loss, control_variate, feed)}
             grads[:] = gradient.gradients()
             state.move(grads, 0, self._step)
-            if heats is not None:
-                heats.index_copy_(1, self._step.reshape(1), state.heat().reshape(-1, 1))
+            values |= state.info()
+            for name, trace in traces.items():
+                trace.index_copy_(1, self._step.reshape(1), values[name].to(trace.dtype).reshape(-1, 1))
             self._step += 1
 
         def rewind(arrays: Mapping[str, Tensor]) -> None:
@@ -75,11 +85,12 @@ class CapturedStep:
         self._graph.replay()
         check_replay([losses[:, start], *grads], fresh)
         rewind(begin)
-        losses[:, start:] = torch.nan
-        if heats is not None:
-            heats[:, start:] = torch.nan
+        for trace in traces.values():
+            trace[:, start:] = torch.nan
 
-    def replay(self) -> None:
+    def __call__(self, step: int) -> None:
+        if step in self._checks.places:
+            self._checks.take(step, self._feed(step))
         self._graph.replay()
 
 
@@ -93,6 +104,8 @@ def _refusing_to_wait() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
         raise NotReplayableError(str(error).splitlines()[0]) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

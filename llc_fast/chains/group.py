@@ -1,9 +1,11 @@
-"""Chains that step together."""
+"""Chains that step together: what they are to do, and the running object."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,218 +14,309 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llc_fast.chains.cuda_graph import CapturedStep
-from llc_fast.chains.draw import Draw, Observable
+from llc_fast.chains.draw import Draw, Observable, Observables
 from llc_fast.chains.metropolis import Metropolis
-from llc_fast.chains.step_checks import Probe
-from llc_fast.data import map_tensors, mix
+from llc_fast.chains.step_checks import StepChecks, check_steps
+from llc_fast.data import Batch, map_tensors, mix
 from llc_fast.gradients.minibatches import Feed, paired
 from llc_fast.gradients.plan import Plan
-from llc_fast.gradients.strategies import Gradient, make_gradient
-from llc_fast.objective.control_variate import Baseline
+from llc_fast.gradients.strategies import Transition, is_refusal, make_gradient
+from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.objective.objective import Evaluation, Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.state import ChainState
 from llc_fast.schedule import Schedule
-from llc_fast.traces import ChainRecord
+from llc_fast.stats.step_checks import COLUMNS
+from llc_fast.traces import LOSS, Traces
 
-LOST_AFTER = 64
-"""Steps at most until it is noticed that all chains of a group are lost."""
+DIVERGED_AFTER = 64
+"""Steps at most until it is noticed that all chains of a group have diverged."""
 _NUMPY_HAS = (torch.float32, torch.float64)
 
 
+@dataclass(frozen=True)
+class RunSpec:
+    """What the chains of a run are to do.
+
+    Attributes:
+        objective: what is sampled.
+        sampler: how.
+        schedule: how long.
+        plan: the strategy, see :func:`llc_fast.gradients.plan.make_plan`.
+        seed: of noise, batch order and whatever the model itself draws.
+        observables: functions of every draw, by name.
+        control_variate: subtracted from the loss of every minibatch before it is recorded; None: nothing.
+        start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
+        keep_ends: whether traces say where the chains stopped.
+        is_pilot: whether these are pilot chains, for :func:`llc_fast.chains.run.after_each_step`.
+    """
+
+    objective: Objective
+    sampler: Sampler
+    schedule: Schedule
+    plan: Plan
+    seed: int
+    observables: Mapping[str, Observable] = field(default_factory=dict)
+    control_variate: ControlVariate | None = None
+    start: Mapping[str, NDArray[Any]] | None = None
+    keep_ends: bool = False
+    is_pilot: bool = False
+
+    def blank_traces(self, chains: range) -> Traces:
+        """Of chains that have done nothing."""
+        table = len(check_steps(self.schedule)[0]), len(COLUMNS)
+        return Traces.blank(chains, self.schedule.num_steps, self.sampler.traces, table)
+
+
+class RefusedError(Exception):
+    """The strategy can't run this model; the text says why, the cause is what was raised."""
+
+
 class Group:
-    """Chains that step together."""
+    """Chains that step together, under way.
+
+    Args:
+        spec: what they are to do.
+        traces: what they have done so far, and where they are; written to.
+        observables: of the run.
+        model: entered where the user's own code runs.
+        state: memory of a group that is done, to be used again; None: new memory.
+
+    Attributes:
+        note: why kernels were not recorded, if they should have been.
+
+    Raises:
+        RefusedError: the strategy can't run this model.
+    """
 
     def __init__(
         self,
-        posterior: Objective,
-        sampler: Sampler,
-        schedule: Schedule,
-        plan: Plan,
-        seed: int,
-        chains: range,
-        observables: Mapping[str, Observable],
-        shapes: dict[str, tuple[int, ...]],
-        resumed: ChainRecord | None,
-        baseline: Baseline | None,
-        start: Mapping[str, NDArray[Any]] | None,
-        keep_ends: bool,
+        spec: RunSpec,
+        traces: Traces,
+        observables: Observables,
+        model: AbstractContextManager[object],
+        state: ChainState | None = None,
     ) -> None:
-        self._start, self._keep_ends = start, keep_ends
-        self._ends = None if resumed is None else resumed.ends
-        self._posterior, self._sampler, self._schedule, self._plan = posterior, sampler, schedule, plan
-        self._seed, self._shapes, self._resumed, self._baseline = seed, shapes, resumed, baseline
-        self._given = self._functions = observables
-        self.chains = chains
-        self.step = 0 if resumed is None else resumed.step
-        self.losses = torch.full((len(chains), schedule.num_steps), torch.nan, dtype=torch.float64)
-        self.heats = torch.full_like(self.losses, torch.nan)
-        self._observables: dict[str, NDArray[np.float64]] = {}
-        self._state: ChainState | None = None
-        draws = range(schedule.num_steps)[schedule.draws]
-        measured = None if resumed is None else resumed.probes
-        self._probe = Probe(posterior, sampler, plan, schedule.num_steps, draws, len(chains), measured)
-        if resumed is not None:
-            self.losses[:, : self.step] = torch.from_numpy(resumed.losses[:, : self.step])
-            self.heats[:, : self.step] = torch.from_numpy(resumed.heats[:, : self.step])
-            self._observables = {k: a.copy() for k, a in resumed.observables.items()}
-            shapes.update((k, a.shape[2:]) for k, a in self._observables.items())
-        self.is_done = self.step == schedule.num_steps
-        self.note = ""
-
-    def prepare(self, memory: ChainState | None = None) -> ChainState:
-        """Put the chains where they were, in new memory or that of a group that is done."""
-        posterior, first = self._posterior, self.chains[0]
-        self._state = memory or ChainState(posterior, self._sampler, len(self.chains))
-        torch.manual_seed(mix(self._seed, first))  # what a model with dropout draws from
-        self._buffers = posterior.fresh_buffers()
-        self._feed = Feed(posterior, self._seed, first, len(self.chains), self.step)
-        self._state.start(first, self._seed)
-        gradient, self.note = make_gradient(self._plan, posterior, self._state, self._buffers, self._feed, self.step)
-        self._gradient: Gradient | Metropolis = gradient
-        self._probed = gradient
-        if self._resumed is not None and self._resumed.arrays is not None:
-            self._restore(self._resumed.arrays)
-        elif self._start is not None:
-            mine = slice(first, first + len(self.chains))
-            self._state.displace({name: torch.from_numpy(a[mine]) for name, a in self._start.items()})
-        self._resumed = None
-        if isinstance(self._sampler, MetropolisSampler):
-            adjusted = Metropolis(self._sampler, self._state, gradient, self._feed, first)
-            self._gradient, self._functions = adjusted, {**self._given, **adjusted.observables()}
-        # On a CPU written through NumPy, in a fraction of the time that torch takes for one number.
-        self._rows = self.losses.numpy() if posterior.device.type == "cpu" else None
-        self._heat_rows: Any = self.heats.numpy()
-        if self._rows is None:
-            self.losses, self.heats = self.losses.to(posterior.device), self.heats.to(posterior.device)
-            self._heat_rows = self.heats
-        elif self._baseline is not None:
-            self._indices = self._feed.indices.numpy()
-        if self._plan.strategy == "cuda-graph":
-            traces = (self.losses, self.heats if self._sampler.tells_heat else None)
-            with torch.cuda.device(posterior.device):  # which need not be the current one
-                self._graph = CapturedStep(self._state, self._feed, gradient, self._baseline, *traces, self.step)
-        return self._state
-
-    def advance(self, model: contextlib.AbstractContextManager[object]) -> None:
-        """One step: evaluate, record, observe, move; inside `model` where the user's own code runs."""
-        step = self.step
-        if self._plan.strategy == "cuda-graph":
-            if step in self._probe.places:
-                self._take_probe(step, self._feed(step))
-            self._graph.replay()
+        objective, sampler, first, start = spec.objective, spec.sampler, traces.first_chain, traces.step
+        self._spec, self.traces, self._observables, self._model = spec, traces, observables, model
+        self.state = state or ChainState(objective.reference, objective.masks, sampler, len(traces.chains))
+        torch.manual_seed(mix(spec.seed, first))  # what a model with dropout draws from
+        self._buffers = objective.fresh_buffers()
+        self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
+        self.state.start(first, spec.seed)
+        try:
+            gradient, self.note = make_gradient(spec.plan, objective, self.state, self._buffers, self._feed, start)
+        except Exception as error:
+            if is_refusal(error, spec.plan, objective, self.state, self._feed, start):
+                raise RefusedError(_first_line(error)) from error
+            raise
+        if traces.state is not None:
+            self._restore(traces.state)
+        elif spec.start is not None:
+            mine = slice(first, first + len(traces.chains))
+            self.state.displace({name: torch.from_numpy(a[mine]) for name, a in spec.start.items()})
+        checks = StepChecks(
+            objective, sampler, spec.plan, spec.schedule, self.state, gradient, self._feed, spec.seed, traces
+        )
+        # The user's code runs in one thread at a time; a recording is none of it.
+        guard = model if self.note else contextlib.nullcontext()
+        transition: Transition = gradient
+        move_guard: AbstractContextManager[object] = contextlib.nullcontext()
+        if isinstance(sampler, MetropolisSampler):  # it evaluates the model where the chain may go
+            transition, move_guard = Metropolis(sampler, self.state, gradient, self._feed), guard
+        on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
+        self._on_device = on_device
+        self._step: Callable[[int], None]
+        if spec.plan.strategy == "cuda-graph":
+            assert on_device is not None
+            try:
+                with torch.cuda.device(objective.device):  # which need not be the current one
+                    self._step = CapturedStep(
+                        self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start
+                    )
+            except Exception as error:
+                if is_refusal(error, spec.plan, objective, self.state, self._feed, start):
+                    raise RefusedError(_first_line(error)) from error
+                raise
         else:
-            batch = self._feed(step)
-            guard = model if self.note else contextlib.nullcontext()
-            if step in self._probe.places:
-                with guard:
-                    self._take_probe(step, batch)
-            with guard:
-                evaluation = self._gradient.evaluate(batch)
-            loss = evaluation.loss
-            if self._rows is None:
-                self.losses[:, step].copy_(paired(loss, self._baseline, self._feed))
-            else:
-                value = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
-                self._rows[:, step] = value if self._baseline is None else value - self._baseline(self._indices)
-            if self._functions and (draw := self._schedule.draw_at(step)) is not None:
-                with model:  # observables may call the model too
-                    self._observe(draw, evaluation, batch)
-            if self._sampler.adjusted_by_metropolis:
-                with guard:  # it evaluates the model where the chain may go
-                    self._gradient.move(step)
-            else:
-                self._gradient.move(step)
-            if self._sampler.tells_heat:
-                assert self._state is not None
-                self._heat_rows[:, step] = self._state.heat()
-        self.step += 1
-        # Reading the loss waits for a GPU, so look only now and then; a lost chain stays lost.
-        if self.step % LOST_AFTER == 0 and not bool(torch.isfinite(self.losses[:, step]).any()):
-            self.step = self._schedule.num_steps
-        self.is_done = self.step == self._schedule.num_steps
+            observe = self._observe if observables else None
+            parts = (transition, self._feed, checks, spec.control_variate, observe, guard, move_guard)
+            self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
+        traces.state = None  # only now: nothing above may lose it
 
-    def _take_probe(self, step: int, batch: Any) -> None:
-        assert self._state is not None
-        self._probe.take(step, batch, self._state, self._probed, self._feed, self._seed, self.chains[0])
+    @property
+    def is_done(self) -> bool:
+        return self.traces.step == self._spec.schedule.num_steps
 
-    def finish(self) -> ChainState | None:
-        """Keep the record, give the memory to whoever comes next."""
-        self.losses, self.heats = self.losses.cpu(), self.heats.cpu()
-        memory, self._state = self._state, None
-        if self._keep_ends and memory is not None:
-            self._ends = {name: _numpy(t, copy=False) for name, t in memory.displacement().items()}
-        for name in ("_gradient", "_probed", "_feed", "_buffers", "_graph"):
-            self.__dict__.pop(name, None)
-        return memory
+    def advance(self) -> None:
+        """One step."""
+        traces = self.traces
+        self._step(traces.step)
+        traces.step += 1
+        # Reading the loss waits for a GPU, so look only now and then; a diverged chain stays diverged.
+        if traces.step % DIVERGED_AFTER == 0 and not self._is_finite(traces.step - 1):
+            traces.step = self._spec.schedule.num_steps
+
+    def _is_finite(self, step: int) -> bool:
+        if self._on_device is not None:
+            return bool(torch.isfinite(self._on_device.steps[LOSS][:, step]).any())
+        return bool(np.isfinite(self.traces.loss[:, step]).any())
 
     @torch.no_grad()
-    def _observe(self, draw: int, evaluation: Evaluation, batch: Any) -> None:
-        assert self._state is not None
-        shared = self._feed.is_shared or len(self.chains) == 1
-        for row, chain in enumerate(self.chains):
-            seen = Draw(
-                chain,
-                draw,
-                self.step,
-                evaluation.loss[row],
-                None if evaluation.samples is None else evaluation.samples[row],
-                {name: p.detach() for name, p in self._state.single(row).items()},
-                batch if shared else _row(batch, row),
-            )
-            for name, function in self._functions.items():
-                value = torch.as_tensor(function(seen)).detach().to("cpu", torch.float64).numpy()
-                shape = self._shapes.setdefault(name, value.shape)
-                if value.shape != shape:
-                    raise ValueError(f"observable {name!r} gave shape {value.shape} after {shape}: it must not change")
-                if name not in self._observables:
-                    room = (len(self.chains), self._schedule.num_draws, *shape)
-                    self._observables[name] = np.full(room, np.nan)
-                self._observables[name][row, draw] = value
+    def _observe(self, step: int, evaluation: Evaluation, batch: Batch) -> None:
+        if (draw := self._spec.schedule.draw_at(step)) is None:
+            return
+        shared = self._feed.is_shared or len(self.traces.chains) == 1
+        with self._model:  # observables may call the model too
+            for row, chain in enumerate(self.traces.chains):
+                seen = Draw(
+                    chain,
+                    draw,
+                    step,
+                    evaluation.loss[row],
+                    None if evaluation.samples is None else evaluation.samples[row],
+                    {name: p.detach() for name, p in self.state.single(row).items()},
+                    batch if shared else _row(batch, row),
+                )
+                self._observables.record(seen, self.traces)
 
-    # ---- snapshots -----------------------------------------------------------------------------------------
+    # ---- what is handed out --------------------------------------------------------------------------------
 
-    def record(self, *, copy: bool = False) -> ChainRecord:
-        """What is done so far; with ``copy``, apart from the memory that the chains go on to write to."""
-        arrays = None
-        if self._state is not None and not self.is_done:
-            # Buffers as bytes: NumPy does not have all of their dtypes.
-            buffers = self._changing_buffers().items()
-            tensors = self._state.arrays() | {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in buffers}
-            if self._posterior.is_random or not self._feed.is_pure:
-                rows = len(self.chains)
-                tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
-                if self._posterior.device.type == "cuda":
-                    tensors["cuda_generator"] = torch.cuda.get_rng_state(self._posterior.device).repeat(rows, 1)
-            arrays = {k: _numpy(t, copy) for k, t in tensors.items()}
-        elif self._resumed is not None:
-            arrays = self._resumed.arrays
-        losses, heats = _numpy(self.losses, copy), _numpy(self.heats, copy)
-        observables = {k: a.copy() if copy else a for k, a in self._observables.items()}
-        probes = self._probe.table.copy() if copy else self._probe.table
-        return ChainRecord(self.chains[0], self.step, losses, heats, observables, arrays, probes, self._ends)
+    def report(self) -> Traces:
+        """What is done so far, in the memory that the chains go on to write to."""
+        if self._on_device is not None:
+            self._on_device.fetch()
+        return self.traces
 
-    def _changing_buffers(self) -> dict[str, Tensor]:
-        return self._buffers if self._posterior.writes_buffers else {}
+    def snapshot(self, *, copy: bool) -> Traces:
+        """The same with where the chains are; with `copy`, apart from that memory."""
+        found = self.report()
+        found = found.copy() if copy else replace(found)
+        if not self.is_done:
+            found.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
+        return found
+
+    def finish(self) -> ChainState:
+        """Complete the traces, and give the memory to whoever comes next."""
+        self.report()
+        if not self.is_done:
+            self.traces.state = {name: _numpy(t, copy=False) for name, t in self._arrays().items()}
+        elif self._spec.keep_ends:
+            self.traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
+        return self.state
+
+    def _arrays(self) -> dict[str, Tensor]:
+        """Where the chains are: all that changes from step to step."""
+        trial = self._spec.objective.trial
+        tensors = self.state.arrays()
+        if trial.writes_buffers:  # as bytes: NumPy does not have all of their dtypes
+            tensors |= {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in self._buffers.items()}
+        if trial.is_random or not self._feed.is_pure:
+            rows, device = len(self.traces.chains), self._spec.objective.device
+            tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
+            if device.type == "cuda":
+                tensors["cuda_generator"] = torch.cuda.get_rng_state(device).repeat(rows, 1)
+        return tensors
 
     def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        assert self._state is not None
         tensors = {k: torch.from_numpy(np.array(a)) for k, a in arrays.items()}
         if "generator" in tensors:
             torch.set_rng_state(tensors.pop("generator")[0])
         if "cuda_generator" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._posterior.device)
+            torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._spec.objective.device)
         for name in [k for k in tensors if k.startswith("buffer.")]:
             buffer = self._buffers[name.removeprefix("buffer.")]
             buffer.copy_(tensors.pop(name)[0].view(buffer.dtype).view(buffer.shape))
-        self._state.restore(tensors)
+        self.state.restore(tensors)
 
 
-def _row(batch: Any, row: int) -> Any:
+class _OnDevice:
+    """Per-step traces while they are written on a device; `fetch` brings them to the host."""
+
+    def __init__(self, traces: Traces, device: torch.device) -> None:
+        self._traces = traces
+        self.steps = {name: torch.from_numpy(values).to(device) for name, values in traces.steps.items()}
+
+    def fetch(self) -> None:
+        for name, values in self.steps.items():
+            self._traces.steps[name][:] = values.cpu().numpy()
+
+
+# ---- the heart of the loop: one step, chosen once ----------------------------------------------------------
+
+
+class HostStep:
+    """A step of chains on the CPU; its numbers are written by NumPy, in a fraction of torch's time for one number.
+
+    Args:
+        steps: traces to write, ``[chain, step]`` each.
+        transition: evaluates and moves.
+        feed: minibatches.
+        checks: made on the way.
+        control_variate: subtracted from losses; None: nothing.
+        observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
+        guard, move_guard: entered while the model is evaluated, and while the chains move.
+    """
+
+    def __init__(
+        self,
+        steps: Mapping[str, Any],
+        transition: Transition,
+        feed: Feed,
+        checks: StepChecks,
+        control_variate: ControlVariate | None,
+        observe: Callable[[int, Evaluation, Batch], None] | None,
+        guard: AbstractContextManager[object],
+        move_guard: AbstractContextManager[object],
+    ) -> None:
+        self._loss, self._info = steps[LOSS], [(name, a) for name, a in steps.items() if name != LOSS]
+        self._transition, self._feed, self._checks, self._observe = transition, feed, checks, observe
+        self._control_variate, self._guard, self._move_guard = control_variate, guard, move_guard
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self._control_variate is not None:
+            self._indices = self._feed.indices.numpy()
+
+    def __call__(self, step: int) -> None:
+        batch = self._feed(step)
+        if step in self._checks.places:
+            with self._guard:
+                self._checks.take(step, batch)
+        with self._guard:
+            evaluation = self._transition.evaluate(batch)
+        self._record_loss(step, evaluation.loss)
+        if self._observe is not None:
+            self._observe(step, evaluation, batch)
+        with self._move_guard:
+            info = self._transition.move(step)
+        for name, rows in self._info:
+            rows[:, step] = info[name]
+
+    def _record_loss(self, step: int, loss: Tensor) -> None:
+        value = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
+        self._loss[:, step] = value if self._control_variate is None else value - self._control_variate(self._indices)
+
+
+class DeviceStep(HostStep):
+    """A step of chains elsewhere; its numbers stay on the device, so that nobody waits for them."""
+
+    def _prepare(self) -> None:
+        pass
+
+    def _record_loss(self, step: int, loss: Tensor) -> None:
+        self._loss[:, step].copy_(paired(loss, self._control_variate, self._feed))
+
+
+def _row(batch: Batch, row: int) -> Batch:
     return map_tensors(lambda t: t[row], batch)
 
 
 def _numpy(tensor: Tensor, copy: bool) -> NDArray[Any]:
     array: NDArray[Any] = tensor.detach().cpu().numpy()
     return array.copy() if copy and tensor.device.type == "cpu" else array
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,22 +23,19 @@ float64 model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llc_fast.data import Batch
 from llc_fast.gradients.minibatches import Feed
-from llc_fast.gradients.strategies import Gradient
+from llc_fast.gradients.strategies import Gradient, Info
+from llc_fast.kernels.streams import ACCEPT_STREAM
 from llc_fast.objective.objective import Evaluation
-from llc_fast.samplers.base import ACCEPT_STREAM
 from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.state import ChainState
 
-FIGURES = ("acceptance", "lr")
-"""What is recorded at every draw: the acceptance probability of the transition that led to it, and the chain's ε."""
 _SHRINKAGE, _DELAY, _FORGETTING = 0.05, 10, 0.75  # γ, t₀ and κ of Hoffman & Gelman
 
 
@@ -65,7 +62,7 @@ class Metropolis:
     """Moves chains as MALA and HMC do, with the losses and gradients of another strategy.
 
     The loss of a step is that of where the chain is: `evaluate` computes it once, `move` leaves that of the next.
-    What chains need to go on is w and the adaptation in ``state.memory``; the rest is a function of these.
+    What chains need to go on is w and the adaptation in ``state.adaptation``; the rest is a function of these.
 
     ε is adapted by dual averaging (Hoffman & Gelman 2014, section 3.2) in the first `adapt_steps` transitions, for each
     chain on its own, and then frozen at the weighted mean of its logarithms.
@@ -75,32 +72,26 @@ class Metropolis:
         state: the chains.
         gradient: how losses and gradients are computed.
         feed: the data, all of them at every step.
-        first_chain: row r of `state` is chain ``first_chain + r``.
     """
 
-    def __init__(
-        self, sampler: MetropolisSampler, state: ChainState, gradient: Gradient, feed: Feed, first_chain: int
-    ) -> None:
+    def __init__(self, sampler: MetropolisSampler, state: ChainState, gradient: Gradient, feed: Feed) -> None:
         self._sampler, self._state, self._gradient, self._feed = sampler, state, gradient, feed
-        self._first_chain = first_chain
-        self._anchor, self._metric = state.rows_of(state.anchor, torch.float64), state.metric_rows()
+        self._reference, self._metric = state.rows_of(state.reference, torch.float64), state.metric_rows()
         self._place: _Place | None = None
-
-    # ---- what the engine calls -----------------------------------------------------------------------------
 
     def evaluate(self, batch: Batch) -> Evaluation:
         if self._place is None:
             self._place = self._look(batch)
         return Evaluation(self._place.loss, self._place.samples)
 
-    def move(self, step: int) -> None:
+    def move(self, step: int) -> Info:
         state, here = self._state, self._place
         assert here is not None
         length, jitter = self._sampler.trajectory()
         numbers = state.numbers(step, ACCEPT_STREAM)
         # Box–Muller backwards: half the sum of squares of two normals is −log u, u uniform.
         threshold = 0.5 * numbers[:, :2].square().sum(dim=1)
-        adaptation = state.memory["adaptation"]
+        adaptation = state.adaptation["step_size"]
         delta = adaptation[:, :1].exp() * (1 + jitter * torch.erf(numbers[:, 2:3] / math.sqrt(2)))
         start, noise = state.w.clone(), state.noise_rows(step)
         there, velocity = self._trajectory(here, noise, delta, length, step)
@@ -109,16 +100,9 @@ class Metropolis:
         accepted = change < threshold
         state.put(torch.where(accepted[:, None], state.w, start))
         self._place = there.where(accepted, here)
-        self._adapt(adaptation, (-change).exp().clamp(max=1), step)
-
-    def observables(self) -> dict[str, Callable[[Any], Tensor]]:
-        """The `FIGURES` as functions of a draw."""
-
-        def row(draw: Any) -> Tensor:
-            found: Tensor = self._state.memory["adaptation"][draw.chain - self._first_chain]
-            return found
-
-        return {"acceptance": lambda draw: row(draw)[3], "lr": lambda draw: (2 * row(draw)[0]).exp()}
+        lr, acceptance = (2 * adaptation[:, 0]).exp(), (-change).exp().clamp(max=1)
+        self._adapt(adaptation, acceptance, step)
+        return {"acceptance": acceptance, "lr": lr}
 
     # ---- one transition ------------------------------------------------------------------------------------
 
@@ -126,21 +110,21 @@ class Metropolis:
         self, place: _Place, velocity: Tensor, delta: Tensor, length: int, step: int
     ) -> tuple[_Place, Tensor]:
         """Where leapfrog steps lead, and with what velocity; `state` is there afterwards."""
-        w, lost = self._state.w.to(torch.float64, copy=True), torch.zeros_like(place.loss, dtype=torch.bool)
+        w, diverged = self._state.w.to(torch.float64, copy=True), torch.zeros_like(place.loss, dtype=torch.bool)
         for _ in range(length):
             velocity = velocity - 0.5 * delta * place.slope
             moved = w + delta * self._metric * velocity
             # A trajectory that blows up is rejected; models need not cope with where it goes.
-            lost = lost | ~moved.to(self._state.w.dtype).isfinite().all(dim=1)
-            w = torch.where(lost[:, None], w, moved)
+            diverged = diverged | ~moved.to(self._state.w.dtype).isfinite().all(dim=1)
+            w = torch.where(diverged[:, None], w, moved)
             self._state.put(w)
             place = self._look(self._feed(step))
             velocity = velocity - 0.5 * delta * place.slope
-        return place._replace(energy=place.energy.masked_fill(lost, math.inf)), velocity
+        return place._replace(energy=place.energy.masked_fill(diverged, math.inf)), velocity
 
     def _look(self, batch: Batch) -> _Place:
-        """Energy and slope at `state`, apart from the memory that the next evaluation writes to."""
-        sampler, evaluation = self._sampler, self._gradient.evaluate(batch)
+        """Energy and slope at `state`, in other memory than that which the next evaluation writes to."""
+        scalars, evaluation = self._state.scalars, self._gradient.evaluate(batch)
         grads = self._state.rows_of(self._gradient.gradients(), torch.float64)
         samples = evaluation.samples
         if samples is None:
@@ -149,25 +133,25 @@ class Metropolis:
             samples = samples.clone()
             loss = samples.mean(dim=1, dtype=torch.float64)
         w = self._state.w.double()
-        away = w - self._anchor
-        energy = sampler.nbeta * loss + 0.5 * (
-            sampler.localization * away.square().sum(dim=1) + sampler.weight_decay * w.square().sum(dim=1)
+        away = w - self._reference
+        energy = scalars.nbeta * loss + 0.5 * (
+            scalars.localization * away.square().sum(dim=1) + scalars.weight_decay * w.square().sum(dim=1)
         )
-        if sampler.bounding_box_size is not None:
-            energy.masked_fill_((away.abs() > sampler.bounding_box_size).any(dim=1), math.inf)
-        slope = self._metric * (sampler.nbeta * grads + sampler.localization * away + sampler.weight_decay * w)
+        if scalars.bounding_box < math.inf:
+            energy.masked_fill_((away.abs() > scalars.bounding_box).any(dim=1), math.inf)
+        slope = self._metric * (scalars.nbeta * grads + scalars.localization * away + scalars.weight_decay * w)
         return _Place(loss, energy, slope, samples)
 
     def _adapt(self, adaptation: Tensor, acceptance: Tensor, step: int) -> None:
         """Dual averaging of log δ, by the acceptance of the transition of this step."""
         adaptation[:, 3] = acceptance
-        count, last = step + 1, self._sampler.adapt_steps
+        count, last = step + 1, self._sampler.adapt_steps or 0
         if count > last:
             return
         log, mean, shortfall = adaptation[:, :3].unbind(dim=1)
         weight = 1 / (count + _DELAY)
         shortfall = (1 - weight) * shortfall + weight * (self._sampler.target_acceptance - acceptance)
-        log = math.log(10 * math.sqrt(self._sampler.lr)) - math.sqrt(count) / _SHRINKAGE * shortfall
+        log = math.log(10 * math.sqrt(self._state.scalars.lr)) - math.sqrt(count) / _SHRINKAGE * shortfall
         weight = count**-_FORGETTING
         mean = weight * log + (1 - weight) * mean
         adaptation[:, :3] = torch.stack([mean if count == last else log, mean, shortfall], dim=1)

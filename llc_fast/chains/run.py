@@ -1,34 +1,25 @@
-"""Runs chains: minibatches, gradients, fused updates, loss traces, until they are done or somebody stops them."""
+"""Runs chains: groups that step together, one after another or side by side, until they are done or somebody stops."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 
-from llc_fast.chains.draw import Observable
-from llc_fast.chains.group import Group
-from llc_fast.gradients.plan import Plan, make_plan
+from llc_fast.chains.draw import Observables
+from llc_fast.chains.group import Group, RefusedError, RunSpec
+from llc_fast.gradients.plan import STRATEGIES, Plan, make_plan
 from llc_fast.gradients.replay import NotReplayableError
-from llc_fast.objective.control_variate import Baseline
-from llc_fast.objective.objective import Objective
-from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.state import ChainState
-from llc_fast.schedule import Schedule
 from llc_fast.support.runtime import threads
-from llc_fast.traces import ChainRecord
-
-_MAY_FAIL = {"cuda-graph": "capturing", "batched": "batching"}
-"""Strategies that a model may turn out not to be made for."""
-
-
-# ---- the run -----------------------------------------------------------------------------------------------
+from llc_fast.traces import Traces
 
 
 @dataclass
@@ -36,48 +27,71 @@ class ChainRun:
     """Chains that have been run.
 
     Attributes:
-        records: what each group did, in the order of the chains.
+        traces: what each group left behind, in the order of the chains.
         interrupted: whether somebody stopped them early.
         plan: how they were run.
         note: why kernels were not recorded, if they should have been.
     """
 
-    records: list[ChainRecord]
+    traces: list[Traces]
     interrupted: bool
     plan: Plan
     note: str
 
 
 class Monitor:
-    """What `run_chains` tells others while it runs; this one does nothing."""
+    """What `run_chains` reports to while it runs; this one does nothing."""
 
     interval = 0.2
     """Seconds between reports."""
 
-    def report(self, records: Callable[[], list[ChainRecord]], steps: int) -> None:
+    def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
         """Called every `interval` seconds with the steps done so far, over all chains."""
 
     def wants_snapshot(self) -> bool:
         """Whether chains should hand in their state."""
         return False
 
-    def snapshot(self, records: list[ChainRecord]) -> None:
+    def snapshot(self, traces: list[Traces]) -> None:
         """Called with the state of all chains after :meth:`wants_snapshot`, at interruption and at the end."""
 
 
+class StepTaken(NamedTuple):
+    """A step that a group of chains has taken.
+
+    Attributes:
+        chains: which.
+        step: its number, from 0.
+        is_pilot: whether these are pilot chains.
+    """
+
+    chains: range
+    step: int
+    is_pilot: bool
+
+
+_listeners: list[Callable[[StepTaken], None]] = []
+
+
+@contextlib.contextmanager
+def after_each_step(function: Callable[[StepTaken], None]) -> Iterator[None]:
+    """Call a function after every step of every chain of this process, in the thread that took it.
+
+    For tests and for watching a run closely: what it raises ends the run, and a SIGINT that it sends stops the run
+    after that very step.
+    """
+    _listeners.append(function)
+    try:
+        yield
+    finally:
+        _listeners.remove(function)
+
+
 def run_chains(
-    posterior: Objective,
-    sampler: Sampler,
-    schedule: Schedule,
-    *,
+    spec: RunSpec,
     chains: range,
-    seed: int,
-    plan: Plan | None = None,
-    observables: Mapping[str, Observable] | None = None,
-    resumed: Sequence[ChainRecord] = (),
-    baseline: Baseline | None = None,
-    start: Mapping[str, NDArray[Any]] | None = None,
-    keep_ends: bool = False,
+    *,
+    resumed: Sequence[Traces] = (),
     monitor: Monitor | None = None,
     stop: threading.Event | None = None,
 ) -> ChainRun:
@@ -87,192 +101,203 @@ def run_chains(
     minibatches are functions of (seed, c) alone, so it is the same chain, to rounding, whichever others run beside it,
     in this process or another.
 
+    A strategy that the user did not name gives way to another one if the model can't be batched or captured, and
+    ``ChainRun.plan`` says why. An error of the model itself is raised as it is.
+
     Args:
-        posterior: what is sampled.
-        sampler: how.
-        schedule: how long.
+        spec: what the chains are to do.
         chains: which.
-        seed: of noise, batch order and whatever the model itself draws.
-        plan: the strategy, see :func:`llc_fast.gradients.make_plan`; None: chosen.
-        observables: functions of every draw, by name.
-        resumed: records of earlier runs, one for each chain in any grouping.
-        baseline: subtracted from the loss of every minibatch before it is recorded; None: nothing.
-        start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
-        keep_ends: whether records tell where the chains stopped.
-        monitor: told of progress and snapshots.
-        stop: ends the run after the present step, with what there is, once it is set; see :func:`stopped_by_sigint`.
+        resumed: traces of earlier runs, one for each chain in any grouping.
+        monitor: what progress and snapshots are reported to.
+        stop: ends the run after the present step, with what there is, once it is set; see
+            :func:`llc_fast.support.runtime.stopped_by_sigint`.
+
+    Raises:
+        ValueError: the strategy that the user named is not possible.
     """
-    observables, monitor, stop = observables or {}, monitor or Monitor(), stop or threading.Event()
-    plan = plan or make_plan(posterior, sampler, len(chains), has_observables=bool(observables))
-    cuda = [posterior.device] if posterior.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(plan.num_threads):
-        shapes: dict[str, tuple[int, ...]] = {}  # of observables: the same in all groups
+    monitor, stop = monitor or Monitor(), stop or threading.Event()
+    cuda = [spec.objective.device] if spec.objective.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(spec.plan.num_threads):
+        driver = _Driver.with_first_group(spec, chains, resumed, monitor, stop)
+        driver.run()
+        traces = [slot.traces for slot in driver.slots]
+        monitor.snapshot(traces)
+        interrupted = stop.is_set() and not all(slot.is_done for slot in driver.slots)
+    return ChainRun(traces, interrupted, driver.spec.plan, next(filter(None, driver.notes), ""))
 
-        def build(plan: Plan) -> list[Group]:
-            return [
-                Group(
-                    posterior,
-                    sampler,
-                    schedule,
-                    plan,
-                    seed,
-                    members,
-                    observables,
-                    shapes,
-                    record,
-                    baseline,
-                    start,
-                    keep_ends,
-                )
-                for members, record in _grouped(chains, plan.group_size, resumed)
-            ]
 
-        groups, failed = build(plan), dict[str, str]()
-        while waiting := [g for g in groups if not g.is_done]:
-            try:
-                memory = waiting[0].prepare()
-                break
-            except Exception as error:
-                if plan.asked and isinstance(error, NotReplayableError):
-                    raise ValueError(
-                        f'strategy="{plan.strategy}" is not possible here: {error}; use strategy="batched"'
-                    ) from error
-                if plan.asked or plan.strategy not in _MAY_FAIL:
-                    raise
-                # Not every model can be captured or batched; one after another, all can.
-                failed[plan.strategy] = f"{_MAY_FAIL[plan.strategy]} failed: {str(error).splitlines()[0]}"
-                plan = make_plan(posterior, sampler, len(chains), has_observables=bool(observables), failed=failed)
-                groups = build(plan)
-        if waiting:
-            _Driver(groups, waiting, memory, plan, monitor, stop).run()
-        records = [g.record() for g in groups]
-        monitor.snapshot(records)
-        notes = [g.note for g in groups if g.note]
-        interrupted = stop.is_set() and not all(g.is_done for g in groups)
-    return ChainRun(records, interrupted, plan, notes[0] if notes else "")
+@dataclass(eq=False)
+class _Slot:
+    """A group of chains: what they have done, and, while they run, the running object."""
+
+    traces: Traces
+    num_steps: int
+    group: Group | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.traces.step == self.num_steps
 
 
 class _Driver:
     """Takes groups through their steps, one after another or side by side."""
 
-    def __init__(
-        self,
-        groups: list[Group],
-        waiting: list[Group],
-        memory: ChainState,
-        plan: Plan,
-        monitor: Monitor,
-        stop: threading.Event,
-    ) -> None:
-        self._groups, self._waiting, self._plan, self._monitor, self._stop = groups, waiting, plan, monitor, stop
-        self._first, self._lock = (waiting[0], memory), threading.Lock()
+    def __init__(self, spec: RunSpec, slots: list[_Slot], monitor: Monitor, stop: threading.Event) -> None:
+        self.spec, self.slots, self._monitor, self._stop = spec, slots, monitor, stop
+        self.notes: list[str] = []
+        self._observables = Observables(spec.observables, spec.schedule.num_draws)
+        for slot in slots:
+            self._observables.know(slot.traces.draws)
+        self._waiting = [slot for slot in slots if not slot.is_done]
+        self._workers = min(spec.plan.num_workers, len(self._waiting))
+        self._lock = threading.Lock()
         self._model = threading.Lock()  # functional_call writes to the module while it runs
-        self._records: dict[int, ChainRecord] = {}
         self._failed = threading.Event()
-        self._generation, self._seen = 0, dict.fromkeys(range(len(groups)), 0)
         self._reported = time.monotonic()
+        # A snapshot is collected group by group, each after a step of its own, and written when all have handed in.
+        self._collecting = False
+        self._collected: dict[int, Traces] = {}
+        self._complete: list[Traces] | None = None
+
+    @classmethod
+    def with_first_group(
+        cls, spec: RunSpec, chains: range, resumed: Sequence[Traces], monitor: Monitor, stop: threading.Event
+    ) -> _Driver:
+        """A driver whose first group has been set up, by the first strategy that does not refuse the model."""
+        failed: dict[str, str] = {}
+        while True:
+            slots = [_Slot(t, spec.schedule.num_steps) for t in _grouped(spec, chains, resumed)]
+            driver = cls(spec, slots, monitor, stop)
+            if not driver._waiting:
+                return driver
+            try:
+                driver._start(driver._waiting[0], None)
+                return driver
+            except RefusedError as error:
+                plan, cause = spec.plan, error.__cause__
+                assert cause is not None
+                if plan.is_given and isinstance(cause, NotReplayableError):
+                    raise ValueError(
+                        f'strategy="{plan.strategy}" is not possible here: {error}; use strategy="batched"'
+                    ) from cause
+                if plan.is_given:
+                    raise cause from None
+                failed[plan.strategy] = f"{STRATEGIES[plan.strategy].may_refuse or plan.strategy} failed: {error}"
+                plan = make_plan(
+                    spec.objective, spec.sampler, len(chains), has_observables=bool(spec.observables), failed=failed
+                )
+                spec = dataclasses.replace(spec, plan=plan)
+
+    def _start(self, slot: _Slot, state: ChainState | None) -> Group:
+        fits = state is not None and state.num_chains == len(slot.traces.chains)
+        slot.group = Group(self.spec, slot.traces, self._observables, self._model, state if fits else None)
+        self.notes.append(slot.group.note)
+        return slot.group
 
     def run(self) -> None:
-        workers = min(self._plan.num_workers, len(self._waiting))
-        if workers == 1:
+        if self._workers <= 1:
             return self._work(alone=True)
         # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.
-        with ThreadPoolExecutor(workers, thread_name_prefix="llc_fast") as pool:
-            futures = {pool.submit(self._enter) for _ in range(workers)}
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="llc_fast") as pool:
+            futures = {pool.submit(self._enter) for _ in range(self._workers)}
             try:
                 while futures:
                     done, futures = wait(futures, timeout=self._monitor.interval)
                     for future in done:
                         future.result()
-                    self._tell()
+                    self._report()
             except BaseException:
                 self._failed.set()
                 raise
 
     def _enter(self) -> None:
-        torch.set_num_threads(self._plan.num_threads or 1)  # a setting of each thread
+        torch.set_num_threads(self.spec.plan.num_threads or 1)  # a setting of each thread
         with torch.enable_grad():
             self._work(alone=False)
 
     def _work(self, alone: bool) -> None:
-        memory: ChainState | None = None
+        state: ChainState | None = None
         while not self._ended():
             with self._lock:
                 if not self._waiting:
                     return
-                group = self._waiting.pop(0)
-            if group is self._first[0]:
-                memory = self._first[1]
-            else:
-                fits = memory is not None and memory.num_chains == len(group.chains)
+                slot = self._waiting.pop(0)
+            group = slot.group
+            if group is None:
                 with self._model:
-                    memory = group.prepare(memory if fits else None)
+                    try:
+                        group = self._start(slot, state)
+                    except RefusedError as error:  # too late for another strategy
+                        raise error.__cause__ or error from None
             while not group.is_done and not self._ended():
-                group.advance(self._model)
+                group.advance()
+                if _listeners:
+                    taken = StepTaken(slot.traces.chains, slot.traces.step - 1, self.spec.is_pilot)
+                    for listener in list(_listeners):
+                        listener(taken)
                 if alone:
-                    self._tell()
-                if self._generation:
-                    self._hand_in(group)
-            if group.is_done:
-                memory = group.finish()
+                    self._report()
+                if self._collecting:
+                    self._hand_in(slot, copy=not alone)
+            state, slot.group = group.finish(), None
 
     def _ended(self) -> bool:
         return self._stop.is_set() or self._failed.is_set()
 
-    def _tell(self) -> None:
-        """Progress, and the call for a snapshot, every now and then."""
+    def _report(self) -> None:
+        """Progress, and the call for a snapshot, every now and then; a snapshot that is complete is passed on."""
+        if self._complete is not None:  # here, where no worker waits for it to be written
+            traces, self._complete = self._complete, None
+            self._monitor.snapshot(traces)
         now = time.monotonic()
         if now - self._reported < self._monitor.interval:
             return
         self._reported = now
-        self._monitor.report(self._losses_so_far, sum(g.step * len(g.chains) for g in self._groups))
+        self._monitor.report(self._traces_so_far, sum(s.traces.step * len(s.traces.chains) for s in self.slots))
         # One at a time: calls that overtake each other would never be answered by all.
-        if not self._generation and self._monitor.wants_snapshot():
-            self._generation = 1
+        if not self._collecting and self._complete is None and self._monitor.wants_snapshot():
+            self._collecting = True
 
-    def _losses_so_far(self) -> list[ChainRecord]:
-        return [
-            ChainRecord(g.chains[0], g.step, g.losses.cpu().numpy(), g.heats.cpu().numpy(), {}, None)
-            for g in self._groups
-        ]
+    def _traces_so_far(self) -> list[Traces]:
+        groups = [(slot.group, slot.traces) for slot in self.slots]
+        return [traces if group is None else group.report() for group, traces in groups]
 
-    def _hand_in(self, group: Group) -> None:
-        """Keep a record of the group; whoever is the last of those running hands in all."""
-        index = self._groups.index(group)
-        alone = self._plan.num_workers == 1
+    def _hand_in(self, slot: _Slot, *, copy: bool) -> None:
+        """Keep a snapshot of the group; whoever is the last of those running completes the snapshot of all."""
+        index = self.slots.index(slot)
         with self._lock:
-            if self._seen[index] == self._generation:  # done, by this group or for all by another
+            if not self._collecting or index in self._collected:
                 return
-            self._seen[index], self._records[index] = self._generation, group.record(copy=not alone)
-            running = [k for k, g in enumerate(self._groups) if not g.is_done and g not in self._waiting]
-            if any(self._seen[k] != self._generation for k in running):
+            assert slot.group is not None
+            self._collected[index] = slot.group.snapshot(copy=copy)
+            running = [k for k, s in enumerate(self.slots) if not s.is_done and s not in self._waiting]
+            if any(k not in self._collected for k in running):
                 return
-            self._generation = 0
-            self._seen = dict.fromkeys(self._seen, 0)
-            records = [self._records[k] if k in running else g.record() for k, g in enumerate(self._groups)]
-            self._monitor.snapshot(records)
+            self._complete = [self._collected.get(k, s.traces) for k, s in enumerate(self.slots)]
+            self._collected, self._collecting = {}, False
+        if not copy:  # the chains must not go on before it is written
+            self._report()
 
 
-def _grouped(chains: range, size: int, resumed: Sequence[ChainRecord]) -> Iterator[tuple[range, ChainRecord | None]]:
-    """Consecutive chains with equally many steps done, at most `size` together."""
-    best: dict[int, ChainRecord] = {}
-    for record in resumed:
-        for chain in record.chains:
-            if chain in chains and (chain not in best or record.step > best[chain].step):
-                best[chain] = record
+def _grouped(spec: RunSpec, chains: range, resumed: Sequence[Traces]) -> Iterator[Traces]:
+    """Traces of consecutive chains with equally many steps done, at most as many as the plan groups together."""
+    best: dict[int, Traces] = {}
+    for traces in resumed:
+        for chain in traces.chains:
+            if chain in chains and (chain not in best or traces.step > best[chain].step):
+                best[chain] = traces
     group: list[int] = []
 
     def progress(chain: int) -> int:
         return best[chain].step if chain in best else 0
 
-    def close() -> tuple[range, ChainRecord | None]:
-        members = range(group[0], group[-1] + 1)
+    def close() -> Traces:
         if progress(group[0]) == 0:
-            return members, None
-        return members, ChainRecord.stack([best[c].row(c) for c in members])
+            return spec.blank_traces(range(group[0], group[-1] + 1))
+        return Traces.stack([best[c].row(c) for c in group]).copy()
 
     for chain in chains:
-        if group and (len(group) == size or progress(chain) != progress(group[0])):
+        if group and (len(group) == spec.plan.group_size or progress(chain) != progress(group[0])):
             yield close()
             group = []
         group.append(chain)

@@ -1,129 +1,113 @@
 """Looks at a few steps of every chain more closely than the loss trace does; the chain does not notice.
 
-What is measured is raw sums, a row of `COLUMNS` for each chain and probe, which go with the chain's losses through
-checkpoints and processes; :mod:`llc_fast.diagnostics` makes figures of them.
+What is measured is raw sums, a row of `COLUMNS` for each chain and step check, which go with the chain's losses through
+checkpoints and processes; :mod:`llc_fast.stats.step_checks` makes statistics of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llc_fast.data import leaves, map_tensors
+from llc_fast.gradients.memory import may_compare_gradients
 from llc_fast.gradients.minibatches import Feed
-from llc_fast.gradients.plan import LARGE_MODEL, Plan
+from llc_fast.gradients.plan import Plan
 from llc_fast.gradients.strategies import Gradient
 from llc_fast.kernels.native import normals
 from llc_fast.kernels.step import NoiseKey
+from llc_fast.kernels.streams import PROPOSAL_STREAM
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.state import ChainState
+from llc_fast.schedule import Schedule
+from llc_fast.stats.step_checks import COLUMNS
+from llc_fast.traces import Traces
 
-COLUMNS = ("distance", "log_acceptance", "gradient_noise", "heat", "curvature", "squared_curvature")
-"""What a probe at w measures, with G = nβ·g + γ(w − w*) + μ·w, g the gradient on a minibatch, p the preconditioner:
-
-- distance: ‖w − w*‖² over the parameters that are sampled;
-- log_acceptance: the logarithm of the Metropolis–Hastings ratio of one Langevin step, the same minibatch at both ends;
-- gradient_noise: nβ²·Σ p·Var(g) over minibatches;
-- heat: Σ p·G·nβ·g;
-- curvature, squared_curvature: d·H·d and Σ p·(H·d)², d that Langevin step and H the Hessian of nβ·L.
-
-NaN: not measured.
-"""
-MAX_PROBES = 16
-ROWS = 10
-"""Tensors like all parameters of a chain that a probe with gradients needs at a time."""
-_GRADIENTS = 3  # that one probe takes
+MAX_CHECKS = 16
+_GRADIENTS = 3  # that one step check takes
 _BUDGET = 0.02  # of the gradients of a run
-_STREAM = 7
-"""Of the noise of proposals."""
 _ELSEWHERE = 2**32
 """Steps from a minibatch to another one that no step of the chain has in its epoch."""
-_LANGEVIN = ("sgld", "preconditioned-sgld", "rmsprop-sgld")
-"""Samplers whose step is a Langevin proposal in a diagonal metric."""
 
 
-def probe_steps(num_steps: int, draws: range) -> tuple[list[int], list[int]]:
-    """Where probes are taken, evenly spread from the first draw to the last, and which of them take gradients."""
-    steps = _spread(draws, min(MAX_PROBES, len(draws)))
-    return steps, _spread(steps, min(len(steps), int(_BUDGET * num_steps / _GRADIENTS)))
-
-
-def has_memory(posterior: Objective, plan: Plan) -> bool:
-    """Whether a probe may compare gradients: where they are consumed as they come there is no room for others."""
-    return not plan.release and posterior.num_parameters <= LARGE_MODEL
+def check_steps(schedule: Schedule) -> tuple[list[int], list[int]]:
+    """Where step checks are made, evenly spread from the first draw to the last, and which of them take gradients."""
+    draws = range(schedule.num_steps)[schedule.draws]
+    steps = _spread(draws, min(MAX_CHECKS, len(draws)))
+    return steps, _spread(steps, min(len(steps), int(_BUDGET * schedule.num_steps / _GRADIENTS)))
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
     return [values[round(place)] for place in np.linspace(0, len(values) - 1, count)]
 
 
-class Probe:
-    """The probes of a group of chains.
+class StepChecks:
+    """The step checks of a group of chains.
 
     Args:
-        posterior, sampler, plan: of the group; they say what can be measured.
-        num_steps, draws: the schedule.
-        num_chains: rows.
-        table: what earlier runs of these chains measured.
+        objective, sampler, plan, schedule: of the run; they say what can be measured, and when.
+        state, gradient, feed: of the group.
+        seed: of the run.
+        traces: of the group; ``traces.checks`` is written to.
+
+    Attributes:
+        places: which row of the table belongs to a step.
     """
 
     def __init__(
         self,
-        posterior: Objective,
+        objective: Objective,
         sampler: Sampler,
         plan: Plan,
-        num_steps: int,
-        draws: range,
-        num_chains: int,
-        table: NDArray[np.float64] | None = None,
+        schedule: Schedule,
+        state: ChainState,
+        gradient: Gradient,
+        feed: Feed,
+        seed: int,
+        traces: Traces,
     ) -> None:
-        self._posterior, self._sampler = posterior, sampler
-        steps, self._with_gradients = probe_steps(num_steps, draws)
+        self._objective, self._sampler = objective, sampler
+        self._state, self._gradient, self._feed = state, gradient, feed
+        self._seed, self._first_chain, self._table = seed, traces.first_chain, traces.checks
+        steps, self._with_gradients = check_steps(schedule)
         self.places = {step: k for k, step in enumerate(steps)}
-        self.table = np.full((num_chains, len(steps), len(COLUMNS)), np.nan)
-        if table is not None and table.shape == self.table.shape:
-            self.table = table.copy()
-        self._is_langevin, self._has_noise = sampler.name in _LANGEVIN, sampler.name in (*_LANGEVIN, "sghmc")
+        self._is_langevin = sampler.kind == "langevin"
+        has_noise = math.isfinite(sampler.injected_noise(vars(sampler)))
         self._is_compiled = plan.strategy == "compiled"  # for one shape of minibatches
         # Nor where an evaluation leaves a trace.
-        if not has_memory(posterior, plan) or posterior.writes_buffers or posterior.writes_batch or not self._has_noise:
+        if (
+            not may_compare_gradients(objective, plan)
+            or objective.trial.writes_buffers
+            or objective.trial.writes_batch
+            or not has_noise
+        ):
             self._with_gradients = []
         # A proposal that hits a box, or has other noise, is no Langevin proposal; rounded losses can't be compared.
         self._has_acceptance = (
             self._is_langevin
             and sampler.bounding_box_size is None
             and sampler.noise_level == 1
-            and posterior.is_precise
+            and objective.is_precise
         )
 
     @torch.no_grad()
-    def take(
-        self, step: int, batch: Any, state: ChainState, gradient: Gradient, feed: Feed, seed: int, first_chain: int
-    ) -> None:
+    def take(self, step: int, batch: Any) -> None:
         """Measure at the present place; `batch` is this step's minibatch, in the feed's memory again afterwards."""
-        self.table[:, self.places[step], COLUMNS.index("distance")] = state.distances()
-        if step in self._with_gradients and step >= state.adapts_until:
+        self._table[:, self.places[step], COLUMNS.index("distance")] = self._state.distances()
+        if step in self._with_gradients and step >= self._state.adapts_until:
             with self._same_randomness() as again:
-                self._measure(step, batch, state, gradient, feed, NoiseKey(seed, step, first_chain), again)
+                self._measure(step, batch, NoiseKey(self._seed, step, self._first_chain), again)
 
-    def _measure(
-        self,
-        step: int,
-        batch: Any,
-        state: ChainState,
-        gradient: Gradient,
-        feed: Feed,
-        key: NoiseKey,
-        again: Callable[[], None],
-    ) -> None:
-        s, w, p = self._sampler, state.w, state.metric(step)
+    def _measure(self, step: int, batch: Any, key: NoiseKey, again: Callable[[], None]) -> None:
+        state, gradient, feed = self._state, self._gradient, self._feed
+        s, w, p = state.scalars, state.w, state.metric(step)
 
         def evaluate(batch: Any) -> tuple[Tensor, Tensor]:
             again()
@@ -132,7 +116,7 @@ class Probe:
                 return loss, state.rows_of(gradient.gradients())
 
         loss, grad = evaluate(batch)
-        other = self._other(step, batch, feed)
+        other = self._other(step, batch)
         if other is None:
             variance = torch.zeros_like(w) if feed.is_shared else torch.full_like(w, torch.nan)
         else:
@@ -144,12 +128,13 @@ class Probe:
         if not self._is_langevin:
             return
         del variance
-        away = w - state.rows_of(state.anchor)
+        away = w - state.rows_of(state.reference)
         drift = s.nbeta * grad + s.localization * away + s.weight_decay * w
-        self._write(step, "heat", s.nbeta * p * drift * grad)
         noise = torch.stack(
             [
-                normals(0, w.shape[1], key._replace(chain=chain, stream=_STREAM), dtype=w.dtype, device=w.device)
+                normals(
+                    0, w.shape[1], key._replace(chain=chain, stream=PROPOSAL_STREAM), dtype=w.dtype, device=w.device
+                )
                 for chain in range(key.chain, key.chain + len(w))
             ]
         )
@@ -168,17 +153,18 @@ class Probe:
             self._write(step, "log_acceptance", 0.5 * kick * both - s.lr / 8 * p * both.square() - quadratic)
             rounding = s.nbeta * torch.finfo(w.dtype).eps * loss.abs()
             difference = torch.where(rounding < 0.05, s.nbeta * (loss - new_loss), torch.nan)
-            self.table[:, self.places[step], COLUMNS.index("log_acceptance")] += difference.cpu().numpy()
+            self._table[:, self.places[step], COLUMNS.index("log_acceptance")] += difference.cpu().numpy()
 
-    def _other(self, step: int, batch: Any, feed: Feed) -> tuple[Any, float] | None:
+    def _other(self, step: int, batch: Any) -> tuple[Any, float] | None:
         """A minibatch to compare with, and Var(g) over the square of the difference of the gradients."""
+        feed = self._feed
         if feed.is_shared:
             return None
         if feed.is_addressable:
             return feed(step + _ELSEWHERE), 0.5
-        # What comes next can be had only once: half of the minibatch says as much, if samples can be told apart.
-        dim = 0 if len(self.table) == 1 else 1
-        tensors, n = leaves(batch), self._posterior.source.num_samples
+        # What comes next can be had only once: half of the minibatch says as much, if it can be cut into samples.
+        dim = 0 if len(self._table) == 1 else 1
+        tensors, n = leaves(batch), self._objective.source.num_samples
         if self._is_compiled or not all(isinstance(t, Tensor) and t.ndim > dim for t in tensors):
             return None
         size = tensors[-1].shape[dim]
@@ -189,15 +175,15 @@ class Probe:
     def _write(self, step: int, column: str, terms: Tensor) -> None:
         """Row by row, so that the bits do not depend on which chains run beside."""
         sums = [float(row.sum(dtype=torch.float64)) for row in terms]
-        self.table[:, self.places[step], COLUMNS.index(column)] = sums
+        self._table[:, self.places[step], COLUMNS.index(column)] = sums
 
     @contextlib.contextmanager
     def _same_randomness(self) -> Iterator[Callable[[], None]]:
         """What a model with dropout draws: the same in each evaluation after the yielded call, and nothing is used."""
-        if not self._posterior.is_random:
+        if not self._objective.trial.is_random:
             yield lambda: None
             return
-        device = self._posterior.device
+        device = self._objective.device
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             before, on_device = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]

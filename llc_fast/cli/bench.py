@@ -1,34 +1,53 @@
-"""How fast this machine steps: every sampler against a plain copy. ``benchmarks/`` has the rivals and the rest."""
+"""``llc-fast bench``: the steps of all samplers, timed against a plain copy of the parameters on this machine.
+
+``benchmarks/`` compares them with other packages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch.utils.benchmark import Timer
+import typer
 
-from llc_fast.kernels.native import NUM_STATES
-from llc_fast.optim import optimizer_for
-from llc_fast.samplers.registry import SAMPLERS
+from llc_fast.cli.options import JsonPath, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 TENSORS = 100
-"""That the parameters are split into."""
+"""How many tensors the parameters are split into."""
 
 
-def floor_bytes(name: str, *, low: bool = False, chains: int = 1) -> float:
-    """What a step can't avoid moving, in bytes per float32 parameter of each chain.
+def bench(
+    parameters: Annotated[int, typer.Option(min=1, help="How many, in 100 float32 tensors.")] = 10_000_000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    seconds: Annotated[float, typer.Option(min=0.01, help="For each measurement.")] = 1.0,
+    json_path: JsonPath = None,
+) -> None:
+    """Time every sampler's step on this machine, against a plain copy of the parameters."""
+    from llc_fast.estimate import check_device
 
-    w, gradient and w* are read and w is written; a preconditioner is read; each state is read and written. With `low`
-    the gradient is bfloat16, and a bfloat16 copy of w is written. w* and preconditioner are read once for all `chains`.
-    """
-    gradient, copy = (2, 2) if low else (4, 0)
-    shared = 4 + 4 * (name == "preconditioned-sgld")
-    return 8 + gradient + copy + 8 * NUM_STATES[name] + shared / chains
+    check_device(device)
+    typer.echo(f"{'sampler':>20} {'ns/parameter':>13} {'bytes at the floor':>19} {'GB/s':>7} {'share of copy':>14}")
+    rows = []
+    for row in step_rows(parameters, device, seconds=seconds):
+        rows.append(row)
+        typer.echo(
+            f"{row['sampler']:>20} {row['ns_per_parameter']:>13.3f} {row['bytes_moved']:>19g} {row['gb_per_s']:>7.1f} "
+            f"{row['share_of_copy']:>13.0%}"
+        )
+    if json_path is not None:
+        write_json(json_path, rows)
 
 
-def make_params(total: int, device: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    """`TENSORS` parameters with about `total` elements in all, and gradients."""
+COMMANDS = (bench,)
+
+
+def make_params(total: int, device: str, dtype: torch.dtype | None = None) -> list[torch.nn.Parameter]:
+    """`TENSORS` parameters with about `total` elements in all, and gradients; float32 if `dtype` is None."""
+    import torch
+
     size = -(-total // TENSORS)
     params = [torch.nn.Parameter(torch.randn(size, device=device).to(dtype)) for _ in range(TENSORS)]
     for p in params:
@@ -44,24 +63,27 @@ def step_rows(total: int, device: str, *, seconds: float = 1.0) -> Iterator[dict
         device: where.
         seconds: to measure each of sampler and copy for.
     """
-    for name, cls in SAMPLERS.items():
-        if cls.adjusted_by_metropolis:
-            continue  # a transition of these is many evaluations of the model
+    import torch
+
+    from llc_fast.optim import optimizer_for
+    from llc_fast.samplers import samplers_with_optimizer
+
+    for name, cls in samplers_with_optimizer().items():  # of the others a transition is many evaluations of the model
         params = make_params(total, device)
         count = sum(p.numel() for p in params)
         options: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0, "seed": 0}
-        if name == "preconditioned-sgld":
+        if cls.metric == "given":
             options["preconditioner"] = [torch.ones_like(p) for p in params]
         source = torch.cat([p.detach() for p in params])
         target = torch.empty_like(source)
         step = _median(optimizer_for(cls)(params, **options).step, seconds)
         copy = _median(lambda source=source, target=target: target.copy_(source), seconds)
-        floor = floor_bytes(name)
+        floor = cls.bytes_moved()
         yield {
             "sampler": name,
             "parameters": count,
             "ns_per_parameter": 1e9 * step / count,
-            "floor_bytes": floor,
+            "bytes_moved": floor,
             "gb_per_s": floor * count / step / 1e9,
             "share_of_copy": floor / 8 * copy / step,
         }
@@ -69,5 +91,8 @@ def step_rows(total: int, device: str, *, seconds: float = 1.0) -> Iterator[dict
 
 def _median(function: Any, seconds: float) -> float:
     """Seconds of one call; waits for a GPU where there is one."""
+    import torch
+    from torch.utils.benchmark import Timer
+
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)

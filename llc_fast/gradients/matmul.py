@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from llc_fast.support.torch_private import has_onednn_linear, onednn_linear
+
 _aten = torch.ops.aten
 
 
@@ -23,7 +25,7 @@ def _products_by_onednn() -> bool:
     On processors that are not Intel's MKL leaves half of AVX-512's width unused; oneDNN, which torch ships as well,
     does not. Told by the processor's name, not by a stopwatch: equal seeds give equal bits.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False
     try:
         vendor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("vendor_id"))
@@ -43,5 +45,5 @@ def product_by_onednn(op: Any, args: tuple[Any, ...], out: Any) -> Callable[[], 
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
     if a.dtype != torch.float32 or a.device.type != "cpu" or flops < _PRODUCT_FLOPS or not _products_by_onednn():
         return None
-    linear, transposed = torch.ops.mkldnn._linear_pointwise.default, b.detach().t()
-    return lambda: out.copy_(linear(a, transposed, bias, "none", [], ""))
+    transposed = b.detach().t()
+    return lambda: out.copy_(onednn_linear(a, transposed, bias))

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from llc_fast.chains.step_checks import ROWS, has_memory
-from llc_fast.gradients.plan import Plan
+from llc_fast.gradients.plan import LARGE_MODEL, Plan
 from llc_fast.kernels.native import NUM_STATES, is_low_precision
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory on a device, within the limits of the container on a CPU; None if it can't be told."""
+    """Free memory on a device, within the limits of the container on a CPU; None if nobody knows."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -41,41 +40,52 @@ _METROPOLIS_BYTES = 80
 """Of a parameter of one chain: w*, metric, start, place, velocity, noise, two slopes and what lies between, float64."""
 
 
-def needed_bytes(posterior: Objective, sampler: Sampler, plan: Plan) -> int:
-    """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, probes."""
-    tensors = list(posterior.anchor.values())
+_CHECK_ROWS = 10
+"""Tensors like all parameters of a chain that a step check with gradients needs at a time."""
+
+
+def may_compare_gradients(objective: Objective, plan: Plan) -> bool:
+    """Whether a step check may compare gradients: where they are consumed as they come there is no room for others."""
+    return not plan.release and objective.num_parameters <= LARGE_MODEL
+
+
+def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
+    """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, step checks."""
+    tensors = list(objective.reference.values())
     elements = sum(p.numel() for p in tensors)
     low = is_low_precision(tensors[0])
     width = 4 if low else tensors[0].element_size()  # bytes of a chain's element
-    chain = elements * (width * (1 + NUM_STATES[sampler.rule]) + (tensors[0].element_size() if low else 0))
-    if sampler.adjusted_by_metropolis:
+    chain = elements * (width * (1 + NUM_STATES[sampler.rule()]) + (tensors[0].element_size() if low else 0))
+    if sampler.kind == "metropolis":
         chain += elements * _METROPOLIS_BYTES
-    anchor = elements * width if low else 0  # w* in the chains' precision
+    reference = elements * width if low else 0  # w* in the chains' precision
     largest = max(p.numel() for p in tensors) if plan.release else elements
     # The backward pass makes about as much as the forward pass kept, and a recording keeps both.
-    per_chain = chain + largest * tensors[0].element_size() + posterior.activation_bytes * (2 if plan.replay else 1)
-    per_chain += elements * width * ROWS if has_memory(posterior, plan) else 0
-    return anchor + per_chain * plan.group_size * plan.num_workers
+    per_chain = (
+        chain + largest * tensors[0].element_size() + objective.trial.activation_bytes * (2 if plan.replay else 1)
+    )
+    per_chain += elements * width * _CHECK_ROWS if may_compare_gradients(objective, plan) else 0
+    return reference + per_chain * plan.group_size * plan.num_workers
 
 
-def check_memory(posterior: Objective, sampler: Sampler, plan: Plan) -> None:
+def check_memory(objective: Objective, sampler: Sampler, plan: Plan) -> None:
     """Raise unless a run fits.
 
     Raises:
         MemoryError: with what it needs, what there is, and a setting that would fit, if there is one.
     """
-    available, needed = available_bytes(posterior.device), needed_bytes(posterior, sampler, plan)
+    available, needed = available_bytes(objective.device), needed_bytes(objective, sampler, plan)
     if available is None or needed <= available:
         return
     smallest = dataclasses.replace(plan, strategy="sequential", group_size=1, num_workers=1, replay=False)
     remedies = [('strategy="sequential"', smallest)]
-    if not sampler.measures(vars(sampler)):
+    if not sampler.needs_whole_step(vars(sampler)):
         released = dataclasses.replace(smallest, release=True)
         remedies.append(('strategy="sequential" with release_gradients=True', released))
-    fitting = [(text, needed_bytes(posterior, sampler, p)) for text, p in remedies if p != plan]
+    fitting = [(text, needed_bytes(objective, sampler, p)) for text, p in remedies if p != plan]
     remedy = next((f"{text} needs {_gigabytes(size)}" for text, size in fitting if size <= available), "")
     if not remedy:
-        share = posterior.activation_bytes / max(needed, 1)
+        share = objective.trial.activation_bytes / max(needed, 1)
         remedy = (
             "activations are most of it: a smaller batch_size or microbatch_size would help"
             if share > 0.5
@@ -83,7 +93,7 @@ def check_memory(posterior: Objective, sampler: Sampler, plan: Plan) -> None:
         )
     raise MemoryError(
         f"this run needs {_gigabytes(needed)} beside the model ({plan.strategy}, {plan.group_size * plan.num_workers} "
-        f"chains at a time), and {posterior.device} has {_gigabytes(available)} left; {remedy}"
+        f"chains at a time), and {objective.device} has {_gigabytes(available)} left; {remedy}"
     )
 
 

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from llc_fast.data import Batch, IndexedSource, leaves, map_tensors
 from llc_fast.kernels.step import NoiseKey
-from llc_fast.objective.control_variate import Baseline
+from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.objective.objective import Objective
-
-# ---- minibatches -------------------------------------------------------------------------------------------
 
 
 class Feed:
@@ -22,12 +20,12 @@ class Feed:
     set, which all chains share.
     """
 
-    def __init__(self, posterior: Objective, seed: int, first_chain: int, num_chains: int, start: int) -> None:
-        self._source, self._copies = posterior.source, posterior.writes_batch
+    def __init__(self, objective: Objective, seed: int, first_chain: int, num_chains: int, start: int) -> None:
+        self._source, self._copies = objective.source, objective.trial.writes_batch
         self._key = NoiseKey(seed, chain=first_chain)
         self._iterator: Iterator[Batch] | None = None
         self.is_shared = False
-        if not isinstance(self._source, IndexedSource) or not posterior.has_tensor_batches:
+        if not isinstance(self._source, IndexedSource) or not objective.trial.has_tensor_batches:
             self._iterator = self._source.minibatches(seed, first_chain, start)
             return
         self._indices = self._source.index_buffer(num_chains)
@@ -35,7 +33,7 @@ class Feed:
         if self.is_shared:
             self._batch = self._source.gather(self._indices[0])
             return
-        flat = self._source.gather(self._source.draw(self._key._replace(step=start), self._indices))
+        flat = self._source.gather(self._source.sample_indices(self._key._replace(step=start), self._indices))
         self._flat = leaves(flat)
         shape = (num_chains, -1) if num_chains > 1 else (-1,)
         self._batch = map_tensors(lambda t: t.view(*shape, *t.shape[1:]), flat)
@@ -63,11 +61,11 @@ class Feed:
             batch = self._batch
             if not self.is_shared:
                 assert isinstance(self._source, IndexedSource)
-                indices = self._source.draw(self._key._replace(step=step), self._indices, device_step)
+                indices = self._source.sample_indices(self._key._replace(step=step), self._indices, device_step)
                 self._source.gather(indices, out=self._flat)
         return copy.deepcopy(batch) if self._copies else batch
 
 
-def paired(loss: Tensor, baseline: Baseline | None, feed: Feed) -> Tensor:
+def paired(loss: Tensor, control_variate: ControlVariate | None, feed: Feed) -> Tensor:
     """The loss of a minibatch less what it loses at w*."""
-    return loss if baseline is None else loss - baseline.on_device(feed.indices).to(loss.device)
+    return loss if control_variate is None else loss - control_variate.on_device(feed.indices).to(loss.device)

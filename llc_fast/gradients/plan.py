@@ -1,8 +1,8 @@
-"""Chooses how the gradients of chains are computed."""
+"""Chooses how the gradients of chains are computed: a table of strategies, and the rule that picks one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from llc_fast.data import IndexedSource
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 
-STRATEGIES = ("sequential", "batched", "compiled", "cuda-graph")
 _BATCHED_FLOPS = 1.5e7
 """Floating-point operations of one chain's gradient below which chains are batched on a CPU: a kernel then takes no
 longer than it takes to get to the next."""
@@ -29,17 +28,35 @@ are never all in memory."""
 
 
 @dataclass(frozen=True)
+class Strategy:
+    """One way to compute the gradients of chains.
+
+    Attributes:
+        not_possible: why it can't run this objective with this sampler and, if the flag is set, observables, and what
+            to do instead; empty if it can.
+        steps_together: whether chains step together.
+        keeps_gradients: whether all gradients are in memory at once.
+        may_refuse: what fails if a model turns out not to be made for it, in words; empty if none can refuse it.
+    """
+
+    not_possible: Callable[[Objective, Sampler, bool], str]
+    steps_together: bool
+    keeps_gradients: bool = True
+    may_refuse: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How chains are run.
 
     Attributes:
-        strategy: one of :data:`STRATEGIES`.
+        strategy: a key of :data:`STRATEGIES`.
         group_size: chains that step together.
         num_workers: groups that run side by side, each in a thread.
         num_threads: threads inside one worker's kernels; None: as many as torch is set to use.
         replay: whether kernels are recorded and replayed.
         release: whether each gradient is consumed and freed during the backward pass.
-        asked: whether the user named the strategy, so that no other may take its place.
+        is_given: whether the user named the strategy, so that no other may take its place.
         reason: why, in words.
     """
 
@@ -49,12 +66,81 @@ class Plan:
     num_threads: int | None
     replay: bool
     release: bool
-    asked: bool
+    is_given: bool
     reason: str
 
 
+# ---- what stands in the way of each strategy ---------------------------------------------------------------
+
+
+def _one_by_one_because(objective: Objective, sampler: Sampler) -> str:
+    """Why chains can't be evaluated in one batch; empty if they can."""
+    trial = objective.trial
+    if not isinstance(objective.source, IndexedSource):
+        return "a loader gives one minibatch at a time"
+    if not trial.has_tensor_batches:
+        return "batches hold more than tensors"
+    if trial.is_random:
+        return "the model draws random numbers"
+    if trial.writes_buffers or trial.writes_batch:
+        return "the model writes to its buffers or its input"
+    if objective.microbatch_size is not None:
+        return "microbatches are for models that fill the memory"
+    if sampler.adapts_on_host(vars(sampler)):
+        return "relative_eps follows one chain's gradients"
+    return ""
+
+
+def can_be_replayed(objective: Objective) -> bool:
+    """Whether minibatches stay in one place and the model is a function of its parameters and its input alone."""
+    source, trial = objective.source, objective.trial
+    stays = isinstance(source, IndexedSource) and source.is_thread_safe and trial.has_tensor_batches
+    return stays and not (trial.is_random or trial.writes_buffers or trial.writes_batch)
+
+
+def _batched(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
+    reason = _one_by_one_because(objective, sampler)
+    return reason and f'{reason}; use strategy="sequential"'
+
+
+def _compiled(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
+    if objective.trial.writes_buffers:
+        return 'the model writes to its buffers; use strategy="sequential"'
+    if objective.microbatch_size is not None:
+        return 'it takes minibatches as a whole; use strategy="sequential"'
+    return ""
+
+
+def _captured(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
+    if reason := _batched(objective, sampler, has_observables):
+        return reason
+    if objective.device.type != "cuda":
+        return f"it needs a CUDA device, got device={str(objective.device)!r}"
+    if sampler.kind == "metropolis":
+        return f'it is not made for sampler={sampler.name!r}; use strategy="batched"'
+    if has_observables:
+        return 'it can\'t stop for observables; use strategy="batched"'
+    if not can_be_replayed(objective):
+        return "it can't read minibatches by the data set's own code; use strategy=\"batched\", or give tensors"
+    return ""
+
+
+STRATEGIES = {
+    "sequential": Strategy(lambda *_: "", steps_together=False, keeps_gradients=False),
+    "batched": Strategy(_batched, steps_together=True, may_refuse="batching"),
+    "compiled": Strategy(_compiled, steps_together=True),
+    "cuda-graph": Strategy(_captured, steps_together=True, may_refuse="capturing"),
+}
+"""The strategies by name; each gives the same losses and gradients up to rounding. What differs is what lies between
+the kernels: for a network of a thousand parameters nearly all of the time, for one of a hundred million nearly all of
+the memory."""
+
+
+# ---- the choice --------------------------------------------------------------------------------------------
+
+
 def make_plan(
-    posterior: Objective,
+    objective: Objective,
     sampler: Sampler,
     num_chains: int,
     *,
@@ -65,7 +151,7 @@ def make_plan(
 ) -> Plan:
     """Choose a strategy, or complete the one that was asked for.
 
-    The choice is a rule on what a trial gradient was measured to be: its floating-point operations, its memory, what
+    The choice is a rule on what the trial gradient was measured to be: its floating-point operations, its memory, what
     it reads and writes. It looks at no clock, so that equal seeds give equal bits on a busy machine and an idle one.
     It does not fall on strategies that `failed`, for the reason given there, which the plan passes on.
 
@@ -74,91 +160,63 @@ def make_plan(
     """
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; choose one of: {', '.join(STRATEGIES)}, or None")
-    cuda = posterior.device.type == "cuda"
-    apart = _why_apart(posterior, sampler)
-    uncaptured = _why_not_captured(posterior, sampler, has_observables)
-    asked, failed = strategy is not None, failed or {}
-    if strategy is None and release_gradients:
-        strategy = "sequential"
-    elif strategy is None:
-        is_small = posterior.num_parameters <= _WORKER_PARAMETERS
-        is_quick = is_small and posterior.flops <= _BATCHED_FLOPS
-        if is_small and not apart and not uncaptured and "cuda-graph" not in failed:
-            strategy = "cuda-graph"
-        elif is_quick and not apart and num_chains > 1 and "batched" not in failed:
-            strategy = "batched"
-        else:
-            strategy = "sequential"
-    elif strategy in ("batched", "cuda-graph") and apart:
-        raise ValueError(f'strategy={strategy!r} is not possible here: {apart}; use strategy="sequential"')
-    elif strategy == "cuda-graph" and uncaptured:
-        raise ValueError(f'strategy="cuda-graph" {uncaptured}')
-    elif strategy == "compiled" and (posterior.writes_buffers or posterior.microbatch_size is not None):
-        why = "the model writes to its buffers" if posterior.writes_buffers else "it takes minibatches as a whole"
-        raise ValueError(f'strategy="compiled" is not possible here: {why}; use strategy="sequential"')
+    is_given, failed = strategy is not None, failed or {}
+    if strategy is None:
+        possible = (
+            name
+            for name, known in STRATEGIES.items()
+            if name not in failed and not known.not_possible(objective, sampler, has_observables)
+        )
+        strategy = "sequential" if release_gradients else _choice(objective, num_chains, set(possible))
+    elif reason := STRATEGIES[strategy].not_possible(objective, sampler, has_observables):
+        raise ValueError(f"strategy={strategy!r} is not possible here: {reason}")
+    release = _releases(objective, sampler, strategy, release_gradients)
 
-    measured = sampler.measures(vars(sampler))
-    can_release = not measured and strategy == "sequential"
-    if release_gradients and not can_release:
-        why = f"{type(sampler).__name__} needs the whole gradient" if measured else f"strategy={strategy!r} keeps it"
-        raise ValueError(f"release_gradients=True is not possible: {why}")
-    release = can_release and (
-        posterior.num_parameters > LARGE_MODEL if release_gradients is None else release_gradients
-    )
+    one_by_one = _one_by_one_because(objective, sampler)
     group = 1
-    if strategy in ("batched", "cuda-graph") or (strategy == "compiled" and not apart):
-        group = min(num_chains, _MAX_GROUP if strategy == "batched" and not asked else num_chains)
+    if STRATEGIES[strategy].steps_together and not one_by_one:
+        group = min(num_chains, _MAX_GROUP if strategy == "batched" and not is_given else num_chains)
+    is_cpu, flops = objective.device.type != "cuda", objective.trial.flops
     replay = (
-        not cuda
+        is_cpu
         and strategy in ("sequential", "batched")
         and not release
-        and _can_be_replayed(posterior)
-        and posterior.flops * group <= _REPLAYED_FLOPS
+        and can_be_replayed(objective)
+        and flops * group <= _REPLAYED_FLOPS
     )
     workers, threads = 1, None
-    if not cuda:
+    if is_cpu:
         # Side by side only without the model: functional_call writes to the module while it runs.
-        if replay and posterior.num_parameters <= _WORKER_PARAMETERS:
+        if replay and objective.num_parameters <= _WORKER_PARAMETERS:
             workers = min(-(-num_chains // group), torch.get_num_threads())
         idle = torch.get_num_threads() // workers
-        threads = 1 if posterior.flops * group < _SINGLE_THREAD_FLOPS else max(1, idle)
-    size = f"{posterior.flops / 1e6:.3g} MFLOP a gradient"
-    reason = "; ".join(failed.values()) or ("asked for" if asked else f"{size}, {apart}" if apart else size)
-    return Plan(strategy, group, workers, threads, replay, release, asked, reason)
+        threads = 1 if flops * group < _SINGLE_THREAD_FLOPS else max(1, idle)
+    size = f"{flops / 1e6:.3g} MFLOP a gradient"
+    reason = "; ".join(failed.values()) or (
+        "asked for" if is_given else f"{size}, {one_by_one}" if one_by_one else size
+    )
+    return Plan(strategy, group, workers, threads, replay, release, is_given, reason)
 
 
-def _why_apart(posterior: Objective, sampler: Sampler) -> str:
-    """Why chains can't be batched; empty if they can."""
-    if not isinstance(posterior.source, IndexedSource):
-        return "a loader gives one minibatch at a time"
-    if not posterior.has_tensor_batches:
-        return "batches hold more than tensors"
-    if posterior.is_random:
-        return "the model draws random numbers"
-    if posterior.writes_buffers or posterior.writes_batch:
-        return "the model writes to its buffers or its input"
-    if posterior.microbatch_size is not None:
-        return "microbatches are for models that fill the memory"
-    if getattr(sampler, "relative_eps", False):
-        return "relative_eps follows one chain's gradients"
-    return ""
+def _choice(objective: Objective, num_chains: int, possible: set[str]) -> str:
+    """The strategy of those possible that suits the size of a gradient."""
+    is_small = objective.num_parameters <= _WORKER_PARAMETERS
+    if is_small and "cuda-graph" in possible:
+        return "cuda-graph"
+    if is_small and objective.trial.flops <= _BATCHED_FLOPS and num_chains > 1 and "batched" in possible:
+        return "batched"
+    return "sequential"
 
 
-def _why_not_captured(posterior: Objective, sampler: Sampler, has_observables: bool) -> str:
-    """Why a step can't be one CUDA graph, and what to do about it; empty if it may."""
-    if posterior.device.type != "cuda":
-        return f"needs a CUDA device, got device={str(posterior.device)!r}"
-    if sampler.adjusted_by_metropolis:
-        return f'is not made for sampler={sampler.name!r}; use strategy="batched"'
-    if has_observables:
-        return 'can\'t stop for observables; use strategy="batched"'
-    if not _can_be_replayed(posterior):
-        return "can't read minibatches by the data set's own code; use strategy=\"batched\", or give tensors"
-    return ""
+def _releases(objective: Objective, sampler: Sampler, strategy: str, wanted: bool | None) -> bool:
+    """Whether each gradient is consumed during the backward pass.
 
-
-def _can_be_replayed(posterior: Objective) -> bool:
-    """Whether minibatches stay in one place and the model is a function of its parameters and its input alone."""
-    source = posterior.source
-    stays = isinstance(source, IndexedSource) and source.is_thread_safe and posterior.has_tensor_batches
-    return stays and not (posterior.is_random or posterior.writes_buffers or posterior.writes_batch)
+    Raises:
+        ValueError: it is wanted and can't be.
+    """
+    needs_whole = sampler.needs_whole_step(vars(sampler))
+    possible = not needs_whole and not STRATEGIES[strategy].keeps_gradients
+    if wanted and not possible:
+        why = f"sampler={sampler.name!r} needs the whole gradient" if needs_whole else f"strategy={strategy!r} keeps it"
+        raise ValueError(f"release_gradients=True is not possible: {why}")
+    return possible and (objective.num_parameters > LARGE_MODEL if wanted is None else wanted)

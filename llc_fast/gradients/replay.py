@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from llc_fast.gradients.matmul import product_by_onednn
-from llc_fast.support.torch_private import DispatchMode
+from llc_fast.support.torch_private import DispatchMode, packet_of, schema_of
 
 T = TypeVar("T")
 _REFUSED = {
@@ -94,7 +94,7 @@ class Recording(Generic[T]):
         written: set[int] = set()  # those that it writes to after making them
         for op, args, kwargs, out in recorder.calls:
             inputs, outputs = set(_storages((args, kwargs))), set(_storages(out))
-            if op._schema.is_mutable:
+            if schema_of(op).is_mutable:
                 targets = set(_storages(list(_written(op, args, kwargs))))
                 if not targets <= made:
                     raise NotReplayableError(f"it writes to memory that it was given ({op})")
@@ -104,10 +104,10 @@ class Recording(Generic[T]):
         self._calls: list[Callable[[], object]] = []
         for op, args, kwargs, out in recorder.calls:
             inputs, outputs = set(_storages((args, kwargs))), set(_storages(out))
-            if op._schema.is_mutable:
+            if schema_of(op).is_mutable:
                 self._calls.append(functools.partial(op, *args, **kwargs))
             elif not outputs <= inputs:  # else a view, whose memory stays where it is
-                if (inputs <= constant or op._schema.name in _FILLS) and not outputs & written:
+                if (inputs <= constant or schema_of(op).name in _FILLS) and not outputs & written:
                     constant |= outputs
                 else:
                     self._calls.append(_into(op, args, kwargs, out))
@@ -144,7 +144,7 @@ def _storages(value: Any) -> Iterator[int]:
 
 def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """The arguments that an operation writes to."""
-    for k, argument in enumerate(op._schema.arguments):
+    for k, argument in enumerate(schema_of(op).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[k] if k < len(args) else kwargs.get(argument.name)
 
@@ -163,12 +163,12 @@ def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> C
     if not kwargs and (product := product_by_onednn(op, args, out)) is not None:
         return product
     outputs = (out,) if isinstance(out, Tensor) else out
-    own = [(a.name, str(a.type)) for a in op._schema.arguments]
+    own = [(a.name, str(a.type)) for a in schema_of(op).arguments]
     # A loss that reduces would resize its output to that of the unreduced one on the way.
     if all(isinstance(t, Tensor) for t in outputs) and "reduction" not in dict(own):
-        for overload in op._overloadpacket.overloads():
-            variant = getattr(op._overloadpacket, overload)
-            arguments = variant._schema.arguments
+        for overload in packet_of(op).overloads():
+            variant = getattr(packet_of(op), overload)
+            arguments = schema_of(variant).arguments
             targets = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
             rest = [(a.name, str(a.type)) for a in arguments if a.name not in targets]
             if (

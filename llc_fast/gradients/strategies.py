@@ -1,36 +1,42 @@
-"""How the gradients of chains are computed: strategies behind one interface, and the rule that chooses one.
-
-Each strategy gives the same losses and gradients up to rounding. What differs is what lies between the kernels: for a
-network of a thousand parameters nearly all of the time, for one of a hundred million nearly all of the memory.
-"""
+"""How the gradients of chains are computed; :mod:`llc_fast.gradients.plan` picks one of these strategies."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llc_fast.data import Batch
+from llc_fast.data import Batch, map_tensors
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import Plan
 from llc_fast.gradients.replay import NotReplayableError, Recording
 from llc_fast.objective.objective import Evaluation, Objective, backward, leaves_of
 from llc_fast.samplers.state import ChainState
 
-# ---- strategies --------------------------------------------------------------------------------------------
+Info = Mapping[str, Any]
+"""What a transition knows of itself, by the names in ``Sampler.traces``, ``[num_chains]`` each."""
 
 
-class Gradient(Protocol):
-    """Evaluates a minibatch, then moves the chains by its gradient."""
+class Transition(Protocol):
+    """Evaluates a minibatch, then moves the chains."""
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Losses ``[num_chains]``, and per sample ``[num_chains, batch]`` if the loss function gives them."""
         ...
+
+    def move(self, step: int) -> Info:
+        """One step of the sampler, after an evaluation."""
+        ...
+
+
+class Gradient(Transition, Protocol):
+    """A transition by the gradient of the last evaluation."""
 
     def gradients(self) -> list[Tensor]:
         """Of the last evaluation, in the order of the parameters, instead of a move, and only once.
@@ -39,23 +45,19 @@ class Gradient(Protocol):
         """
         ...
 
-    def move(self, step: int) -> None:
-        """One step of the sampler by the gradient of the last evaluation."""
-        ...
-
 
 class EagerGradient:
     """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
 
-    def __init__(self, posterior: Objective, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
-        self._posterior, self._state, self._buffers, self._release = posterior, state, buffers, release
+    def __init__(self, objective: Objective, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
+        self._objective, self._state, self._buffers, self._release = objective, state, buffers, release
         self._params = leaves_of(state.single())
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        pieces = self._posterior.pieces(batch)
+        pieces = self._objective.pieces(batch)
         losses, samples = [], []
         for k, (piece, share) in enumerate(pieces):
-            evaluation = self._posterior.evaluate(self._params, piece, self._buffers, share)
+            evaluation = self._objective.evaluate(self._params, piece, self._buffers, share)
             self._last = evaluation.loss
             if k + 1 < len(pieces):
                 self._last.backward()  # type: ignore[no-untyped-call]
@@ -75,9 +77,10 @@ class EagerGradient:
             p.grad = None
         return grads
 
-    def move(self, step: int) -> None:
+    def move(self, step: int) -> Info:
         if not self._release:
-            return self._state.move(self.gradients(), step)
+            self._state.move(self.gradients(), step)
+            return self._state.info()
         waiting = set(self._params)
         self._state.start_parts()
 
@@ -90,6 +93,7 @@ class EagerGradient:
         backward(self._last, self._params, take)
         for name in waiting:  # what the loss did not use still feels noise and localization
             self._state.move_one(name, torch.zeros_like(self._params[name]), step)
+        return self._state.info()
 
 
 class BatchedGradient:
@@ -100,19 +104,19 @@ class BatchedGradient:
     """
 
     def __init__(
-        self, posterior: Objective, state: ChainState, buffers: dict[str, Tensor], shared_batch: bool, compiled: bool
+        self, objective: Objective, state: ChainState, buffers: dict[str, Tensor], shared_batch: bool, compiled: bool
     ) -> None:
         self._state = state
         self._params = leaves_of(state.params() if state.num_chains > 1 else state.single())
         # On a CPU vmap would run fused attention chain by chain, with a warning; products of matrices it batches.
-        batched = state.num_chains > 1 and posterior.device.type == "cpu"
+        batched = state.num_chains > 1 and objective.device.type == "cpu"
 
         def value(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
             with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
-                loss, samples = posterior.evaluate(params, batch, buffers)
+                loss, samples = objective.evaluate(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 
-        self._has_samples = posterior.per_sample
+        self._has_samples = objective.per_sample
         function: Callable[..., tuple[Tensor, Tensor]] = value
         if state.num_chains > 1:
             function = vmap(value, in_dims=(0, None if shared_batch else 0))
@@ -130,8 +134,9 @@ class BatchedGradient:
         params = list(self._params.values())
         return list(torch.autograd.grad(self._losses, params, self._ones, materialize_grads=True))
 
-    def move(self, step: int) -> None:
+    def move(self, step: int) -> Info:
         self._state.move(self.gradients(), step)
+        return self._state.info()
 
 
 def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
@@ -180,19 +185,20 @@ class ReplayedGradient:
     def gradients(self) -> list[Tensor]:
         return self._grads
 
-    def move(self, step: int) -> None:
+    def move(self, step: int) -> Info:
         self._state.move(self._grads, step)
+        return self._state.info()
 
 
 def make_gradient(
-    plan: Plan, posterior: Objective, state: ChainState, buffers: dict[str, Tensor], feed: Feed, step: int
+    plan: Plan, objective: Objective, state: ChainState, buffers: dict[str, Tensor], feed: Feed, step: int
 ) -> tuple[Gradient, str]:
     """The strategy of a plan for a group of chains, and why it could not be recorded, if it should have been."""
     inner: EagerGradient | BatchedGradient
     if plan.strategy == "sequential" or (plan.strategy == "batched" and state.num_chains == 1):
-        inner = EagerGradient(posterior, state, buffers, plan.release)
+        inner = EagerGradient(objective, state, buffers, plan.release)
     else:
-        inner = BatchedGradient(posterior, state, buffers, feed.is_shared, plan.strategy == "compiled")
+        inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
     note = ""
     if plan.replay:
         try:
@@ -202,3 +208,28 @@ def make_gradient(
     if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
         inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
     return inner, note
+
+
+_SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")
+
+
+def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainState, feed: Feed, step: int) -> bool:
+    """Whether an error while a strategy was set up is the strategy's fault, so that another one may take its place.
+
+    By kind: what can't be replayed; memory that ran out; an operation that vmap does not know. A bug of the model is
+    none of these. An operation of torch that fails in a batch without a word of vmap is vmap's fault if one chain
+    alone, on its own minibatch, passes it.
+    """
+    if isinstance(error, (NotReplayableError, torch.cuda.OutOfMemoryError)):
+        return True
+    if plan.strategy not in ("batched", "cuda-graph") or not isinstance(error, (RuntimeError, NotImplementedError)):
+        return False
+    if _SPEAKS_OF_BATCHING.search(str(error)):
+        return True
+    batch = feed(step)
+    alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
+    try:
+        objective.evaluate(leaves_of(state.single()), alone, objective.fresh_buffers())
+    except Exception:
+        return False
+    return True

@@ -1,8 +1,8 @@
-"""The one door to the native module: checks tensors, lays them out as segments, runs the fused step.
+"""The native interface: checks tensors, lays them out as segments, runs the fused step.
 
 Nothing else in the package touches an address. A step over a set of tensors reads each gradient where autograd
 left it, makes its noise in registers and writes each parameter once, in one native call for all tensors and
-chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fast.reference`, and say so once.
+chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fast.kernels.reference`, with a warning.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -20,14 +20,43 @@ from torch import Tensor
 
 from llc_fast import _native
 from llc_fast.kernels import reference
-from llc_fast.kernels.step import METRICS, NoiseKey, StepScalars
+from llc_fast.kernels.step import SCALARS, SEGMENT, SUMS, NoiseKey, StepScalars
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def check_interface(exported: Mapping[str, Any]) -> None:
+    """Raise ImportError unless the compiled module has the tables, sums and rules that this package has.
+
+    Args:
+        exported: ``_native.interface()``: the layouts of ``Segment`` and ``Scalars`` as ``numpy.dtype`` takes them,
+            the names of the sums and the rules.
+    """
+    expected = {"Segment": SEGMENT, "Scalars": SCALARS, "sums": list(SUMS), "rules": list(reference.RULES)}
+    found = dict(exported)
+    found |= {name: np.dtype(found[name]) for name in ("Segment", "Scalars") if name in found}
+    if different := [name for name, value in expected.items() if found.get(name) != value]:
+        raise ImportError(
+            f"the compiled module {getattr(_native, '__file__', '')} is of another version than this package "
+            f"({', '.join(different)} differ): reinstall llc_fast"
+        )
+
+
+check_interface(getattr(_native, "interface", dict)())  # the oldest modules have no such function
+
 NUM_STATES: dict[str, int] = _native.info()["rules"]  # type: ignore[assignment]
 """Tensors like w that each rule keeps between steps, by the rule's name."""
+NUM_SUMS = len(SUMS)
 _RULES = {name: k for k, name in enumerate(NUM_STATES)}
-NUM_METRICS = len(METRICS)
+
+
+@functools.lru_cache
+def _sum_set(names: tuple[str, ...]) -> int:
+    """Sums by name as ``llc::SumSet`` has them."""
+    if unknown := set(names) - set(SUMS):
+        raise ValueError(f"wanted names unknown sums: {', '.join(sorted(unknown))}; choose from: {', '.join(SUMS)}")
+    return sum(1 << k for k, name in enumerate(SUMS) if name in names)
 
 
 @functools.cache
@@ -53,7 +82,11 @@ def has_native_backend(device_type: str) -> bool:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` is a dense floating-point tensor that holds data."""
+    """Check that a tensor can be sampled.
+
+    Raises:
+        TypeError, ValueError: it is not a dense floating-point tensor that holds data.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -66,7 +99,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd of writes that it can't see: a backward pass that still needs the old values then raises."""
+    """Report to autograd writes that it can't see: a backward pass that still needs the old values then raises."""
     try:
         torch.autograd.graph.increment_version(tensors)
     except TypeError:  # torch 2.4 takes one at a time
@@ -88,7 +121,7 @@ class Segment:
         offset: index of its first element in the flat parameter vector; names its noise, so that the noise of an
             element does not depend on how the vector is split into tensors. A block of a larger tensor lies in the
             vector in several runs of equal length: then the index of each run's first element.
-        anchor: w*, shared by all chains; None where neither localization nor box is used.
+        reference: w*, shared by all chains; None where neither localization nor box is used.
         mask: boolean, broadcasts to w's shape; elements where it is False never move.
         state: what the rule keeps, as many tensors like w as it needs, with the same chain stride.
         preconditioner: of the rule that takes one: a number, or a tensor that broadcasts to w's shape.
@@ -97,7 +130,7 @@ class Segment:
 
     w: Tensor
     offset: int | Sequence[int]
-    anchor: Tensor | None = None
+    reference: Tensor | None = None
     mask: Tensor | None = None
     state: Sequence[Tensor] = ()
     preconditioner: Tensor | float = 1.0
@@ -126,8 +159,6 @@ class SegmentTable:
         TypeError, ValueError: integer, complex, sparse or meta tensors, mixed devices or dtypes, shapes that
             do not match.
     """
-
-    _GRAD, _GRAD_STRIDE = 4, 5  # columns of the native table, see csrc/step.h
 
     def __init__(self, rule: str, segments: Sequence[Segment], *, num_chains: int = 1, chain_stride: int = 0) -> None:
         if rule not in _RULES:
@@ -161,9 +192,10 @@ class SegmentTable:
         ]
         self._native = has_native_backend(self.device.type)
         if self._native:
-            self._rows = np.concatenate([self._native_rows(k) for k in range(len(self._segments))])
-            # What a run's gradient lies behind its segment's; None where every segment is one run, as nearly always.
-            self._grad_shifts = self._rows[:, self._GRAD].copy() if len(self._rows) > len(segments) else None
+            self._rows = self._native_rows()
+            self._grad_column = self._rows["grad"]  # a view: taken once, because steps write to it
+            # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
+            self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(segments) else None
             self._constants = (_RULES[rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, ""))
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
@@ -180,32 +212,37 @@ class SegmentTable:
                     f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
                 )
 
-    def _native_rows(self, k: int) -> np.ndarray:
-        """The segment as ``llc::Segment`` sees it, a row for each run; without the gradient's address."""
-        s, work, copy = self._segments[k], self._work[k], self._copies[k]
-        address, given = work.data_ptr(), s.preconditioner
-        states = [t.data_ptr() for t in s.state] + [0] * (2 - len(s.state))
-        scale = np.float64(1.0 if isinstance(given, Tensor) else given).view(np.int64)
-        wide, grad = work.element_size(), self._grad_dtype.itemsize
-        # Each column of the first run, and how many bytes an element takes where the column is an address.
-        columns = [
-            (0, 0),
-            (s.run_length, 0),
-            (address, wide),
-            (self._chain_stride, 0),
-            (0, grad),
-            (0, 0),
-            (address if s.anchor is None else s.anchor.data_ptr(), wide),
-            (self._chain_stride if s.anchor is None else 0, 0),
-            (0, 0) if s.mask is None else (s.mask.data_ptr(), 1),
-            *((state, wide if state else 0) for state in states),
-            (given.data_ptr(), wide) if isinstance(given, Tensor) else (0, 0),
-            (int(scale), 0),
-            (0, 0) if copy is None else (copy.data_ptr(), grad),
+    def _native_rows(self) -> np.ndarray:
+        """The native table: a row for each run of each segment, its `grad` in bytes from where the gradient starts."""
+        segments = self._segments
+        rows = np.zeros(len(segments), SEGMENT)
+        rows["offset"] = [s.runs[0] for s in segments]
+        rows["length"] = [s.run_length for s in segments]
+        rows["stride"] = self._chain_stride
+        rows["w"] = [w.data_ptr() for w in self._work]
+        rows["reference"] = [
+            _address(w if s.reference is None else s.reference) for s, w in zip(segments, self._work, strict=True)
         ]
-        first, element = np.array(columns, dtype=np.int64).T
-        rows: np.ndarray = first + np.arange(len(s.runs))[:, None] * s.run_length * element
-        rows[:, 0] = s.runs
+        rows["reference_stride"] = [self._chain_stride if s.reference is None else 0 for s in segments]
+        rows["mask"] = [_address(s.mask) for s in segments]
+        for j in range(NUM_STATES[self._rule]):
+            rows["state"][:, j] = [s.state[j].data_ptr() for s in segments]
+        given = [s.preconditioner for s in segments]
+        rows["preconditioner"] = [_address(p) for p in given]
+        rows["preconditioner_scale"] = [1.0 if isinstance(p, Tensor) else p for p in given]
+        rows["copy"] = [_address(copy) for copy in self._copies]
+        if all(isinstance(s.offset, int) for s in segments):
+            return rows
+
+        counts = [len(s.runs) for s in segments]
+        rows = np.repeat(rows, counts)
+        rows["offset"] = np.concatenate([s.runs for s in segments])
+        first_element = np.concatenate([np.arange(count) for count in counts]) * rows["length"]
+        wide, low = self.dtype.itemsize, self._grad_dtype.itemsize
+        rows["grad"] = first_element * low
+        fields = [rows["w"], rows["reference"], rows["preconditioner"], *rows["state"].T]
+        for addresses, size in [*((field, wide) for field in fields), (rows["mask"], 1), (rows["copy"], low)]:
+            addresses += np.where(addresses, first_element * size, 0)
         return rows
 
     def step(
@@ -215,7 +252,8 @@ class SegmentTable:
         key: NoiseKey,
         *,
         thermostat: Tensor | None = None,
-        metrics: Tensor | None = None,
+        sums: Tensor | None = None,
+        wanted: Sequence[str] | None = None,
         device_scalars: Tensor | None = None,
         device_step: Tensor | None = None,
     ) -> None:
@@ -227,21 +265,26 @@ class SegmentTable:
             scalars: hyperparameters.
             key: names the noise; chain c of the table uses ``key.chain + c``.
             thermostat: float64, one value for each chain, read by SGNHT.
-            metrics: float64 ``[num_chains, 8]``, receives the sums named in ``METRICS``; the same bits for
-                any number of threads. None: not computed.
+            sums: float64 ``[num_chains, len(SUMS)]``, overwritten with the sums named in ``SUMS``. Their bits depend
+                neither on the number of threads nor on the other sums that are wanted. None: no sums.
+            wanted: names of the sums that are needed; the others are 0. None: all.
             device_scalars, device_step: on a CUDA device, the scalars (float64) and the step (int64) to read when the
                 kernel runs, instead of those given here: a captured CUDA graph then follows them.
 
         Raises:
-            TypeError, ValueError: a gradient that is sparse, of another dtype, device or size.
+            TypeError, ValueError: a gradient that is sparse, of another dtype, device or size; an unknown sum.
         """
         gradients = self._gradients(grads)
+        wanted = SUMS if wanted is None else wanted
+        if sums is not None and not wanted:
+            sums.zero_()
+            sums = None
         for work, original in self._moves:
             work.copy_(original)
         if self._native:
-            self._native_step(gradients, scalars, key, thermostat, metrics, device_scalars, device_step)
+            self._native_step(gradients, scalars, key, thermostat, sums, wanted, device_scalars, device_step)
         else:
-            self._reference_step(gradients, scalars, key, thermostat, metrics)
+            self._reference_step(gradients, scalars, key, thermostat, sums, wanted)
         for work, original in self._moves:
             original.copy_(work)
 
@@ -280,18 +323,19 @@ class SegmentTable:
         scalars: StepScalars,
         key: NoiseKey,
         thermostat: Tensor | None,
-        metrics: Tensor | None,
+        sums: Tensor | None,
+        wanted: Sequence[str],
         device_scalars: Tensor | None,
         device_step: Tensor | None,
     ) -> None:
         addresses = [g.data_ptr() for g in grads]
         if addresses != self._addresses:
-            self._rows[:, self._GRAD] = self._by_run(addresses)
+            self._grad_column[:] = self._by_run(addresses)
             if self._grad_shifts is not None:
-                self._rows[:, self._GRAD] += self._grad_shifts
+                self._grad_column += self._grad_shifts
             if self._num_chains > 1:
                 strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
-                self._rows[:, self._GRAD_STRIDE] = self._by_run(strides)
+                self._rows["grad_stride"] = self._by_run(strides)
             self._addresses, self._is_sent = addresses, False
         arguments = (
             *self._constants,
@@ -305,8 +349,9 @@ class SegmentTable:
             key.step,
             key.chain,
             None if thermostat is None else thermostat.data_ptr(),
-            None if metrics is None else metrics.data_ptr(),
-            None if metrics is None else self._scratch_address(),
+            0 if sums is None else _sum_set(tuple(wanted)),
+            None if sums is None else sums.data_ptr(),
+            None if sums is None else self._scratch_address(),
             None if device_scalars is None else device_scalars.data_ptr(),
             None if device_step is None else device_step.data_ptr(),
             torch.get_num_threads(),
@@ -325,7 +370,7 @@ class SegmentTable:
         if self._on_cpu:
             return self._host_address
         if self._device_rows is None:
-            self._device_rows = torch.empty(self._rows.shape, dtype=torch.int64, device=self.device)
+            self._device_rows = torch.empty(self._rows.nbytes, dtype=torch.uint8, device=self.device)
         if not self._is_sent and not torch.cuda.is_current_stream_capturing():
             self.send_addresses()
         return self._device_rows.data_ptr()
@@ -336,14 +381,14 @@ class SegmentTable:
         return self._on_cpu or not self._native or self._is_sent
 
     def send_addresses(self) -> None:
-        """Tell the GPU where the gradients of the last step are; after capturing it, and before the graph's replay."""
+        """Send the GPU the addresses of the last step's gradients: after capturing it, before the graph's replay."""
         assert self._device_rows is not None
         # A copy, because the host may write to its rows before the GPU has read them; and it does not wait for that.
-        self._device_rows.copy_(torch.from_numpy(self._rows.copy()), non_blocking=True)
+        self._device_rows.copy_(torch.from_numpy(self._rows.copy().view(np.uint8)), non_blocking=True)
         self._is_sent = True
 
     def _scratch_address(self) -> int | None:
-        """Where a GPU leaves partial sums: allocated once, when metrics are first wanted."""
+        """Where a GPU leaves partial sums: allocated once, when sums are first wanted."""
         if self._on_cpu:
             return None
         if self._scratch is None:
@@ -358,10 +403,12 @@ class SegmentTable:
         scalars: StepScalars,
         key: NoiseKey,
         thermostat: Tensor | None,
-        metrics: Tensor | None,
+        sums: Tensor | None,
+        wanted: Sequence[str],
     ) -> None:
-        if metrics is not None:
-            metrics.zero_()
+        columns = [k for k, name in enumerate(SUMS) if name in wanted]
+        if sums is not None:
+            sums.zero_()
         for k, (s, work, copy, grad) in enumerate(zip(self._segments, self._work, self._copies, grads, strict=True)):
             n = self._numel[k]
             for chain in range(self._num_chains):
@@ -378,20 +425,24 @@ class SegmentTable:
                 x = reference.Coordinates(
                     w=w[mask].clone(),
                     grad=grad.reshape(-1, n)[chain if grad.numel() != n else 0].to(self.dtype)[mask],
-                    anchor=(w if s.anchor is None else s.anchor.reshape(-1))[mask],
+                    reference=(w if s.reference is None else s.reference.reshape(-1))[mask],
                     noise=z[mask] * (scalars.noise_level != 0),
                     state=[t[mask].clone() for t in state],
                     preconditioner=given.reshape(-1)[mask] if isinstance(given, Tensor) else given,
                     thermostat=0.0 if thermostat is None else thermostat[chain].to(self.dtype),
                 )
-                sums = reference.apply(self._rule, x, scalars, key.step)
+                terms = reference.apply(self._rule, x, scalars, key.step)
                 w[mask] = x.w
                 for row, new in zip(state, x.state, strict=True):
                     row[mask] = new
-                if metrics is not None:
-                    metrics[chain] += sums
+                if sums is not None:
+                    sums[chain, columns] += terms[columns]
                 if copy is not None:
                     _row_of(copy, chain * self._chain_stride, n).copy_(w)
+
+
+def _address(value: object) -> int:
+    return value.data_ptr() if isinstance(value, Tensor) else 0
 
 
 def _row_of(tensor: Tensor, start: int, length: int) -> Tensor:
@@ -413,15 +464,15 @@ def _broadcast(name: str, tensor: Tensor, w: Tensor) -> Tensor:
 
 def _prepare(segment: Segment, k: int, rule: str) -> Segment:
     """The segment with its tensors checked, broadcast and contiguous."""
-    w, anchor, mask, given = segment.w, segment.anchor, segment.mask, segment.preconditioner
+    w, w_star, mask, given = segment.w, segment.reference, segment.mask, segment.preconditioner
     if w.dtype not in _DTYPES:
         raise TypeError(f"parameter {k} has dtype {w.dtype}; chains are kept in float32 or float64")
-    for name, tensor in [("parameter", w), ("anchor", anchor), ("mask", mask), ("preconditioner", given)]:
+    for name, tensor in [("parameter", w), ("reference point", w_star), ("mask", mask), ("preconditioner", given)]:
         if isinstance(tensor, Tensor) and tensor.numel() and not tensor.data_ptr():
             raise TypeError(f"{name} {k} is a {type(tensor).__name__}, which keeps its data elsewhere")
     if segment.run_length * len(segment.runs) != w.numel():
         raise ValueError(f"parameter {k} has {w.numel()} elements, which are not {len(segment.runs)} equal runs")
-    for name, like in [("anchor", anchor), *(("state", t) for t in segment.state)]:
+    for name, like in [("reference point", w_star), *(("state", t) for t in segment.state)]:
         if like is not None and (like.shape, like.dtype, like.device) != (w.shape, w.dtype, w.device):
             raise ValueError(
                 f"the {name} of parameter {k} is {like.dtype} {tuple(like.shape)} on {like.device}, the parameter "
@@ -439,7 +490,7 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
     return replace(
         segment,
         w=w.detach(),
-        anchor=None if anchor is None else anchor.detach().contiguous(),
+        reference=None if w_star is None else w_star.detach().contiguous(),
         mask=mask,
         preconditioner=given,
         copy=None if segment.copy is None else segment.copy.detach(),
@@ -457,7 +508,7 @@ def normals(
     """The noise that a step with this key gives the flat elements ``begin … begin + length − 1``.
 
     Returns:
-        Standard normals, shape ``[length]``; equal to :func:`llc_fast.reference.normals` to rounding.
+        Standard normals, shape ``[length]``; equal to :func:`llc_fast.kernels.reference.normals` to rounding.
 
     Raises:
         ValueError: a negative `begin` or `length`, an unsupported dtype.
@@ -490,7 +541,7 @@ def minibatch_indices(num_samples: int, key: NoiseKey, out: Tensor, *, device_st
         device_step: on a CUDA device, the step (int64) to read when the kernel runs, instead of ``key.step``.
 
     Returns:
-        `out`; equal to :func:`llc_fast.reference.minibatch_indices`.
+        `out`; equal to :func:`llc_fast.kernels.reference.minibatch_indices`.
     """
     num_chains, batch_size = out.shape
     if out.dtype != torch.int64 or not out.is_contiguous() or not 1 <= batch_size <= num_samples:

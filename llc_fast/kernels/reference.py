@@ -1,7 +1,7 @@
 """The specification: every rule and the noise in plain PyTorch.
 
 Slow, obvious, and able to run in float64 on any device. The tests hold the native kernels against it, and
-:mod:`llc_fast.update` falls back to it on devices that have no native backend.
+:mod:`llc_fast.kernels.native` falls back to it on devices that have no native backend.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llc_fast.kernels.step import NoiseKey, StepScalars
+from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
+from llc_fast.kernels.streams import MINIBATCH_STREAM
 
 PHILOX_ROUNDS = 7
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -37,7 +38,6 @@ def philox(counter: Tensor, key: NoiseKey) -> tuple[Tensor, Tensor, Tensor, Tens
     return c0, c1, c2, c3
 
 
-MINIBATCH_STREAM = 2
 _FEISTEL_ROUNDS, _FEISTEL_MIN_BITS = 6, 8
 
 
@@ -117,50 +117,45 @@ def normals(
 
 @dataclass
 class Coordinates:
-    """What a rule works on: tensors of one shape and dtype. It moves `w` and `state`, and leaves `drift` and `scale`.
+    """What a rule works on: tensors of one shape and dtype. It changes the fields from `preconditioner` on.
 
     Attributes:
-        w: parameters.
         grad: gradient of the mean minibatch loss.
-        anchor: w*.
+        reference: w*.
         noise: standard normals ξ.
-        state: what the rule keeps between steps, see its docstring.
-        preconditioner: a given diagonal, for the rule that takes one.
         thermostat: of the chain, for SGNHT.
-        drift: nβ·g + γ(w − w*) + μ·w, set by the rule.
-        scale: the preconditioner p that the rule used.
-        heat: q of the rule; Σ nβ·g·q is what its steps add to nβ·L, see :meth:`llc_fast.samplers.Sampler.heat`.
+        preconditioner: p; given to the rule that takes one, set by the other first-order rules.
+        w: parameters.
+        state: what the rule keeps between steps, see its docstring.
+        bias: q of the rule: nβ·Σg·q is the bias of nβ·L that comes from step size and gradient noise.
     """
 
-    w: Tensor
     grad: Tensor
-    anchor: Tensor
+    reference: Tensor
     noise: Tensor
-    state: list[Tensor] = field(default_factory=list)
-    preconditioner: Tensor | float = 1.0
+    w: Tensor
     thermostat: Tensor | float = 0.0
-    drift: Tensor | float = 0.0
-    scale: Tensor | float = 1.0
-    heat: Tensor | float = 0.0
+    preconditioner: Tensor | float = 1.0
+    state: list[Tensor] = field(default_factory=list)
+    bias: Tensor | float = 0.0
 
 
 def _drift(x: Coordinates, grad: Tensor, s: StepScalars) -> Tensor:
     """∇ of the localized tempered potential: nβ·g + γ(w − w*) + μ·w."""
-    return s.nbeta * grad + s.localization * (x.w - x.anchor) + s.weight_decay * x.w
+    return s.nbeta * grad + s.localization * (x.w - x.reference) + s.weight_decay * x.w
 
 
-def _clamp_to_box(w: Tensor, anchor: Tensor, s: StepScalars) -> Tensor:
+def _clamp_to_box(w: Tensor, reference: Tensor, s: StepScalars) -> Tensor:
     """Elementwise projection onto \\|w − w*\\| ≤ b."""
-    return w if math.isinf(s.bounding_box) else w.clamp(anchor - s.bounding_box, anchor + s.bounding_box)
+    return w if math.isinf(s.bounding_box) else w.clamp(reference - s.bounding_box, reference + s.bounding_box)
 
 
 def _langevin(x: Coordinates, grad: Tensor, p: Tensor | float, s: StepScalars) -> None:
     """w ← w − (ε/2)·p·drift + σ·√(ε p)·ξ, then the box."""
-    x.drift, x.scale = _drift(x, grad, s), p
-    x.heat = s.lr / 8 * p * x.drift
-    x.w = _clamp_to_box(
-        x.w - 0.5 * s.lr * p * x.drift + s.noise_level * math.sqrt(s.lr) * p**0.5 * x.noise, x.anchor, s
-    )
+    drift = _drift(x, grad, s)
+    x.preconditioner, x.bias = p, s.lr / 8 * p * drift
+    moved = x.w - 0.5 * s.lr * p * drift + s.noise_level * math.sqrt(s.lr) * p**0.5 * x.noise
+    x.w = _clamp_to_box(moved, x.reference, s)
 
 
 def _adapt(mean: Tensor, grad: Tensor, s: StepScalars, step: int) -> Tensor:
@@ -170,8 +165,8 @@ def _adapt(mean: Tensor, grad: Tensor, s: StepScalars, step: int) -> Tensor:
 def _move_with_momentum(x: Coordinates, momentum: Tensor, s: StepScalars) -> None:
     """w ← w + v; where the box ends, w stays on it and v turns back."""
     w = x.w + momentum
-    x.w = _clamp_to_box(w, x.anchor, s)
-    x.state[0] = torch.where((w - x.anchor).abs() > s.bounding_box, -momentum, momentum)
+    x.w = _clamp_to_box(w, x.reference, s)
+    x.state[0] = torch.where((w - x.reference).abs() > s.bounding_box, -momentum, momentum)
 
 
 def sgld(x: Coordinates, s: StepScalars, step: int) -> None:
@@ -200,10 +195,10 @@ def adam_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
 
 def sghmc(x: Coordinates, s: StepScalars, step: int) -> None:
     """SGHMC (Chen et al. 2014, eq. 15, η = ε/2): v ← (1 − α)v − (ε/2)·drift + σ√(εα)·ξ (state 0), w ← w + v."""
-    x.drift = _drift(x, x.grad, s)
-    x.heat = (s.lr / 8 * x.drift - (1 - s.friction) / 2 * x.state[0]) / s.friction
+    drift = _drift(x, x.grad, s)
+    x.bias = (s.lr / 8 * drift - (1 - s.friction) / 2 * x.state[0]) / s.friction
     noise = s.noise_level * math.sqrt(s.lr * s.friction) * x.noise
-    _move_with_momentum(x, (1 - s.friction) * x.state[0] - 0.5 * s.lr * x.drift + noise, s)
+    _move_with_momentum(x, (1 - s.friction) * x.state[0] - 0.5 * s.lr * drift + noise, s)
 
 
 def sgnht(x: Coordinates, s: StepScalars, step: int) -> None:
@@ -211,9 +206,9 @@ def sgnht(x: Coordinates, s: StepScalars, step: int) -> None:
 
     ζ is the chain's thermostat; whoever drives the chain moves it by mean(v²) − ε after the step.
     """
-    x.drift = _drift(x, x.grad, s)
+    drift = _drift(x, x.grad, s)
     noise = s.noise_level * math.sqrt(2 * s.friction * s.lr) * x.noise
-    _move_with_momentum(x, (1 - x.thermostat) * x.state[0] - s.lr * x.drift + noise, s)
+    _move_with_momentum(x, (1 - x.thermostat) * x.state[0] - s.lr * drift + noise, s)
 
 
 RULES: dict[str, Callable[[Coordinates, StepScalars, int], None]] = {
@@ -228,19 +223,15 @@ RULES: dict[str, Callable[[Coordinates, StepScalars, int], None]] = {
 
 
 def apply(rule: str, x: Coordinates, s: StepScalars, step: int) -> Tensor:
-    """Run one rule on `x` and return the eight sums of `METRICS`, float64."""
+    """Run one rule on `x` and return all sums of `SUMS`, float64 ``[len(SUMS)]``."""
     before = x.w
     RULES[rule](x, s, step)
-    momentum = x.state[0] if x.state else torch.zeros_like(x.w)
-    drift, scale = torch.as_tensor(x.drift), torch.as_tensor(x.scale)
-    terms = [
-        x.grad**2,
-        (before - x.anchor) ** 2,
-        x.w**2,
-        x.noise**2,
-        scale * drift**2,
-        scale.sqrt() * drift * x.noise,
-        momentum**2,
-        x.grad * x.heat,
-    ]
-    return torch.stack([term.double().sum() for term in terms])
+    terms = {
+        "grad": x.grad**2,
+        "distance": (before - x.reference) ** 2,
+        "weight": x.w**2,
+        "noise": x.noise**2,
+        "momentum": x.state[0] ** 2 if x.state else torch.zeros_like(x.w),
+        "bias": x.grad * x.bias,
+    }
+    return torch.stack([terms[name].double().sum() for name in SUMS])

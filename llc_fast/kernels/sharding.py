@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 def is_dtensor(value: object) -> bool:
-    """Told by name: whoever has no DTensor need not wait for the import."""
+    """By the type's name, because importing DTensor takes long and most models have none."""
     return type(value).__name__ == "DTensor"
 
 
@@ -46,6 +46,7 @@ def whole_of(tensor: Any) -> Tensor:
 
 
 def sharded_axes(p: Any) -> Axes:
+    """The mesh dimensions over which a parameter is split; none if it is a plain tensor."""
     if not is_dtensor(p):
         return ()
     return tuple((p.device_mesh, axis) for axis, placement in enumerate(p.placements) if placement.is_shard())
@@ -118,7 +119,7 @@ def local_segment(name: str, p: Any, whole: Segment) -> Segment:
     return Segment(
         w=held("float32 copy", whole.w),
         offset=[whole.offset + start for start in block.starts],
-        anchor=None if whole.anchor is None else held("anchor", whole.anchor),
+        reference=None if whole.reference is None else held("reference point", whole.reference),
         mask=part("mask", whole.mask),
         state=[held("state", kept) for kept in whole.state],
         preconditioner=part("preconditioner", whole.preconditioner),

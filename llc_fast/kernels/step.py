@@ -1,13 +1,18 @@
-"""What a step is given, as ``csrc/step.h`` and ``csrc/langevin.h`` have it."""
+"""What a step is given and what it can sum up: the Python side of ``csrc/step.h`` and ``csrc/langevin.h``.
+
+When :mod:`llc_fast.kernels.native` is imported, it compares these names and layouts with those of the compiled module.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 
 class NoiseKey(NamedTuple):
-    """What names a draw, apart from the element: equal keys give equal noise.
+    """Names a random draw, apart from its element: equal keys give equal noise.
 
     Attributes:
         seed: 64 bits, one per run.
@@ -28,7 +33,7 @@ class StepScalars(NamedTuple):
     Attributes:
         lr: step size ε.
         nbeta: inverse temperature nβ of the mean loss.
-        localization: γ, the pull towards the anchor w*.
+        localization: γ, the pull towards the reference point w*.
         weight_decay: μ, the pull towards zero.
         noise_level: σ; 1 samples the posterior.
         bounding_box: b in \\|w − w*\\| ≤ b, elementwise; infinity means no box.
@@ -52,5 +57,35 @@ class StepScalars(NamedTuple):
     adapt_steps: float = math.inf
 
 
-METRICS = ("grad", "distance", "weight", "noise", "drift", "drift_noise", "momentum", "heat")
-"""What a step can sum up: Σg², Σ(w − w*)² before the step, Σw² after it, Σξ², Σp·drift², Σ√p·drift·ξ, Σv², Σg·q."""
+SUMS = ("grad", "distance", "weight", "noise", "momentum", "bias")
+"""The sums over all elements of a chain that a step can take.
+
+- grad: Σg²;
+- distance: Σ(w − w*)², before the step;
+- weight: Σw², after it;
+- noise: Σξ²;
+- momentum: Σv² after it, v the rule's first state (a momentum in SGHMC and SGNHT);
+- bias: Σg·q, with q from the rule (:class:`llc_fast.kernels.reference.Coordinates`).
+"""
+
+# Tables that cross the native boundary. Addresses are int64.
+SCALARS = np.dtype([(name, "f8") for name in StepScalars._fields])
+"""``llc::Scalars``: a `StepScalars`."""
+SEGMENT = np.dtype(
+    [
+        ("offset", "i8"),
+        ("length", "i8"),
+        ("w", "i8"),
+        ("stride", "i8"),
+        ("grad", "i8"),
+        ("grad_stride", "i8"),
+        ("reference", "i8"),
+        ("reference_stride", "i8"),
+        ("mask", "i8"),
+        ("state", "i8", 2),
+        ("preconditioner", "i8"),
+        ("preconditioner_scale", "f8"),
+        ("copy", "i8"),
+    ]
+)
+"""``llc::Segment``: a contiguous run of parameters, present in every chain."""

@@ -1,4 +1,4 @@
-"""The paired baseline: what a minibatch brings to a loss by itself is taken out again."""
+"""The control variate of minibatch losses: what the same minibatch loses at w*."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_SAMPLES = 2**27
 """A gibibyte of losses."""
 
 
-class Baseline:
+class ControlVariate:
     """b_B = L_B(w*) − L(w*) of any minibatch B, from the loss at w* of every sample: a gather and a sum.
 
     A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero:
@@ -54,59 +54,59 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class AnchorLosses:
+class ReferenceLosses:
     """The losses at w*.
 
     Attributes:
         mean: L(w*), over the whole data set.
-        error: of the mean: rounding, and where the data had no end, the spread of what was seen of them.
+        stderr: of the mean: rounding, and where the data had no end, the spread of what was seen of them.
         samples: of every sample, float64 ``[n]``; None if they can't be had.
-        unpaired: why chains are not paired with what their minibatches lose at w*; empty if they are.
+        unpaired_reason: why chains are not paired with what their minibatches lose at w*; empty if they are.
     """
 
     mean: float
-    error: float
+    stderr: float
     samples: NDArray[np.float64] | None
-    unpaired: str
+    unpaired_reason: str
 
-    def baseline(self, source: DataSource, init_loss: float) -> Baseline | None:
+    def control_variate(self, source: DataSource, init_loss: float) -> ControlVariate | None:
         """That of the minibatches of `source`, about `init_loss`; None where the samples' losses can't be had."""
-        return None if self.samples is None else Baseline(self.samples, init_loss, source.batch_size or 1)
+        return None if self.samples is None else ControlVariate(self.samples, init_loss, source.batch_size or 1)
 
 
-def losses_at_anchor(posterior: Objective, nbeta: float, seed: int = 0) -> AnchorLosses:
+def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> ReferenceLosses:
     """L(w*), and the losses that it is the mean of where a minibatch's loss is the mean of its samples' losses.
 
     One pass over the data either way. Whether the means agree is checked on a few minibatches before: a loss weighted
     by tokens, batch statistics and augmentation show there.
 
     Args:
-        posterior: the model, its loss and data.
+        objective: the model, its loss and data.
         nbeta: nβ, which says what difference of losses matters.
         seed: of the minibatches.
 
     Raises:
         ValueError: L(w*) is not finite, or the data give no sample.
     """
-    samples, unpaired = None, _why_not(posterior)
-    if not unpaired:
+    samples, unpaired_reason = None, _why_not(objective)
+    if not unpaired_reason:
         try:
             # Where torch would go through the samples one by one it warns; too slow for a whole data set.
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*performance drop")
-                if _are_means(posterior, nbeta, seed):
-                    samples = np.concatenate([_sample_losses(posterior, b) for b, _ in posterior.source.full()])
+                if _are_means(objective, nbeta, seed):
+                    samples = np.concatenate([_sample_losses(objective, b) for b, _ in objective.source.full()])
                 else:
-                    unpaired = _NOT_THE_MEAN
+                    unpaired_reason = _NOT_THE_MEAN
         except Exception as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            unpaired = f"the loss of single samples can't be had: {first_line}"
+            unpaired_reason = f"the loss of single samples can't be had: {first_line}"
     if samples is None or not np.isfinite(samples).all():
-        return AnchorLosses(*posterior.full_loss(), None, unpaired or "the loss at w* is not finite")
-    if nbeta * _spread(posterior, samples) < _NEGLIGIBLE:
-        unpaired = "the loss at w* is the same on all minibatches, or nearly"
-    mean, rounding = float(samples.mean()), 0.5 * torch.finfo(next(iter(posterior.anchor.values())).dtype).eps
-    return AnchorLosses(mean, rounding * abs(mean), samples, unpaired)
+        return ReferenceLosses(*objective.full_loss(), None, unpaired_reason or "the loss at w* is not finite")
+    if nbeta * _spread(objective, samples) < _NEGLIGIBLE:
+        unpaired_reason = "the loss at w* is the same on all minibatches, or nearly"
+    mean, rounding = float(samples.mean()), 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps
+    return ReferenceLosses(mean, rounding * abs(mean), samples, unpaired_reason)
 
 
 _NOT_THE_MEAN = (
@@ -115,48 +115,50 @@ _NOT_THE_MEAN = (
 )
 
 
-def _why_not(posterior: Objective) -> str:
+def _why_not(objective: Objective) -> str:
     """What is known to stand in the way before anything is computed."""
-    source = posterior.source
+    source = objective.source
     if not isinstance(source, IndexedSource):
-        return "a loader does not tell which samples it gives"
+        return "a loader does not say which samples it gives"
     if source.is_full_batch:
         return "a minibatch is the whole data set"
-    if not posterior.has_tensor_batches:
+    if not objective.trial.has_tensor_batches:
         return "batches hold more than tensors"
-    if posterior.is_random:
+    if objective.trial.is_random:
         return "the model draws random numbers"
-    if posterior.writes_buffers:
+    if objective.trial.writes_buffers:
         return "the model writes to its buffers"
     if (source.num_samples or 0) > _MAX_SAMPLES:
         return f"more than {_MAX_SAMPLES} samples"
     return ""
 
 
-def _are_means(posterior: Objective, nbeta: float, seed: int) -> bool:
+def _are_means(objective: Objective, nbeta: float, seed: int) -> bool:
     """Whether minibatches lose at w* what their samples lose on average, evaluated with those of other minibatches."""
-    source, exact = posterior.source, posterior.in_full_precision()
+    source, exact = objective.source, objective.in_full_precision()
     assert isinstance(source, IndexedSource)
 
     def gather(indices: Tensor) -> Batch:
         return map_tensors(widened, source.gather(indices))
 
-    rows = [source.draw(NoiseKey(seed, step=step), source.index_buffer(1))[0] for step in range(_CHECKED_BATCHES)]
+    rows = [
+        source.sample_indices(NoiseKey(seed, step=step), source.index_buffer(1))[0] for step in range(_CHECKED_BATCHES)
+    ]
     mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
     samples = np.concatenate([_sample_losses(exact, gather(indices)) for indices in mixed.reshape(len(rows), -1)])
     for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
         pieces, buffers = exact.pieces(gather(indices)), exact.fresh_buffers()
-        loss = torch.stack([exact.evaluate(exact.anchor, b, buffers, share).loss for b, share in pieces]).sum()
-        slack = _SLACK * _spread(posterior, own) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(own).mean())
+        loss = torch.stack([exact.evaluate(exact.reference, b, buffers, share).loss for b, share in pieces]).sum()
+        slack = _SLACK * _spread(objective, own) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(own).mean())
         if not abs(float(loss) - own.mean()) <= slack + _NEGLIGIBLE / nbeta:
             return False
     return True
 
 
-def _sample_losses(posterior: Objective, batch: Batch) -> NDArray[np.float64]:
-    pieces = split_batch(batch, posterior.microbatch_size)
-    return np.concatenate([posterior.sample_losses(piece).to("cpu", torch.float64).numpy() for piece, _ in pieces])
+def _sample_losses(objective: Objective, batch: Batch) -> NDArray[np.float64]:
+    pieces = split_batch(batch, objective.microbatch_size)
+    return np.concatenate([objective.sample_losses(piece).to("cpu", torch.float64).numpy() for piece, _ in pieces])
 
 
-def _spread(posterior: Objective, samples: NDArray[np.float64]) -> float:
-    return float(samples.std()) / math.sqrt(posterior.source.batch_size or 1)
+def _spread(objective: Objective, samples: NDArray[np.float64]) -> float:
+    return float(samples.std()) / math.sqrt(objective.source.batch_size or 1)

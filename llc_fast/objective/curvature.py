@@ -15,28 +15,28 @@ from llc_fast.objective.objective import Objective, leaves_of
 PILOT_BATCHES = 20
 
 
-def pilot_metric(posterior: Objective, options: Mapping[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
+def pilot_metric(objective: Objective, options: Mapping[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
     """The preconditioner p of an adaptive sampler near w*: 1/(√V + eps), V the mean of g² over a few minibatches."""
-    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in posterior.anchor.items()}
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in objective.reference.items()}
     gradient = {name: torch.zeros_like(v) for name, v in squares.items()}
-    params = leaves_of(posterior.anchor)
-    for batch in itertools.islice(posterior.source.minibatches(seed), PILOT_BATCHES):
+    params = leaves_of(objective.reference)
+    for batch in itertools.islice(objective.source.minibatches(seed), PILOT_BATCHES):
         # Microbatches add up, so the square has to wait for the last.
-        posterior.gradient_at(params, batch, lambda name, grad: gradient[name].add_(grad))
+        objective.gradient_at(params, batch, lambda name, grad: gradient[name].add_(grad))
         for name, square in squares.items():
             square.addcmul_(gradient[name], gradient[name], value=1 / PILOT_BATCHES)
             gradient[name].zero_()
     eps = float(options["eps"])
     if options["relative_eps"]:
-        masks = posterior.masks
+        masks = objective.masks
         total = sum(float((v * masks[k] if k in masks else v).double().sum()) for k, v in squares.items())
-        eps *= math.sqrt(total / posterior.num_parameters)
+        eps *= math.sqrt(total / objective.num_parameters)
     return {name: 1 / (v.sqrt() + eps) for name, v in squares.items()}
 
 
 @torch.no_grad()
 def top_curvature(
-    posterior: Objective, *, metric: Mapping[str, Tensor | float] | None = None, seed: int = 0, iterations: int = 12
+    objective: Objective, *, metric: Mapping[str, Tensor | float] | None = None, seed: int = 0, iterations: int = 12
 ) -> float:
     """The largest curvature of the minibatch loss at w*, that is the top eigenvalue of √p·H·√p in the metric 1/p.
 
@@ -45,26 +45,26 @@ def top_curvature(
     beside the model: two vectors like w*, and the gradient of one parameter at a time.
 
     Args:
-        posterior: the model, its loss and data.
+        objective: the model, its loss and data.
         metric: p for each parameter by name; None: 1.
         seed: of the starting direction and the minibatch.
         iterations: of the power method, two gradients each.
     """
     generator = torch.Generator().manual_seed(seed)
-    batch = next(iter(posterior.source.minibatches(seed)))
-    anchor = posterior.anchor
-    scale = math.sqrt(sum(float(p.double().square().sum()) for p in anchor.values()))
-    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in anchor.values())
+    batch = next(iter(objective.source.minibatches(seed)))
+    reference = objective.reference
+    scale = math.sqrt(sum(float(p.double().square().sum()) for p in reference.values()))
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in reference.values())
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
-    given = {name: 1.0 if metric is None else metric[name] for name in anchor}
-    roots = {name: torch.as_tensor(given[name], device=p.device).sqrt() for name, p in anchor.items()}
-    for name, mask in posterior.masks.items():
+    given = {name: 1.0 if metric is None else metric[name] for name in reference}
+    roots = {name: torch.as_tensor(given[name], device=p.device).sqrt() for name, p in reference.items()}
+    for name, mask in objective.masks.items():
         roots[name] = roots[name] * mask  # elements that can't move have no curvature
-    displaced = {name: p.clone() for name, p in anchor.items()}
+    displaced = {name: p.clone() for name, p in reference.items()}
     params = leaves_of(displaced)
     vector = {
         name: torch.randn(p.shape, generator=generator).to(p.device, p.dtype if p.dtype == torch.float64 else None)
-        for name, p in anchor.items()
+        for name, p in reference.items()
     }
 
     def norm() -> float:
@@ -78,12 +78,12 @@ def top_curvature(
             v.mul_(roots[name])  # steps of length delta in w, whatever the metric's scale
         length = norm()
         for name, v in vector.items():
-            displaced[name].copy_(anchor[name] + (v * (delta / length)).to(anchor[name].dtype))
+            displaced[name].copy_(reference[name] + (v * (delta / length)).to(reference[name].dtype))
             v.zero_()
-        posterior.gradient_at(params, batch, lambda name, grad: vector[name].add_(grad))
+        objective.gradient_at(params, batch, lambda name, grad: vector[name].add_(grad))
         for name, w in displaced.items():  # to the other side of w*
-            w.neg_().add_(anchor[name], alpha=2)
-        posterior.gradient_at(params, batch, lambda name, grad: vector[name].sub_(grad))
+            w.neg_().add_(reference[name], alpha=2)
+        objective.gradient_at(params, batch, lambda name, grad: vector[name].sub_(grad))
         for name, v in vector.items():
             v.mul_(roots[name] * (length / curvature / (2 * delta)))
         curvature = norm()

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from llc_fast.support.torch_private import DispatchMode
-
-_aten = torch.ops.aten
-
-_COUNTED_AS = {  # attention on a CPU, which torch's own table leaves out
-    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
-}
+from llc_fast.support.torch_private import CPU_ATTENTION_COUNTED_AS, DispatchMode, packet_of
 
 
 class FlopCounter(DispatchMode):  # type: ignore[no-untyped-call]
@@ -25,7 +16,7 @@ class FlopCounter(DispatchMode):  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry
 
         out = op(*args, **(kwargs or {}))
-        formula = flop_registry.get(_COUNTED_AS.get(op._overloadpacket, op._overloadpacket))
+        formula = flop_registry.get(CPU_ATTENTION_COUNTED_AS.get(packet_of(op), packet_of(op)))
         if formula is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
         return out

@@ -7,17 +7,29 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from llc_fast.data import Batch, DataSource, batch_length, leaves, map_tensors, split_batch
+from llc_fast.data import (
+    Batch,
+    DataSource,
+    IndexedSource,
+    batch_length,
+    leaves,
+    map_tensors,
+    split_batch,
+    spread_indices,
+)
 from llc_fast.kernels.native import check_tensor
 from llc_fast.kernels.sharding import is_dtensor
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.objective.selection import select
+from llc_fast.support.fingerprint import digest
+from llc_fast.support.torch_private import version_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(output, target)`` or ``loss_fn(model, batch)``: the mean loss of a batch, or one loss for each sample."""
@@ -84,6 +96,28 @@ def _batch_of_one(sample: Batch) -> Batch:
     return map_tensors(lambda t: t[None], sample)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What one forward and backward pass at w* was measured to be; strategies are chosen by it.
+
+    Attributes:
+        flops: floating-point operations of one gradient, counted; infinite if they can't be (a compiled model).
+        activation_bytes: what autograd keeps of one forward pass.
+        unused: names of parameters that the loss does not depend on.
+        has_tensor_batches: whether a batch holds nothing but tensors.
+        is_random: whether the loss draws random numbers (dropout).
+        writes_buffers, writes_batch: whether a forward pass changes the model's buffers, or its input.
+    """
+
+    flops: float
+    activation_bytes: int
+    unused: tuple[str, ...]
+    has_tensor_batches: bool
+    is_random: bool
+    writes_buffers: bool
+    writes_batch: bool
+
+
 class Objective:
     """p(w) ∝ exp(−nβ·L(w) − γ/2·‖w − w*‖²), with w* the model's parameters, which are never written to.
 
@@ -100,16 +134,11 @@ class Objective:
         microbatch_size: samples that pass the model at a time; None: the whole minibatch.
 
     Attributes:
-        anchor: w* by name, of the parameters that are sampled.
+        reference: w* by name, of the parameters that are sampled.
         frozen: the other parameters by name.
         masks: for those of which only a part is sampled, True where an element may move.
-        unused: names of parameters that the loss does not depend on.
-        flops: floating-point operations of one gradient, counted.
         per_sample: whether the loss function gives one loss for each sample.
-        activation_bytes: what autograd keeps of one forward pass.
-        has_tensor_batches: whether a batch holds nothing but tensors.
-        is_random: whether the loss draws random numbers (dropout).
-        writes_buffers, writes_batch: whether a forward pass changes the model's buffers, or its input.
+        trial: what one gradient at w* was measured to be.
 
     Raises:
         TypeError, ValueError: nothing to sample, unknown names, unsupported tensors, a loss that is not a finite
@@ -148,22 +177,22 @@ class Objective:
         if len(dtypes := {named[name].dtype for name in sampled}) > 1:
             found = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
-        self.anchor = {name: named[name].detach().to(device) for name in sampled}
+        self.reference = {name: named[name].detach().to(device) for name in sampled}
         self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
         self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
-        self._inspect()
+        self.trial = self._try()
 
     @property
     def num_parameters(self) -> int:
         """Elements that are sampled."""
-        return sum(int(self.masks[k].sum()) if k in self.masks else p.numel() for k, p in self.anchor.items())
+        return sum(int(self.masks[k].sum()) if k in self.masks else p.numel() for k, p in self.reference.items())
 
     @property
     def is_precise(self) -> bool:
         """Whether losses are computed in float32 or better throughout."""
         wide = (torch.float32, torch.float64)
-        return self._autocast is None and next(iter(self.anchor.values())).dtype in wide
+        return self._autocast is None and next(iter(self.reference.values())).dtype in wide
 
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
@@ -183,8 +212,9 @@ class Objective:
         """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
         exact = copy.copy(self)
         exact._autocast = None
-        exact.anchor, exact.frozen, exact._buffers = (
-            {name: widened(t) for name, t in tensors.items()} for tensors in (self.anchor, self.frozen, self._buffers)
+        exact.reference, exact.frozen, exact._buffers = (
+            {name: widened(t) for name, t in tensors.items()}
+            for tensors in (self.reference, self.frozen, self._buffers)
         )
         return exact
 
@@ -192,10 +222,10 @@ class Objective:
         """The loss of every sample of a batch at w*, ``[batch]``; raises whatever torch does if they can't be had."""
         buffers = self.fresh_buffers()
         if self.per_sample:
-            samples = self.evaluate(self.anchor, batch, buffers).samples
+            samples = self.evaluate(self.reference, batch, buffers).samples
             assert samples is not None
             return samples
-        named = (*self.anchor.items(), *self.frozen.items(), *buffers.items())
+        named = (*self.reference.items(), *self.frozen.items(), *buffers.items())
         with self._precision():
             losses: Tensor = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch, True))
         if losses.shape != (batch_length(batch),):
@@ -223,7 +253,7 @@ class Objective:
         with torch.no_grad():
             for batch, _ in self.source.full():
                 for piece, size in split_batch(batch, self.microbatch_size):
-                    loss = self.evaluate(self.anchor, piece, buffers).loss
+                    loss = self.evaluate(self.reference, piece, buffers).loss
                     precision = torch.finfo(loss.dtype).eps
                     pieces.append((loss.to(torch.float64), size))
                     total += pieces[-1][0] * size
@@ -236,8 +266,8 @@ class Objective:
         sampled = 0.0
         if getattr(self.source, "truncated", False) and len(pieces) > 1:
             shares = torch.tensor([size / count for _, size in pieces], dtype=torch.float64)
-            apart = torch.stack([loss for loss, _ in pieces]).cpu() - value
-            sampled = float((shares * apart).square().sum() * len(pieces) / (len(pieces) - 1))
+            deviations = torch.stack([loss for loss, _ in pieces]).cpu() - value
+            sampled = float((shares * deviations).square().sum() * len(pieces) / (len(pieces) - 1))
         return value, math.hypot(0.5 * precision * value, math.sqrt(sampled))
 
     def gradient_at(self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]) -> None:
@@ -246,17 +276,27 @@ class Objective:
         `params` are leaves (see :func:`leaves_of`). With microbatches `take` is called for each: gradients add up.
         """
         buffers = self.fresh_buffers()
-        for piece, share in self.pieces(copy.deepcopy(batch) if self.writes_batch else batch):
+        for piece, share in self.pieces(copy.deepcopy(batch) if self.trial.writes_batch else batch):
             with torch.enable_grad():
                 evaluation = self.evaluate(params, piece, buffers, share)
             backward(evaluation.loss, params, take)
+
+    def identity(self) -> dict[str, Any]:
+        """What names model and data: the values of w*, of what is not sampled, of buffers and masks, and the data."""
+        fixed = [*self.frozen.items(), *self.fresh_buffers().items()]
+        identity: dict[str, Any] = {
+            "model": digest(self.reference.items()),
+            "frozen parameters and buffers": digest(fixed),
+            "masks": digest(self.masks.items()),
+        }
+        return identity | data_identity(self.source)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self._autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)
 
-    def _inspect(self) -> None:
+    def _try(self) -> Trial:
         """One forward and backward pass at w*: does the loss make sense, and what does a gradient cost?"""
         batch = next(iter(self.source.minibatches(seed=0)))
         if self._module.uses_own_loss and not isinstance(batch, Mapping):
@@ -264,15 +304,14 @@ class Objective:
                 "loss_fn must be callable as loss_fn(output, target), got None, which is for models that return their "
                 f"own loss from batches that are dictionaries; these are {type(batch).__name__}"
             )
-        self.has_tensor_batches = all(isinstance(t, Tensor) and t.ndim for t in leaves(batch))
         piece, size = split_batch(batch, self.microbatch_size)[0]
         kept = copy.deepcopy(piece)
-        params, buffers = leaves_of(self.anchor), self.fresh_buffers()
+        params, buffers = leaves_of(self.reference), self.fresh_buffers()
         watched = [*(t for t in leaves(piece) if isinstance(t, Tensor)), *buffers.values()]
-        versions, generator = [t._version for t in watched], torch.get_rng_state()
+        versions, generator = [version_of(t) for t in watched], torch.get_rng_state()
         cuda_generator = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
         self.per_sample = False
-        saved = _SavedBytes(exclude=[*self.anchor.values(), *self.frozen.values(), *watched])
+        saved = _SavedBytes(exclude=[*self.reference.values(), *self.frozen.values(), *watched])
         # A compiled model does not run under a dispatch mode.
         compiled = any(type(m).__name__ == "OptimizedModule" for m in self.model.modules())
         counter = FlopCounter()  # type: ignore[no-untyped-call]
@@ -285,17 +324,21 @@ class Objective:
             backward(mean, params, lambda name, _: used.add(name))
         if not used:
             raise ValueError("the loss does not depend on the parameters to sample (it has no gradient)")
-        self.unused = [name for name in self.anchor if name not in used]
-        self.activation_bytes = saved.total
-        self.flops = math.inf if compiled else counter.flops * -(-batch_length(batch) // size)
-        changed = [t._version != v for t, v in zip(watched, versions, strict=True)]
-        self.writes_buffers = any(changed[len(changed) - len(buffers) :])
-        self.writes_batch = any(changed[: len(changed) - len(buffers)])
-        self.is_random = not torch.equal(generator, torch.get_rng_state()) or (
+        changed = [version_of(t) != v for t, v in zip(watched, versions, strict=True)]
+        is_random = not torch.equal(generator, torch.get_rng_state()) or (
             self.device.type == "cuda" and not torch.equal(cuda_generator, torch.cuda.get_rng_state(self.device))
         )
         if not self.per_sample:
             self._check_mean(loss, kept)
+        return Trial(
+            flops=math.inf if compiled else counter.flops * -(-batch_length(batch) // size),
+            activation_bytes=saved.total,
+            unused=tuple(name for name in self.reference if name not in used),
+            has_tensor_batches=all(isinstance(t, Tensor) and t.ndim for t in leaves(batch)),
+            is_random=is_random,
+            writes_buffers=any(changed[len(changed) - len(buffers) :]),
+            writes_batch=any(changed[: len(changed) - len(buffers)]),
+        )
 
     def _first_loss(self, params: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
         """The first call of the user's functions; what goes wrong may be how they are called."""
@@ -335,10 +378,10 @@ class Objective:
             return
         twice = map_tensors(lambda t: torch.cat([t, t]), batch)
         with torch.no_grad():
-            again = float(self.evaluate(self.anchor, copy.deepcopy(batch), self.fresh_buffers()).loss)
+            again = float(self.evaluate(self.reference, copy.deepcopy(batch), self.fresh_buffers()).loss)
             if abs(abs(again) - value) > 1e-3 * value:
                 return  # a random loss: two values say nothing
-            repeated = abs(float(self.evaluate(self.anchor, twice, self.fresh_buffers()).loss))
+            repeated = abs(float(self.evaluate(self.reference, twice, self.fresh_buffers()).loss))
         if repeated > 1.8 * value:
             raise ValueError(
                 "loss_fn sums over the batch (repeating a batch doubles it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
@@ -349,6 +392,17 @@ class Objective:
 def widened(t: Tensor) -> Tensor:
     """bfloat16 and float16 as float32."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def data_identity(source: DataSource) -> dict[str, Any]:
+    """What names the data: the number of samples, and the values of a few of them if they are addressed by index."""
+    identity: dict[str, Any] = {"num_samples": source.num_samples, "batch_size": source.batch_size}
+    if isinstance(source, IndexedSource) and source.num_samples:
+        some = spread_indices(source.num_samples, 64)
+        with torch.random.fork_rng(devices=[]):  # what augmentation draws here must not be missing elsewhere
+            found = leaves(source.gather(some.to(source.index_buffer(1).device)))
+        identity["data"] = digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))
+    return identity
 
 
 class _SavedBytes:

@@ -154,7 +154,7 @@ def gauss_newton(model: nn.Module, inputs: Tensor) -> Tensor:
 def curvature_preconditioner(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """A = 1/H_ii by parameter name, with H of :func:`gauss_newton`.
 
-    In rescaled parameters H'_ii = H_ii/D_ii²: A' = D·A·D follows every rescaling without being told of it. Metrics
+    In rescaled parameters H'_ii = H_ii/D_ii²: A' = D·A·D follows every rescaling without knowing of it. Metrics
     1/√(g²) go with D where D² is needed.
 
     Raises:

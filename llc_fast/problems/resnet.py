@@ -1,4 +1,4 @@
-"""Residual networks of basic blocks (He et al. 2016, arXiv 1512.03385) of any width, for small pictures.
+"""Residual networks of basic blocks (He et al. 2016, arXiv 1512.03385) of any width, for small images.
 
 They are normalized by groups of channels (Wu & He 2018, arXiv 1803.08494) and not by batches, for the sake of the
 learning coefficient. λ belongs to a loss L(w) = (1/n)·Σ ℓ(w, sample) that is the same function of w in training and in
@@ -55,15 +55,15 @@ def resnet(
 ) -> nn.Sequential:
     """A network of four stages with `width`, 2, 4 and 8 times `width` channels; two blocks each make ResNet-18.
 
-    The stem is the one for small pictures, a 3 × 3 convolution without pooling. The second, third and fourth stage
-    halve the picture as long as 2 × 2 pixels are left: at 1 × 1 eight of nine weights of a filter would meet nothing
+    The stem is the one for small images, a 3 × 3 convolution without pooling. The second, third and fourth stage
+    halve the image as long as 2 × 2 pixels are left: at 1 × 1 eight of nine weights of a filter would meet nothing
     but padding, and be degenerate for no reason that lies in the data.
 
     Args:
         width: channels of the first stage.
         blocks: of a stage.
-        size: pixels of an edge of the picture.
-        channels: of the picture.
+        size: pixels of an edge of the image.
+        channels: of the image.
         classes: logits.
         generator: of the initialization, He et al. 2015 (fan-out) for convolutions; None: torch's own.
 

@@ -1,15 +1,12 @@
-"""The papers' results, each from one command: ``llc-fast reproduce NAME``.
+"""The papers' results, and what is said of this package, each from one command: ``llc-fast reproduce NAME``.
 
-An experiment is a module of this folder: what it measures, what must come out, and the pictures that show it; see
-:class:`llc_fast.reproduce.frame.Experiment`. What they share is in ``frame.py``.
+An experiment is a module of this folder; its docstring says what is done and why. It holds what it measures, what must
+come out and the figures that show it (:class:`llc_fast.reproduce.run.Experiment`). What experiments share is in
+``study.py`` (one experiment in one folder), ``claims.py`` (what must come out), ``rows.py`` (what is kept of an
+estimate), ``figures.py`` (how it is plotted) and ``run.py`` (one experiment or all of them from end to end).
 """
 
 from __future__ import annotations
-
-import importlib
-from typing import cast
-
-from llc_fast.reproduce.frame import Experiment
 
 EXPERIMENTS = {
     "dln-scaling": "deep linear networks of six sizes: estimated against known λ",
@@ -20,16 +17,8 @@ EXPERIMENTS = {
     "resnet": "a residual network on digits, trained with several learning rates and batch sizes",
     "sensitivity": "λ̂ over step size, localization, batch size and temperature: where warnings are right",
     "ladder": "four ways to λ, from the definition by volumes to local minibatch estimates",
+    "accuracy": "deep linear networks: nothing tuned, against samplers whose step size was tuned on them",
+    "coverage": "how often the 95 % interval covers the exact answer, on five small problems",
+    "variance": "why λ̂ varies from seed to seed at equal cost, and what reduces that",
 }
-
-
-def load(name: str) -> Experiment:
-    """The experiment of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in EXPERIMENTS:
-        raise ValueError(f"there is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}")
-    module: object = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    return cast(Experiment, module)
+"""What there is to run, by name. The module of an experiment has underscores in place of hyphens."""

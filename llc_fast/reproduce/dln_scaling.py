@@ -23,8 +23,8 @@ Three things go wrong, all in networks that are deep and of low rank:
 Warnings should tell of all of them, and no error above 30 % may come without one.
 
 The small scale has a class of its own, of about 100,000 parameters, and looks at 100 million only for a few steps, in a
-process of its own: how much memory an estimate takes, and how long a step. As in ``benchmarks/bench_memory.py`` the
-peak is the largest resident set. Three parts of it belong to no parameter and are subtracted: what torch and the
+process of its own: how much memory an estimate takes, and how long a step. The peak is the largest resident set, as in
+``benchmarks/speed/bench_memory.py``. Three parts of it belong to no parameter and are subtracted: what torch and the
 library occupy after they have made an estimate of 128 parameters, the activations (batch × sum of widths × 4 bytes),
 and the data. What is left are w*, one chain, and gradients, of which only one layer's is there at a time: 8 bytes a
 parameter and a layer, to which half a byte is allowed on top. On a GPU it is what torch has allocated at most.
@@ -37,7 +37,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,10 @@ from torch.nn.functional import mse_loss
 
 import llc_fast
 from llc_fast.problems.deep_linear import BATCH_SIZE, LOCALIZATION, SIZE_CLASSES, SizeClass, make_problem
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import MEDIAN, PERCENTILE_90, Claim, accuracy_claim, silence_claim
+from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned, quantile, sizes
+from llc_fast.reproduce.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,10 +60,10 @@ if TYPE_CHECKING:
 
 CLASSES = {**SIZE_CLASSES, "100k": SizeClass((50, 200), (2, 10), 10**5, 5e-7, 10_000)}
 """The paper's six, and one for computers without a GPU."""
-MEDIAN, PERCENTILE_90, UNWARNED, RANK_CORRELATION = 0.05, 0.15, 0.30, 0.99
-"""What is asked: of |λ̂ − λ|/λ in each class, of errors without a warning, of Spearman's ρ over all networks."""
+RANK_CORRELATION = 0.99
+"""Bound on Spearman's ρ over all networks."""
 BYTES_BESIDES_LAYER = 8.5
-"""A parameter, with released gradients: w* and one chain, 4 each, and what is allowed for everything else."""
+"""For each parameter, with released gradients: w* and one chain, 4 each, and half a byte for everything else."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,9 @@ def measure(study: Study, settings: Settings) -> None:
         for size, sample in settings.samples.items()
         for k in range(sample.networks)
     }
-    study.rows("networks", cases, lambda case: _network_row(study, *case), _about_network)
+    study.rows("networks", cases, lambda case: _network_row(study, *case), _network_in_words)
     spec = vars(settings.large) | {"seed": study.seed, "device": str(study.device)}
-    study.rows("large", {"large": spec}, in_own_process, _about_large)
+    study.rows("large", {"large": spec}, in_own_process, _large_in_words)
 
 
 # ---- λ̂ -----------------------------------------------------------------------------------------------------
@@ -148,24 +151,23 @@ def _network_row(study: Study, size: str, seed: int, sample: Sample) -> Row:
             seed=seed,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:  # of this network: the others can still be measured
-        return row | {"llc": None, "stderr": None, "error": None, "warnings": [f"not estimated: {error}"]}
-    return row | figures_of(result) | {"error": result.llc_mean / known - 1}
+        return row | {"llc": None, "stderr": None, "error": None, "warnings": [f"not estimated: {error}"], "codes": []}
+    return row | estimate_row(result) | {"error": result.llc_mean / known - 1}
 
 
-def _about_network(row: Row) -> str:
-    estimate = "none" if row["llc"] is None else f"{row['llc']:.1f} ± {row['stderr'] or math.nan:.2g}"
+def _network_in_words(row: Row) -> str:
     error = "" if row["error"] is None else f" ({row['error']:+.1%})"
-    return f"λ = {row['lambda']:g}, λ̂ = {estimate}{error}{', with a warning' if row['warnings'] else ''}"
+    return f"λ = {row['lambda']:g}, {in_words(row)}{error}"
 
 
 # ---- memory and time of the large network ------------------------------------------------------------------
 
 
 def in_own_process(spec: Mapping[str, Any]) -> Row:
-    """:func:`large_figures` of a process that has done nothing else; ``{"problem": …}`` if it fails."""
+    """:func:`measure_large` of a process that has done nothing else; ``{"problem": …}`` if it fails."""
     # With the path of this process: with one of its own it would find a source folder that it is started in.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import large_figures; "
-    code += f"large_figures({json.dumps(dict(spec))!r})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import measure_large; "
+    code += f"measure_large({json.dumps(dict(spec))!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
@@ -173,10 +175,10 @@ def in_own_process(spec: Mapping[str, Any]) -> Row:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def large_figures(spec: str) -> None:
+def measure_large(spec: str) -> None:
     """Estimate a square network for a few steps, and print bytes and seconds as JSON.
 
-    λ̂ means nothing after so few steps; the step size is so small that no chain is lost.
+    λ̂ means nothing after so few steps; the step size is so small that no chain diverges.
     """
     given = json.loads(spec)
     width, layers, device = given["width"], given["layers"], torch.device(given["device"])
@@ -185,10 +187,10 @@ def large_figures(spec: str) -> None:
     imports = _peak_bytes(device)
     result, model = _estimate_square(width, layers, samples, given)
     peak, seconds = _peak_bytes(device), result.settings["seconds"] - result.diagnostics["seconds_of_setup"]
-    figures = {
+    found = {
         "num_parameters": num_parameters,
         "layers": layers,
-        "lost_chains": result.lost_chains,
+        "diverged_chains": result.diverged_chains,
         "peak_bytes": peak,
         "imports_bytes": imports,
         "activations_bytes": 4 * BATCH_SIZE * width * layers,
@@ -197,7 +199,7 @@ def large_figures(spec: str) -> None:
         "seconds_of_update": _seconds_of_update(model, given["seed"]),
         "strategy": result.settings["strategy"],
     }
-    print(json.dumps(figures))
+    print(json.dumps(found))
 
 
 def _estimate_square(
@@ -224,7 +226,7 @@ def _estimate_square(
         num_chains=given["chains"],
         num_burnin=given["steps"] // 2,
         num_draws=given["steps"] - given["steps"] // 2,
-        release_gradients=True,
+        execution=llc_fast.Execution(release_gradients=True),
         seed=given["seed"],
         device=given["device"],
         progress=False,
@@ -233,7 +235,7 @@ def _estimate_square(
 
 
 def _peak_bytes(device: torch.device) -> int | None:
-    """Of this process so far: the largest resident set, on a GPU what torch has allocated; None if it can't be told.
+    """Of this process so far: the largest resident set, on a GPU what torch has allocated; None if unknown.
 
     Not ``getrusage``: what that gives is inherited from the process that started this one.
     """
@@ -281,7 +283,7 @@ def bytes_per_parameter(row: Row) -> dict[str, float]:
     return {name: size / row["num_parameters"] for name, size in parts.items()}
 
 
-def _about_large(row: Row) -> str:
+def _large_in_words(row: Row) -> str:
     if "problem" in row:
         return str(row["problem"])
     parts, count = bytes_per_parameter(row), row["num_parameters"]
@@ -294,17 +296,7 @@ def _about_large(row: Row) -> str:
 # ---- what must come out ------------------------------------------------------------------------------------
 
 
-def _errors(rows: Iterable[Row]) -> np.ndarray[Any, Any]:
-    """|λ̂ − λ|/λ, infinite where there is no estimate."""
-    return np.array([math.inf if r["error"] is None else abs(r["error"]) for r in rows])
-
-
-def _quantile(errors: np.ndarray[Any, Any], prob: float) -> float:
-    with np.errstate(invalid="ignore"):  # between two infinite ones
-        return float(np.nan_to_num(np.quantile(errors, prob), nan=math.inf, posinf=math.inf))
-
-
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Order, accuracy class by class, warnings where they are due, and memory."""
     from scipy.stats import spearmanr
 
@@ -312,115 +304,85 @@ def check(tables: Tables, settings: Settings) -> list[Check]:
     done = [r for r in rows if r["llc"] is not None]
     rho = float(spearmanr([r["lambda"] for r in done], [r["llc"] for r in done])[0]) if len(done) > 2 else math.nan
     without = "" if len(done) == len(rows) else f", {len(rows) - len(done)} have no estimate"
-    checks = [
-        Check(
+    return [
+        Claim(
             f"Spearman's ρ of λ̂ and λ is at least {RANK_CORRELATION}",
             f"{rho:.4f} over {len(done)} networks{without}",
             rho >= RANK_CORRELATION and not without,
-        )
+        ),
+        *(accuracy_claim(f"{size} networks", [r for r in rows if r["size"] == size]) for size in settings.samples),
+        silence_claim(tables["networks"]),
+        _memory_claim(tables["large"]["large"]),
     ]
-    for size in settings.samples:
-        errors = _errors(r for r in rows if r["size"] == size)
-        median, high = _quantile(errors, 0.5), _quantile(errors, 0.9)
-        checks.append(
-            Check(
-                f"{size} networks: |λ̂ − λ|/λ has a median of at most {MEDIAN:.0%} and a 90th percentile of at most "
-                f"{PERCENTILE_90:.0%}",
-                f"{median:.1%} and {high:.1%} over {len(errors)}",
-                median <= MEDIAN and high <= PERCENTILE_90,
-            )
-        )
-    silent = [key for key, r in tables["networks"].items() if not r["warnings"] and _errors([r])[0] > UNWARNED]
-    warned = sum(bool(r["warnings"]) for r in rows)
-    checks.append(
-        Check(
-            f"no λ̂ is off by more than {UNWARNED:.0%} without a warning",
-            f"{', '.join(silent) or 'none'}; {warned} of {len(rows)} have a warning, the worst is off by "
-            f"{_errors(rows).max():.1%}",
-            not silent,
-        )
-    )
-    large = tables["large"]["large"]
+
+
+def _memory_claim(large: Row) -> Claim:
     parts = bytes_per_parameter(large)
     if not parts:
-        found = large.get("problem", "this system does not tell the peak of a process")
-        return [*checks, Check("the large network's memory can be measured", found, False)]
+        found = large.get("problem", "this system does not report the peak memory of a process")
+        return Claim("the large network's memory can be measured", found, False)
     bound, used = BYTES_BESIDES_LAYER + 4 / large["layers"], parts["parameters, chain, gradients"]
-    checks.append(
-        Check(
-            f"{large['num_parameters']:.3g} parameters: w*, chain and gradients peak at most at {bound:.2f} bytes each",
-            f"{used:.2f}; with activations, data and libraries {sum(parts.values()):.2f}",
-            used <= bound,
-        )
+    return Claim(
+        f"{large['num_parameters']:.3g} parameters: w*, chain and gradients peak at most at {bound:.2f} bytes each",
+        f"{used:.2f}; with activations, data and libraries {sum(parts.values()):.2f}",
+        used <= bound,
     )
-    return checks
 
 
-# ---- the picture -------------------------------------------------------------------------------------------
+# ---- figure ------------------------------------------------------------------------------------------------
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """λ̂ against λ, and the relative error against the depth."""
-    from llc_fast.plots import draw_known, new_figure
+    from llc_fast.plots import new_figure
 
     rows = list(tables["networks"].values())
     figure, (left, right) = new_figure(2, width=5.6, height=4.9)
-    points = [
-        {"size": r["size"], "lambda_true": r["lambda"], "llc_mean": r["llc"], "llc_stderr": r["stderr"] or math.nan}
-        | {"warnings": r["warnings"]}
-        for r in rows
-    ]
-    draw_known(left, points)
+    figures.known_against_estimated(left, rows)
     left.set_title("estimated against known")
-    _draw_errors(right, rows, list(settings.samples))
+    _plot_errors(right, rows, list(settings.samples))
     smallest, largest = (f"{pick(r['num_parameters'] for r in rows):,}" for pick in (min, max))
-    medians = [
-        f"{_quantile(_errors(r for r in rows if r['size'] == size), 0.5):.1%} ({size})" for size in settings.samples
-    ]
+    medians = [f"{_median(rows, size):.1%} ({size})" for size in settings.samples]
     title = f"Deep linear networks of {smallest} to {largest} parameters, nothing tuned:\n"
     title += f"half of the estimates are within {', '.join(medians)} of the exact λ"
-    if unwarned := [r for r in rows if not r["warnings"]]:
-        title += f"; without a warning all within {_errors(unwarned).max():.1%}"
+    if unwarned := [r for r in rows if not is_warned(r)]:
+        title += f"; without a warning all within {sizes(r['error'] for r in unwarned).max():.1%}"
     figure.suptitle(title, fontsize=11.5)
-    large = _about_large(tables["large"]["large"])
+    large = _large_in_words(tables["large"]["large"])
     figure.supxlabel(f"a few steps of a network with {large}", fontsize=9, color="0.3")
     return {"dln-scaling": figure}
 
 
-def _draw_errors(axes: Axes, rows: list[Row], sizes: list[str]) -> None:
+def _median(rows: Sequence[Row], size: str) -> float:
+    return quantile(sizes(r["error"] for r in rows if r["size"] == size), 0.5)
+
+
+def _plot_errors(axes: Axes, rows: list[Row], classes: list[str]) -> None:
     """Signed relative errors with ± 2 standard errors; where there is no estimate, a cross at the bottom."""
     from matplotlib.ticker import MaxNLocator
 
     from llc_fast.plots import CLASSES as LOOKS
+    from llc_fast.plots import errorbar_by_warning
 
     axes.axhspan(-100 * PERCENTILE_90, 100 * PERCENTILE_90, color="0.95", zorder=0)
     axes.axhspan(-100 * MEDIAN, 100 * MEDIAN, color="0.88", zorder=0)
     axes.axhline(0, color="k", lw=1)
-    for place, (size, (color, marker)) in enumerate(zip(sizes, LOOKS, strict=False)):
+    for place, (size, (color, marker)) in enumerate(zip(classes, LOOKS, strict=False)):
         mine = [r for r in rows if r["size"] == size]
         # Networks of equal depth side by side.
-        offsets = [0.16 * (place - (len(sizes) - 1) / 2) + 0.04 * (k % 3 - 1) for k in range(len(mine))]
-        for offset, r in zip(offsets, mine, strict=True):
-            depth = len(r["widths"]) - 1 + offset
-            if r["error"] is None:
-                axes.plot(depth, 0.02, "x", color=color, transform=axes.get_xaxis_transform())
-                continue
-            axes.errorbar(
-                depth,
-                100 * r["error"],
-                200 * (r["stderr"] or math.nan) / r["lambda"],
-                fmt=marker,
-                color=color,
-                mfc="white" if r["warnings"] else color,
-                ms=5,
-                capsize=2,
-            )
-        median = _quantile(_errors(mine), 0.5)
-        axes.plot([], [], marker, color=color, ms=5, label=f"{size}: median |error| {median:.1%}")
+        depths = [
+            len(r["widths"]) - 1 + 0.16 * (place - (len(classes) - 1) / 2) + 0.04 * (k % 3 - 1)
+            for k, r in enumerate(mine)
+        ]
+        missing = [depth for depth, r in zip(depths, mine, strict=True) if r["error"] is None]
+        axes.plot(missing, [0.02] * len(missing), "x", color=color, transform=axes.get_xaxis_transform())
+        error, stderr = 100 * column(mine, "error"), 100 * figures.two_sigma(mine) / column(mine, "lambda")
+        errorbar_by_warning(axes, depths, error, stderr, map(is_warned, mine), color=color, marker=marker)
+        axes.plot([], [], marker, color=color, ms=5, label=f"{size}: median |error| {_median(rows, size):.1%}")
+    figures.label_hollow_in(axes, rows)
     axes.legend(loc="lower left", fontsize=9)
     axes.margins(y=0.12)
-    axes.set(xlabel="weight matrices", ylabel="(λ̂ − λ)/λ, %", title="error against depth (hollow: with a warning)")
+    axes.set(xlabel="weight matrices", ylabel="(λ̂ − λ)/λ, %", title="error against depth")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    words = [(PERCENTILE_90, "asked of nine in ten"), (MEDIAN, "asked of the median")]
-    for bound, text in words:
+    for bound, text in ((PERCENTILE_90, "bound on nine in ten"), (MEDIAN, "bound on the median")):
         axes.annotate(text, (0.99, 100 * bound), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8)

@@ -24,9 +24,9 @@ The last three have exact answers too: what a sampler without any error would fi
 quadrature. So there are two things to look at: whether the sampler is right (the estimate is where quadrature says),
 and whether λ is what is being sampled (quadrature is where λ is).
 
-Estimates are held to their exact answer within three standard errors. The local estimate has a known error on top: the
-heat that its correction takes off is right in quadratic wells, and too much elsewhere. Of the heat that is taken in a
-well of degree D only the share 2/D was there (docs/calibration.md), so λ̂ may be too low by (1 − 2/D) of it.
+Estimates must be within three standard errors of their exact answer. The local estimate has a known error on top: the
+bias that is subtracted is right in quadratic wells, and too large elsewhere. Of what is subtracted in a well of degree
+D only the share 2/D was there (docs/calibration.md), so λ̂ may be too low by (1 − 2/D) of it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ from torch import Tensor
 
 import llc_fast
 from llc_fast.problems.products import Box, Gaussian, ProductRegression, correlation
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, estimate_row, in_words, is_warned
+from llc_fast.reproduce.study import Study
+from llc_fast.samplers import HMCSampler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,9 +62,9 @@ MODELS = {
 BOX, LOCALIZATION = Box(1.0), 1.0
 SIGMAS = 3.0
 LEAST, MOST, BINS = -24, 1, 100
-"""Powers of ten between which V(ε) is kept for the picture, and at how many places."""
+"""Powers of ten between which V(ε) is kept for the figure, and at how many places."""
 LEAST_COUNT = 10
-"""Draws below ε for V(ε) to be drawn."""
+"""Draws below ε for V(ε) to be plotted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Settings:
         num_samples: n.
         chains, burnin, draws: of Hamiltonian Monte Carlo.
         data_sets: other data sets whose exact answers show what the noise does.
-        curve: values of nβ at which the exact answer is drawn.
+        curve: values of nβ at which the exact answer is plotted.
     """
 
     points: int = 2 * 10**7
@@ -197,8 +201,7 @@ def _hamiltonian(model: ProductRegression, nbeta: float, settings: Settings) -> 
     then the arms reject it, and a chain that gets into one does not come out.
     """
     return {
-        "sampler": "hmc",
-        "sampler_options": {"bounding_box_size": BOX.half_width},
+        "sampler": HMCSampler(bounding_box_size=BOX.half_width),
         "lr": 1 / (nbeta * max(model.inputs, model.outputs)),
         "nbeta": nbeta,
         "localization": 0.0,
@@ -231,12 +234,11 @@ def _ideal_row(study: Study, name: str, nbeta: float, settings: Settings) -> Row
     model, no_data = _model(name), (torch.zeros(2, 1), torch.zeros(2, 1))
     options = _hamiltonian(model, nbeta, settings)
     result = study.estimate(f"{name} {nbeta:g}", model, no_data, _population_loss, **options)
-    return figures_of(result) | {"model": name, "exact": model.expected_excess(nbeta, BOX)}
+    return estimate_row(result) | {"model": name, "exact": model.expected_excess(nbeta, BOX)}
 
 
 def _about(row: Row) -> str:
-    found = "no estimate" if row["llc"] is None else f"λ̂ = {row['llc']:.4g} ± {row['stderr'] or math.nan:.1g}"
-    return f"{found}, by quadrature {row['exact']:.4g}{', with a warning' if row['warnings'] else ''}"
+    return f"{in_words(row)}; by quadrature {row['exact']:.4g}"
 
 
 # ---- 3 and 4: data -----------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def _empirical_row(study: Study, name: str, settings: Settings) -> Row:
     # What other data would have given: C is all that the answer depends on.
     shape = (settings.data_sets, model.outputs, model.inputs)
     noise = np.random.default_rng(study.seed).standard_normal(shape) / math.sqrt(settings.num_samples)
-    return figures_of(result) | {
+    return estimate_row(result) | {
         "model": name,
         "exact": model.expected_excess(nbeta, BOX, correlation(data)),
         "noiseless": model.expected_excess(nbeta, BOX),
@@ -268,10 +270,9 @@ def _local_row(study: Study, name: str, settings: Settings) -> Row:
     model.load_state_dict(study.once(f"{name} trained", lambda: _trained(_model(name), data, study.seed)))
     result = study.estimate(f"{name} local", model, data, _half_squares)
     prior, noise = Gaussian.around(model, LOCALIZATION), correlation(data)
-    return figures_of(result) | {
+    return estimate_row(result) | {
         "model": name,
         "exact": model.expected_excess(nbeta, prior, noise) - nbeta * _loss_below_truth(model, data),
-        "heat_removed": result.diagnostics["heat_removed"],
         "distance": math.sqrt(sum(float(p.detach().square().sum()) for p in model.parameters())),
     }
 
@@ -310,19 +311,19 @@ def _loss_below_truth(model: ProductRegression, data: tuple[Tensor, Tensor]) -> 
 
 
 def _allowed(row: Row) -> float:
-    """How far λ̂ may be from its exact answer: three standard errors, and what the correction of heat may take too much.
+    """How far λ̂ may be from its exact answer: three standard errors, and what is subtracted too much as bias.
 
     NaN without an estimate.
     """
     if row["llc"] is None or row["stderr"] is None:
         return math.nan
     excess = 0.0
-    if removed := row.get("heat_removed"):  # as a share of what there was before
-        excess = (1 - 2 / _model(row["model"]).degree) * removed / (1 - removed) * abs(row["llc"])
+    if share := row.get("bias_share"):  # of what there was before it was subtracted
+        excess = (1 - 2 / _model(row["model"]).degree) * share / (1 - share) * abs(row["llc"])
     return SIGMAS * float(row["stderr"]) + excess
 
 
-def _check(claim: str, rows: dict[str, Row], exact: str) -> Check:
+def _claim(text: str, rows: dict[str, Row], exact: str) -> Claim:
     """Every λ̂ is within its allowance of what is called `exact`."""
     used = {
         key: abs(row["llc"] - row[exact]) / allowed if (allowed := _allowed(row)) > 0 else math.inf
@@ -330,18 +331,18 @@ def _check(claim: str, rows: dict[str, Row], exact: str) -> Check:
     }
     worst = max(used, key=lambda key: used[key])
     found = f"all {len(used)}" if used[worst] <= 1 else f"not {', '.join(k for k, v in used.items() if v > 1)}"
-    return Check(claim, f"{found}; the furthest, {worst}, uses {used[worst]:.0%} of it", used[worst] <= 1)
+    return Claim(text, f"{found}; the furthest, {worst}, uses {used[worst]:.0%} of it", used[worst] <= 1)
 
 
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Each rung against its own exact answer."""
     error = f"{SIGMAS:g} standard errors"
     return [
-        _check(f"volumes: the fitted exponent is within {error} of λ", tables["volume"], "lambda"),
-        _check(f"idealized: nβ·E[K] is within {error} of quadrature at the same nβ", tables["idealized"], "exact"),
-        _check(f"empirical: λ̂ is within {error} of quadrature on the same data", tables["empirical"], "exact"),
-        _check(
-            f"local: λ̂ by minibatches and defaults is within {error}, and the known error of the correction, of "
+        _claim(f"volumes: the fitted exponent is within {error} of λ", tables["volume"], "lambda"),
+        _claim(f"idealized: nβ·E[K] is within {error} of quadrature at the same nβ", tables["idealized"], "exact"),
+        _claim(f"empirical: λ̂ is within {error} of quadrature on the same data", tables["empirical"], "exact"),
+        _claim(
+            f"local: λ̂ by minibatches and defaults is within {error}, and the known error of the bias correction, of "
             "quadrature at the same w* on the same data",
             tables["local"],
             "exact",
@@ -349,16 +350,16 @@ def check(tables: Tables, settings: Settings) -> list[Check]:
     ]
 
 
-# ---- the pictures ------------------------------------------------------------------------------------------
+# ---- figures -----------------------------------------------------------------------------------------------
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """The ladder, a panel for each model; and what lies behind its first two rungs."""
-    return {"ladder": _draw_ladder(tables, settings), "ladder-asymptotics": _draw_asymptotics(tables)}
+    return {"ladder": _plot_ladder(tables, settings), "ladder-asymptotics": _plot_asymptotics(tables)}
 
 
-def _draw_ladder(tables: Tables, settings: Settings) -> Figure:
-    from llc_fast.plots import CLASSES, new_figure
+def _plot_ladder(tables: Tables, settings: Settings) -> Figure:
+    from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 
     figure, axes = new_figure(2, 2, width=5.6, height=3.7)
     labels = [
@@ -388,17 +389,15 @@ def _draw_ladder(tables: Tables, settings: Settings) -> Figure:
         )
         for place, (row, color) in enumerate(zip(rungs, colors, strict=True)):
             axis.plot(row["exact"], place, marker="|", ms=17, mew=2.2, color="k", zorder=2)
-            if row["llc"] is not None:
-                face = "white" if row["warnings"] else color
-                error = 2 * (row["stderr"] or math.nan)
-                axis.errorbar(row["llc"], place, xerr=error, fmt="o", ms=6, capsize=4, color=color, mfc=face, zorder=3)
+            look: dict[str, Any] = {"xerr": figures.two_sigma([row]), "color": color, "ms": 6, "zorder": 3}
+            errorbar_by_warning(axis, [row["llc"]], [place], None, [is_warned(row)], **look)
         is_left = panel % 2 == 0
         axis.set_yticks(range(len(labels)), labels if is_left else [""] * len(labels))
         axis.set(ylim=(len(labels) - 0.4, -0.6), xlabel="λ̂" if panel > 1 else "")
         axis.set_title(f"{name}:  λ = {truth['lambda']:g}, m = {truth['multiplicity']}", fontsize=11)
         axis.grid(axis="x", color="0.93")
         axis.set_axisbelow(True)
-    _explain(axes[0], figure, any(r["warnings"] for table in tables.values() for r in table.values() if "llc" in r))
+    _explain(axes[0], figure, any(is_warned(r) for table in tables.values() for r in table.values() if "llc" in r))
     figure.suptitle(
         "Four rungs from the definition of λ to practice: samplers find what they should (thick marks),\n"
         "but at finite nβ, and with noise in the data, that is not yet λ (thin lines)"
@@ -406,7 +405,7 @@ def _draw_ladder(tables: Tables, settings: Settings) -> Figure:
     return figure
 
 
-def _explain(axis: Axes, figure: Figure, is_warned: bool) -> None:
+def _explain(axis: Axes, figure: Figure, some_hollow: bool) -> None:
     """One legend for all panels, below them."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -417,12 +416,12 @@ def _explain(axis: Axes, figure: Figure, is_warned: bool) -> None:
         Line2D([], [], color="k", lw=1.2, label="λ"),
         Patch(color="0.88", label="exact on 95 % of other data"),
     ]
-    if is_warned:
+    if some_hollow:
         handles.append(Line2D([], [], color="0.4", marker="o", mfc="white", ls="", label="hollow: with a warning"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)
 
 
-def _draw_asymptotics(tables: Tables) -> Figure:
+def _plot_asymptotics(tables: Tables) -> Figure:
     from llc_fast.plots import CLASSES, new_figure
 
     figure, (left, right) = new_figure(2, width=5.6, height=4.8)
@@ -442,17 +441,9 @@ def _draw_asymptotics(tables: Tables) -> Figure:
         right.plot(
             [], [], marker, ms=5.5, color=color, label=f"{name}: λ = {row['lambda']:g}, m = {row['multiplicity']}"
         )
-        for point in (r for r in tables["idealized"].values() if r["model"] == name and r["llc"] is not None):
-            right.errorbar(
-                point["nbeta"] * 1.12**place,  # side by side
-                point["llc"] / row["lambda"],
-                2 * (point["stderr"] or math.nan) / row["lambda"],
-                fmt=marker,
-                ms=5.5,
-                capsize=3,
-                color=color,
-                mfc="white" if point["warnings"] else color,
-            )
+        points = [r for r in tables["idealized"].values() if r["model"] == name]
+        side_by_side = [r["nbeta"] * 1.12**place for r in points]
+        figures.estimates(right, side_by_side, points, unit=row["lambda"], color=color, marker=marker, ms=5.5)
     left.legend(fontsize=7.5, loc="upper left", title="slope, fitted where the line is", title_fontsize=8)
     left.set(xscale="log", yscale="log", xlabel="ε", ylabel="V(ε) = P(K(w) < ε) under the prior")
     left.set_title("the exponent of volumes is λ")

@@ -52,9 +52,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llc_fast import theory
-from llc_fast.estimate import DEFAULT_LOCALIZATION, default_nbeta
-from llc_fast.plots import new_figure
+from llc_fast import default_nbeta, theory
+from llc_fast.plots import errorbar_by_warning, new_figure
 from llc_fast.problems.deep_linear import end_to_end
 from llc_fast.problems.saddle_to_saddle import (
     LinearDeviation,
@@ -64,7 +63,11 @@ from llc_fast.problems.saddle_to_saddle import (
     mean_square,
     small_weights,
 )
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned, number, numbers
+from llc_fast.reproduce.study import Study
+from llc_fast.settings import DEFAULT_LOCALIZATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,52 +174,52 @@ def measure(study: Study, settings: Settings) -> None:
         weights = [exact + small for exact, small in zip(truncated[rank], first, strict=True)]
         model = behavioural(weights).to(study.device)
         result = study.estimate(f"control {rank}", model, data, mean_square, **sampling)
-        return {"rank": rank, "known": settings.levels[rank], **figures_of(result)}
+        return {"rank": rank, "known": settings.levels[rank], **estimate_row(result)}
 
-    study.rows("control", {f"rank {k}": k for k in range(len(settings.levels))}, control, _say_estimate)
+    ranks = {f"rank {k}": k for k in range(len(settings.levels))}
+    study.rows("control", ranks, control, lambda row: f"{in_words(row)}; λ = {row['known']:g}")
     path = study.once("training", lambda: _train(study, settings, problem, first))
     study.rows("training", {"curve": path}, lambda path: _curve(settings, problem, path), _say_training)
     chosen = _choose(settings, study.tables["training"]["curve"])
     few = [chosen[round(k)] for k in np.linspace(0, len(chosen) - 1, settings.num_training_loss)]
 
-    def sweep(case: tuple[str, list[int]]) -> Row:
-        name, positions = case
-        weights = [[layer[k] for layer in path["weights"]] for k in positions]
-        models = [behavioural(w) if name == BEHAVIOURAL else LinearDeviation(w, problem.teacher) for w in weights]
-        steps = [int(path["steps"][k]) for k in positions]
-        found = study.sweep(
-            name,
-            models[0].to(study.device),
-            [model.state_dict() for model in models],
+    def sweep(table: str, positions: list[int]) -> None:
+        weights = {int(path["steps"][k]): [layer[k] for layer in path["weights"]] for k in positions}
+
+        def deviation(w: list[Tensor]) -> LinearDeviation:
+            return behavioural(w) if table == BEHAVIOURAL else LinearDeviation(w, problem.teacher)
+
+        def about(step: int) -> Row:
+            layers = [torch.linalg.svdvals(layer).tolist() for layer in weights[step]]
+            return {"singular_values": _singular_values(weights[step]), "layers": layers}
+
+        study.sweep(
+            table,
+            table,
+            deviation(next(iter(weights.values()))).to(study.device),
+            list(weights),
+            lambda: [deviation(w).state_dict() for w in weights.values()],
             data,
             mean_square,
-            labels=steps,
-            dim="training_step",
+            about,
+            in_words,
             warm=False,
             **sampling,
         )
-        names = {"llc": "llc_mean", "stderr": "llc_stderr", "low": "llc_low", "high": "llc_high"}
-        same = ("lr", "r_hat", "ess_bulk", "is_warm", "gradients", "init_loss", "llc_per_chain")
-        return {
-            "step": steps,
-            "singular_values": [_singular_values(w) for w in weights],
-            "layers": [[torch.linalg.svdvals(layer).tolist() for layer in w] for w in weights],
-            "warnings": [text.split("\n") if text else [] for text in found["warnings"].values.tolist()],
-            **{ours: found[theirs].values for ours, theirs in (names | dict(zip(same, same, strict=True))).items()},
-        }
 
-    study.rows("sweeps", {name: (name, ks) for name, ks in ((BEHAVIOURAL, chosen), (TRAINING, few))}, sweep, _say_sweep)
+    sweep(BEHAVIOURAL, chosen)
+    sweep(TRAINING, few)
 
 
 BEHAVIOURAL, TRAINING = "behavioural loss", "training loss"
+"""Two tables, one row for each checkpoint."""
 
 
 def _train(study: Study, settings: Settings, problem: SaddleToSaddle, weights: list[Tensor]) -> dict[str, Any]:
     """Weights at steps that lie one percent apart, until the teacher is learned and half as long again."""
     steps, kept = [0], [weights]
     first, end = problem.loss(weights), settings.most_steps
-    bar = study.steps(settings.most_steps, "training")
-    for step in bar:
+    for step in study.steps(settings.most_steps, "training"):
         if step >= end:
             break
         weights = problem.step(weights, settings.lr)
@@ -259,20 +262,8 @@ def _choose(settings: Settings, curve: Row) -> list[int]:
     )
 
 
-def _say_estimate(row: Row) -> str:
-    return (
-        "all chains were lost"
-        if row["llc"] is None
-        else f"λ̂ = {row['llc']:.2f} ± {row['stderr']:.2f}, λ = {row['known']:g}"
-    )
-
-
 def _say_training(row: Row) -> str:
     return f"{row['step'][-1]} steps, loss from {row['loss'][0]:.2g} to {row['loss'][-1]:.2g}"
-
-
-def _say_sweep(row: Row) -> str:
-    return f"{len(row['step'])} checkpoints, {sum(map(bool, row['warnings']))} with warnings"
 
 
 # ---- claimed -----------------------------------------------------------------------------------------------
@@ -284,65 +275,54 @@ class _Estimate:
 
     rank: int
     known: float
-    llc: float
-    half: float
-    is_warned: bool
+    row: Row
+
+    @property
+    def half(self) -> float:
+        """Of the 95 % error bar."""
+        low, high = map(number, self.row["interval"])
+        return (high - low) / 2
 
     @property
     def distance(self) -> float:
         """|λ̂ − λ| in 95 % error bars; infinite if it is not known."""
-        distance = abs(self.llc - self.known) / self.half if self.half else math.inf
+        distance = abs(number(self.row["llc"]) - self.known) / self.half if self.half else math.inf
         return distance if math.isfinite(distance) else math.inf
 
 
-def _estimate(rank: int, known: float, llc: float | None, interval: Sequence[float | None], warnings: Any) -> _Estimate:
-    low, high = (math.nan if bound is None else bound for bound in interval)
-    return _Estimate(rank, known, math.nan if llc is None else llc, (high - low) / 2, bool(warnings))
+def _on_plateaus(tables: Tables, settings: Settings) -> list[_Estimate]:
+    """The estimates of checkpoints whose rank is beyond doubt."""
+    rows = tables[BEHAVIOURAL].values()
+    ranks = [(settings.rank(row["singular_values"]), row) for row in rows]
+    return [_Estimate(rank, settings.levels[rank], row) for rank, row in ranks if rank is not None]
 
 
-def _controls(tables: Tables) -> list[_Estimate]:
-    rows = tables["control"].values()
-    return [_estimate(r["rank"], r["known"], r["llc"], r["interval"], r["warnings"]) for r in rows]
-
-
-def _on_plateaus(tables: Tables, settings: Settings) -> dict[int, _Estimate]:
-    """The estimates of checkpoints whose rank is beyond doubt, by their position among all."""
-    row = tables["sweeps"][BEHAVIOURAL]
-    ranks = {k: settings.rank(values) for k, values in enumerate(row["singular_values"])}
-    return {
-        k: _estimate(rank, settings.levels[rank], row["llc"][k], (row["low"][k], row["high"][k]), row["warnings"][k])
-        for k, rank in ranks.items()
-        if rank is not None
-    }
-
-
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """The ranks come one by one, and λ̂ follows."""
-    row, plateaus = tables["sweeps"][BEHAVIOURAL], _on_plateaus(tables, settings)
-    ranks, wanted = [e.rank for e in plateaus.values()], range(len(settings.levels))
-    beyond = [
-        max((value for layer in row["layers"][k] for value in layer[e.rank :]), default=0.0)
-        for k, e in plateaus.items()
-    ]
+    controls = [_Estimate(row["rank"], row["known"], row) for row in tables["control"].values()]
+    plateaus = _on_plateaus(tables, settings)
+    ranks, wanted = [e.rank for e in plateaus], range(len(settings.levels))
+    beyond = [max((value for layer in e.row["layers"] for value in layer[e.rank :]), default=0.0) for e in plateaus]
     reach, largest = 1 / math.sqrt(DEFAULT_LOCALIZATION), max(beyond, default=0.0)
     return [
-        _within("on networks of exactly rank 0 to " + str(wanted[-1]), _controls(tables), settings),
-        Check(
+        _within("on networks of exactly rank 0 to " + str(wanted[-1]), controls, settings),
+        Claim(
             f"training comes past every rank from 0 to {wanted[-1]}, one by one",
             ", ".join(f"rank {rank}: {ranks.count(rank)}" for rank in wanted)
-            + f" checkpoints; {len(row['step']) - len(ranks)} in transitions",
+            + f" checkpoints; {len(tables[BEHAVIOURAL]) - len(ranks)} in transitions",
             ranks == sorted(ranks) and set(ranks) == set(wanted),
+            "published",
         ),
-        Check(
+        Claim(
             f"layers have the product's rank: what they have beyond it is below 1/√γ = {reach:g}, which chains cover",
             f"{largest:.2g}",
             largest < reach,
         ),
-        _within("on every plateau", list(plateaus.values()), settings),
+        _within("on every plateau", plateaus, settings),
     ]
 
 
-def _within(where: str, estimates: list[_Estimate], settings: Settings) -> Check:
+def _within(where: str, estimates: list[_Estimate], settings: Settings) -> Claim:
     """Whether λ lies in the error bars of all estimates at once, and these are short enough to tell ranks apart."""
     count = max(len(estimates), 1)
     wider = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (2 * count)) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -350,11 +330,11 @@ def _within(where: str, estimates: list[_Estimate], settings: Settings) -> Check
     by_rank: dict[int, list[_Estimate]] = {}
     for e in estimates:
         by_rank.setdefault(e.rank, []).append(e)
-    means = [f"{np.mean([e.llc for e in es]):.4g} of {es[0].known:g}" for _, es in sorted(by_rank.items())]
+    means = [f"{column((e.row for e in es), 'llc').mean():.4g} of {es[0].known:g}" for _, es in sorted(by_rank.items())]
     furthest = max((e.distance for e in estimates), default=math.inf)
     longest = max((e.half for e in estimates), default=math.inf)
-    outside, warned = sum(not e.distance <= wider for e in estimates), sum(e.is_warned for e in estimates)
-    return Check(
+    outside, warned = sum(not e.distance <= wider for e in estimates), sum(is_warned(e.row) for e in estimates)
+    return Claim(
         f"{where} λ lies within the error bar of λ̂ ({CONFIDENCE:.0%} for all {len(estimates)} together), which is "
         "shorter than half a step",
         f"{', '.join(means) or 'no estimate'}; {outside} outside, the furthest {furthest:.2g} error bars of "
@@ -363,14 +343,12 @@ def _within(where: str, estimates: list[_Estimate], settings: Settings) -> Check
     )
 
 
-# ---- drawn -------------------------------------------------------------------------------------------------
-
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "0.45"
+# ---- figure ------------------------------------------------------------------------------------------------
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """Loss, singular values and λ̂ over the steps of training."""
-    curve, row = tables["training"]["curve"], tables["sweeps"][BEHAVIOURAL]
+    curve, rows = tables["training"]["curve"], list(tables[BEHAVIOURAL].values())
     figure, _ = new_figure(1, width=8.0, height=10.5)
     figure.clear()
     loss, values, main, other = figure.subplots(4, 1, sharex=True, height_ratios=[1.6, 2.4, 4.2, 1.8])
@@ -384,20 +362,19 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     loss.loglog(steps, curve["loss"], color="k", lw=1.5)
     smallest = settings.singular_values[-1] ** 2 / settings.widths[-1]
     loss.set(ylabel="training loss", ylim=(smallest / 10, 2 * curve["loss"][0]))
-    _draw_values(values, steps, np.array(curve["singular_values"], dtype=np.float64), settings)
-    _draw_levels(main, steps, ranks, settings)
-    _draw_estimates(main, row, settings)
-    _draw_training_loss(other, tables["sweeps"][TRAINING], steps, np.array(curve["loss"]), settings)
-    other.set(xlabel="step of training (full-batch gradient descent)", xlim=(row["step"][0] / 1.1, 1.1 * steps[-1]))
+    _plot_values(values, steps, np.array(curve["singular_values"], dtype=np.float64), settings)
+    _plot_levels(main, steps, ranks, settings)
+    _plot_estimates(main, rows, settings)
+    _plot_training_loss(other, list(tables[TRAINING].values()), steps, np.array(curve["loss"]), settings)
+    first = rows[0]["step"]
+    other.set(xlabel="step of training (full-batch gradient descent)", xlim=(first / 1.1, 1.1 * steps[-1]))
     figure.align_ylabels()
     return {"rank-transitions": figure}
 
 
 def _title(tables: Tables, settings: Settings) -> str:
-    found = check(tables, settings)[-1]
-    what = (
-        "λ̂ steps up with the rank of the product" if found.passed else "λ̂ along training, not all on the exact levels"
-    )
+    on_levels = claims(tables, settings)[-1].holds
+    what = "λ̂ steps up with the rank of the product" if on_levels else "λ̂ along training, not all on the exact levels"
     widths = " → ".join(map(str, settings.widths))
     return f"{what}\ndeep linear network {widths} trained from small weights, n = {settings.num_samples:,}"
 
@@ -408,17 +385,19 @@ def _spans(ranks: Sequence[int | None]) -> list[tuple[int, int, int | None]]:
     return [(a, b, ranks[a]) for a, b in itertools.pairwise(edges)]
 
 
-def _draw_values(axes: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], settings: Settings) -> None:
+def _plot_values(axes: Axes, steps: NDArray[np.float64], values: NDArray[np.float64], settings: Settings) -> None:
     bounds = [math.sqrt(e / settings.energy_scale) for e in (INVISIBLE, min(settings.visible), max(settings.visible))]
-    axes.axhspan(bounds[0], bounds[2], color=_ORANGE, alpha=0.15, lw=0)
+    axes.axhspan(bounds[0], bounds[2], color=figures.ORANGE, alpha=0.15, lw=0)
     for height, text in ((3 * bounds[2], "visible from\nn samples"), (bounds[0] / 3, "invisible")):
-        axes.text(1.01, height, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=_ORANGE)
-    axes.loglog(steps, values[:, : len(settings.visible)], color=_BLUE, lw=1.5)
-    axes.loglog(steps, values[:, len(settings.visible) :], color=_GREY, lw=0.8)
+        axes.text(
+            1.01, height, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=figures.ORANGE
+        )
+    axes.loglog(steps, values[:, : len(settings.visible)], color=figures.BLUE, lw=1.5)
+    axes.loglog(steps, values[:, len(settings.visible) :], color=figures.GREY, lw=0.8)
     axes.set(ylabel="singular values\nof the product", ylim=(1e-4, 3 * max(settings.singular_values)))
 
 
-def _draw_levels(axes: Axes, steps: NDArray[np.float64], ranks: Sequence[int | None], settings: Settings) -> None:
+def _plot_levels(axes: Axes, steps: NDArray[np.float64], ranks: Sequence[int | None], settings: Settings) -> None:
     """The exact λ, wherever there is one."""
     for begin, end, rank in _spans(ranks):
         if rank is not None:
@@ -431,50 +410,41 @@ def _draw_levels(axes: Axes, steps: NDArray[np.float64], ranks: Sequence[int | N
         )
 
 
-def _draw_estimates(axes: Axes, row: Row, settings: Settings) -> None:
-    step, llc, low, high = (_numbers(row, name) for name in ("step", "llc", "low", "high"))
-    plateau = np.array([settings.rank(v) is not None for v in row["singular_values"]])
-    warned = np.array([bool(w) for w in row["warnings"]])
+def _plot_estimates(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
     axes.plot([], [], color="k", lw=2, label="λ of the rank, exact")
-    for chosen, color, label in (
-        (plateau, _BLUE, "λ̂ of the behavioural loss, 95 % error bars"),
-        (~plateau, _ORANGE, "λ̂ in a transition"),
+    on_plateau = [settings.rank(row["singular_values"]) is not None for row in rows]
+    for wanted, color, label in (
+        (True, figures.BLUE, "λ̂ of the behavioural loss, 95 % error bars"),
+        (False, figures.ORANGE, "λ̂ in a transition"),
     ):
-        for hollow in (False, True):
-            some = chosen & (warned == hollow)
-            if some.any():
-                axes.errorbar(
-                    step[some],
-                    llc[some],
-                    yerr=[(llc - low)[some], (high - llc)[some]],
-                    fmt="o",
-                    ms=5,
-                    color=color,
-                    mfc="white" if hollow else color,
-                    elinewidth=1.2,
-                    capsize=2.5,
-                    zorder=3,
-                    label=label + (", with warnings" if hollow else ""),
-                )
+        chosen = [row for row, on in zip(rows, on_plateau, strict=True) if on == wanted]
+        llc, bounds = column(chosen, "llc"), [numbers(row["interval"][k] for row in chosen) for k in (0, 1)]
+        errorbar_by_warning(
+            axes,
+            [row["step"] for row in chosen],
+            llc,
+            [llc - bounds[0], bounds[1] - llc],
+            map(is_warned, chosen),
+            color=color,
+            zorder=3,
+            label=label,
+        )
+    figures.label_hollow_in(axes, rows)
     axes.set(ylabel="learning coefficient")
     axes.legend(loc="upper left", framealpha=1)
 
 
-def _draw_training_loss(
-    axes: Axes, row: Row, steps: NDArray[np.float64], loss: NDArray[np.float64], settings: Settings
+def _plot_training_loss(
+    axes: Axes, rows: Sequence[Row], steps: NDArray[np.float64], loss: NDArray[np.float64], settings: Settings
 ) -> None:
     """λ̂ of the training loss, and what it is if chains find the teacher from wherever they start."""
-    llc, warned = _numbers(row, "llc"), np.array([bool(w) for w in row["warnings"]])
     learned = settings.levels[-1] - default_nbeta(settings.num_samples) * loss
     axes.set_yscale("symlog", linthresh=100)
     axes.axhline(0, color="0.6", lw=0.7)
-    axes.plot(steps, learned, "--", color=_GREY, lw=1.2, label="if chains find the teacher: λ of its rank − nβ·L(w*)")
-    places = np.array(row["step"], dtype=np.float64)
-    for some, fill, label in ((~warned, "k", None), (warned, "white", "with warnings: w* is no minimum")):
-        axes.plot(places[some], llc[some], "o", color="k", ms=5, mfc=fill, label=label)
+    label = "if chains find the teacher: λ of its rank − nβ·L(w*)"
+    axes.plot(steps, learned, "--", color=figures.GREY, lw=1.2, label=label)
+    places = [row["step"] for row in rows]
+    errorbar_by_warning(axes, places, column(rows, "llc"), None, map(is_warned, rows), color="k")
+    figures.label_hollow_in(axes, rows)
     axes.set(ylabel="λ̂ of the\ntraining loss", ylim=(4 * learned.min(), 50 * settings.levels[-1]))
     axes.legend(loc="upper left", framealpha=1)
-
-
-def _numbers(row: Row, name: str) -> NDArray[np.float64]:
-    return np.array([math.nan if v is None else v for v in row[name]], dtype=np.float64)

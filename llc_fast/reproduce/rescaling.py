@@ -34,7 +34,7 @@ Adam's likewise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch.nn.functional import mse_loss
 
-from llc_fast.estimate import default_nbeta
+from llc_fast import default_nbeta
 from llc_fast.plots import new_figure
 from llc_fast.problems.relu_network import (
     curvature_preconditioner,
@@ -53,10 +53,13 @@ from llc_fast.problems.relu_network import (
     scale_factors,
     undoing_preconditioner,
 )
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, estimate_row, in_words
+from llc_fast.reproduce.study import Study
+from llc_fast.samplers import PreconditionedSGLDSampler
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -110,15 +113,15 @@ def measure(study: Study, settings: Settings) -> None:
     data = make_data(network, settings.num_samples, study.seed)
 
     def options(name: str, a: float) -> dict[str, Any]:
-        fixed: dict[str, Any] = {"sampler": "preconditioned-sgld", "lr": settings.lr, "localization": 0.0}
-        undoing = {"preconditioner": undoing_preconditioner(network, 0, a)}
+        fixed: dict[str, Any] = {"lr": settings.lr, "localization": 0.0}
+        undoing = {"sampler": PreconditionedSGLDSampler(preconditioner=undoing_preconditioner(network, 0, a))}
         if name == "undone":
-            return fixed | {"sampler_options": undoing}
+            return fixed | undoing
         if name == "undone, γ = 1":
-            return fixed | {"sampler_options": undoing, "localization": 1.0}
+            return fixed | undoing | {"localization": 1.0}
         if name == "curvature":
             metric = curvature_preconditioner(rescale(network, 0, a), data[0][: settings.metric_samples])
-            return fixed | {"sampler_options": {"preconditioner": metric}, "lr": None}
+            return fixed | {"sampler": PreconditionedSGLDSampler(preconditioner=metric), "lr": None}
         if name == "plain":
             return fixed | {"sampler": "sgld"}
         return {} if name == "default" else {"sampler": f"{name}-sgld"}
@@ -136,7 +139,7 @@ def measure(study: Study, settings: Settings) -> None:
             batch_size=settings.batch_size,
             **options(name, a),
         )
-        return figures_of(result) | {"name": name, "factor": a}
+        return estimate_row(result) | {"name": name, "factor": a}
 
     def localized(a: float) -> Row:
         hessian = study.once("hessian", lambda: gauss_newton(network, data[0][: settings.hessian_samples])).cpu()
@@ -149,7 +152,7 @@ def measure(study: Study, settings: Settings) -> None:
         return {"llc": 0.5 * (len(root) - float(inverse.trace())), "factor": a}
 
     cases = {f"{name}, a = {a:.3g}": (name, a) for name in SAMPLERS for a in settings.factors}
-    study.rows("estimates", cases, estimate, lambda row: f"λ̂ = {_number(row['llc'])} ± {_number(row['stderr'])}")
+    study.rows("estimates", cases, estimate, in_words)
     study.rows(
         "localized posterior", {f"a = {a:.3g}": a for a in settings.factors}, localized, lambda r: f"λ = {r['llc']:.5g}"
     )
@@ -157,26 +160,26 @@ def measure(study: Study, settings: Settings) -> None:
         study.say(f"{SAMPLERS[name]}: {_furthest(found)}")
 
 
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Flat with the right preconditioner, far from flat without."""
     deviations = _deviations(tables)
     decades = f"for a from {min(settings.factors):g} to {max(settings.factors):g}"
     flat = deviations["undone"]
-    checks = [
-        Check(
+    found = [
+        Claim(
             f"with the preconditioner that undoes the scaling (γ = 0) λ̂ stays within {TOLERANCE:.0%} {decades}",
             _furthest(flat),
             all(d is not None and abs(d) <= TOLERANCE for d in flat.values()),
         )
     ]
     for name in ("plain", "default"):
-        found = deviations[name]
-        claim = f"{SAMPLERS[name]}: λ̂ is off by at least {VISIBLE:.0%} at some a"
-        checks.append(Check(claim, _furthest(found), any(d is None or abs(d) >= VISIBLE for d in found.values())))
-    return checks
+        bent = deviations[name]
+        text = f"{SAMPLERS[name]}: λ̂ is off by at least {VISIBLE:.0%} at some a"
+        found.append(Claim(text, _furthest(bent), any(d is None or abs(d) >= VISIBLE for d in bent.values())))
+    return found
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """λ̂(a)/λ̂(1) of every sampler."""
     figure, (axes,) = new_figure(1, width=8.0, height=6.4)
     high_up = top = 1.25
@@ -197,11 +200,13 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
         rows, unit = _rows(tables, name)
         color, marker, size = _LOOKS[name]
         axes.plot([], [], color=color, marker=marker, ms=size, label=f"{label}: {_furthest(deviations[name])}")
-        _draw_line(axes, [r for r in rows if r["llc"] is not None], unit, _LOOKS[name])
-        if lost := [row["factor"] for row in rows if row["llc"] is None]:
+        if unit is not None:
+            look: dict[str, Any] = {"color": color, "marker": marker, "ms": size, "connect": True}
+            figures.estimates(axes, [row["factor"] for row in rows], rows, unit=unit, **look)
+        if diverged := [row["factor"] for row in rows if row["llc"] is None]:
             high_up -= 0.035
-            axes.plot(lost, [high_up] * len(lost), ls="", marker="x", ms=6, mew=1.6, color=color)
-    axes.text(min(settings.factors), high_up - 0.03, "× all chains lost", color="0.35", va="top")
+            axes.plot(diverged, [high_up] * len(diverged), ls="", marker="x", ms=6, mew=1.6, color=color)
+    axes.text(min(settings.factors), high_up - 0.03, "× all chains diverged", color="0.35", va="top")
     axes.set(
         xscale="log",
         ylim=(0, top),
@@ -216,34 +221,15 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
 
 
 _LOOKS = {
-    "undone": ("#0072B2", "o", 9),
-    "curvature": ("#56B4E9", "s", 4),
-    "undone, γ = 1": ("#009E73", "D", 5),
+    "undone": (figures.BLUE, "o", 9),
+    "curvature": (figures.SKY, "s", 4),
+    "undone, γ = 1": (figures.GREEN, "D", 5),
     "plain": ("#000000", "v", 5),
-    "default": ("#D55E00", "o", 5),
-    "rmsprop": ("#CC79A7", "^", 5),
-    "adam": ("#E69F00", "P", 5),
+    "default": (figures.ORANGE, "o", 5),
+    "rmsprop": (figures.PINK, "^", 5),
+    "adam": (figures.YELLOW, "P", 5),
 }
 """Color, marker and its size."""
-
-
-def _draw_line(axes: Axes, rows: list[Row], unit: float | None, looks: tuple[str, str, int]) -> None:
-    if not rows or unit is None:
-        return
-    color, marker, size = looks
-    axes.plot([r["factor"] for r in rows], [r["llc"] / unit for r in rows], color=color, lw=1.2)
-    for row in rows:
-        axes.errorbar(
-            row["factor"],
-            row["llc"] / unit,
-            yerr=2 * (row["stderr"] or 0.0) / unit,
-            color=color,
-            marker=marker,
-            ms=size,
-            capsize=2,
-            lw=0.9,
-            mfc="white" if row["warnings"] else color,
-        )
 
 
 def _rows(tables: Tables, name: str) -> tuple[list[Row], float | None]:
@@ -253,25 +239,19 @@ def _rows(tables: Tables, name: str) -> tuple[list[Row], float | None]:
 
 
 def _deviations(tables: Tables) -> dict[str, dict[float, float | None]]:
-    """λ̂(a)/λ̂(1) − 1 by sampler and a; None where chains were lost."""
-
-    def of(name: str) -> Iterator[tuple[float, float | None]]:
+    """λ̂(a)/λ̂(1) − 1 by sampler and a; None where chains diverged."""
+    found: dict[str, dict[float, float | None]] = {}
+    for name in SAMPLERS:
         rows, unit = _rows(tables, name)
-        for row in rows:
-            yield row["factor"], None if unit is None or row["llc"] is None else row["llc"] / unit - 1
-
-    return {name: dict(of(name)) for name in SAMPLERS}
+        found[name] = {r["factor"]: None if None in (unit, r["llc"]) else r["llc"] / unit - 1 for r in rows}
+    return found
 
 
 def _furthest(deviations: Mapping[float, float | None]) -> str:
     """The largest deviation in words."""
     known = {a: d for a, d in deviations.items() if d is not None}
-    lost = len(deviations) - len(known)
+    diverged = len(deviations) - len(known)
     a, d = max(known.items(), key=lambda item: abs(item[1]), default=(1.0, 0.0))
     at = np.format_float_positional(a, precision=2, fractional=False, trim="-")
     words = f"{100 * d:+.2g} % at a = {at}".replace("-", "−")
-    return words + (f", lost at {lost} of {len(deviations)}" if lost else "")
-
-
-def _number(value: float | None) -> str:
-    return "lost" if value is None else f"{value:.4g}"
+    return words + (f", diverged at {diverged} of {len(deviations)}" if diverged else "")

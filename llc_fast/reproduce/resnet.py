@@ -3,14 +3,14 @@
 SGD is said to prefer degenerate solutions, the more so the noisier it is: with larger learning rates and smaller
 batches. The local learning coefficient λ measures degeneracy: it is half the number of parameters where nothing is
 degenerate, and the less the more there is. The paper followed it along the training of ResNet-18 on CIFAR-10; here the
-pictures are the 1797 digits that come with scikit-learn, and the network has the width that a machine bears.
+images are the 1797 digits that come with scikit-learn, and the network has the width that a machine bears.
 
 Runs of plain SGD (no momentum, no weight decay) start from the same initialization and take the same number of steps,
 with several learning rates at one batch size and several batch sizes at one learning rate. (Steps and not epochs: with
 a sixteenth of the steps the largest batches would hardly be trained, and batch size would be how far a run got.) At
 some of the steps
 
-    λ̂ = nβ·(mean of L over draws − L(w*)),    nβ = n / log n,    L: cross-entropy over the n training pictures,
+    λ̂ = nβ·(mean of L over draws − L(w*)),    nβ = n / log n,    L: cross-entropy over the n training images,
 
 is measured from p(w) ∝ exp(−nβ·L(w) − γ/2·‖w − w*‖²). Everything is done again from other initializations, of which
 only the last step is measured: the spread over these, and not the Monte Carlo error, tells whether runs differ.
@@ -24,14 +24,14 @@ get there. It is not free: a direction of curvature h adds ½·nβh/(nβh + γ),
 directions by their stiffness up to γ, and compares networks with each other only.
 
 **Step size.** ε = pace/γ, the same for all runs: directions that only γ holds forget where they were in 2/pace steps,
-so that chains of hundreds of steps are long. What it adds to the loss is measured and subtracted (heat_correction).
-Pilot chains (lr=None) are of no use here: they judge heat by its share of nβ·(L − L(w*)), which is next to nothing
-where chains walk downhill, and chose steps up to thirty times too small at some early checkpoints.
+so that chains of hundreds of steps are long. The bias that it adds to the loss is measured and subtracted
+(bias_correction). Pilot chains (lr=None) are of no use here: they judge the bias by its share of nβ·(L − L(w*)), which
+is next to nothing where chains walk downhill, and chose steps up to thirty times too small at some early checkpoints.
 
 **Early checkpoints are no minima.** Chains there walk downhill and λ̂ comes out too low, or negative; γ limits how far.
 Such estimates carry a warning, and hollow markers in the figure.
 
-**The other reason for a low λ̂** is a low loss: where all pictures are told apart with certainty cross-entropy is flat,
+**The other reason for a low λ̂** is a low loss: where all images are classified with certainty cross-entropy is flat,
 and larger learning rates get there in fewer steps. The last panel therefore has λ̂ over the training loss. With seed 0
 of the small scale the order is there at equal loss too: at about 0.04, 30, 14 and 4 with learning rates of 0.03, 0.1
 and 0.3 (the last with a warning); at 0.007, 15 with batches of 256 and 10 with 64. Batches of 16 have not settled after
@@ -40,6 +40,7 @@ these steps: their λ̂ is small or negative for being no minimum too, and two o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -52,14 +53,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from llc_fast.checks import MAX_R_HAT
-from llc_fast.plots import new_figure
+from llc_fast.plots import label_hollow, new_figure
 from llc_fast.problems.digits import NUM_TRAIN, Digits, load_digits
 from llc_fast.problems.resnet import resnet
-from llc_fast.reproduce.frame import Check, Row, Study, Tables
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, column, in_words, is_warned
+from llc_fast.reproduce.study import Study
 from llc_fast.support.runtime import threads
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -68,7 +71,7 @@ class Settings:
     """What is trained, and how it is looked at.
 
     Attributes:
-        width, blocks, size: of the network and its pictures, see :func:`llc_fast.problems.resnet.resnet`.
+        width, blocks, size: of the network and its images, see :func:`llc_fast.problems.resnet.resnet`.
         num_train: n.
         learning_rates: of runs with `batch_size`, one of them `learning_rate`.
         batch_sizes: of runs with `learning_rate`, one of them `batch_size`.
@@ -161,41 +164,43 @@ def measure(study: Study, settings: Settings) -> None:
     digits = Digits(train, test)
     gamma = localization(_network(settings, study.seed), settings.reach)
 
-    def measured(run: Run) -> Row:
-        seed = study.seed + run.training
-        kept = study.once(f"training of {run.name}", lambda: _train(study, settings, digits, run, seed))
-        first = 0 if run.training == 0 else len(settings.checkpoints) - 1
-        found = study.sweep(
-            run.name,
-            _network(settings, seed).to(study.device),
-            kept["states"][first:],
-            digits.train,
-            F.cross_entropy,
-            labels=settings.checkpoints[first:],
-            dim="step",
-            warm=False,  # burn-in is short, and networks change between checkpoints
-            localization=gamma,
-            lr=settings.pace / gamma,
-            heat_correction=True,
-            num_chains=settings.num_chains,
-            num_draws=settings.num_draws,
-            num_burnin=settings.num_burnin,
-            batch_size=settings.sampling_batch_size,
-            seed=seed,
-        )
-        return {
-            "learning_rate": run.learning_rate,
-            "batch_size": run.batch_size,
-            "training": run.training,
-            "localization": gamma,
-            "step": settings.checkpoints[first:],
-            "train_accuracy": kept["train_accuracy"][first:],
-            "test_accuracy": kept["test_accuracy"][first:],
-            **{str(name): values.values for name, values in found.data_vars.items() if name != "warnings"},
-            "warnings": [text.split("\n") if text else [] for text in found["warnings"].values.tolist()],
-        }
+    for run in plan(settings):
+        _measure_run(study, settings, digits, gamma, run)
 
-    study.rows("runs", {run.name: run for run in plan(settings)}, measured, _words)
+
+def _measure_run(study: Study, settings: Settings, digits: Digits, gamma: float, run: Run) -> None:
+    seed = study.seed + run.training
+    first = 0 if run.training == 0 else len(settings.checkpoints) - 1
+
+    @functools.cache
+    def kept() -> dict[int, dict[str, Any]]:
+        return study.once(f"training of {run.name}", lambda: _train(study, settings, digits, run, seed))
+
+    def about(step: int) -> Row:
+        accuracies = {name: kept()[step][name] for name in ("train_accuracy", "test_accuracy")}
+        return {**vars(run), "localization": gamma, **accuracies}
+
+    steps = settings.checkpoints[first:]
+    study.sweep(
+        "runs",
+        run.name,
+        _network(settings, seed).to(study.device),
+        steps,
+        lambda: [kept()[step]["state"] for step in steps],
+        digits.train,
+        F.cross_entropy,
+        about,
+        in_words,
+        warm=False,  # burn-in is short, and networks change between checkpoints
+        localization=gamma,
+        lr=settings.pace / gamma,
+        bias_correction=True,
+        num_chains=settings.num_chains,
+        num_draws=settings.num_draws,
+        num_burnin=settings.num_burnin,
+        batch_size=settings.sampling_batch_size,
+        seed=seed,
+    )
 
 
 def localization(model: nn.Module, reach: float) -> float:
@@ -209,14 +214,14 @@ def _network(settings: Settings, seed: int) -> nn.Sequential:
     return resnet(settings.width, blocks=settings.blocks, size=settings.size, generator=generator)
 
 
-def _train(study: Study, settings: Settings, digits: Digits, run: Run, seed: int) -> dict[str, Any]:
-    """Plain SGD, minibatches without replacement within an epoch: state dicts and accuracies at the checkpoints."""
+def _train(study: Study, settings: Settings, digits: Digits, run: Run, seed: int) -> dict[int, dict[str, Any]]:
+    """Plain SGD, minibatches without replacement within an epoch: state dict and accuracies at each checkpoint."""
     x, y = digits.train
     model = _network(settings, seed).to(study.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    kept: dict[str, Any] = {"states": [], "train_accuracy": [], "test_accuracy": []}
+    kept: dict[int, dict[str, Any]] = {}
     with threads(1 if study.device.type == "cpu" else None):  # kernels are too short to be shared
         for step in study.steps(settings.checkpoints[-1], f"training, {run.name}"):
             if len(order) < run.batch_size:
@@ -226,9 +231,11 @@ def _train(study: Study, settings: Settings, digits: Digits, run: Run, seed: int
             F.cross_entropy(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step + 1 in settings.checkpoints:
-                kept["states"].append({name: value.clone() for name, value in model.state_dict().items()})
-                kept["train_accuracy"].append(_accuracy(model, digits.train))
-                kept["test_accuracy"].append(_accuracy(model, digits.test))
+                kept[step + 1] = {
+                    "state": {name: value.clone() for name, value in model.state_dict().items()},
+                    "train_accuracy": _accuracy(model, digits.train),
+                    "test_accuracy": _accuracy(model, digits.test),
+                }
     return kept
 
 
@@ -236,14 +243,6 @@ def _train(study: Study, settings: Settings, digits: Digits, run: Run, seed: int
 def _accuracy(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> float:
     x, y = data
     return float((model(x).argmax(1) == y).double().mean())
-
-
-def _words(row: Row) -> str:
-    return f"λ̂ = {_number(row['llc_mean'][-1])} ± {_number(row['llc_stderr'][-1])}, L = {_number(row['init_loss'][-1])}"
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.3g}"
 
 
 # ---- what must come out ------------------------------------------------------------------------------------
@@ -272,58 +271,61 @@ class Final:
         return f"{self.value:.3g} ± {self.stderr:.2g}"
 
 
-def final(tables: Tables, learning_rate: float, batch_size: int) -> Final:
+def final(tables: Tables, settings: Settings, learning_rate: float, batch_size: int) -> Final:
     """λ̂ at the end of a run, NaN if any of its trainings has none."""
-    rows = [r for r in tables["runs"].values() if (r["learning_rate"], r["batch_size"]) == (learning_rate, batch_size)]
-    values = _array([r["llc_mean"][-1] for r in rows])
-    errors = _array([r["llc_stderr"][-1] for r in rows])
+    rows = _of_run(tables, learning_rate, batch_size)
+    rows = [row for row in rows if row["step"] == settings.checkpoints[-1]]
+    values, errors = column(rows, "llc"), column(rows, "stderr")
     spread = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Final(float(values.mean()), float(np.sqrt(np.square(errors).sum())) / len(rows), float(spread))
 
 
-def check(tables: Tables, settings: Settings) -> list[Check]:
-    """Whether estimates are stable, and runs are told apart; which way round they come out is reported, not claimed."""
+def _of_run(tables: Tables, learning_rate: float, batch_size: int) -> list[Row]:
+    """All checkpoints of all trainings with these settings."""
+    rows = tables["runs"].values()
+    return [r for r in rows if (r["learning_rate"], r["batch_size"]) == (learning_rate, batch_size)]
+
+
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
+    """Whether estimates are stable, and runs are told apart. Which way round they come out is reported, not claimed."""
     rows = list(tables["runs"].values())
-    by_rate = {f"{lr:g}": final(tables, lr, settings.batch_size) for lr in settings.learning_rates}
-    by_size = {f"{size}": final(tables, settings.learning_rate, size) for size in settings.batch_sizes}
+    by_rate = {f"{lr:g}": final(tables, settings, lr, settings.batch_size) for lr in settings.learning_rates}
+    by_size = {f"{size}": final(tables, settings, settings.learning_rate, size) for size in settings.batch_sizes}
     values = np.array([f.value for f in (*by_rate.values(), *by_size.values())])
     error = max(f.sampling for f in (*by_rate.values(), *by_size.values()))
     share = error / (values.max() - values.min()) if len(values) > 1 else math.nan
-    points = [
-        (llc, r_hat, bool(warnings))
-        for row in rows
-        for llc, r_hat, warnings in zip(row["llc_mean"], row["r_hat"], row["warnings"], strict=True)
-    ]
-    apart = [warned for _, r_hat, warned in points if r_hat is None or r_hat > MAX_R_HAT]
-    negative = [warned for llc, _, warned in points if llc is None or llc < 0]
-    warned = sum(w for _, _, w in points)
+    disagreeing = [row for row in rows if row["r_hat"] is None or row["r_hat"] > MAX_R_HAT]
+    negative = [row for row in rows if row["llc"] is None or row["llc"] < 0]
+    warned = sum(map(is_warned, rows))
     return [
-        Check(
+        Claim(
             "the largest Monte Carlo error of a final λ̂ is at most a tenth of the range of final λ̂",
             f"{share:.1%}",
             bool(share <= 0.1),
         ),
-        Check(
+        Claim(
             f"every estimate with R̂ above {MAX_R_HAT:g} is warned about",
-            f"{sum(apart)} of {len(apart)}; {warned} of all {len(points)} estimates have a warning",
-            all(apart),
+            f"{sum(map(is_warned, disagreeing))} of {len(disagreeing)}; {warned} of all {len(rows)} estimates have a "
+            "warning",
+            all(map(is_warned, disagreeing)),
         ),
-        Check(
+        Claim(
             "every negative λ̂ is warned about",
-            f"{sum(negative)} of {len(negative)}",
-            all(negative),
+            f"{sum(map(is_warned, negative))} of {len(negative)}",
+            all(map(is_warned, negative)),
         ),
-        _order_check("learning rates", by_rate),
-        _order_check("batch sizes", by_size),
+        _order_claim("learning rates", by_rate),
+        _order_claim("batch sizes", by_size),
     ]
 
 
-def _order_check(what: str, finals: Mapping[str, Final]) -> Check:
+def _order_claim(what: str, finals: Mapping[str, Final]) -> Claim:
     listed = ", ".join(f"{name}: {value}" for name, value in finals.items())
-    return Check(
+    return Claim(
         f"final λ̂ of neighbouring {what} differ by more than 2 standard errors",
         f"{listed}; λ̂ {direction(list(finals.values()))}",
         len(finals) > 1 and all(abs(z) > 2 for z in _steps(list(finals.values()))),
+        "published",
     )
 
 
@@ -344,42 +346,38 @@ def _steps(finals: Sequence[Final]) -> list[float]:
     return [(b.value - a.value) / (math.hypot(a.stderr, b.stderr) or math.nan) for a, b in pairs]
 
 
-def _array(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([math.nan if v is None else v for v in values])
+# ---- figure ------------------------------------------------------------------------------------------------
 
-
-# ---- pictures ----------------------------------------------------------------------------------------------
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which survive colour blindness; the run that both sides have is black."""
+_COLORS = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, figures.YELLOW, figures.SKY)
+"""The run that both sides have is black."""
 _MARKERS = "osD^vP"
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """λ̂ along training by learning rate and by batch size, the loss along training, and λ̂ over the loss.
 
     Other trainings of a run are the points to the right of its last step.
     """
     figure, axes = new_figure(2, 2, width=4.7, height=3.7)
-    rows = list(tables["runs"].values())
     styles = _styles(settings)
-    by_rate = [(lr, settings.batch_size) for lr in settings.learning_rates]
-    by_size = [(settings.learning_rate, size) for size in settings.batch_sizes]
+    by_rate = {(lr, settings.batch_size): f"{lr:g}" for lr in settings.learning_rates}
+    by_size = {(settings.learning_rate, size): f"{size}" for size in settings.batch_sizes}
     last = settings.checkpoints[-1]
     for panel, pairs in ((axes[0], by_rate), (axes[1], by_size)):
-        for lr, size in pairs:
-            name = f"{lr:g}" if pairs is by_rate else f"{size}"
-            panel.plot([], [], lw=1.2, ms=5, label=name, **styles[lr, size])
-            for row in rows:
-                if (row["learning_rate"], row["batch_size"]) == (lr, size):
-                    steps = row["step"] if row["training"] == 0 else [last * (1 + 0.03 * row["training"])]
-                    _points(panel, steps, row, styles[lr, size])
-    for row in rows:
-        style = styles[row["learning_rate"], row["batch_size"]]
-        if row["training"] == 0:
-            axes[2].plot(row["step"], _array(row["init_loss"]), lw=1.2, ms=4, **style)
-        _points(axes[3], row["init_loss"], row, style, line=False)
-    words = [direction([final(tables, *pair) for pair in pairs]) for pairs in (by_rate, by_size)]
+        for pair, name in pairs.items():
+            panel.plot([], [], lw=1.2, ms=5, label=name, **styles[pair])
+            rows = _of_run(tables, *pair)
+            first = [row for row in rows if row["training"] == 0]
+            others = [row for row in rows if row["training"] > 0]
+            beside = [last * (1 + 0.03 * row["training"]) for row in others]
+            figures.estimates(panel, [row["step"] for row in first], first, connect=True, **styles[pair])
+            figures.estimates(panel, beside, others, **styles[pair])
+    for pair, style in styles.items():
+        rows = _of_run(tables, *pair)
+        first = [row for row in rows if row["training"] == 0]
+        axes[2].plot([row["step"] for row in first], column(first, "init_loss"), lw=1.2, ms=4, **style)
+        figures.estimates(axes[3], column(rows, "init_loss"), rows, **style)
+    words = [direction([final(tables, settings, *pair) for pair in pairs]) for pairs in (by_rate, by_size)]
     figure.suptitle(
         f"A ResNet on digits: after {last} SGD steps λ̂ {words[0]} with the learning rate\n"
         f"and {words[1]} with the batch size"
@@ -391,7 +389,7 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     ):
         panel.set(xlabel="SGD steps (right of the last: other trainings)", xlim=(0, right))
         panel.set(ylabel="λ̂ (± 2 standard errors)")
-        panel.plot([], [], ls="", marker="o", ms=5, mfc="none", color="0.4", label="warned")
+        label_hollow(panel)
         above: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 6, "frameon": False}
         panel.legend(title=title, fontsize="small", handletextpad=0.4, columnspacing=1.2, **above)
     axes[2].set(xlabel="SGD steps", ylabel="training loss L(w*), nats", yscale="log", xlim=(0, right))
@@ -403,22 +401,11 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
 
 
 def _styles(settings: Settings) -> dict[tuple[float, int], dict[str, Any]]:
-    """Colour and marker of each run."""
+    """Color and marker of each run."""
     pairs = dict.fromkeys((run.learning_rate, run.batch_size) for run in plan(settings))
     pairs.pop(common := (settings.learning_rate, settings.batch_size))
     styles = {
-        pair: {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[(k + 1) % len(_MARKERS)]}
+        pair: {"color": _COLORS[k % len(_COLORS)], "marker": _MARKERS[(k + 1) % len(_MARKERS)]}
         for k, pair in enumerate(pairs)
     }
     return {common: {"color": "black", "marker": _MARKERS[0]}, **styles}
-
-
-def _points(axes: Axes, x: Sequence[Any], row: Row, style: Mapping[str, Any], *, line: bool = True) -> None:
-    """λ̂ with error bars; hollow where there is a warning."""
-    at, llc, error = _array(x), _array(row["llc_mean"]), 2 * _array(row["llc_stderr"])
-    warned = np.array([bool(warnings) for warnings in row["warnings"]])
-    if line:
-        axes.plot(at, llc, lw=1.2, color=style["color"])
-    for chosen, face in ((~warned, style["color"]), (warned, "white")):
-        bars = {"fmt": style["marker"], "color": style["color"], "mfc": face, "ms": 5, "lw": 1, "capsize": 2}
-        axes.errorbar(at[chosen], llc[chosen], yerr=error[chosen], **bars)

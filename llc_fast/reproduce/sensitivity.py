@@ -10,7 +10,7 @@ of a grid over four decades, in units of 1/(nβ·h_max + γ) with h_max the larg
 the stiffest direction is 5 % too large, at 1 a third, from 4 on it has none), and for the step size that llc_fast
 chooses if it is given none: with three minibatch sizes, four γ and two nβ, on lines through one centre. An estimate is
 *wrong* if it is off by more than 10 % and by more than three standard errors, its own and the reference's; or if its
-chains were lost. ``result.warnings`` is then a detector of wrong estimates like any other: how many of these does it
+chains diverged. ``result.warnings`` is then a detector of wrong estimates like any other: how many of these does it
 report (recall), and how many of its reports are right (precision)?
 
 What stays silent is of one kind: small minibatches of noisy data, and chains too short for the flat directions. The
@@ -31,6 +31,7 @@ The networks sit exactly at a global minimum of their loss, so that nothing but 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,10 +41,14 @@ from torch import nn
 
 import llc_fast
 from llc_fast.calibration import STIFFNESS
-from llc_fast.plots import new_figure
+from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 from llc_fast.problems import deep_linear
 from llc_fast.problems.exact_minima import ExactMinimum, tanh_regression, transformer_distillation
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned
+from llc_fast.reproduce.study import Study
+from llc_fast.samplers import HMCSampler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,8 +195,7 @@ def measure(study: Study, settings: Settings) -> None:
                     problem.model,
                     problem.exact_data,
                     problem.loss_fn,
-                    sampler="hmc",
-                    sampler_options={"num_leapfrog": settings.reference_leapfrog},
+                    sampler=HMCSampler(num_leapfrog=settings.reference_leapfrog),
                     nbeta=natural * place.temperature,
                     localization=place.localization,
                     num_chains=settings.num_chains,
@@ -199,13 +203,13 @@ def measure(study: Study, settings: Settings) -> None:
                     num_burnin=draws // 2,
                 )
                 gradients += result.loss_trace.size * settings.reference_leapfrog
-                row = {**figures_of(result), "architecture": name, "draws": draws, "gradients": gradients}
+                row = {**estimate_row(result), "architecture": name, "draws": draws, "gradients": gradients}
                 if _is_known(row):
                     break
             return row
 
         exact = {f"{name} {place.target}": place for place in places(settings)}
-        study.rows("reference", exact, reference, _say)
+        study.rows("reference", exact, reference, in_words)
 
         def estimate(
             case: tuple[Place, float | None, int],
@@ -231,7 +235,7 @@ def measure(study: Study, settings: Settings) -> None:
                 seed=seed,
             )
             return {
-                **figures_of(result),
+                **estimate_row(result),
                 "architecture": name,
                 "step_size": step_size,
                 "place": list(place),
@@ -246,17 +250,12 @@ def measure(study: Study, settings: Settings) -> None:
         # Every estimate has its own noise, so that chance errs in each anew.
         first = (study.seed * len(ARCHITECTURES) + list(ARCHITECTURES).index(name)) * len(cases)
         seeded = {key: (*case, first + k) for k, (key, case) in enumerate(cases.items())}
-        study.rows("estimate", seeded, estimate, _say)
+        study.rows("estimate", seeded, estimate, in_words)
 
 
 def _key(name: str, place: Place, step_size: float | None) -> str:
     batch = "all" if place.batch_size is None else place.batch_size
     return f"{name} {place.target} B={batch} ε={'chosen' if step_size is None else f'{step_size:.3g}'}"
-
-
-def _say(row: Row) -> str:
-    told = f", {len(row['warnings'])} warnings" if row["warnings"] else ""
-    return "lost" if row["llc"] is None else f"{row['llc']:.2f} ± {row['stderr']:.2f}{told}"
 
 
 def _network(study: Study, problem: Problem) -> Row:
@@ -284,14 +283,18 @@ def _network(study: Study, problem: Problem) -> Row:
 
 
 class Judged(NamedTuple):
-    """An estimate beside its reference; `error` is relative, infinite for lost chains."""
+    """An estimate beside its reference: the relative error, infinite if chains diverged, and the codes of warnings."""
 
     architecture: str
     place: Place
     step_size: float | None
     error: float
     sigmas: float
-    warned: bool
+    codes: tuple[str, ...]
+
+    @property
+    def warned(self) -> bool:
+        return bool(self.codes)
 
     def is_wrong(self, by: float = WRONG) -> bool:
         return abs(self.error) > by and self.sigmas > ERRORS
@@ -313,7 +316,7 @@ def judge(tables: Tables) -> list[Judged]:
         elif row["llc"] is not None:
             error = row["llc"] / exact["llc"] - 1
             sigmas = abs(row["llc"] - exact["llc"]) / math.hypot(row["stderr"], exact["stderr"])
-        found.append(Judged(row["architecture"], place, row["step_size"], error, sigmas, bool(row["warnings"])))
+        found.append(Judged(row["architecture"], place, row["step_size"], error, sigmas, tuple(row["codes"])))
     return found
 
 
@@ -350,14 +353,15 @@ def detection(judged: Iterable[Judged], by: float = WRONG) -> Detection:
     return Detection(wrong, warned, both, count)
 
 
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
+    """Exact answers that are known, and warnings as a detector of wrong estimates."""
     judged = judge(tables)
     references = tables["reference"]
     worst = max(references, key=lambda key: _relative_error(references[key]))
-    doubtful = [key for key, row in references.items() if row["warnings"]]
+    doubtful = [key for key, row in references.items() if is_warned(row)]
     known = all(_is_known(row) for row in references.values())
-    checks = [
-        Check(
+    found = [
+        Claim(
             f"the exact sampler knows its answers to {MAX_REFERENCE_ERROR:.0%} (standard error), without a warning",
             f"at worst {_relative_error(references[worst]):.1%} ({worst}), "
             + (f"warnings: {', '.join(doubtful)}" if doubtful else "no warnings"),
@@ -368,52 +372,60 @@ def check(tables: Tables, settings: Settings) -> list[Check]:
         seen = detection(judged, by)
         silent = [one for one in judged if one.is_wrong(by) and not one.warned]
         worst_first = sorted(silent, key=lambda one: -abs(one.error))
-        told = ", ".join(f"{one.name} ({one.error:+.0%})" for one in worst_first[:5])
+        listed = ", ".join(f"{one.name} ({one.error:+.0%})" for one in worst_first[:5])
         more = f", and {len(silent) - 5} more" if len(silent) > 5 else ""
-        checks.append(
-            Check(
+        found.append(
+            Claim(
                 f"of the estimates that are off by more than {by:.0%}, at least {bound:.0%} are warned of",
                 f"{seen.both} of {seen.wrong} ({_by_architecture(judged, by, 'recall')})"
-                + (f"; in silence: {told}{more}" if silent else ""),
+                + (f"; in silence: {listed}{more}" if silent else ""),
                 seen.recall >= bound,
             )
         )
     seen = detection(judged)
-    checks.append(
-        Check(
+    found.append(
+        Claim(
             f"of the estimates that are warned of, at least {MIN_PRECISION:.0%} are off by more than {WRONG:.0%}",
             f"{seen.both} of {seen.warned} ({_by_architecture(judged, WRONG, 'precision')}); to warn of every estimate "
-            f"would give {seen.wrong / max(seen.total, 1):.0%}; {seen.specificity:.0%} of the others have no warning",
+            f"would give {seen.wrong / max(seen.total, 1):.0%}; {seen.specificity:.0%} of the others have no warning. "
+            f"Right, by code: {_by_code(judged)}",
             seen.precision >= MIN_PRECISION,
         )
     )
-    return checks
+    return found
 
 
 def _is_known(row: Row) -> bool:
     """Whether a reference may judge."""
-    return _relative_error(row) <= MAX_REFERENCE_ERROR and not row["warnings"]
+    return _relative_error(row) <= MAX_REFERENCE_ERROR and not is_warned(row)
 
 
 def _relative_error(row: Row) -> float:
     return math.inf if not row["llc"] or row["stderr"] is None else float(row["stderr"] / abs(row["llc"]))
 
 
-def _by_architecture(judged: Sequence[Judged], by: float, figure: str) -> str:
+def _by_architecture(judged: Sequence[Judged], by: float, statistic: str) -> str:
     names = dict.fromkeys(one.architecture for one in judged)
     values = {
-        name: getattr(detection([one for one in judged if one.architecture == name], by), figure) for name in names
+        name: getattr(detection([one for one in judged if one.architecture == name], by), statistic) for name in names
     }
     return ", ".join(f"{name} {value:.0%}" for name, value in values.items())
 
 
-# ---- picture -----------------------------------------------------------------------------------------------
+def _by_code(judged: Sequence[Judged]) -> str:
+    """How many warnings of each code were on wrong estimates, the most frequent code first."""
+    counts = Counter(code for one in judged for code in one.codes)
+    right = Counter(code for one in judged for code in one.codes if one.is_wrong())
+    return ", ".join(f"{code} {right[code]} of {count}" for code, count in counts.most_common()) or "none"
+
+
+# ---- figure ------------------------------------------------------------------------------------------------
 
 _EDGES = (-1.0, -0.5, -0.3, -0.1, 0.1, 0.3, 0.5, 1.0)
-_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
+    """Errors and warnings over all settings, warnings as a detector, and the exact answers beside λ."""
     names, judged = settings.architectures, judge(tables)
     figure, (first,) = new_figure(1, width=11.5, height=8.4)
     figure.delaxes(first)
@@ -421,27 +433,27 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     maps = top.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axis, name in zip(maps, names, strict=True):
-        image = _draw_map(axis, [one for one in judged if one.architecture == name], settings)
+        image = _plot_map(axis, [one for one in judged if one.architecture == name], settings)
         network = tables["network"][name]
         axis.set_title(f"{name}\n{network['num_parameters']} parameters, n = {network['num_samples']}", fontsize=11)
     bar = top.colorbar(image, ax=list(maps), pad=0.01, ticks=_EDGES)
     bar.ax.set_yticklabels([f"{edge:+.0%}" for edge in _EDGES])
     bar.set_label("λ̂ ÷ exact answer − 1")
     left, right = bottom.subplots(1, 2, width_ratios=(1.5, 1))
-    _draw_table(left, judged, names)
-    _draw_answers(right, tables, settings)
+    _plot_table(left, judged, names)
+    _plot_answers(right, tables, settings)
     seen, badly = detection(judged), detection(judged, VERY_WRONG)
     figure.suptitle(
         f"Of {seen.wrong} estimates that are off by more than {WRONG:.0%}, {seen.both} carry a warning; of "
         f"{badly.wrong} off by more than {VERY_WRONG:.0%}, {badly.both}\n"
-        "colour: how wrong (white: within 10 %, black: chains lost)    ×: llc_fast warned    ring: wrong in silence\n"
+        "color: how wrong (white: within 10 %, black: diverged)    ×: llc_fast warned    ring: wrong in silence\n"
         f"what a row does not name is at {_centre(settings)}",
         fontsize=12,
     )
     return {"sensitivity": figure}
 
 
-def _draw_map(axis: Axes, judged: Sequence[Judged], settings: Settings) -> Any:
+def _plot_map(axis: Axes, judged: Sequence[Judged], settings: Settings) -> Any:
     """Step sizes from left to right, other settings from top to bottom."""
     import numpy as np
     from matplotlib import colormaps
@@ -488,7 +500,7 @@ def _labels(rows: Sequence[Place]) -> list[str]:
     return labels
 
 
-def _draw_table(axis: Axes, judged: Sequence[Judged], names: Sequence[str]) -> None:
+def _plot_table(axis: Axes, judged: Sequence[Judged], names: Sequence[str]) -> None:
     axis.set_axis_off()
     head = ["", "all", "warned"]
     for by in (WRONG, VERY_WRONG):
@@ -509,9 +521,9 @@ def _draw_table(axis: Axes, judged: Sequence[Judged], names: Sequence[str]) -> N
     table.set_fontsize(9)
     table.scale(1, 2)
     table.auto_set_column_width(list(range(len(head))))
-    for (line, column), cell in table.get_celld().items():
+    for (line, place), cell in table.get_celld().items():
         cell.set_linewidth(0.5)
-        if line in (0, len(cells)) or column == 0:
+        if line in (0, len(cells)) or place == 0:
             cell.set_text_props(weight="bold")
     axis.set_title("warnings as a detector of wrong estimates", fontsize=11)
     axis.text(
@@ -525,25 +537,19 @@ def _draw_table(axis: Axes, judged: Sequence[Judged], names: Sequence[str]) -> N
     )
 
 
-def _draw_answers(axis: Axes, tables: Tables, settings: Settings) -> None:
+def _plot_answers(axis: Axes, tables: Tables, settings: Settings) -> None:
     """The exact mean over the posterior, as a share of λ, along γ; hollow: at other temperatures."""
-    for (color, marker), name in zip(_STYLES, settings.architectures, strict=False):
+    for (color, marker), name in zip(CLASSES, settings.architectures, strict=False):
         known = tables["network"][name]["learning_coefficient"]
-        style: dict[str, Any] = {"color": color, "marker": marker, "ms": 6, "capsize": 3}
+        axis.plot([], [], color=color, marker=marker, ms=6, label=f"{name}, λ = {known:g}")
         for temperature in settings.temperatures:
-            chosen = [p for p in places(settings) if p.temperature == temperature]
-            by_gamma = {p.localization: tables["reference"][f"{name} {p.target}"] for p in chosen}
-            found = [(gamma, row) for gamma, row in sorted(by_gamma.items()) if row["llc"] is not None]
-            first = temperature == settings.temperatures[0]
-            axis.errorbar(
-                [gamma for gamma, _ in found],
-                [row["llc"] / known for _, row in found],
-                yerr=[2 * (row["stderr"] or 0) / known for _, row in found],
-                mfc=color if first else "none",
-                ls="-" if first else "",
-                label=f"{name}, λ = {known:g}" if first else None,
-                **style,
-            )
+            gammas = sorted({p.localization for p in places(settings) if p.temperature == temperature})
+            rows = [tables["reference"][f"{name} {Place(g, temperature, None).target}"] for g in gammas]
+            elsewhere = temperature != settings.temperatures[0]
+            answer, error = column(rows, "llc") / known, figures.two_sigma(rows) / known
+            look: dict[str, Any] = {"ms": 6, "ls": "" if elsewhere else "-"}
+            hollow = [elsewhere] * len(rows)
+            errorbar_by_warning(axis, gammas, answer, error, hollow, color=color, marker=marker, **look)
     axis.axhline(1, color="k", lw=1, ls="--")
     axis.set(xscale="log", xlabel="localization γ", ylabel="exact mean of nβ(L − L(w*)) ÷ λ", ylim=(0, 1.6))
     others = ", ".join(f"{t:g}" for t in settings.temperatures[1:])

@@ -5,12 +5,12 @@ uniform on [−10, 10], targets from the network itself, mean squared error; ε 
 from w*, λ̂ from all of their steps. Weights are truncated normals of standard deviation 1/√inputs, biases normal.
 
 - "SGLD" is what the paper does;
-- "corrected" is the same with ``heat_correction=True``, which takes off the loss what step size and gradient noise were
-  measured to add to it, as `estimate_llc` does whenever it chooses ε itself;
+- "corrected" is the same with ``bias_correction=True``, which subtracts from the loss the bias that step size and
+  gradient noise were measured to add, as `estimate_llc` does whenever it chooses ε itself;
 - "MALA" accepts or rejects steps of the same ε by the whole data set. It sees the noise ξ that SGLD sees, run by run,
   so that the error of their difference is taken from the differences;
 - "HMC" takes MALA's place where that would reject. With h_max the largest curvature at w*, ε·a = ε·nβ·h_max is 2.3 at
-  n = 100,000, where a Langevin step is no small one any more: SGLD is hot, and MALA would lag behind. A trajectory of
+  n = 100,000, where a Langevin step is no longer small: SGLD is biased, and MALA would lag behind. A trajectory of
   length τ moves a flat direction as far as a Langevin step of size τ², so T = ε·steps/E[τ²] of them make the same
   stretch of diffusion, with ten leapfrog steps each, which take far less than 1/√a. Draws begin after the first
   trajectory, which takes the stiff directions from w* to where they belong at once. HMC has other noise than SGLD:
@@ -22,8 +22,8 @@ all samplers alike, and warnings say so. It depends on the network, which is ran
 published values is their shape, and their agreement.
 
 SGLD as published does not agree at n = 100,000: it is some 10 % too high there, since ε·a = 2.3 inflates the stiffest
-direction by 1/(1 − ε·a/4), and minibatches of 32 add their noise. The check says so. What is left after the correction
-is within the error.
+direction by 1/(1 − ε·a/4), and minibatches of 32 add their noise. That the two agree is a published claim, so this is a
+finding. What is left after the correction is within the error.
 
 A minibatch costs the same whatever n is; a full gradient costs n. Seconds are of one run, the estimate's divided by its
 runs, with the pass over all data for L(w*) that every estimate makes once. On a CPU they are processor time, of all
@@ -40,9 +40,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.nn.functional import mse_loss
 
-from llc_fast.plots import new_figure
+import llc_fast
+from llc_fast.plots import errorbar_by_warning, new_figure
 from llc_fast.problems.relu_network import make_data, make_network
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, estimate_row, is_warned, number, numbers, plus_minus
+from llc_fast.reproduce.study import Study
+from llc_fast.samplers import HMCSampler
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,14 +106,13 @@ def measure(study: Study, settings: Settings) -> None:
         squared = LEAPFROG**2 * (1 + JITTER**2 / 3)  # E[τ²]/δ²
         options: dict[str, dict[str, Any]] = {
             "SGLD": {"sampler": "sgld"},
-            "corrected": {"sampler": "sgld", "heat_correction": True},
+            "corrected": {"sampler": "sgld", "bias_correction": True},
             "MALA": {"sampler": "mala"},
             "HMC": {
-                "sampler": "hmc",
+                "sampler": HMCSampler(num_leapfrog=LEAPFROG, jitter=JITTER),
                 "lr": LR * settings.steps / settings.trajectories / squared,
                 "num_burnin": 1,
                 "num_draws": settings.trajectories,
-                "sampler_options": {"num_leapfrog": LEAPFROG, "jitter": JITTER},
             },
         }
         common: dict[str, Any] = {
@@ -118,7 +122,7 @@ def measure(study: Study, settings: Settings) -> None:
             "num_burnin": 0,
             "num_draws": settings.steps,
             "batch_size": n if exact else min(BATCH, n),
-            "microbatch_size": _CACHED if exact and n > _CACHED else None,
+            "execution": llc_fast.Execution(microbatch_size=_CACHED if exact and n > _CACHED else None),
         }
         data = make_data(network, n, study.seed)
         started = clock()
@@ -127,7 +131,7 @@ def measure(study: Study, settings: Settings) -> None:
         per_run = result.llc_per_chain
         late = max(1, result.schedule.num_draws // 10)
         whole = not result.diagnostics["resumed_steps"]  # else the clock has seen a part of it
-        return figures_of(result) | {
+        return estimate_row(result) | {
             "name": name,
             "n": n,
             "spread": float(per_run.std(ddof=1)) if len(per_run) > 1 else math.nan,
@@ -142,40 +146,41 @@ def measure(study: Study, settings: Settings) -> None:
         for name in ("SGLD", "corrected", "MALA", "HMC")
         if name != "MALA" or n < settings.stiff
     }
-    study.rows("estimates", cases, estimate, lambda row: f"λ̂ = {_value(row)}")
+    study.rows("estimates", cases, estimate, _in_words)
     for name in ("SGLD", "corrected"):
         for n in settings.sizes:
             study.say(f"{name} − exact, n = {n}: {_compared(study.tables, name, n)[2]}")
 
 
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Agreement with the exact sampler, and cost."""
-    checks = []
-    for name, label in (("corrected", "heat-corrected SGLD"), ("SGLD", "SGLD as published")):
+    found = []
+    for name, label in (("corrected", "bias-corrected SGLD"), ("SGLD", "SGLD as published")):
         compared = {n: _compared(tables, name, n) for n in settings.sizes}
         worst = max(compared, key=lambda n: abs(compared[n][0]) if math.isfinite(compared[n][0]) else math.inf)
-        checks.append(
-            Check(
+        found.append(
+            Claim(
                 f"{label} and the exact sampler agree within {AGREEMENT:.0%} at every n",
                 f"{compared[worst][2]} at n = {worst:,}",
                 all(abs(difference) <= 100 * AGREEMENT for difference, _, _ in compared.values()),
+                "ours" if name == "corrected" else "published",
             )
         )
     low, high = min(settings.sizes), max(settings.sizes)
     for names, label, wanted in ((("SGLD",), "SGLD", False), (("MALA", "HMC"), "the full-gradient sampler", True)):
         ratio = _slower(tables, names, low, high)
         relation = "more than" if wanted else "at most"
-        checks.append(
-            Check(
+        found.append(
+            Claim(
                 f"{label} takes {relation} {FLAT:g} times as long at n = {high:,} as at n = {low:,}",
                 "not timed in one go: --restart" if ratio is None else f"{ratio:.3g} times",
                 ratio is not None and (ratio > FLAT) == wanted,
             )
         )
-    return checks
+    return found
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """λ̂ and seconds against n."""
     figure, (left, right) = new_figure(2, width=5.0, height=5.0)
     for name, published in PUBLISHED.items():
@@ -185,17 +190,10 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
     for name, (label, color, marker, shift) in _LOOKS.items():
         rows = [row for row in tables["estimates"].values() if row["name"] == name and row["llc"] is not None]
         left.plot([], [], color=color, marker=marker, ls="", label=label)
-        for row in rows:
-            left.errorbar(
-                row["n"] * shift,
-                row["llc"],
-                yerr=2 * (_error(row) or 0.0),
-                color=color,
-                marker=marker,
-                ms=6,
-                capsize=3,
-                mfc="white" if row["warnings"] else color,
-            )
+        places = [shift * row["n"] for row in rows]
+        errors = [figures.SIGMAS * _error(row) for row in rows]
+        llc, warned = [row["llc"] for row in rows], map(is_warned, rows)
+        errorbar_by_warning(left, places, llc, errors, warned, color=color, marker=marker, ms=6)
         timed = [row for row in rows if row["seconds_of_run"] is not None]
         right.plot(
             [row["n"] for row in timed], [row["seconds_of_run"] for row in timed], color=color, marker=marker, ms=6
@@ -207,7 +205,7 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
         xlabel="n, samples in the data set",
         ylabel="λ̂  (± 2 standard errors over runs; hollow: warned)",
         ylim=(0, None),
-        title="SGLD finds what exact samplers find,\nonce its heat is taken off",
+        title="SGLD finds what exact samplers find,\nonce its bias is subtracted",
     )
     left.legend(fontsize=8, loc="upper left")
     left.set_ylim(top=1.35 * left.get_ylim()[1])
@@ -225,12 +223,12 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
 
 
 _LOOKS = {
-    "SGLD": ("SGLD", "#D55E00", "v", 0.88),
-    "corrected": ("SGLD, heat-corrected", "#0072B2", "o", 0.96),
-    "MALA": ("MALA, full gradient", "#009E73", "s", 1.04),
+    "SGLD": ("SGLD", figures.ORANGE, "v", 0.88),
+    "corrected": ("SGLD, bias-corrected", figures.BLUE, "o", 0.96),
+    "MALA": ("MALA, full gradient", figures.GREEN, "s", 1.04),
     "HMC": ("HMC, full gradient", "#000000", "D", 1.12),
 }
-"""Label, color, marker, and how far apart points of one n are drawn."""
+"""Label, color, marker, and how far apart points of one n are plotted."""
 
 
 def _name_line(axes: Axes, label: str, last: Row, color: str) -> None:
@@ -255,8 +253,8 @@ def _compared(tables: Tables, name: str, n: int) -> tuple[float, float, str]:
     ours, exact = _row(tables, name, n), _exact(tables, n)
     if ours is None or exact is None or ours["llc"] is None or exact["llc"] is None:
         return math.nan, math.nan, "not known"
-    # Lost runs are None: a pair of runs is worth what both are.
-    one, other = (np.array(row["llc_per_chain"], dtype=float) for row in (ours, exact))
+    # Diverged runs are None: a pair of runs needs both.
+    one, other = (numbers(row["llc_per_chain"]) for row in (ours, exact))
     if exact["name"] == "MALA":
         pairs = one[: len(other)] - other
         pairs = pairs[np.isfinite(pairs)]
@@ -272,17 +270,14 @@ def _compared(tables: Tables, name: str, n: int) -> tuple[float, float, str]:
     return float(unit * difference), float(unit * error), words
 
 
-def _error(row: Row) -> float | None:
-    """Standard error over runs."""
+def _error(row: Row) -> float:
+    """Standard error over runs; NaN if it is not known."""
     runs = sum(value is not None for value in row["llc_per_chain"])
-    return None if row["spread"] is None or not runs else float(row["spread"] / math.sqrt(runs))
+    return number(row["spread"]) / math.sqrt(runs) if runs else math.nan
 
 
-def _value(row: Row) -> str:
-    if row["llc"] is None:
-        return "all runs lost"
-    error = _error(row)
-    return f"{row['llc']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+def _in_words(row: Row) -> str:
+    return f"λ̂ = {plus_minus(row['llc'], _error(row))}"
 
 
 def _slower(tables: Tables, names: tuple[str, ...], low: int, high: int) -> float | None:

@@ -18,7 +18,6 @@ gradients over all samples: by SGLD, and by MALA, which is exact at any step siz
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -28,14 +27,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llc_fast.plots import new_figure
+from llc_fast.plots import label_hollow, new_figure
 from llc_fast.problems.text import load_text
 from llc_fast.problems.transformer import Transformer, head_masks, sequence_losses
-from llc_fast.reproduce.frame import Check, Row, Study, Tables, figures_of
+from llc_fast.reproduce import figures
+from llc_fast.reproduce.claims import Claim
+from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned, plus_minus
+from llc_fast.reproduce.study import Study
 from llc_fast.support.runtime import threads
 
 if TYPE_CHECKING:
-    import xarray
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -147,39 +148,30 @@ def measure(study: Study, settings: Settings) -> None:
     trained: list[dict[str, Any]] = study.once("training", lambda: _train(study, settings, model, initial, train, test))
     by_step = {kept["step"]: kept for kept in trained}
 
-    def swept(table: str, steps: Sequence[int], chains: Chains, name: str, about: Row, params: Any = None) -> None:
-        """Rows of a table, one for each of these steps."""
-
-        @functools.cache  # by the first row that is missing
-        def found() -> xarray.Dataset:
-            states = [by_step[step]["state"] for step in steps]
-            return study.sweep(
-                name or "training",
-                model,
-                states,
-                data,
-                sequence_losses,
-                labels=list(steps),
-                params=params,
-                nbeta=settings.nbeta,
-                localization=settings.localization,
-                batch_size=settings.batch_size,
-                **asdict(chains),
-            )
-
-        def row(step: int) -> Row:
-            kept = by_step[step]
-            return about | {k: kept[k] for k in ("step", "test_loss", "gradient_norm")} | _row(found(), step)
-
-        study.rows(table, {f"{name} step {step}".strip(): step for step in steps}, row, _say)
+    def swept(table: str, key: str, steps: Sequence[int], chains: Chains, about: Row, params: Any = None) -> None:
+        study.sweep(
+            table,
+            key,
+            model,
+            steps,
+            lambda: [by_step[step]["state"] for step in steps],
+            data,
+            sequence_losses,
+            lambda step: about | {name: by_step[step][name] for name in ("test_loss", "gradient_norm")},
+            in_words,
+            params=params,
+            nbeta=settings.nbeta,
+            localization=settings.localization,
+            batch_size=settings.batch_size,
+            **asdict(chains),
+        )
 
     about = {"num_parameters": model.num_parameters, "sequences": len(train), "python": platform.python_version()}
-    swept("training", settings.checkpoints, settings.whole, "", about)
+    swept("training", "training", settings.checkpoints, settings.whole, about)
     for layer in range(settings.layers):
         for head in range(settings.heads):
-            masks = head_masks(model, layer, head)
-            name = f"layer {layer} head {head}"
-            swept("heads", settings.head_checkpoints, settings.single, name, {"layer": layer, "head": head}, masks)
+            about, masks = {"layer": layer, "head": head}, head_masks(model, layer, head)
+            swept("heads", f"layer {layer} head {head}", settings.head_checkpoints, settings.single, about, masks)
 
     few = data[0][: settings.subset], data[1][: settings.subset]
     same = {"nbeta": settings.nbeta, "localization": settings.localization}
@@ -192,9 +184,9 @@ def measure(study: Study, settings: Settings) -> None:
 
     def estimate(way: str) -> Row:
         result = study.estimate(way, model, few, sequence_losses, **same, **ways[way])
-        return figures_of(result) | {"acceptance": result.diagnostics.get("acceptance")}
+        return estimate_row(result) | {"acceptance": result.diagnostics.get("acceptance")}
 
-    study.rows("agreement", {way: way for way in ways}, estimate, _say)
+    study.rows("agreement", {way: way for way in ways}, estimate, in_words)
 
 
 _FOR_GRADIENT = 1024
@@ -236,95 +228,67 @@ def _gradient_norm(model: Transformer, sequences: Tensor) -> float:
     return math.hypot(*(float(p.grad.norm()) for p in model.parameters() if p.grad is not None))
 
 
-def _row(found: xarray.Dataset, step: int) -> Row:
-    """What is worth keeping of a sweep at one checkpoint."""
-    at = found.sel(checkpoint=step)
-    names = {"llc": "llc_mean", "stderr": "llc_stderr", "ess": "ess_bulk", "seconds_of_estimate": "seconds"}
-    same = ("init_loss", "nbeta", "lr", "r_hat", "heat_removed", "distance_over_anchor", "gradients")
-    return {
-        **{name: at[variable].item() for name, variable in (names | {name: name for name in same}).items()},
-        "interval": [at["llc_low"].item(), at["llc_high"].item()],
-        "llc_per_chain": at["llc_per_chain"].values,
-        "warnings": at["warnings"].item().splitlines(),
-        "is_warm": at["is_warm"].item(),
-    }
-
-
-def _say(row: Row) -> str:
-    warned = f", warned: {'; '.join(row['warnings'])}" if row["warnings"] else ""
-    return ("no estimate" if row["llc"] is None else _number(row)) + warned
-
-
-def _number(row: Row) -> str:
-    error = math.nan if row["stderr"] is None else row["stderr"]
-    return f"λ̂ = {row['llc']:.3g} ± {error:.1g}"
-
-
 # ---- claimed -----------------------------------------------------------------------------------------------
 
 
-def check(tables: Tables, settings: Settings) -> list[Check]:
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Error bars everywhere, no silence, and agreement of minibatches with full gradients."""
     curve, heads = list(tables["training"].values()), list(tables["heads"].values())
     agreement = tables["agreement"]
     wanted = {"checkpoint": len(settings.checkpoints)}
     wanted["head"] = settings.layers * settings.heads * len(settings.head_checkpoints)
-    checks = []
+    found = []
     for (what, count), rows in zip(wanted.items(), (curve, heads), strict=True):
         known = sum(row["llc"] is not None and row["stderr"] is not None for row in rows)
-        warned = sum(bool(row["warnings"]) for row in rows)
-        checks.append(
-            Check(
+        warned = sum(map(is_warned, rows))
+        found.append(
+            Claim(
                 f"every {what} has an estimate with an error bar",
                 f"{known} of {count}, {warned} of them with a warning",
                 known == count,
             )
         )
     everything = [*curve, *heads, *agreement.values()]
-    silent = [row for row in everything if not row["warnings"] and not _is_sound(row)]
-    checks.append(
-        Check(
+    silent = [row for row in everything if not is_warned(row) and not _is_sound(row)]
+    found.append(
+        Claim(
             f"what is not positive, has R̂ above {MAX_R_HAT} or less than {MIN_ESS} effective draws carries a warning",
             f"{len(silent)} of {len(everything)} do not",
             not silent,
         )
     )
     reference = agreement["SGLD, minibatches"]
-    for way, row in agreement.items():
-        if row is not reference:
-            checks.append(_compared(reference, row, way))
-    return checks
+    found += [_agree(reference, row, way) for way, row in agreement.items() if row is not reference]
+    return found
 
 
 def _is_sound(row: Row) -> bool:
     """Whether an estimate has no reason for a warning that can be seen from its row."""
-    figures = [row[name] for name in ("llc", "stderr", "r_hat", "ess")]
-    llc, _, r_hat, ess = figures
-    return None not in figures and llc > 0 and r_hat <= MAX_R_HAT and ess >= MIN_ESS
+    statistics = [row[name] for name in ("llc", "stderr", "r_hat", "ess")]
+    llc, _, r_hat, ess = statistics
+    return None not in statistics and llc > 0 and r_hat <= MAX_R_HAT and ess >= MIN_ESS
 
 
-def _compared(one: Row, other: Row, way: str) -> Check:
-    claim = f"minibatches agree with {way} within {MAX_ERRORS:g} standard errors and {MAX_DIFFERENCE:.0%}"
+def _agree(one: Row, other: Row, way: str) -> Claim:
+    text = f"minibatches agree with {way} within {MAX_ERRORS:g} standard errors and {MAX_DIFFERENCE:.0%}"
     if None in (one["llc"], one["stderr"], other["llc"], other["stderr"]):
-        return Check(claim, "an estimate is missing", False)
+        return Claim(text, "an estimate is missing", False)
     difference, error = one["llc"] - other["llc"], math.hypot(one["stderr"], other["stderr"])
     share = difference / other["llc"]
-    apart = f"{share:+.1%}, {difference / error:+.1f} errors"
-    found = f"{_number(one)} and {other['llc']:.3g} ± {other['stderr']:.1g}: {apart}"
-    return Check(claim, found, abs(difference) <= MAX_ERRORS * error and abs(share) <= MAX_DIFFERENCE)
+    values = [plus_minus(row["llc"], row["stderr"]) for row in (one, other)]
+    found = f"{values[0]} and {values[1]}: {share:+.1%}, {difference / error:+.1f} errors"
+    return Claim(text, found, abs(difference) <= MAX_ERRORS * error and abs(share) <= MAX_DIFFERENCE)
 
 
-# ---- drawn -------------------------------------------------------------------------------------------------
-
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.45"  # Okabe & Ito's, told apart by everybody
+# ---- figures -----------------------------------------------------------------------------------------------
 
 
-def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     """Losses and λ̂ over training; λ̂ of heads, and by minibatches and full gradients."""
     figure, (losses, llc) = new_figure(1, 2, width=7.2, height=2.9)
     rows = list(tables["training"].values())
-    _draw_losses(losses, rows)
-    _draw_curve(llc, rows, settings)
+    _plot_losses(losses, rows)
+    _plot_curve(llc, rows, settings)
     losses.set_title(_finding(rows))
     for axes in (losses, llc):
         axes.set_xscale("symlog", linthresh=max(1, settings.checkpoints[1] if len(settings.checkpoints) > 1 else 1))
@@ -332,8 +296,8 @@ def draw(tables: Tables, settings: Settings) -> dict[str, Figure]:
         axes.set_xticks([], minor=True)
         axes.margins(x=0.03)
     details, (heads, agreement) = new_figure(2, width=5.0, height=4.0)
-    _draw_heads(heads, list(tables["heads"].values()), settings)
-    _draw_agreement(agreement, tables["agreement"])
+    _plot_heads(heads, list(tables["heads"].values()), settings)
+    _plot_agreement(agreement, tables["agreement"])
     return {"training": figure, "heads": details}
 
 
@@ -348,40 +312,23 @@ def _finding(rows: Sequence[Row]) -> str:
     return f"λ̂ while {subject}"
 
 
-def _points(axes: Axes, x: Sequence[float], rows: Sequence[Row], **style: Any) -> None:
-    """λ̂ with error bars of one standard error, hollow where there is a warning."""
-    known = [(at, r) for at, r in zip(x, rows, strict=True) if r["llc"] is not None]
-    for hollow in (False, True):
-        chosen = [(at, r) for at, r in known if bool(r["warnings"]) == hollow]
-        axes.errorbar(
-            [at for at, _ in chosen],
-            [r["llc"] for _, r in chosen],
-            [r["stderr"] or 0.0 for _, r in chosen],
-            fmt="o",
-            capsize=3,
-            zorder=3,
-            **({"ms": 6} | style | ({"mfc": "white"} if hollow else {})),
-        )
-
-
-def _draw_losses(axes: Axes, rows: Sequence[Row]) -> None:
+def _plot_losses(axes: Axes, rows: Sequence[Row]) -> None:
     steps = [r["step"] for r in rows]
-    axes.plot(steps, [r["init_loss"] for r in rows], "o-", color=_BLUE, ms=4, label="training sequences")
-    axes.plot(steps, [r["test_loss"] for r in rows], "s--", color=_ORANGE, ms=4, label="other sequences")
+    axes.plot(steps, [r["init_loss"] for r in rows], "o-", color=figures.BLUE, ms=4, label="training sequences")
+    axes.plot(steps, [r["test_loss"] for r in rows], "s--", color=figures.ORANGE, ms=4, label="other sequences")
     axes.set(ylabel="loss L\n(nats per character)")
     axes.legend(frameon=False)
 
 
-def _draw_curve(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
+def _plot_curve(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
     steps = [r["step"] for r in rows]
     axes.axhline(0, color="0.8", lw=1)
-    curve = [math.nan if r["llc"] is None else r["llc"] for r in rows]
-    axes.plot(steps, curve, color=_BLUE, lw=1, alpha=0.6)
-    _points(axes, steps, rows, color=_BLUE, label=None)
-    axes.plot([], [], "o", color=_BLUE, label="λ̂ ± standard error")
-    axes.plot([], [], "o", color=_BLUE, mfc="white", label="λ̂, with a warning")
+    axes.plot(steps, column(rows, "llc"), color=figures.BLUE, lw=1, alpha=0.6)
+    figures.estimates(axes, steps, rows, ms=6, zorder=3)
+    axes.plot([], [], "o", color=figures.BLUE, label="λ̂ ± 2 standard errors")
+    label_hollow(axes)
     most = [settings.nbeta**2 * r["gradient_norm"] ** 2 / settings.localization for r in rows]
-    axes.plot(steps, most, ":", color=_GREY, label="nβ²‖∇L‖²/γ: what λ̂ may lose, as w* is no minimum")
+    axes.plot(steps, most, ":", color=figures.GREY, label="nβ²‖∇L‖²/γ: what λ̂ may lose, as w* is no minimum")
     axes.set(
         xlabel="training step",
         ylabel=f"λ̂ (nβ = {settings.nbeta:g}, γ = {settings.localization:g},\n{rows[0]['num_parameters']:,} parameters)",
@@ -389,7 +336,7 @@ def _draw_curve(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
     axes.legend(frameon=False, loc="upper left")
 
 
-def _draw_heads(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
+def _plot_heads(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
     """A group of bars for each head, one for each checkpoint."""
     steps = settings.head_checkpoints
     width = 0.8 / len(steps)
@@ -398,8 +345,10 @@ def _draw_heads(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
         chosen = [r for r in rows if r["step"] == step]
         x = [places[r["layer"], r["head"]] + (k - (len(steps) - 1) / 2) * width for r in chosen]
         shade = 0.25 + 0.75 * (k + 1) / len(steps)
-        axes.bar(x, [r["llc"] or 0.0 for r in chosen], width, color=_BLUE, alpha=shade * 0.85, label=f"step {step}")
-        _points(axes, x, chosen, color="k", ms=3, elinewidth=1, lw=1)
+        axes.bar(
+            x, [r["llc"] or 0.0 for r in chosen], width, color=figures.BLUE, alpha=shade * 0.85, label=f"step {step}"
+        )
+        figures.estimates(axes, x, chosen, color="k", ms=3, zorder=3)
     axes.axhline(0, color="k", lw=0.8)
     axes.set_xticks(list(places.values()), [str(head) for _, head in places])
     middle = (settings.heads - 1) / 2
@@ -407,7 +356,7 @@ def _draw_heads(axes: Axes, rows: Sequence[Row], settings: Settings) -> None:
         at = layer * (settings.heads + 0.7) + middle
         axes.text(at, -0.12, f"heads of layer {layer}", transform=axes.get_xaxis_transform(), ha="center", va="top")
     axes.set(title="weight-refined λ̂ of each attention head", ylabel="λ̂ of the head alone")
-    axes.plot([], [], "o", color="k", mfc="white", ms=3, label="with a warning")
+    label_hollow(axes)
     axes.legend(frameon=False)
 
 
@@ -415,20 +364,20 @@ def _heads(settings: Settings) -> list[tuple[int, int]]:
     return [(layer, head) for layer in range(settings.layers) for head in range(settings.heads)]
 
 
-def _draw_agreement(axes: Axes, table: Mapping[str, Row]) -> None:
+def _plot_agreement(axes: Axes, table: Mapping[str, Row]) -> None:
     """The three estimates of one posterior, in a band of 5 % about the exact sampler's."""
     x, rows = list(range(len(table))), list(table.values())
     exact = rows[-1]["llc"]
     if exact is not None:
         low, high = exact * (1 - MAX_DIFFERENCE), exact * (1 + MAX_DIFFERENCE)
-        axes.axhspan(low, high, color=_GREEN, alpha=0.15, lw=0, label=f"MALA ± {MAX_DIFFERENCE:.0%}")
+        axes.axhspan(low, high, color=figures.GREEN, alpha=0.15, lw=0, label=f"MALA ± {MAX_DIFFERENCE:.0%}")
         axes.legend(frameon=False, loc="upper left")
         for margin in (-2.5, 2.5):  # small differences shall look small
             axes.axhline(exact * (1 + margin * MAX_DIFFERENCE), lw=0)
-    _points(axes, x, rows, color=_BLUE)
+    figures.estimates(axes, x, rows, ms=6, zorder=3)
     axes.set_xticks(x, [way.replace(", ", ",\n") for way in table])
     axes.set(
         title="one posterior, three ways",
-        ylabel="λ̂ ± standard error",
+        ylabel="λ̂ ± 2 standard errors",
         xlim=(-0.5, len(rows) - 0.5),
     )

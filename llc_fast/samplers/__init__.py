@@ -1,24 +1,29 @@
 """Samplers: a sampler is its hyperparameters, its state and its rule; ``SAMPLERS`` has them by name."""
 
-from llc_fast.samplers.adaptive import AdamSGLD, RMSpropSGLD
+# SAMPLERS has them in the order of these imports.
+# isort: off
 from llc_fast.samplers.base import Sampler
-from llc_fast.samplers.langevin import SGLD, PreconditionedSGLD
-from llc_fast.samplers.metropolis import HMC, MALA, MetropolisSampler
-from llc_fast.samplers.momentum import SGHMC, SGNHT
-from llc_fast.samplers.registry import ADJUSTED, SAMPLERS, make_sampler
+from llc_fast.samplers.langevin import LangevinSampler, PreconditionedSGLDSampler, SGLDSampler
+from llc_fast.samplers.adaptive import AdamSGLDSampler, RMSpropSGLDSampler
+from llc_fast.samplers.momentum import SGHMCSampler, SGNHTSampler
+from llc_fast.samplers.metropolis import HMCSampler, MALASampler, MetropolisSampler
+from llc_fast.samplers.registry import SAMPLERS, make_sampler, register, samplers_with_optimizer
+# isort: on
 
 __all__ = [
-    "ADJUSTED",
-    "HMC",
-    "MALA",
     "SAMPLERS",
-    "SGHMC",
-    "SGLD",
-    "SGNHT",
-    "AdamSGLD",
+    "AdamSGLDSampler",
+    "HMCSampler",
+    "LangevinSampler",
+    "MALASampler",
     "MetropolisSampler",
-    "PreconditionedSGLD",
-    "RMSpropSGLD",
+    "PreconditionedSGLDSampler",
+    "RMSpropSGLDSampler",
+    "SGHMCSampler",
+    "SGLDSampler",
+    "SGNHTSampler",
     "Sampler",
     "make_sampler",
+    "register",
+    "samplers_with_optimizer",
 ]

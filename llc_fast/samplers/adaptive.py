@@ -3,13 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llc_fast.kernels.step import StepScalars
-from llc_fast.samplers.base import Sampler
+from torch import Tensor
+
+from llc_fast.kernels.step import SUMS, StepScalars
+from llc_fast.samplers.base import Kind, Metric, Sampler
+from llc_fast.samplers.langevin import LangevinSampler
+from llc_fast.samplers.registry import register
 from llc_fast.support.arguments import check_decay, check_number
+
+
+class AdaptiveMetric(Sampler):
+    r"""The metric of RMSprop, p = 1/(√V + eps), with V a running mean of squared gradients that stops adapting.
+
+    With ``relative_eps`` eps is in units of the gradient's scale, the root of the mean of V over all elements that may
+    move. That mean follows V's own recursion, so the sum of g² that every step leaves behind keeps it up to date; only
+    the first step has to look at the gradients before. It is a number, and follows a single chain.
+    """
+
+    metric: ClassVar[Metric] = "adaptive"
+    corrects_start: ClassVar[bool] = False
+    """Whether V is corrected for its start at zero, as in Adam."""
+
+    @classmethod
+    def feedback_sums(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("grad",) if options["relative_eps"] else ()
+
+    @classmethod
+    def adapted(
+        cls,
+        scalars: StepScalars,
+        options: Mapping[str, Any],
+        adaptation: MutableMapping[str, Any],
+        step: int,
+        grads: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+    ) -> StepScalars:
+        if not options["relative_eps"]:
+            return scalars
+        if step == 0 or "mean_square" not in adaptation:
+            moving = [g if m is None else g[m.expand_as(g)] for g, m in zip(grads, masks, strict=True)]
+            mean = sum(float(g.double().square().sum()) for g in moving) / sum(g.numel() for g in moving)
+            adaptation["mean_square"] = (1 - scalars.decay) * mean
+        mean = adaptation["mean_square"]
+        if cls.corrects_start:
+            mean = mean / (1 - scalars.decay ** max(1, min(step, scalars.adapt_steps)))
+        return scalars._replace(eps=scalars.eps * math.sqrt(mean))
+
+    @classmethod
+    def follow(
+        cls, scalars: StepScalars, adaptation: MutableMapping[str, Any], step: int, sums: Tensor, count: int
+    ) -> None:
+        if "mean_square" in adaptation and step < scalars.adapt_steps:
+            before = adaptation["mean_square"] if step else 0.0
+            seen = float(sums[0, SUMS.index("grad")]) / max(count, 1)
+            adaptation["mean_square"] = scalars.decay * before + (1 - scalars.decay) * seen
+
+    @classmethod
+    def frozen_metric(cls, scalars: StepScalars, states: Sequence[Tensor]) -> Tensor:
+        squares = states[0]
+        if cls.corrects_start:
+            squares = squares / (1 - scalars.decay**scalars.adapt_steps)
+        return 1 / (squares.sqrt() + scalars.eps)
 
 
 def _adaptation(options: Mapping[str, Any], decay: float) -> dict[str, float]:
@@ -25,11 +83,12 @@ def _adaptation(options: Mapping[str, Any], decay: float) -> dict[str, float]:
 def _check_adaptation(eps: object, adapt_steps: object) -> None:
     check_number("eps", eps, minimum=0, exclusive=True)
     if adapt_steps is not None:
-        check_number("adapt_steps", adapt_steps, minimum=1)
+        check_number("adapt_steps", adapt_steps, minimum=1, infinite=True)
 
 
+@register
 @dataclass(frozen=True)
-class RMSpropSGLD(Sampler):
+class RMSpropSGLDSampler(AdaptiveMetric, LangevinSampler):
     r"""SGLD in the metric of RMSprop (Li et al. 2016, arXiv 1512.07666).
 
     .. math:: V ← αV + (1 − α)\,g², \quad p = 1/(\sqrt V + eps), \quad
@@ -44,16 +103,16 @@ class RMSpropSGLD(Sampler):
         eps: added to √V, > 0.
         relative_eps: whether `eps` is in units of the gradient's own scale, the root of the mean of V over all
             elements; rescaling the loss then rescales p and nothing else.
-        adapt_steps: steps after which V is frozen; None: never (as in devinterp).
+        adapt_steps: steps after which V is frozen; infinity: never. None: never in an optimizer (as in devinterp), at
+            the end of burn-in in `estimate_llc`.
     """
 
     name: ClassVar[str] = "rmsprop-sgld"
-    adaptive: ClassVar[bool] = True
 
     alpha: float = 0.99
     eps: float = 0.1
     relative_eps: bool = False
-    adapt_steps: int | None = None
+    adapt_steps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +124,9 @@ class RMSpropSGLD(Sampler):
         return super().scalars(options)._replace(**_adaptation(options, options["alpha"]))
 
 
+@register
 @dataclass(frozen=True)
-class AdamSGLD(Sampler):
+class AdamSGLDSampler(AdaptiveMetric):
     r"""SGLD in RMSprop's metric with a running mean of gradients, both bias-corrected as in Adam.
 
     .. math:: m ← β_1 m + (1 − β_1) g,\quad V ← β_2 V + (1 − β_2) g²,\quad p = 1/(\sqrt{\hat V} + eps),\quad
@@ -75,7 +135,7 @@ class AdamSGLD(Sampler):
     The Adam-SGLD of Hitchcock & Hoogland 2025 (arXiv 2507.21449); Kim, Song & Liang 2022 (arXiv 2009.09535) adapt the
     drift in a related way. What holds for RMSprop-SGLD's metric holds here; besides, m lags about β₁/(1 − β₁) steps
     behind the gradient, which costs an error of order ε·nβ·h·p·β₁/(1 − β₁) in a direction of curvature h even after V
-    is frozen.
+    is frozen. Its bias is not measured: the drift is not that of the place where the step begins.
 
     Attributes:
         betas: (β₁, β₂), each in [0, 1).
@@ -83,14 +143,13 @@ class AdamSGLD(Sampler):
     """
 
     name: ClassVar[str] = "adam-sgld"
+    kind: ClassVar[Kind] = "momentum"
     corrects_start: ClassVar[bool] = True
-    adaptive: ClassVar[bool] = True
-    tells_heat: ClassVar[bool] = False  # the drift lags behind the place
 
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 0.1
     relative_eps: bool = False
-    adapt_steps: int | None = None
+    adapt_steps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +158,11 @@ class AdamSGLD(Sampler):
         check_decay("betas[0]", self.betas[0])
         check_decay("betas[1]", self.betas[1])
         _check_adaptation(self.eps, self.adapt_steps)
+
+    @classmethod
+    def drift_lag(cls, options: Mapping[str, Any]) -> float:
+        first: float = options["betas"][0]
+        return first / (1 - first)
 
     @classmethod
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:

@@ -1,23 +1,21 @@
-"""What all samplers have in common."""
+"""What all samplers have in common, and what a sampler says of itself."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llc_fast.kernels.native import NUM_STATES
-from llc_fast.kernels.step import METRICS, StepScalars
+from llc_fast.kernels.step import SUMS, StepScalars
 from llc_fast.support.arguments import check_number
 
-MOMENTUM_STREAM = 1
-"""The stream of the noise that initial momenta are drawn from; Langevin noise is stream 0."""
-ACCEPT_STREAM = 3
-"""The stream of a Metropolis test and of a trajectory's jitter; minibatches are stream 2."""
+Kind = Literal["langevin", "momentum", "thermostat", "metropolis", "unknown"]
+Metric = Literal["identity", "given", "adaptive", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,9 @@ class Sampler:
     r"""What all samplers have in common: the localized tempered potential nβ·L(w) + γ/2·‖w − w*‖² + μ/2·‖w‖².
 
     Attributes:
-        lr: step size ε > 0.
-        nbeta: inverse temperature nβ > 0 of the mean loss; n / log n is Watanabe's choice.
-        localization: γ ≥ 0.
+        lr: step size ε > 0; None: chosen later.
+        nbeta: inverse temperature nβ > 0 of the mean loss, n / log n is Watanabe's choice; None: chosen later.
+        localization: γ ≥ 0; None: left open, which is 0 in a sampler that stands alone, and 1 in `estimate_llc`.
         weight_decay: μ ≥ 0, a Gaussian prior around zero.
         noise_level: σ ≥ 0; anything but 1 no longer samples the posterior.
         bounding_box_size: b > 0, the elementwise bound on \|w − w*\|, or None for no box.
@@ -36,51 +34,114 @@ class Sampler:
         TypeError, ValueError: a value that is not a number, not finite or out of range.
     """
 
-    name: ClassVar[str]
-    adaptive: ClassVar[bool] = False
-    """Whether the metric is learned from gradients, and should be frozen before draws are taken."""
-    thermostatted: ClassVar[bool] = False
-    """Whether each chain has a thermostat, which starts at `diffusion_factor` and follows the kinetic energy."""
-    tells_heat: ClassVar[bool] = True
-    """Whether :meth:`heat` holds for it."""
-    corrects_start: ClassVar[bool] = False
-    """Whether the running mean of squared gradients is corrected for its start at zero, as in Adam."""
-    adjusted_by_metropolis: ClassVar[bool] = False
-    """Whether proposals are accepted or rejected, by the loss over the whole data set; then there is no optimizer."""
+    # What a sampler can do. Whoever needs a capability asks for it here; nothing else in the package knows samplers by
+    # name. Each default is the careful answer: a new rule that says nothing is sampled as it is, with the step size
+    # that the user gives, and nothing is corrected, measured or chosen for it.
 
-    lr: float
-    nbeta: float
-    localization: float = 0.0
+    name: ClassVar[str]
+    kind: ClassVar[Kind] = "unknown"
+    """``"langevin"``: w' = w − (ε/2)·p·∇U(w) + √(εp)·ξ in a diagonal metric 1/p, the proposal of MALA;
+    ``"momentum"``: the drift is averaged over steps; ``"thermostat"``: so it is, with a friction that follows the
+    kinetic energy; ``"metropolis"``: proposals are accepted or rejected by the loss over the whole data set, which
+    an optimizer does not see."""
+    metric: ClassVar[Metric] = "unknown"
+    """p is 1, the option ``preconditioner``, or learned from gradients and frozen before the draws."""
+    supports_bias_correction: ClassVar[bool] = False
+    """Whether :meth:`bias` holds."""
+    momentum_variant: ClassVar[str | None] = None
+    """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
+    traces: ClassVar[tuple[str, ...]] = ()
+    """The names of what :meth:`info` reports of every step."""
+
+    lr: float | None = None
+    nbeta: float | None = None
+    localization: float | None = None
     weight_decay: float = 0.0
     noise_level: float = 1.0
     bounding_box_size: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr, minimum=0, exclusive=True)
-        check_number("nbeta", self.nbeta, minimum=0, exclusive=True)
-        check_number("localization", self.localization, minimum=0)
-        check_number("weight_decay", self.weight_decay, minimum=0)
-        check_number("noise_level", self.noise_level, minimum=0)
-        if self.bounding_box_size is not None:
-            check_number("bounding_box_size", self.bounding_box_size, minimum=0, exclusive=True)
+        for name in ("lr", "nbeta", "bounding_box_size"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), minimum=0, exclusive=True)
+        if self.localization is not None:
+            check_number("localization", self.localization, minimum=0)
+        for name in ("weight_decay", "noise_level"):
+            check_number(name, getattr(self, name), minimum=0)
 
-    @property
-    def rule(self) -> str:
-        """The native module's update rule."""
-        return self.name
+    # ---- capabilities that depend on options; `options` are ``vars(sampler)`` or an optimizer's group -------
 
-    def needs_anchor(self) -> bool:
+    @classmethod
+    def drift_lag(cls, options: Mapping[str, Any]) -> float:
+        """Steps by which the drift lags behind w; NaN: unknown."""
+        return math.nan
+
+    @classmethod
+    def injected_noise(cls, options: Mapping[str, Any]) -> float:
+        """The variance of the noise that a step adds, over ε·p, to compare gradient noise with; NaN: unknown."""
+        return math.nan
+
+    @classmethod
+    def feedback_sums(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The sums of a step that :meth:`follow` reads, names of ``llc_fast.kernels.step``."""
+        return ()
+
+    @classmethod
+    def sums_needed(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The sums that a chain needs of each step: those that are fed back, and the bias."""
+        return (*cls.feedback_sums(options), *(("bias",) if cls.supports_bias_correction else ()))
+
+    @classmethod
+    def needs_whole_step(cls, options: Mapping[str, Any]) -> bool:
+        """Whether parameters can't be moved one by one, each as soon as its gradient is there."""
+        return cls.kind == "metropolis" or bool(cls.feedback_sums(options))
+
+    @classmethod
+    def adapts_on_host(cls, options: Mapping[str, Any]) -> bool:
+        """Whether what is fed back are numbers of one chain, read from its device at every step, not tensors there."""
+        return bool(cls.feedback_sums(options))
+
+    @classmethod
+    def needs_reference(cls, options: Mapping[str, Any]) -> bool:
         """Whether the rule reads w*."""
-        return self.localization != 0 or self.bounding_box_size is not None
+        return bool(options["localization"]) or options["bounding_box_size"] is not None
+
+    # ---- the step ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def rule(cls) -> str:
+        """The native module's update rule."""
+        return cls.name
+
+    @classmethod
+    def bytes_moved(cls, low: bool = False, chains: int = 1) -> float:
+        """What a step can't avoid moving, in bytes per float32 parameter of each chain.
+
+        w, gradient and w* are read and w is written; a given metric is read; each state is read and written.
+
+        Args:
+            low: the gradient is bfloat16, and a bfloat16 copy of w is written.
+            chains: that step together: they share w* and metric, which are read once.
+        """
+        gradient, copy = (2, 2) if low else (4, 0)
+        shared = 8 if cls.metric == "given" else 4
+        return 8 + gradient + copy + 8 * NUM_STATES[cls.rule()] + shared / chains
 
     @classmethod
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
         """One step's scalars from a mapping of hyperparameters: ``vars(sampler)``, an optimizer's group.
 
         Schedulers change these between steps, so what could make a step silently wrong is checked again here.
+
+        Raises:
+            TypeError: lr or nbeta is still open.
+            ValueError: a number that is negative or not finite.
         """
+        if options["lr"] is None or options["nbeta"] is None:
+            name = "lr" if options["lr"] is None else "nbeta"
+            raise TypeError(f"{name} must be a number, got None: give it, as in dataclasses.replace(sampler, {name}=…)")
         lr, nbeta = float(options["lr"]), float(options["nbeta"])
-        localization, decay = float(options["localization"]), float(options["weight_decay"])
+        localization, decay = float(options["localization"] or 0.0), float(options["weight_decay"])
         noise, box = float(options["noise_level"]), options["bounding_box_size"]
         scalars = StepScalars(lr, nbeta, localization, decay, noise, math.inf if box is None else float(box))
         # Sums carry NaN and infinity along: two comparisons see all values. This runs at every step.
@@ -96,76 +157,68 @@ class Sampler:
         cls, w: Tensor, offset: int, options: Mapping[str, Any], seed: int, chain: int = 0
     ) -> list[Tensor]:
         """What the rule keeps for parameter `w`, whose first element is `offset` in the noise: zeros to begin with."""
-        return [torch.zeros_like(w, memory_format=torch.contiguous_format) for _ in range(NUM_STATES[cls.name])]
+        return [torch.zeros_like(w, memory_format=torch.contiguous_format) for _ in range(NUM_STATES[cls.rule()])]
 
-    # What a sampler feeds back from a step's sums to the next step. `options` are its hyperparameters, `memory` is
-    # where the two numbers live: an optimizer's group serves as both.
-
-    @classmethod
-    def measures(cls, options: Mapping[str, Any]) -> bool:
-        """Whether each step has to be measured."""
-        return cls.thermostatted or bool(options.get("relative_eps"))
+    # ---- adaptation: what a sampler feeds back from a step's sums to the next step ---------------------------
+    # `adaptation` is where these variables live: a tensor with a row for each chain, or a number. An optimizer's group
+    # serves as options and adaptation in one.
 
     @classmethod
-    def initial_memory(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        if not cls.thermostatted:
-            return {}
-        return {"thermostat": torch.full((1,), options["diffusion_factor"], dtype=torch.float64, device=device)}
+    def initial_adaptation(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """The variables of one chain, before its first step."""
+        return {}
 
     @classmethod
-    def adjusted(
+    def adapted(
         cls,
         scalars: StepScalars,
         options: Mapping[str, Any],
-        memory: MutableMapping[str, Any],
+        adaptation: MutableMapping[str, Any],
         step: int,
         grads: Sequence[Tensor],
         masks: Sequence[Tensor | None],
     ) -> StepScalars:
-        """The scalars with `eps` in units of the gradient's scale, if that is asked for.
-
-        The scale is the root of the mean of V̂ over all elements that may move. That mean follows V's own recursion, so
-        the sum of g² that every step leaves behind keeps it up to date; only the first step has to look at the
-        gradients before.
-        """
-        if not options.get("relative_eps"):
-            return scalars
-        if step == 0 or "mean_square" not in memory:
-            moving = [g if m is None else g[m.expand_as(g)] for g, m in zip(grads, masks, strict=True)]
-            mean = sum(float(g.double().square().sum()) for g in moving) / sum(g.numel() for g in moving)
-            memory["mean_square"] = (1 - scalars.decay) * mean
-        mean = memory["mean_square"]
-        if cls.corrects_start:
-            mean = mean / (1 - scalars.decay ** max(1, min(step, scalars.adapt_steps)))
-        return scalars._replace(eps=scalars.eps * math.sqrt(mean))
+        """The scalars of a step, by what earlier steps have left in `adaptation`."""
+        return scalars
 
     @classmethod
-    def heat(cls, scalars: StepScalars, metrics: Any) -> Any:
-        r"""What step size and gradient noise add to nβ·(L − L(w*)): (ε/8)·Σ p·G·nβg, G the drift as the step saw it.
+    def follow(
+        cls, scalars: StepScalars, adaptation: MutableMapping[str, Any], step: int, sums: Tensor, count: int
+    ) -> None:
+        """Move `adaptation` after a step with these `sums` over `count` elements."""
 
-        In a stationary chain ‖w − w*‖² does not grow: in a direction of curvature a = nβh + γ of a quadratic well,
-        w' = w − (ε/2)pG + √(εp)ξ says a·E[(w − w*)²] = 1 + (ε/4)·E[pG²]. The posterior has 1 there, and the loss has
-        the share nβh/a of half of the rest. That share of G is nβg, so this is exact whatever the step size; only
-        minibatch noise in directions that γ holds more than the loss is counted whole. Directions that the loss does
-        not see count nothing, wherever the chain is in them.
+    @classmethod
+    def frozen_metric(cls, scalars: StepScalars, states: Sequence[Tensor]) -> Tensor | float:
+        """p of a step whose metric no longer adapts, without the option ``preconditioner``; NaN: unknown.
+
+        Args:
+            scalars: of the step, as :meth:`adapted` gives them.
+            states: what the rule keeps.
+        """
+        return 1.0 if cls.metric in ("identity", "given") else math.nan
+
+    # ---- what a step says of itself --------------------------------------------------------------------------
+
+    @classmethod
+    def bias(cls, scalars: StepScalars, sums: Any) -> Any:
+        r"""The bias of a step: (ε/8)·Σ p·G·nβg, what step size and gradient noise add to nβ·(L − L(w*)).
+
+        G is the drift that the step used. In a stationary chain ‖w − w*‖² does not grow. In a direction of a quadratic
+        well where U has curvature a = nβh + γ, w' = w − (ε/2)pG + √(εp)ξ then gives a·E[(w − w*)²] = 1 + (ε/4)·E[pG²].
+        The posterior has 1 there. Half of the rest is in U, and the loss has the share nβh/a of it, which is the share
+        that nβg has in G. So the bias is exact for any step size. Minibatch noise is counted whole in directions where
+        γ is larger than nβh. Directions in which the loss is flat count nothing, wherever the chain is in them.
 
         Args:
             scalars: of the step.
-            metrics: its sums, float64 ``[num_chains, 8]``, a tensor or an array.
+            sums: of the step, float64 ``[num_chains, sum]``, a tensor or an array.
 
         Returns:
             One number for each chain, in units of λ.
         """
-        return scalars.nbeta * metrics[:, METRICS.index("heat")]
+        return scalars.nbeta * sums[:, SUMS.index("bias")]
 
     @classmethod
-    def follow(
-        cls, scalars: StepScalars, memory: MutableMapping[str, Any], step: int, metrics: Tensor, count: int
-    ) -> None:
-        """Move thermostat and gradient scale after a step with these sums over `count` elements."""
-        if cls.thermostatted:
-            memory["thermostat"] += metrics[:, METRICS.index("momentum")] / max(count, 1) - scalars.lr
-        elif "mean_square" in memory and step < scalars.adapt_steps:
-            before = memory["mean_square"] if step else 0.0
-            seen = float(metrics[0, METRICS.index("grad")]) / max(count, 1)
-            memory["mean_square"] = scalars.decay * before + (1 - scalars.decay) * seen
+    def info(cls, scalars: StepScalars, sums: Any, adaptation: Mapping[str, Any]) -> dict[str, Any]:
+        """The quantities named in :attr:`traces` after a step, ``[num_chains]`` each."""
+        return {"bias": cls.bias(scalars, sums)} if cls.supports_bias_correction else {}

@@ -9,12 +9,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.base import Kind, Metric, Sampler
+from llc_fast.samplers.registry import register
 from llc_fast.support.arguments import check_number
 
 
+class LangevinSampler(Sampler):
+    """Langevin steps w ← w − (ε/2)·p·G + √(εp)·ξ, with G at w itself and a diagonal p that is fixed during the draws.
+
+    A sampler that derives from this class says that its rule is such a step, and that its bias sum is Σ g·(ε/8)·p·G.
+    """
+
+    kind: ClassVar[Kind] = "langevin"
+    supports_bias_correction: ClassVar[bool] = True
+    traces: ClassVar[tuple[str, ...]] = ("bias",)
+
+    @classmethod
+    def drift_lag(cls, options: Mapping[str, Any]) -> float:
+        return 0.0
+
+    @classmethod
+    def injected_noise(cls, options: Mapping[str, Any]) -> float:
+        return 1.0
+
+
+@register
 @dataclass(frozen=True)
-class SGLD(Sampler):
+class SGLDSampler(LangevinSampler):
     r"""Stochastic gradient Langevin dynamics, localized at w*.
 
     .. math:: w ← w − \tfrac{ε}{2}\,[nβ\,g + γ(w − w^*) + μ\,w] + σ\sqrt{ε}\,ξ,\qquad ξ ∼ N(0, 1)
@@ -24,10 +45,13 @@ class SGLD(Sampler):
     """
 
     name: ClassVar[str] = "sgld"
+    metric: ClassVar[Metric] = "identity"
+    momentum_variant: ClassVar[str | None] = "sghmc"
 
 
+@register
 @dataclass(frozen=True)
-class PreconditionedSGLD(Sampler):
+class PreconditionedSGLDSampler(LangevinSampler):
     r"""SGLD in a fixed diagonal metric.
 
     .. math:: w ← w − \tfrac{ε}{2}\,A\,[nβ\,g + γ(w − w^*) + μ\,w] + σ\sqrt{ε A}\,ξ
@@ -42,21 +66,26 @@ class PreconditionedSGLD(Sampler):
     """
 
     name: ClassVar[str] = "preconditioned-sgld"
+    metric: ClassVar[Metric] = "given"
 
     preconditioner: Any = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.preconditioner
-        if isinstance(given, Mapping):
-            entries = [(f"preconditioner[{k!r}]", v) for k, v in given.items()]
-        elif isinstance(given, (list, tuple)):
-            entries = [(f"preconditioner[{k}]", v) for k, v in enumerate(given)]
+        check_preconditioner(self.preconditioner)
+
+
+def check_preconditioner(given: Any) -> None:
+    """Raise TypeError or ValueError unless `given` is a metric A > 0, or one for each parameter."""
+    if isinstance(given, Mapping):
+        entries = [(f"preconditioner[{k!r}]", v) for k, v in given.items()]
+    elif isinstance(given, (list, tuple)):
+        entries = [(f"preconditioner[{k}]", v) for k, v in enumerate(given)]
+    else:
+        entries = [("preconditioner", given)]
+    for name, value in entries:
+        if isinstance(value, Tensor) and value.ndim:
+            if not (value.is_floating_point() and torch.isfinite(value).all() and (value > 0).all()):
+                raise ValueError(f"{name} must hold finite numbers greater than 0")
         else:
-            entries = [("preconditioner", given)]
-        for name, value in entries:
-            if isinstance(value, Tensor) and value.ndim:
-                if not (value.is_floating_point() and torch.isfinite(value).all() and (value > 0).all()):
-                    raise ValueError(f"{name} must hold finite numbers greater than 0")
-            else:
-                check_number(name, value, minimum=0, exclusive=True)
+            check_number(name, value, minimum=0, exclusive=True)

@@ -9,32 +9,39 @@ from typing import Any, ClassVar
 
 import torch
 
-from llc_fast.samplers.langevin import PreconditionedSGLD
-from llc_fast.support.arguments import check_count, check_decay, check_number
+from llc_fast.kernels.step import StepScalars
+from llc_fast.samplers.base import Kind, Metric, Sampler
+from llc_fast.samplers.langevin import check_preconditioner
+from llc_fast.samplers.registry import register
+from llc_fast.support.arguments import check_decay, check_integer, check_number
 
 
 @dataclass(frozen=True)
-class MetropolisSampler(PreconditionedSGLD):
-    """What MALA and HMC have in common; see :class:`llc_fast.metropolis.Metropolis` for what they do.
+class MetropolisSampler(Sampler):
+    """What MALA and HMC have in common; see :class:`llc_fast.chains.metropolis.Metropolis` for what they do.
 
     Attributes:
         preconditioner: A, as for preconditioned SGLD; momenta have covariance 1/A.
-        adapt_steps: transitions, the first ones, that each chain uses to find its own ε, starting from `lr`; 0: ε
-            stays `lr`. `estimate_llc` sets it to the length of burn-in if ``lr=None``, else to 0.
+        adapt_steps: transitions, the first ones, that each chain uses to find its own ε, starting from `lr`; 0 or None:
+            ε stays `lr`. `estimate_llc` replaces None by the length of burn-in if ``lr=None``.
         target_acceptance: the mean acceptance probability that adaptation aims at.
         noise_level: 1; nothing else leaves the posterior invariant.
         bounding_box_size: proposals out of the box are rejected, so the posterior is cut off there, not clamped.
     """
 
-    adjusted_by_metropolis: ClassVar[bool] = True
-    tells_heat: ClassVar[bool] = False
+    kind: ClassVar[Kind] = "metropolis"
+    metric: ClassVar[Metric] = "given"
+    traces: ClassVar[tuple[str, ...]] = ("acceptance", "lr")
 
-    adapt_steps: int = 0
+    preconditioner: Any = 1.0
+    adapt_steps: int | None = None
     target_acceptance: float = 0.574
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("adapt_steps", self.adapt_steps, 0)
+        check_preconditioner(self.preconditioner)
+        if self.adapt_steps is not None:
+            check_integer("adapt_steps", self.adapt_steps, 0)
         if not 0 < check_number("target_acceptance", self.target_acceptance) < 1:
             raise ValueError(f"target_acceptance must be between 0 and 1, got {self.target_acceptance}")
         if self.noise_level != 1:
@@ -43,27 +50,38 @@ class MetropolisSampler(PreconditionedSGLD):
                 "the posterior itself; change nbeta for another temperature"
             )
 
-    @property
-    def rule(self) -> str:
-        return "preconditioned-sgld"  # the proposal of MALA; the engine uses its checks and its layout of memory
+    @classmethod
+    def rule(cls) -> str:
+        return "preconditioned-sgld"  # the proposal of MALA; the engine uses its checks and its layout of buffers
+
+    @classmethod
+    def bytes_moved(cls, low: bool = False, chains: int = 1) -> float:
+        return math.nan  # a transition is no single pass
 
     def trajectory(self) -> tuple[int, float]:
         """Leapfrog steps of a transition, and how far their length may differ from √ε, as a share of it."""
         return 1, 0.0
 
     @classmethod
-    def measures(cls, options: Mapping[str, Any]) -> bool:
-        return True  # no part of a gradient can be consumed before the proposal is accepted
+    def drift_lag(cls, options: Mapping[str, Any]) -> float:
+        return 0.0
 
     @classmethod
-    def initial_memory(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    def initial_adaptation(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """Each chain's log √ε, its weighted mean, the mean shortfall of acceptance, the last acceptance."""
         log = 0.5 * math.log(options["lr"])
-        return {"adaptation": torch.tensor([[log, log, 0.0, math.nan]], dtype=torch.float64, device=device)}
+        return {"step_size": torch.tensor([[log, log, 0.0, math.nan]], dtype=torch.float64, device=device)}
+
+    @classmethod
+    def info(cls, scalars: StepScalars, sums: Any, adaptation: Mapping[str, Any]) -> dict[str, Any]:
+        """The acceptance probability of the last transition, and the ε of the next."""
+        rows = adaptation["step_size"]
+        return {"acceptance": rows[:, 3], "lr": (2 * rows[:, 0]).exp()}
 
 
+@register
 @dataclass(frozen=True)
-class MALA(MetropolisSampler):
+class MALASampler(MetropolisSampler):
     r"""The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996) on the whole data set.
 
     .. math:: w' = w − \tfrac{ε}{2} A ∇U(w) + \sqrt{ε A}\,ξ, \qquad
@@ -76,8 +94,9 @@ class MALA(MetropolisSampler):
     name: ClassVar[str] = "mala"
 
 
+@register
 @dataclass(frozen=True)
-class HMC(MetropolisSampler):
+class HMCSampler(MetropolisSampler):
     """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011) on the whole data set, with step size δ = √ε.
 
     Momenta are drawn anew for every trajectory of L leapfrog steps. With L = 1 and no jitter it is MALA with the same
@@ -98,7 +117,7 @@ class HMC(MetropolisSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_leapfrog", self.num_leapfrog, 1)
+        check_integer("num_leapfrog", self.num_leapfrog, 1)
         check_decay("jitter", self.jitter)
 
     def trajectory(self) -> tuple[int, float]:

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
-from llc_fast.samplers.adaptive import AdamSGLD, RMSpropSGLD
 from llc_fast.samplers.base import Sampler
-from llc_fast.samplers.langevin import SGLD, PreconditionedSGLD
-from llc_fast.samplers.metropolis import HMC, MALA, MetropolisSampler
-from llc_fast.samplers.momentum import SGHMC, SGNHT
 
-SAMPLERS: dict[str, type[Sampler]] = {
-    cls.name: cls for cls in (SGLD, PreconditionedSGLD, RMSpropSGLD, AdamSGLD, SGHMC, SGNHT)
-}
-ADJUSTED: dict[str, type[MetropolisSampler]] = {cls.name: cls for cls in (MALA, HMC)}
+SAMPLERS: dict[str, type[Sampler]] = {}
+"""Every sampler by its name, in the order of their definition."""
+_S = TypeVar("_S", bound=type[Sampler])
 
 
-def make_sampler(name: str, **options: Any) -> Sampler:
-    """The sampler called `name`; unknown names and options raise a ValueError that lists the known ones."""
-    known_samplers: Mapping[str, type[Sampler]] = {**SAMPLERS, **ADJUSTED}
-    if not isinstance(name, str) or name not in known_samplers:
-        raise ValueError(f"sampler={name!r} is unknown; choose one of: {', '.join(sorted(known_samplers))}")
-    cls = known_samplers[name]
-    known = [f.name for f in fields(cls)]
+def register(cls: _S) -> _S:
+    """Put a sampler class under its name; as a decorator.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if cls.name in SAMPLERS:
+        raise ValueError(f"sampler={cls.name!r} is {SAMPLERS[cls.name].__name__} already: give {cls.__name__} another")
+    SAMPLERS[cls.name] = cls
+    return cls
+
+
+def samplers_with_optimizer() -> dict[str, type[Sampler]]:
+    """Those whose transition is one step with a given gradient: all but the Metropolis-adjusted ones."""
+    return {name: cls for name, cls in SAMPLERS.items() if cls.kind != "metropolis"}
+
+
+def make_sampler(sampler: str | Sampler, **options: Any) -> Sampler:
+    """The sampler called `sampler`, or the one that is given, with these options.
+
+    Raises:
+        ValueError: unknown names and options; the message lists the known ones.
+    """
+    if isinstance(sampler, Sampler):
+        cls = type(sampler)
+    elif isinstance(sampler, str) and sampler in SAMPLERS:
+        cls = SAMPLERS[sampler]
+    else:
+        raise ValueError(f"sampler={sampler!r} is unknown; choose one of: {', '.join(sorted(SAMPLERS))}")
+    known = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; it takes: {', '.join(known)}")
-    return cls(**options)
+    return dataclasses.replace(sampler, **options) if isinstance(sampler, Sampler) else cls(**options)

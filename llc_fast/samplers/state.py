@@ -1,4 +1,4 @@
-"""The memory of chains: their parameters in flat rows, what the model sees of them, and what the sampler keeps."""
+"""The buffers of chains: their parameters in flat rows, what the model sees of them, and what the sampler keeps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llc_fast.kernels.native import NUM_METRICS, NUM_STATES, Segment, SegmentTable, is_low_precision, normals
+from llc_fast.kernels.native import NUM_STATES, NUM_SUMS, Segment, SegmentTable, is_low_precision, normals
 from llc_fast.kernels.step import NoiseKey, StepScalars
-from llc_fast.objective.objective import Objective
+from llc_fast.kernels.streams import NOISE_STREAM
 from llc_fast.samplers.base import Sampler
 
 _PIECE = 2**20  # elements that are looked at together where memory counts
@@ -25,32 +25,34 @@ class ChainState:
     A bfloat16 or float16 model sees copies in its own precision, which the step writes; the chains are float32.
 
     Args:
-        posterior: what is sampled; gives w* and masks.
-        sampler: how.
+        reference: w* of each parameter by name; chains start there.
+        masks: by name, for parameters of which a part moves: boolean, broadcast to the parameter, True where it moves.
+        sampler: how they move.
         num_chains: rows.
     """
 
-    def __init__(self, posterior: Objective, sampler: Sampler, num_chains: int) -> None:
+    def __init__(
+        self, reference: Mapping[str, Tensor], masks: Mapping[str, Tensor], sampler: Sampler, num_chains: int
+    ) -> None:
         self._sampler, self._options = sampler, dict(vars(sampler))
-        self._scalars = sampler.scalars(self._options)
-        self.num_chains, self._names = num_chains, list(posterior.anchor)
-        self._num_moving = posterior.num_parameters
-        first = next(iter(posterior.anchor.values()))
+        self.scalars = sampler.scalars(self._options)
+        self.num_chains, self._names = num_chains, list(reference)
+        first = next(iter(reference.values()))
         self._device, low = first.device, is_low_precision(first)
         # Contiguous, because that is how the elements' noise is numbered.
-        self._anchor = [(p.float() if low else p).contiguous() for p in posterior.anchor.values()]
-        self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._anchor)]))[:-1]
-        self._starts = list(itertools.accumulate([0, *(-(-p.numel() // _ALIGN) * _ALIGN for p in self._anchor)]))
-        self.w = self._rows(self._anchor[0].dtype)
-        self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.rule])]
+        self._reference = [(p.float() if low else p).contiguous() for p in reference.values()]
+        self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._reference)]))[:-1]
+        self._starts = list(itertools.accumulate([0, *(-(-p.numel() // _ALIGN) * _ALIGN for p in self._reference)]))
+        self.w = self._rows(self._reference[0].dtype)
+        self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.rule()])]
         self._seen = self._rows(first.dtype) if low else self.w
         given = getattr(sampler, "preconditioner", 1.0)
         self._segments = [
             Segment(
                 w=self._view(self.w, k)[0],
                 offset=self._offsets[k],
-                anchor=self._anchor[k],
-                mask=posterior.masks.get(name),
+                reference=self._reference[k],
+                mask=masks.get(name),
                 state=[self._view(state, k)[0] for state in self.states],
                 preconditioner=given[name] if isinstance(given, Mapping) else given,
                 copy=self._view(self._seen, k)[0] if low else None,
@@ -58,22 +60,28 @@ class ChainState:
             for k, name in enumerate(self._names)
         ]
         self._masks = [segment.mask for segment in self._segments]
-        self._table = SegmentTable(sampler.rule, self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
+        self._table = SegmentTable(sampler.rule(), self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
         self._single_tables: dict[str, SegmentTable] = {}
-        self._metrics = None
-        self._follows = sampler.measures(self._options)
-        if self._follows or sampler.tells_heat:
-            self._metrics = torch.zeros(num_chains, NUM_METRICS, dtype=torch.float64, device=self._device)
-            self._part = torch.zeros_like(self._metrics)
+        self._num_moving = sum(
+            p.numel() if mask is None else int(mask.expand_as(p).sum())
+            for p, mask in zip(self._reference, self._masks, strict=True)
+        )
+        self._feeds_back = bool(sampler.feedback_sums(self._options))
+        self._sums: Tensor | None = None
+        self._sums_seen: Any = None
+        self._wanted = sampler.sums_needed(self._options)
+        if self._wanted:
+            self._sums = torch.zeros(num_chains, NUM_SUMS, dtype=torch.float64, device=self._device)
+            self._part = torch.zeros_like(self._sums)
             # On a CPU through NumPy, in a fraction of the time that torch takes for a few numbers.
-            self._sums = self._metrics.numpy() if self._device.type == "cpu" else self._metrics
+            self._sums_seen = self._sums.numpy() if self._device.type == "cpu" else self._sums
 
     def _rows(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.num_chains, self._starts[-1], dtype=dtype, device=self._device)
 
     def _view(self, rows: Tensor, k: int) -> Tensor:
         """The k-th tensor of all chains, ``[num_chains, *shape]``."""
-        p = self._anchor[k]
+        p = self._reference[k]
         return rows[:, self._starts[k] : self._starts[k] + p.numel()].view(-1, *p.shape)
 
     # ---- what the model sees -------------------------------------------------------------------------------
@@ -89,9 +97,9 @@ class ChainState:
     # ---- as rows like w's -----------------------------------------------------------------------------------
 
     @property
-    def anchor(self) -> Sequence[Tensor]:
-        """w* of each parameter."""
-        return self._anchor
+    def reference(self) -> Sequence[Tensor]:
+        """w* of each parameter, in the chains' precision."""
+        return self._reference
 
     @property
     def moving(self) -> Sequence[Tensor | float]:
@@ -101,7 +109,7 @@ class ChainState:
     @property
     def adapts_until(self) -> float:
         """The step from which on the metric stays as it is."""
-        return self._scalars.adapt_steps if self._sampler.adaptive else 0
+        return self.scalars.adapt_steps if self._sampler.metric == "adaptive" else 0
 
     def rows_of(self, values: Sequence[Tensor | float], dtype: torch.dtype | None = None) -> Tensor:
         """A copy of what is given for each parameter, of one chain or all, laid out like `w`; 0 in between.
@@ -114,11 +122,11 @@ class ChainState:
         return rows
 
     def distances(self) -> list[float]:
-        """‖w − w*‖² of each chain, over what may move; row by row and in pieces, without memory like `w`."""
+        """‖w − w*‖² of each chain, over what may move; row by row and in pieces, without another buffer like `w`."""
         sums = [0.0] * self.num_chains
-        for k, (anchor, mask) in enumerate(zip(self._anchor, self._masks, strict=True)):
-            flat = anchor.view(-1)
-            may_move = None if mask is None else mask.expand_as(anchor).reshape(-1)
+        for k, (reference, mask) in enumerate(zip(self._reference, self._masks, strict=True)):
+            flat = reference.view(-1)
+            may_move = None if mask is None else mask.expand_as(reference).reshape(-1)
             for row in range(self.num_chains):
                 w = self._view(self.w, k)[row].view(-1)
                 for start in range(0, len(flat), _PIECE):
@@ -132,9 +140,7 @@ class ChainState:
     def metric(self, step: int) -> Tensor:
         """The preconditioner p of a Langevin step that no longer adapts; 0 where nothing moves."""
         p = self.rows_of(self.moving).mul_(self.rows_of([segment.preconditioner for segment in self._segments]))
-        if self._sampler.adaptive:
-            p /= self.states[0].sqrt() + self._adjusted(step, ()).eps
-        return p
+        return p.mul_(self._sampler.frozen_metric(self._adapted(step, ()), self.states))
 
     # ---- where they are ------------------------------------------------------------------------------------
 
@@ -142,11 +148,11 @@ class ChainState:
     def start(self, first_chain: int, seed: int) -> None:
         """Put all chains at w*, with the sampler's initial state; row r is chain ``first_chain + r``."""
         self._first_chain, self._seed = first_chain, seed
-        self._memory = {
+        self.adaptation: dict[str, Any] = {
             name: value.repeat(self.num_chains, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-            for name, value in self._sampler.initial_memory(self._options, self._device).items()
+            for name, value in self._sampler.initial_adaptation(self._options, self._device).items()
         }
-        for k, p in enumerate(self._anchor):
+        for k, p in enumerate(self._reference):
             self._view(self.w, k).copy_(p.expand(self.num_chains, *p.shape))
             for row in range(self.num_chains if self.states else 0):
                 initial = self._sampler.initial_state(p, self._offsets[k], self._options, seed, first_chain + row)
@@ -161,11 +167,11 @@ class ChainState:
     @torch.no_grad()
     def displacement(self) -> dict[str, Tensor]:
         """w − w* of all chains, by parameter, ``[num_chains, *shape]``."""
-        return {name: self._view(self.w, k) - self._anchor[k] for k, name in enumerate(self._names)}
+        return {name: self._view(self.w, k) - self._reference[k] for k, name in enumerate(self._names)}
 
     @torch.no_grad()
     def displace(self, by: Mapping[str, Tensor]) -> None:
-        """Move all chains by what :meth:`displacement` gave, where they may move; back to w* in one that was lost."""
+        """Move all chains by what :meth:`displacement` gave, where they may move; back to w* in one that diverged."""
         rows = self.rows_of([by[name] for name in self._names])
         rows *= self.rows_of(self.moving)
         rows[~torch.isfinite(rows).all(dim=1)] = 0
@@ -188,7 +194,7 @@ class ChainState:
     def arrays(self) -> dict[str, Tensor]:
         """Everything that changes from step to step: the state of a chain row by row, ``[num_chains, …]``."""
         arrays = {"w": self.w} | {f"state{j}": t for j, t in enumerate(self.states)}
-        for name, value in self._memory.items():
+        for name, value in self.adaptation.items():
             value = torch.as_tensor(value, dtype=torch.float64)
             arrays[name] = value if value.ndim else value.repeat(self.num_chains)
         return arrays
@@ -200,19 +206,14 @@ class ChainState:
         for j, state in enumerate(self.states):
             state.copy_(arrays[f"state{j}"])
         for name in arrays.keys() - {"w", *(f"state{j}" for j in range(len(self.states)))}:
-            value, place = arrays[name], self._memory.get(name)
+            value, place = arrays[name], self.adaptation.get(name)
             if isinstance(place, Tensor):
                 place.copy_(value)  # a CUDA graph knows the place, not the name
             else:
-                self._memory[name] = float(value[0])
+                self.adaptation[name] = float(value[0])
         self._show()
 
     # ---- as rows of float64, for transitions that are not one fused step ------------------------------------
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What the sampler keeps beside tensors like w: a number, or a tensor with a row for each chain."""
-        return self._memory
 
     def metric_rows(self) -> Tensor:
         """√A, the root of the preconditioner; 0 where nothing moves: outside masks, and in the gaps."""
@@ -221,9 +222,9 @@ class ChainState:
 
     def noise_rows(self, step: int) -> Tensor:
         """ξ of a step, the same that the fused step makes."""
-        total = self._offsets[-1] + self._anchor[-1].numel()
+        total = self._offsets[-1] + self._reference[-1].numel()
         flat = self._normals(total, step)
-        parts = zip(self._offsets, self._anchor, strict=True)
+        parts = zip(self._offsets, self._reference, strict=True)
         return self.rows_of(
             [flat[:, start : start + p.numel()].view(-1, *p.shape) for start, p in parts], torch.float64
         )
@@ -232,7 +233,7 @@ class ChainState:
         """Four normals for each chain, ``[num_chains, 4]``, of another stream than the noise."""
         return self._normals(4, step, stream)
 
-    def _normals(self, count: int, step: int, stream: int = 0) -> Tensor:
+    def _normals(self, count: int, step: int, stream: int = NOISE_STREAM) -> Tensor:
         keys = [NoiseKey(self._seed, step, self._first_chain + row, stream) for row in range(self.num_chains)]
         return torch.stack([normals(0, count, key, dtype=torch.float64, device=self._device) for key in keys])
 
@@ -245,42 +246,47 @@ class ChainState:
 
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         """One step of the sampler for all chains; `grads` in the order of the parameters."""
-        scalars = self._adjusted(step, grads)
+        scalars = self._adapted(step, grads)
         self._table.step(
             grads,
             scalars,
             NoiseKey(self._seed, step=step, chain=self._first_chain),
-            thermostat=self._memory.get("thermostat"),
-            metrics=self._metrics,
+            thermostat=self.adaptation.get("thermostat"),
+            sums=self._sums,
+            wanted=self._wanted,
             device_step=device_step,
         )
-        if self._follows:
-            assert self._metrics is not None
-            self._sampler.follow(scalars, self._memory, step, self._metrics, self._num_moving)
+        if self._feeds_back:
+            assert self._sums is not None
+            self._sampler.follow(scalars, self.adaptation, step, self._sums, self._num_moving)
 
     def send_addresses(self) -> None:
-        """After a step was captured in a CUDA graph: tell the GPU where the graph keeps the gradients."""
+        """After a step was captured in a CUDA graph: send the GPU the places where the graph keeps the gradients."""
         self._table.send_addresses()
 
-    def heat(self) -> Any:
-        """What the last step tells about :meth:`Sampler.heat`, ``[num_chains]``: NumPy's on a CPU, else a tensor."""
-        return self._sampler.heat(self._scalars, self._sums)
+    def info(self) -> dict[str, Any]:
+        """What the sampler reports of the last step, its ``traces``, ``[num_chains]`` each.
+
+        The bias is NumPy's on a CPU; all else is tensors.
+        """
+        return self._sampler.info(self.scalars, self._sums_seen, self.adaptation)
 
     def start_parts(self) -> None:
         """Before the first :meth:`move_one` of a step."""
-        if self._metrics is not None:
-            self._metrics.zero_()
+        if self._sums is not None:
+            self._sums.zero_()
 
-    def _adjusted(self, step: int, grads: Sequence[Tensor]) -> StepScalars:
-        return self._sampler.adjusted(self._scalars, self._options, self._memory, step, grads, self._masks)
+    def _adapted(self, step: int, grads: Sequence[Tensor]) -> StepScalars:
+        return self._sampler.adapted(self.scalars, self._options, self.adaptation, step, grads, self._masks)
 
     def move_one(self, name: str, grad: Tensor, step: int) -> None:
         """The part of a step that moves one parameter: the same bits as the whole step."""
         table = self._single_tables.get(name)
         if table is None:
             k = self._names.index(name)
-            table = self._single_tables[name] = SegmentTable(self._sampler.rule, [self._segments[k]])
-        part = None if self._metrics is None else self._part
-        table.step([grad], self._scalars, NoiseKey(self._seed, step=step, chain=self._first_chain), metrics=part)
-        if self._metrics is not None:
-            self._metrics += self._part
+            table = self._single_tables[name] = SegmentTable(self._sampler.rule(), [self._segments[k]])
+        part = None if self._sums is None else self._part
+        key = NoiseKey(self._seed, step=step, chain=self._first_chain)
+        table.step([grad], self.scalars, key, sums=part, wanted=self._wanted)
+        if self._sums is not None:
+            self._sums += self._part

@@ -1,15 +1,15 @@
 """Rank-normalized R̂ and effective sample sizes (Vehtari, Gelman, Simpson, Carpenter & Bürkner 2021).
 
 In NumPy, held equal to ArviZ's in the tests: importing ArviZ or scipy.stats takes 1 to 3.6 s, longer than many an
-estimate. The normal quantile is torch's, which is imported anyway.
+estimate. The normal quantile is the standard library's: scipy.special would cost each process 0.14 s, for 1 ms of work.
 """
 
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 _MIN_DRAWS = 4  # two in each half
@@ -49,7 +49,7 @@ def _is_valid(draws: NDArray[np.float64]) -> bool:
 
 
 def _split(draws: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each chain as two: a chain that drifts then disagrees with itself."""
+    """Each chain as two: a chain with a trend then disagrees with itself."""
     half = draws.shape[1] // 2
     return np.concatenate([draws[:, :half], draws[:, -half:]])
 
@@ -66,9 +66,10 @@ def _quantile(draws: NDArray[np.float64], prob: float) -> float:
 def _normal_scores(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Blom's normal scores of the ranks, ties at their average."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[place.reshape(values.shape)]
-    scores: NDArray[np.float64] = torch.special.ndtri(torch.from_numpy((ranks - 3 / 8) / (values.size + 1 / 4))).numpy()
-    return scores
+    ranks = counts.cumsum() - (counts - 1) / 2
+    quantile = NormalDist().inv_cdf
+    scores = np.array([quantile(prob) for prob in ((ranks - 3 / 8) / (values.size + 1 / 4)).tolist()])
+    return scores[place.reshape(values.shape)]
 
 
 def _plain_r_hat(chains: NDArray[np.float64]) -> float:

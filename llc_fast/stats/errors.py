@@ -27,16 +27,15 @@ class StandardError(NamedTuple):
 
 
 def standard_error(draws: NDArray[np.float64]) -> StandardError:
-    """Standard error of the mean of autocorrelated draws ``[chain, draw]``: the largest of three.
+    """Standard error of the mean of autocorrelated draws ``[chain, draw]``: the largest of three estimates.
 
-    - Batch means (Flegal & Jones 2010): each chain is cut into about ∛draws consecutive batches, and the variance of
-      their means within chains taken. Batches as long as that see weak and slow correlations beneath the noise of
-      minibatches, which single autocorrelations do not rise above.
-    - The autocorrelation time, see :func:`llc_fast.convergence.error_within`, which may be longer than a batch. It is a
+    - Batch means (Flegal & Jones 2010): each chain is cut into about ∛draws consecutive batches. The variance of their
+      means within chains shows weak, slow correlations that the noise of minibatches hides in single autocorrelations.
+    - The autocorrelation time, see :func:`llc_fast.stats.convergence.error_within`, which may exceed a batch. It is a
       sum over about 3 times as many lags, of either sign, which leaves draws / (3 times) degrees of freedom.
-    - The variance between chains, which also sees chains that settled in different places.
+    - The variance between chains, which also shows chains that settled in different places.
 
-    Each may be too small by chance or by design, none is too large by design.
+    Each may be too small, by chance or because of what it can't see; none is too large by design.
     """
     chains, length = draws.shape
     candidates = []
@@ -56,7 +55,7 @@ def standard_error(draws: NDArray[np.float64]) -> StandardError:
 
 
 def batch_means(draws: NDArray[np.float64], batches: int) -> NDArray[np.float64]:
-    """Means ``[chain, batch]`` of consecutive batches of equal length; what is left over is dropped at the start."""
+    """Means ``[chain, batch]`` of consecutive batches of equal length; draws left over are dropped at the start."""
     chains, length = draws.shape
     size = length // batches
     means: NDArray[np.float64] = draws[:, length - batches * size :].reshape(chains, batches, size).mean(axis=2)

@@ -1,7 +1,4 @@
-"""What traces and probes say about an estimate: error bars, convergence, step size. Pure functions of arrays.
-
-What the figures mean for the user is said in :mod:`llc_fast.advice`.
-"""
+"""What traces show: a trend, slow fluctuations, burn-in, spikes, chains that disagree."""
 
 from __future__ import annotations
 
@@ -14,17 +11,15 @@ from numpy.typing import NDArray
 from llc_fast.stats.convergence import error_within, ess_mean
 from llc_fast.stats.errors import batch_means
 
-# ---- traces ------------------------------------------------------------------------------------------------
 
-
-class Drift(NamedTuple):
-    """How far the mean moved from the first draw to the last, and the standard error of that."""
+class Trend(NamedTuple):
+    """The change of the mean from the first draw to the last, and its standard error."""
 
     value: float
     stderr: float
 
 
-def drift(draws: NDArray[np.float64]) -> Drift:
+def trend(draws: NDArray[np.float64]) -> Trend:
     """The trend of draws ``[chain, draw]``: a line through batch means, fitted by least squares, times its length.
 
     The error is the larger of two: from the residuals of about √draws batch means, long enough to be nearly
@@ -33,7 +28,7 @@ def drift(draws: NDArray[np.float64]) -> Drift:
     chains, length = draws.shape
     batches = math.isqrt(length)
     if not chains or batches < 3:
-        return Drift(math.nan, math.nan)
+        return Trend(math.nan, math.nan)
     means = batch_means(draws, batches)
     time = (np.arange(batches) - (batches - 1) / 2) / batches
     slopes = means @ time / (time @ time)
@@ -41,15 +36,15 @@ def drift(draws: NDArray[np.float64]) -> Drift:
     variances = [float((residuals**2).sum()) / (chains * (batches - 2)) / (time @ time)]
     if chains > 1:
         variances.append(float(slopes.var(ddof=1)))
-    return Drift(float(slopes.mean()), math.sqrt(max(variances) / chains))
+    return Trend(float(slopes.mean()), math.sqrt(max(variances) / chains))
 
 
 class SlowPart(NamedTuple):
-    """What moves slowly beneath the noise of single draws.
+    """Slow fluctuations, which the noise of single draws hides.
 
     Attributes:
-        times: how many of its autocorrelation times a chain spans.
-        size: its standard deviation, in units of the draws.
+        times: length of a chain in their autocorrelation times.
+        size: their standard deviation, in units of the draws.
     """
 
     times: float
@@ -59,9 +54,9 @@ class SlowPart(NamedTuple):
 def slow_part(draws: NDArray[np.float64]) -> SlowPart:
     """The part of draws ``[chain, draw]`` that means of about √draws consecutive ones have in common with the next.
 
-    R̂ and effective sample sizes of draws whose variance is mostly minibatch noise are those of the noise: it forgets at
-    once, and hides chains that have hardly moved. Batch means average it away. NaN with fewer than 256 draws, whose 16
-    means have no autocorrelation time worth the name.
+    Where most of the variance of single draws is minibatch noise, R̂ and effective sample sizes are those of the noise,
+    which has no autocorrelation and hides chains that have hardly moved. Batch means average it away. NaN with fewer
+    than 256 draws: 16 means do not determine an autocorrelation time.
     """
     chains, length = draws.shape
     if not chains or length < 256:
@@ -73,11 +68,11 @@ def slow_part(draws: NDArray[np.float64]) -> SlowPart:
 
 
 def burnin_needed(losses: NDArray[np.float64], num_windows: int = 100) -> int:
-    """Steps until a loss trace ``[chain, step]``, burn-in included, has reached where it stays.
+    """Steps until a loss trace ``[chain, step]``, burn-in included, has reached its plateau.
 
-    The mean over chains, smoothed over windows of a hundredth of the run, is compared with the windows of the second
-    half: there is the plateau, if there is one (else see :func:`drift`). The trace has reached it once it enters the
-    band of three of their standard deviations, and has not, while it is beyond five.
+    The mean over chains is smoothed over windows of a hundredth of the run. The plateau is the mean of the windows of
+    the second half (if there is none, see :func:`trend`). The trace has reached it once it is within three standard
+    deviations of these windows, unless it is beyond five again later in the first half.
     """
     size: int = max(1, losses.shape[1] // num_windows)
     count = losses.shape[1] // size
@@ -85,17 +80,18 @@ def burnin_needed(losses: NDArray[np.float64], num_windows: int = 100) -> int:
         return 0
     windows = losses[:, : count * size].mean(axis=0).reshape(count, size).mean(axis=1)
     late = windows[count // 2 :]
-    apart = np.abs(windows - late.mean()) / max(float(late.std(ddof=1)), 1e-300)
-    entered = int(np.argmax(apart <= 3))
-    beyond = [int(k) for k in np.flatnonzero(apart[: count // 2] > 5)]
+    distance = np.abs(windows - late.mean()) / max(float(late.std(ddof=1)), 1e-300)
+    entered = int(np.argmax(distance <= 3))
+    beyond = [int(k) for k in np.flatnonzero(distance[: count // 2] > 5)]
     return size * max(entered, 1 + max(beyond, default=-1))
 
 
 def spike_share(draws: NDArray[np.float64]) -> float:
     """The share of the mean of draws ``[chain, draw]`` that comes from spikes.
 
-    Spikes lie further above the median than five times the 99 % quantile does. Draws of a chi-square law, which a
-    regular model gives, are not spikes: of a million with one degree of freedom the largest is at 3.9 times.
+    A spike is further above the median than five times the distance of the 99 % quantile. Draws of a chi-square
+    distribution, which a regular model has, are no spikes: of a million with one degree of freedom the largest is at
+    3.9 times.
     """
     if not draws.size:
         return math.nan
@@ -105,9 +101,10 @@ def spike_share(draws: NDArray[np.float64]) -> float:
 
 
 def chain_spread(draws: NDArray[np.float64]) -> float:
-    """Variance of the chain means over what the fluctuations within chains explain, over what chance would make of it.
+    """Variance of the chain means, over that expected from fluctuations within chains, over a quantile of this ratio.
 
-    Chance exceeds 1 about once in 10⁵ runs (Wilson & Hilferty's χ² quantile). NaN with fewer than two chains.
+    Above 1 for equal distributions about once in 10⁵ runs (Wilson & Hilferty's χ² quantile). NaN with fewer than two
+    chains.
     """
     chains = len(draws)
     within = error_within(draws)

@@ -25,12 +25,15 @@ def check_number(
 
 
 def check_decay(name: str, value: object) -> None:
+    """Raise unless `value` is a number in [0, 1)."""
     if not 0 <= check_number(name, value) < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
-def check_count(name: str, value: object, least: int) -> None:
+def check_integer(name: str, value: object, minimum: int) -> int:
+    """`value` as an int, or a TypeError/ValueError likewise; NumPy's integers are welcome."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if int(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if int(value) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)

@@ -1,11 +1,63 @@
-"""torch's private names, used here and nowhere else."""
+"""torch's private names, used here and nowhere else: what may change without notice is found in one place."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+
+CPU_ATTENTION_COUNTED_AS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
+"""Attention on a CPU, which torch's table of floating-point operations leaves out, by its like in that table."""
+RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+"""The classes of modules whose output in training mode depends on random numbers or on the rest of the batch."""
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation of torch inside ``with``."""
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch would import all of its compiler to keep it away from the method
         return False
+
+
+def schema_of(op: Any) -> Any:
+    """The schema of an operator: its name, arguments, and which of them it writes to."""
+    return op._schema
+
+
+def packet_of(op: Any) -> Any:
+    """An operator with all its overloads."""
+    return op._overloadpacket
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to."""
+    return int(tensor._version)
+
+
+def has_onednn_linear() -> bool:
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """a·weightᵀ + bias by oneDNN."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, weight, bias, "none", [], "")
+    return product
+
+
+def is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks see the optimizer's steps, its own or those for all optimizers, or a profiler runs."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return True
+    if torch.compiler.is_compiling():  # it can't look at the profiler
+        return False
+    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())

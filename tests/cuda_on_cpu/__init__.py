@@ -1,8 +1,8 @@
-"""A CPU that plays a GPU, so that tests marked ``gpu`` run where there is none: ``pytest -p cuda_on_cpu -m gpu``.
+"""CUDA emulation on the CPU, so that tests marked ``gpu`` run without a GPU: ``pytest -p cuda_on_cpu -m gpu``.
 
-Played are torch's `cuda` device (device.cpp) and the threads of the kernels (cuda_runtime.h). Real are the kernels'
-source, all of llc_fast, autograd and vmap. So this finds what is wrong in those, a race or a tensor on the wrong device
-too, and nothing that is the compiler's, the driver's or the chip's.
+Emulated are torch's `cuda` device (device.cpp) and the threads of the kernels (cuda_runtime.h). The kernels' source,
+all of llc_fast, autograd and vmap are the real ones. So this finds errors in those, races and tensors on the wrong
+device included, but none of the compiler, the driver or the chip.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def build(folder: Path) -> None:
     subprocess.run([*link, str(folder / "device.so"), device.result(), *libraries], check=True)
 
 
-def play() -> None:
-    """From here on this process has a GPU; to be called before torch is imported.
+def emulate() -> None:
+    """Give this process a GPU; to be called before torch is imported.
 
-    Not if torch was built with CUDA: then the tests run on a GPU, or not at all.
+    Does nothing if torch was built with CUDA: then the tests run on a GPU, or not at all.
     """
     if (TORCH / "lib" / "libtorch_cuda.so").exists():
         return
@@ -71,9 +71,10 @@ def play() -> None:
         spec.loader.exec_module(native)
     _replace_parts_of_torch(device)
 
-    from llc_fast.kernels import native as update
+    from llc_fast.kernels import native as interface
 
-    update._native = _Native(native, device)
+    interface.check_interface(native.interface())
+    interface._native = _Native(native, device)
 
 
 def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
@@ -131,7 +132,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "get_device_name": lambda *_: "a CPU that plays a GPU",
+        "get_device_name": lambda *_: "CUDA emulation on the CPU",
         "get_device_capability": lambda *_: (9, 0),
         "is_bf16_supported": lambda *_: True,
         "mem_get_info": lambda *_: (2**33, 2**33),
@@ -185,4 +186,4 @@ class _Native:
         return call
 
 
-play()
+emulate()

@@ -43,7 +43,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_cpu {
 
 [[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "CUDA on a CPU: %s\n", what);
+    std::fprintf(stderr, "CUDA emulation: %s\n", what);
     std::abort();
 }
 

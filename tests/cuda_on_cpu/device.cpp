@@ -74,7 +74,7 @@ struct Allocator final : c10::Allocator {
         std::memcpy(&bytes, whole, sizeof(bytes));
         for (size_t k = sizeof(bytes); k < kMargin; ++k) {
             if (whole[k] != kUntouched || whole[kMargin + bytes + k - sizeof(bytes)] != kUntouched) {
-                std::fprintf(stderr, "CUDA on a CPU: something wrote beside %zu bytes of memory\n", bytes);
+                std::fprintf(stderr, "CUDA emulation: something wrote beside %zu bytes of memory\n", bytes);
                 std::abort();
             }
         }

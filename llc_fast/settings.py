@@ -1,0 +1,345 @@
+"""Every option of an estimate: its default, its check, and what names a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llc_fast.chains.checkpoint import INTERVAL
+from llc_fast.chains.draw import Observable
+from llc_fast.result import LLCResult
+from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.registry import make_sampler
+from llc_fast.schedule import Schedule
+from llc_fast.support.arguments import check_integer, check_number
+from llc_fast.support.fingerprint import option_identity
+
+DEFAULT_LOCALIZATION = 1.0
+DEFAULT_NUM_DRAWS = 2000
+
+ProgressFunction = Callable[[int, int, float], None]
+"""Called with the steps done, the steps in all and λ̂ so far (NaN before the first draw)."""
+
+
+def default_nbeta(n: int) -> float:
+    """nβ = n / log n, Watanabe's inverse temperature (WBIC 2013) for a data set of n samples.
+
+    `n` is the size of the data set, not of a minibatch.
+
+    Raises:
+        TypeError, ValueError: n is not an integer, or below 2.
+    """
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"n must be an integer, got {n!r}")
+    if n < 2:
+        raise ValueError(f"n must be at least 2 (log n has to be positive), got {n}")
+    return float(n / math.log(n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How an estimate is computed; it changes time and memory, and the numbers to rounding alone.
+
+    Attributes:
+        strategy: how gradients are computed: ``"sequential"``, ``"batched"``, ``"compiled"`` (torch.compile) or
+            ``"cuda-graph"``; None: chosen by what a trial gradient was measured to need.
+        release_gradients: consume and free each gradient during the backward pass: the same bits, and no memory for
+            all gradients at once. None: above ten million parameters.
+        microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
+            of the pieces are added up. None: the whole minibatch.
+        autocast: dtype of forward passes under ``torch.autocast``, such as ``torch.bfloat16``; None: no autocast.
+        distributed: spread the chains over processes. None: over those of ``torchrun`` or of an initialized
+            torch.distributed, if there are several; False: never. Any number of processes gives the same chains, and
+            each gets the whole result.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of range.
+    """
+
+    strategy: str | None = None
+    release_gradients: bool | None = None
+    microbatch_size: int | None = None
+    autocast: torch.dtype | None = None
+    distributed: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.microbatch_size is not None:
+            check_integer("microbatch_size", self.microbatch_size, 1)
+        if self.autocast is not None and not (
+            isinstance(self.autocast, torch.dtype) and self.autocast.is_floating_point
+        ):
+            raise TypeError(f"autocast must be a floating-point dtype such as torch.bfloat16, got {self.autocast!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of :func:`llc_fast.estimate_llc`, which documents them, checked before any work.
+
+    `lr`, `nbeta` and, with ``schedule_is_open``, the schedule may still be open; calibration fills them in
+    (:meth:`complete_sampler`, :meth:`complete_schedule`).
+
+    Raises:
+        TypeError, ValueError: an option of the wrong kind or out of range.
+    """
+
+    sampler: str | Sampler | None = None
+    lr: float | None = None
+    nbeta: float | None = None
+    localization: float | None = None
+    num_chains: int = 4
+    num_draws: int | None = None
+    num_burnin: int | None = None
+    num_steps_bw_draws: int = 1
+    batch_size: int | None = None
+    params: Any = None
+    bias_correction: bool | None = None
+    observables: Mapping[str, Observable] | None = None
+    seed: int = 0
+    device: torch.device | str | None = None
+    execution: Execution | None = None
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_interval: float = INTERVAL
+    warm_start: LLCResult | None = None
+    keep_ends: bool = False
+    progress: bool | ProgressFunction = True
+
+    def __post_init__(self) -> None:
+        for name, minimum in _COUNTS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            # NumPy's integers are welcome, but neither torch nor JSON takes them everywhere.
+            object.__setattr__(self, name, check_integer(name, value, minimum))
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        for name in ("lr", "nbeta"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_number(name, number, minimum=0, exclusive=True))
+        if self.localization is not None:
+            object.__setattr__(self, "localization", check_number("localization", self.localization, minimum=0))
+        check_number("checkpoint_interval", self.checkpoint_interval, minimum=0)
+        if self.execution is None:
+            object.__setattr__(self, "execution", Execution())
+        elif not isinstance(self.execution, Execution):
+            raise TypeError(
+                f"execution must be an llc_fast.Execution, got {type(self.execution).__name__}: pass for example "
+                'execution=llc_fast.Execution(strategy="sequential")'
+            )
+        if self.warm_start is not None and not isinstance(self.warm_start, LLCResult):
+            raise TypeError(
+                f"warm_start must be the result of an earlier estimate, got {type(self.warm_start).__name__}"
+            )
+        _check_observables(self.observables)
+        template = self._template
+        for name in ("lr", "nbeta", "localization"):  # which the sampler may have brought
+            object.__setattr__(self, name, getattr(template, name))
+        if self.bias_correction and not _can_be_corrected(template):
+            free = ", noise_level or bounding_box_size: the chain has to be free"
+            raise ValueError(
+                f"bias_correction=True is not possible with sampler={template.name!r}"
+                + (free if template.supports_bias_correction else "")
+            )
+
+    # ---- the sampler ---------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _template(self) -> Sampler:
+        """The sampler as it was asked for; lr and nβ may be open.
+
+        Raises:
+            TypeError, ValueError: no such sampler or option; an option that was given twice, differently.
+        """
+        given = self.sampler
+        if given is None or isinstance(given, str):
+            name, options = ("sgld" if given is None else given), dict[str, Any]()
+        elif isinstance(given, Sampler):
+            name, options = given.name, dict(vars(given))
+        else:
+            raise TypeError(
+                f"sampler must be a name or a sampler of llc_fast.samplers, got {type(given).__name__}: pass for "
+                'example sampler="rmsprop-sgld"'
+            )
+        for option in ("lr", "nbeta", "localization"):
+            value, inside = getattr(self, option), options.get(option)
+            if value is not None and inside is not None and value != inside:
+                raise ValueError(f"{option}={value:g} contradicts sampler.{option}={inside:g}: give one of them")
+            options[option] = inside if value is None else value
+        if options["localization"] is None:
+            options["localization"] = DEFAULT_LOCALIZATION
+        return make_sampler(name, **options)
+
+    @property
+    def template(self) -> Sampler:
+        """The sampler as it was asked for, with the steps in which it adapts; lr and nβ may be open."""
+        return _adapting(self._template, self.schedule.num_burnin, self.lr)
+
+    def complete_sampler(
+        self, lr: float, nbeta: float, *, friction: float = 1.0, num_draws: int | None = None
+    ) -> Sampler:
+        """The sampler of the chains.
+
+        Args:
+            lr, nbeta: ε and nβ.
+            friction: α < 1 replaces the sampler by its variant with momentum (``Sampler.momentum_variant``).
+            num_draws: what calibration chose for a schedule that was open.
+        """
+        template = self._template
+        if friction != 1 and template.momentum_variant is not None:
+            shared = {f.name: getattr(template, f.name) for f in dataclasses.fields(Sampler)}
+            template = make_sampler(template.momentum_variant, **shared, momentum_decay=friction)
+        adapting = _adapting(template, self.complete_schedule(num_draws).num_burnin, self.lr)
+        return dataclasses.replace(adapting, lr=lr, nbeta=nbeta)
+
+    @property
+    def is_default_sampler(self) -> bool:
+        """Whether the sampler may be replaced by its variant with momentum."""
+        return self.sampler is None
+
+    @property
+    def wants_bias_correction(self) -> bool:
+        if self.bias_correction is None:
+            return self.lr is None and _can_be_corrected(self._template)
+        return bool(self.bias_correction)
+
+    def nbeta_for(self, num_samples: int | None) -> float:
+        """nβ; by default that of so many samples.
+
+        Raises:
+            ValueError: it is open, and nobody knows how many samples there are.
+        """
+        if self.nbeta is not None:
+            return self.nbeta
+        if num_samples is None:
+            raise ValueError(
+                "nbeta=None requires the dataset size, but data has no length: pass nbeta=default_nbeta(n)."
+            )
+        return default_nbeta(num_samples)
+
+    # ---- the schedule --------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """With the default length where it is open."""
+        draws = DEFAULT_NUM_DRAWS if self.num_draws is None else self.num_draws
+        return Schedule(draws, draws if self.num_burnin is None else self.num_burnin, self.num_steps_bw_draws)
+
+    @property
+    def schedule_is_open(self) -> bool:
+        """Whether calibration may choose the length."""
+        given = self._template.metric == "adaptive" and getattr(self._template, "adapt_steps", None) is not None
+        return self.num_draws is None and self.num_burnin is None and not given
+
+    def complete_schedule(self, num_draws: int | None) -> Schedule:
+        """With the number of draws that calibration chose, and burn-in as long; None: as it is."""
+        return self.schedule if num_draws is None else Schedule(num_draws, num_draws, self.num_steps_bw_draws)
+
+    # ---- what names a run ----------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What names a run, apart from model and data; as JSON gives it back."""
+        template, execution = self.template, self.execution or Execution()
+        options = {k: v for k, v in vars(template).items() if k not in ("lr", "nbeta")}
+        return {
+            "sampler": template.name,
+            **{name: option_identity(value) for name, value in options.items()},
+            "lr": self.lr,
+            "nbeta": self.nbeta,
+            "bias_correction": self.wants_bias_correction,
+            "schedule": vars(self.schedule),
+            "num_chains": self.num_chains,
+            "microbatch_size": execution.microbatch_size,
+            "autocast": None if execution.autocast is None else str(execution.autocast),
+            "observables": sorted(self.observables or ()),
+            "strategy": execution.strategy,
+            "seed": self.seed,
+            "keep_ends": self.keep_ends,
+        }
+
+
+_COUNTS = {
+    "num_chains": 1,
+    "num_draws": 1,
+    "num_burnin": 0,
+    "num_steps_bw_draws": 1,
+    "batch_size": 1,
+    "seed": 0,
+}
+"""The least that each count may be."""
+_OPTIONAL = ("num_draws", "num_burnin", "batch_size")
+
+
+def _can_be_corrected(sampler: Sampler) -> bool:
+    return sampler.supports_bias_correction and sampler.noise_level == 1 and sampler.bounding_box_size is None
+
+
+def _adapting(sampler: Sampler, num_burnin: int, lr: float | None) -> Sampler:
+    """With `adapt_steps` where it was left open: a metric is frozen at the end of burn-in, and so is the step size of
+    a Metropolis-adjusted sampler, which adapts only if no `lr` was given."""
+    if getattr(sampler, "adapt_steps", 0) is not None:
+        return sampler
+    steps = max(1, num_burnin) if sampler.kind != "metropolis" else num_burnin if lr is None else 0
+    return dataclasses.replace(sampler, adapt_steps=steps)  # type: ignore[call-arg]
+
+
+def _check_observables(observables: Mapping[str, Observable] | None) -> None:
+    if observables is None:
+        return
+    if not isinstance(observables, Mapping):
+        raise TypeError(f"observables must be a mapping from names to functions, got {type(observables).__name__}")
+    for name, function in observables.items():
+        if not isinstance(name, str) or not callable(function):
+            raise TypeError(f"observables must map names to functions of a draw, got {name!r}: {function!r:.60}")
+
+
+# ---- how options used to be called -------------------------------------------------------------------------
+
+_MOVED = tuple(field.name for field in dataclasses.fields(Execution))
+"""Options of `Execution` that used to be arguments of their own."""
+
+
+def with_old_keywords(given: dict[str, Any], old: Mapping[str, Any], function: str) -> Settings:
+    """Settings from today's arguments and those that were called otherwise before 0.2.
+
+    ``strategy``, ``release_gradients``, ``microbatch_size``, ``autocast`` and ``distributed`` belong to `Execution`
+    now, ``sampler_options`` to the sampler, and ``heat_correction`` is called ``bias_correction``. They still work,
+    with a DeprecationWarning.
+
+    Raises:
+        TypeError: a keyword that neither is nor was an argument.
+        TypeError, ValueError: as :class:`Settings`.
+    """
+    known = {*_MOVED, "sampler_options", "heat_correction"}
+    if unknown := sorted(set(old) - known):
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+    settings = dict(given)
+    moved = {name: value for name, value in old.items() if name in _MOVED}
+    if moved:
+        if settings.get("execution") is not None:
+            raise TypeError(f"{next(iter(moved))} belongs to execution=Execution(…), which is given too: move it there")
+        settings["execution"] = Execution(**moved)
+        _say_old(next(iter(moved)), f"execution=Execution({next(iter(moved))}=…)")
+    if "heat_correction" in old:
+        settings["bias_correction"] = old["heat_correction"]
+        _say_old("heat_correction", "bias_correction")
+    if old.get("sampler_options"):
+        sampler, options = settings.get("sampler"), dict(old["sampler_options"])
+        if options.get("adapt_steps", 0) is None:  # it used to mean never
+            options["adapt_steps"] = math.inf
+        if isinstance(sampler, Sampler):
+            raise TypeError("sampler_options is given beside a sampler object: give its options to the sampler")
+        _say_old("sampler_options", "sampler=RMSpropSGLDSampler(…), a sampler object with its options")
+        settings["sampler"] = make_sampler("sgld" if sampler is None else sampler, **options)
+    return Settings(**settings)
+
+
+def _say_old(name: str, now: str) -> None:
+    warnings.warn(f"{name} is now given as {now}", DeprecationWarning, stacklevel=4)

@@ -1,0 +1,100 @@
+"""The package as a whole: what ``import llc_fast`` gives, and what it does not wait for."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import llc_fast
+
+TOP = Path(llc_fast.__file__)
+
+
+def _modules_after(code: str) -> set[str]:
+    """The modules that a new interpreter has imported when it has run `code`."""
+    script = f"{code}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_nothing() -> None:
+    found = _modules_after("import llc_fast; llc_fast.__version__, dir(llc_fast)")
+    assert {name for name in found if name.startswith("llc_fast")} == {"llc_fast"}
+    assert not found & {"torch", "numpy"}
+
+
+def test_public_names_import_no_more_than_torch_does() -> None:
+    """Whatever else a job needs is imported by that job."""
+    before = "import sys, torch; before = set(sys.modules) - {'sys'}; import llc_fast"
+    after = "[getattr(llc_fast, name) for name in llc_fast.__all__]; [sys.modules.pop(name) for name in before]"
+    found = _modules_after(f"{before}\n{after}")
+    assert {"llc_fast.optim", "llc_fast.sweep"} <= found
+    assert {name.partition(".")[0] for name in found} <= {"llc_fast", "numpy", "tqdm", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", llc_fast.__all__)
+def test_public_names(name: str) -> None:
+    """Each is there, is listed, and is the object of its module."""
+    value = getattr(llc_fast, name)
+    assert name in dir(llc_fast)
+    if home := llc_fast._HOME.get(name):
+        assert value is getattr(sys.modules[f"llc_fast.{home}"], name)
+        assert value.__module__ == f"llc_fast.{home}" and value.__name__ == name
+
+
+def test_type_checkers_are_told_the_same() -> None:
+    """The imports that only type checkers read, the table that Python reads, and ``__all__``."""
+    told = {}
+    for node in ast.walk(ast.parse(TOP.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llc_fast"):
+            told |= {alias.name: node.module.removeprefix("llc_fast").lstrip(".") for alias in node.names}
+    modules = {name for name, home in told.items() if not home}
+    assert {name: home for name, home in told.items() if home} == llc_fast._HOME
+    assert sorted([*told, "__version__"]) == sorted(llc_fast.__all__)
+    assert modules == {"samplers", "theory"}
+
+
+def test_star_import() -> None:
+    found = _modules_after("from llc_fast import *; SGLD, estimate_llc, theory.regular, samplers.SAMPLERS")
+    assert "llc_fast.sweep" in found
+
+
+def test_submodules_are_attributes() -> None:
+    """Without importing them first."""
+    names = ["theory", "_native", "kernels", "samplers", "stats", "optim", "result", "estimate", "problems", "cli"]
+    code = "\n".join(f"assert llc_fast.{name}.__name__ == 'llc_fast.{name}'" for name in names)
+    assert {f"llc_fast.{name}" for name in names} <= _modules_after(f"import llc_fast\n{code}")
+
+
+@pytest.mark.parametrize("name", ["estimate_lcc", "__wrapped__", "__main__"])
+def test_other_names_are_attribute_errors(name: str) -> None:
+    assert not hasattr(llc_fast, name)
+    with pytest.raises(AttributeError, match=f"module 'llc_fast' has no attribute '{name}'"):
+        getattr(llc_fast, name)
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import llc_fast; llc_fast.SGLD"], ["-m", "llc_fast.cli", "info"]])
+def test_the_source_folder_says_that_nothing_is_built(arguments: list[str], tmp_path: Path) -> None:
+    """With the remedy; the program says it in one line."""
+    shutil.copytree(TOP.parent, tmp_path / "llc_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "No module named 'llc_fast._native': this is the source folder" in done.stderr
+    assert ("Traceback" in done.stderr) is (arguments[0] == "-c")
+
+
+def test_a_broken_submodule_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A module that is there and needs one that is not: the error names the one that is not."""
+    (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
+    monkeypatch.setattr(llc_fast, "__path__", [*llc_fast.__path__, str(tmp_path)])
+    assert find_spec("llc_fast.broken") is not None
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+        llc_fast.broken  # noqa: B018
