@@ -123,7 +123,6 @@ def choose_settings(
     chosen = dataclasses.replace(chosen, lr=default_lr(objective, template, stiffness=stiffness, seed=settings.seed))
     if not has_pilots:
         return chosen
-    assert settings.execution is not None
     strategy, release = settings.execution.strategy, plan.release or None
     pilot = _Pilot(
         settings=settings,

@@ -29,11 +29,11 @@ from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
-from llc_fast.progress import Progress, make_progress
+from llc_fast.progress import Progress, ProgressFunction, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
-from llc_fast.settings import Execution, ProgressFunction, Settings, with_old_keywords
+from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
 from llc_fast.support.torch_private import RANDOM_MODULES
@@ -232,7 +232,6 @@ class _Surroundings:
     """
 
     def __init__(self, settings: Settings, model: nn.Module, *, alone: bool = False) -> None:
-        assert settings.execution is not None
         self.started = time.perf_counter()
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
@@ -290,7 +289,6 @@ def prepare(
         TypeError, ValueError, PermissionError, MemoryError: as :func:`estimate_llc`.
     """
     execution, team = settings.execution, surroundings.team
-    assert execution is not None
     keeper = None
     if settings.checkpoint is not None:
         rank = team.rank if team.size > 1 else None
@@ -324,7 +322,6 @@ def _objective(
 ) -> Objective:
     """Model, loss and data on their device, tried once; seeds torch's generator."""
     execution, template = settings.execution, settings.template
-    assert execution is not None
     source = make_source(
         data,
         settings.batch_size,

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from llc_fast.chains.checkpoint import INTERVAL
 from llc_fast.chains.draw import Observable
+from llc_fast.progress import ProgressFunction
 from llc_fast.result import LLCResult
 from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.registry import make_sampler
@@ -25,9 +26,6 @@ from llc_fast.support.fingerprint import option_identity
 
 DEFAULT_LOCALIZATION = 1.0
 DEFAULT_NUM_DRAWS = 2000
-
-ProgressFunction = Callable[[int, int, float], None]
-"""Called with the steps done, the steps in all and λ̂ so far (NaN before the first draw)."""
 
 
 def default_nbeta(n: int) -> float:
@@ -105,7 +103,7 @@ class Settings:
     observables: Mapping[str, Observable] | None = None
     seed: int = 0
     device: torch.device | str | None = None
-    execution: Execution | None = None
+    execution: Execution = Execution()
     checkpoint: str | os.PathLike[str] | None = None
     checkpoint_interval: float = INTERVAL
     warm_start: LLCResult | None = None
@@ -127,9 +125,7 @@ class Settings:
         if self.localization is not None:
             object.__setattr__(self, "localization", check_number("localization", self.localization, minimum=0))
         check_number("checkpoint_interval", self.checkpoint_interval, minimum=0)
-        if self.execution is None:
-            object.__setattr__(self, "execution", Execution())
-        elif not isinstance(self.execution, Execution):
+        if not isinstance(self.execution, Execution):
             raise TypeError(
                 f"execution must be an llc_fast.Execution, got {type(self.execution).__name__}: pass for example "
                 'execution=llc_fast.Execution(strategy="sequential")'
@@ -246,7 +242,7 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """What names a run, apart from model and data; as JSON gives it back."""
-        template, execution = self.template, self.execution or Execution()
+        template, execution = self.template, self.execution
         options = {k: v for k, v in vars(template).items() if k not in ("lr", "nbeta")}
         return {
             "sampler": template.name,
@@ -321,9 +317,11 @@ def with_old_keywords(given: dict[str, Any], old: Mapping[str, Any], function: s
     if unknown := sorted(set(old) - known):
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
     settings = dict(given)
+    if settings.get("execution", 0) is None:
+        del settings["execution"]
     moved = {name: value for name, value in old.items() if name in _MOVED}
     if moved:
-        if settings.get("execution") is not None:
+        if "execution" in settings:
             raise TypeError(f"{next(iter(moved))} belongs to execution=Execution(…), which is given too: move it there")
         settings["execution"] = Execution(**moved)
         _say_old(next(iter(moved)), f"execution=Execution({next(iter(moved))}=…)")
