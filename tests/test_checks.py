@@ -440,7 +440,7 @@ def test_noise_of_the_initial_loss() -> None:
 def test_summary_and_files(tmp_path: Path) -> None:
     """One line holds what matters most; files keep all."""
     for corrected, word in ((False, "bias "), (True, " (subtracted)")):
-        options: dict[str, Any] = {"heat_correction": corrected, "num_draws": 160, "num_burnin": 0}
+        options: dict[str, Any] = {"bias_correction": corrected, "num_draws": 160, "num_burnin": 0}
         result = run(Quadratic(torch.ones(20)), lr=2e-4, nbeta=100.0, **options)
         (line,) = [line for line in result.summary().splitlines() if "R̂ = " in line]
         assert all(part in line for part in ("ESS = ", "trend ", "acceptance ", "gradient noise ", word)), line
