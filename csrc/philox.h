@@ -28,7 +28,7 @@
 namespace llc {
 
 // Seven rounds are the fewest that pass BigCrush (Salmon et al. 2011, table 2; ten are that paper's "safe"
-// choice). tests/test_noise.py tests the normals made from them. Changing this number changes every chain.
+// choice). tests/kernels/test_noise.py tests the normals made from them. Changing this number changes every chain.
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;

@@ -22,3 +22,20 @@ def sigint_as_usual() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    """Tests with random numbers see the same ones whatever ran before them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def two_threads(seeded: None) -> Iterator[None]:
+    """Every test has two torch threads to share out, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

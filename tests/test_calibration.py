@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import Quadratic, crossing_mean, run
+from processes import all_well, launch
 from runs import arguments, assert_same, codes, data, estimate, interrupted_after, mlp, mse
-from test_distributed import _all_well, _launch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,7 +46,7 @@ def _assert_cleared(result: LLCResult, exact: float, *, precision: float = 0.01)
     assert _raw(result) - exact > 10 * result.llc_stderr
 
 
-# ---- the identity ------------------------------------------------------------------------------------------
+# --- the identity -------------------------------------------------------------------------------------------
 
 _METRIC = torch.linspace(1.0, 0.5, 200)
 _SAMPLERS: dict[str, dict[str, Any]] = {
@@ -236,7 +236,7 @@ def test_what_is_subtracted() -> None:
     assert "pilot_steps" not in off.diagnostics
 
 
-# ---- minibatches -------------------------------------------------------------------------------------------
+# --- minibatches --------------------------------------------------------------------------------------------
 
 
 def _indices(**options: Any) -> np.ndarray:
@@ -266,7 +266,7 @@ def test_minibatches_are_independent_only_for_the_correction() -> None:
     assert abs((held[0] * held[1]).sum(axis=1).mean() - 2.5) < SIGMAS * math.sqrt(10 * 3 / 16 * 30 / 39 / 400)
 
 
-# ---- calibrate ---------------------------------------------------------------------------------------------
+# --- calibrate ----------------------------------------------------------------------------------------------
 
 
 class _Language(nn.Module):
@@ -459,7 +459,7 @@ def test_errors_are_those_of_the_estimate() -> None:
         llc_fast.calibrate(model, iter([inputs]), mse, progress=False)
 
 
-# ---- places where there is little to go by ------------------------------------------------------------------
+# --- places where there is little to go by ------------------------------------------------------------------
 
 
 class _Quartic(nn.Module):
@@ -555,7 +555,7 @@ def test_a_place_that_is_no_minimum() -> None:
     assert result.llc_mean < 0 and "negative" in codes(result)
 
 
-# ---- what can't be corrected, and what must not depend on how a run is made ---------------------------------
+# --- what can't be corrected, and what must not depend on how a run is made ---------------------------------
 
 
 @pytest.mark.parametrize(
@@ -604,7 +604,7 @@ runs.estimate(lr=None, num_draws=60, num_burnin=40, num_chains=3, strategy="sequ
 
 def test_processes_choose_the_same(tmp_path: Path) -> None:
     """Two processes: the pilots' choice, the losses, the heat and λ̂ of one."""
-    _all_well(_launch(tmp_path, _CHOSEN, 2))
+    all_well(launch(tmp_path, _CHOSEN, 2))
     alone = estimate(lr=None, num_draws=60, num_burnin=40, num_chains=3, strategy="sequential")
     for rank in range(2):
         found = LLCResult.load(tmp_path / f"chosen.{rank}")
@@ -613,7 +613,7 @@ def test_processes_choose_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.bias_trace, alone.bias_trace)
 
 
-# ---- step sizes of the user's own --------------------------------------------------------------------------
+# --- step sizes of the user's own ---------------------------------------------------------------------------
 
 
 def test_a_step_size_of_ones_own() -> None:

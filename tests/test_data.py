@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from regression import NUM_SAMPLES, estimate, mlp, samples
+from runs import happened
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from llc_fast.data import Batch, make_source
+
+pytestmark = pytest.mark.usefixtures("seeded")
 
 CPU = torch.device("cpu")
 N = 23
@@ -364,3 +371,147 @@ def test_exhausted_iterator() -> None:
     next(batches)
     with pytest.raises(ValueError, match="exhausted iterator"):
         next(batches)
+
+
+# --- Data that need care ------------------------------------------------------------------------------------
+
+
+class _Endless(IterableDataset[Any]):
+    """Samples without a length; counts how far it was read."""
+
+    def __init__(self, count: int = 10**9) -> None:
+        self.count, self.furthest = count, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = samples()
+        for k in range(self.count):
+            self.furthest = max(self.furthest, k)
+            yield x[k % NUM_SAMPLES], y[k % NUM_SAMPLES]
+
+
+def test_data_without_an_end() -> None:
+    """L(w*) is taken over as many batches as a chain has steps, with a warning; nothing reads on for ever."""
+    stream = _Endless()
+    result = estimate(mlp(), DataLoader(stream, batch_size=NUM_SAMPLES), num_burnin=3, num_draws=4)
+    (warning,) = happened(result)
+    assert warning.code == "truncated" and "first 7 batches" in warning
+    assert stream.furthest < 10 * NUM_SAMPLES and result.settings["num_samples"] is None
+    assert result.init_loss == pytest.approx(estimate(mlp()).init_loss, rel=1e-12)
+    with pytest.raises(ValueError, match="nbeta=None requires the dataset size"):
+        estimate(mlp(), DataLoader(_Endless(), batch_size=NUM_SAMPLES), nbeta=None)
+
+
+def test_data_without_a_length_that_end() -> None:
+    """Where the pass comes to the end by itself, nothing is left out and nothing is warned about."""
+    result = estimate(mlp(), DataLoader(_Endless(NUM_SAMPLES), batch_size=5))
+    assert happened(result) == []
+    assert result.init_loss == pytest.approx(estimate(mlp()).init_loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_loaders_that_drop_their_last_batch(shuffle: bool) -> None:
+    """drop_last is for minibatches: L(w*) is over the whole data set all the same."""
+    loader = DataLoader(TensorDataset(*samples()), batch_size=7, drop_last=True, shuffle=shuffle)
+    sizes = []
+    result = estimate(mlp(), loader, observables={"size": lambda draw: sizes.append(len(draw.batch[0])) or 0})
+    assert result.init_loss == pytest.approx(estimate(mlp()).init_loss, rel=1e-12)
+    assert set(sizes) == {7}
+
+
+def test_loaders_that_drop_their_last_batch_keep_to_their_sampler() -> None:
+    """A loader of a part of the data set: L(w*) is over that part, none of it left out."""
+    part = list(range(3, 20))
+    x, y = samples()
+    loader = DataLoader(TensorDataset(x, y), batch_size=5, drop_last=True, sampler=SubsetRandomSampler(part))
+    result = estimate(mlp(), loader)
+    exact = float(F.mse_loss(mlp()(x[part]), y[part]).detach())
+    assert result.init_loss == pytest.approx(exact, rel=1e-12)
+    assert math.isfinite(result.llc_mean)
+
+
+class _Read(Dataset[Any]):
+    """Counts how often samples are read; `augment` is added to each."""
+
+    def __init__(self, augment: Callable[[int], Any] = lambda index: 0.0) -> None:
+        self.reads, self.augment = 0, augment
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.reads += 1
+        x, y = samples()
+        return x[index] + self.augment(index), y[index]
+
+
+def test_data_sets_are_kept_as_tensors() -> None:
+    """Read once and then from memory, with the same batches as sample by sample."""
+    dataset = _Read()
+    kept = estimate(mlp(), dataset, batch_size=5)
+    assert dataset.reads <= NUM_SAMPLES + 16
+    np.testing.assert_allclose(kept.loss_trace, estimate(mlp(), batch_size=5).loss_trace, rtol=1e-12)
+
+
+def test_data_sets_that_are_read_less_than_once_are_not_kept() -> None:
+    """A short run on a large data set reads what it needs."""
+    dataset = _Read()
+    source = make_source(dataset, 5, CPU, num_wanted=NUM_SAMPLES - 1)
+    assert dataset.reads == 0
+    next(iter(source.minibatches(0)))
+    assert dataset.reads == 5
+
+
+def test_data_sets_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a size, samples are read when they are needed: the same chains."""
+    kept = estimate(mlp(), _Read(), batch_size=5)
+    monkeypatch.setattr("llc_fast.data._KEPT_BYTES", NUM_SAMPLES * 8 * 4 - 1)
+    dataset = _Read()
+    read = estimate(mlp(), dataset, batch_size=5)
+    assert dataset.reads > 2 * 18 * 5
+    np.testing.assert_allclose(read.loss_trace, kept.loss_trace, rtol=1e-11)
+    monkeypatch.setattr("llc_fast.data._KEPT_BYTES", NUM_SAMPLES * 8 * 4)
+    dataset = _Read()
+    estimate(mlp(), dataset, batch_size=5)
+    assert dataset.reads <= NUM_SAMPLES + 16
+
+
+RANDOM: dict[str, Callable[[int], Any]] = {
+    "always": lambda index: torch.randn(3),
+    "now and then": lambda index: torch.randn(3) if torch.rand(()) < 0.02 else 0.0,
+    "only in one sample": lambda index: torch.randn(3) if index == 13 else 0.0,
+    "by numpy": lambda index: np.random.rand() * 1e-3,
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_augmented_data_sets_are_not_frozen(kind: str) -> None:
+    """Whatever draws random numbers, however rarely, is read anew each time."""
+    dataset = _Read(RANDOM[kind])
+    np.random.seed(0)
+    result = estimate(mlp(), dataset, batch_size=5)
+    assert dataset.reads > 2 * 18 * 5 and np.isfinite(result.loss_trace).all()
+
+
+@pytest.mark.parametrize("kind", ["always", "now and then"])
+def test_augmentation_follows_the_seed(kind: str) -> None:
+    """Equal seeds give equal results though samples are random; the caller's generator is where it was."""
+    model = mlp()
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = estimate(model, _Read(RANDOM[kind]), batch_size=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    again = estimate(model, _Read(RANDOM[kind]), batch_size=5)
+    assert np.array_equal(first.loss_trace, again.loss_trace)
+
+
+def test_data_sets_with_samples_of_different_shapes() -> None:
+    """What does not fit in one tensor is collated batch by batch, and fails as it would in a loader."""
+
+    class Ragged(_Read):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = super().__getitem__(index)
+            return (x if index != 13 else x[:2]), y
+
+    with pytest.raises(RuntimeError, match="size"):
+        estimate(mlp(), Ragged(), batch_size=20)

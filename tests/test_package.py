@@ -15,6 +15,19 @@ import pytest
 import llc_fast
 
 TOP = Path(llc_fast.__file__)
+TESTS = Path(__file__).parent
+OF_NO_MODULE = {
+    "test_benchmarks.py": "scripts outside of the package",
+    "test_devinterp.py": "another package with our optimizers in it",
+    "test_docs.py": "README.md and docs/",
+    "test_imports.py": "which module may import which",
+    "test_package.py": "the package as a whole",
+    "kernels/test_native_minibatch.py": "of native and reference: the samples of a minibatch",
+    "kernels/test_noise.py": "of native and reference: the normals",
+    "samplers/test_samplers.py": "every sampler by the same tests, whichever module it is in",
+    "samplers/test_stationary.py": "the law of SGLD's chain in closed form",
+}
+"""Test files that are named for no module, and what they test."""
 
 
 def _modules_after(code: str) -> set[str]:
@@ -98,3 +111,13 @@ def test_a_broken_submodule_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert find_spec("llc_fast.broken") is not None
     with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
         llc_fast.broken  # noqa: B018
+
+
+def test_tests_are_where_their_module_is() -> None:
+    """tests/a/test_b.py tests llc_fast/a/b.py; a file of another name says above what it tests."""
+    found = {path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    for path in sorted(found):
+        assert (TOP.parent / path.parent).is_dir(), path
+        module = TOP.parent / path.with_name(path.name.removeprefix("test_"))
+        assert module.exists() is (path.as_posix() not in OF_NO_MODULE), path
+    assert {Path(name) for name in OF_NO_MODULE} <= found

@@ -1,0 +1,166 @@
+"""Observables: what they see of a draw, and what a result keeps of what they return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from regression import NUM_SAMPLES, estimate, mlp, sample_losses, samples
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from llc_fast import Draw
+from llc_fast.result import LLCResult
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("chains", [1, 3, 18])
+def test_observables_see_their_draw(chains: int, strategy: str) -> None:
+    """Chain, draw and step, loss, batch and parameters belong together, in groups and threads of any number."""
+    model, (x, y) = mlp(), samples()
+    at_anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def again(draw: Draw) -> Tensor:
+        batch_x, batch_y = draw.batch
+        hidden = torch.tanh(F.linear(batch_x, draw.params["0.weight"], draw.params["0.bias"]))
+        return F.mse_loss(F.linear(hidden, draw.params["2.weight"], draw.params["2.bias"]), batch_y)
+
+    def known(draw: Draw) -> bool:
+        rows = (draw.batch[0][:, None] == x).all(dim=2)
+        return bool(torch.equal(draw.batch[1][:, 0], (rows.double() @ y)[:, 0])) and draw.batch[0].shape == (5, 3)
+
+    result = estimate(
+        model,
+        strategy=strategy,
+        batch_size=5,
+        num_chains=chains,
+        num_draws=6,
+        num_burnin=4,
+        num_steps_bw_draws=3,
+        observables={
+            "names": lambda draw: torch.tensor([draw.chain, draw.draw, draw.step]),
+            "loss": lambda draw: draw.loss,
+            "again": again,
+            "at w*": lambda draw: again(dataclasses.replace(draw, params=at_anchor)),
+            "known": known,
+        },
+    )
+    values = result.observables
+    steps = np.arange(6, 23, 3)
+    for chain in range(chains):
+        assert np.array_equal(values["names"][chain], np.stack([np.full(6, chain), np.arange(6), steps], axis=1))
+    paired = values["loss"] - values["at w*"] + result.init_loss
+    np.testing.assert_allclose(result.loss_trace[:, steps], paired, rtol=1e-12)
+    np.testing.assert_allclose(values["again"], values["loss"], rtol=1e-12)
+    assert values["known"].all() and values["known"].shape == (chains, 6)
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_observables_do_not_change_the_chains(strategy: str) -> None:
+    """Looking is not touching: the same bits."""
+    plain = estimate(mlp(), strategy=strategy, batch_size=5)
+    watched = estimate(mlp(), strategy=strategy, batch_size=5, observables={"loss": lambda draw: draw.loss})
+    assert np.array_equal(plain.loss_trace, watched.loss_trace) and plain.observables == {}
+
+
+VALUES: dict[str, tuple[Callable[[Draw], Any], tuple[int, ...]]] = {
+    "number": (lambda draw: draw.step, ()),
+    "bool": (lambda draw: draw.chain > 0, ()),
+    "numpy number": (lambda draw: np.float32(draw.step), ()),
+    "numpy array": (lambda draw: np.arange(6).reshape(2, 3), (2, 3)),
+    "list": (lambda draw: [draw.chain, draw.draw], (2,)),
+    "scalar tensor": (lambda draw: draw.loss, ()),
+    "tensor with a graph": (lambda draw: torch.ones(2, requires_grad=True) * 2, (2,)),
+    "parameter": (lambda draw: draw.params["0.weight"], (4, 3)),
+    "integers": (lambda draw: torch.arange(3), (3,)),
+    "bfloat16": (lambda draw: torch.ones(2, dtype=torch.bfloat16), (2,)),
+    "empty": (lambda draw: torch.zeros(0, 2), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_of_observables(kind: str, strategy: str) -> None:
+    """Numbers and tensors of any kind and fixed shape become float64 [chain, draw, …]."""
+    function, shape = VALUES[kind]
+    values = estimate(mlp(), strategy=strategy, observables={kind: function}).observables[kind]
+    assert values.shape == (2, 15, *shape) and values.dtype == np.float64 and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_recorded_parameters_are_copies(strategy: str) -> None:
+    """What is recorded of a chain's memory does not move on with it: each draw is another point."""
+    values = estimate(mlp(), strategy=strategy, observables={"w": lambda draw: draw.params["2.bias"]}).observables
+    assert len(np.unique(values["w"])) == values["w"].size == 30
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("size", [5, NUM_SAMPLES])
+def test_losses_of_samples_in_observables(size: int, strategy: str) -> None:
+    """sample_losses is [batch], in the batch's order, with the draw's loss as its mean; None without them."""
+
+    def check(draw: Draw) -> Tensor:
+        assert draw.sample_losses is not None and draw.sample_losses.shape == (size,)
+        hidden = torch.tanh(F.linear(draw.batch[0], draw.params["0.weight"], draw.params["0.bias"]))
+        output = F.linear(hidden, draw.params["2.weight"], draw.params["2.bias"])
+        torch.testing.assert_close(draw.sample_losses, sample_losses(output, draw.batch[1]), rtol=1e-10, atol=1e-12)
+        return draw.sample_losses.mean() - draw.loss
+
+    result = estimate(mlp(), loss_fn=sample_losses, batch_size=size, strategy=strategy, observables={"check": check})
+    np.testing.assert_allclose(result.observables["check"], 0, atol=1e-14)
+    absent = estimate(mlp(), strategy=strategy, observables={"none": lambda draw: draw.sample_losses is None})
+    assert absent.observables["none"].all()
+
+
+def test_losses_of_samples_with_microbatches_and_loaders() -> None:
+    """The pieces' losses are put together again."""
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8)
+    observables = {"each": lambda draw: draw.sample_losses}
+    whole = estimate(mlp(), loader, sample_losses, observables=observables)
+    pieces = estimate(mlp(), loader, sample_losses, observables=observables, microbatch_size=3)
+    assert whole.observables["each"].shape == (2, 15, 8)
+    np.testing.assert_allclose(pieces.observables["each"], whole.observables["each"], rtol=1e-11)
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("odd", [lambda draw: draw.draw == 7, lambda draw: draw.chain == 1], ids=["draw", "chain"])
+def test_observables_of_changing_shape(odd: Callable[[Draw], bool], strategy: str) -> None:
+    """From draw to draw or from chain to chain: an error that names the observable and both shapes."""
+    observables = {"odd": lambda draw: torch.ones(3) if odd(draw) else 1.0}
+    with pytest.raises(
+        ValueError, match=r"observables\['odd'\] returned shape \((3,)?\) after \((3,)?\): return the same shape"
+    ):
+        estimate(mlp(), strategy=strategy, observables=observables)
+
+
+@pytest.mark.parametrize(
+    ("observables", "error", "message"),
+    [
+        ([lambda draw: 0], TypeError, "must be a mapping from names to functions, got list"),
+        ({"a": 5}, TypeError, "must map names to functions of a draw, got 'a': 5"),
+        ({3: lambda draw: 0}, TypeError, "must map names to functions of a draw, got 3"),
+    ],
+)
+def test_wrong_observables(observables: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        estimate(mlp(), observables=observables)
+
+
+def test_observables_that_return_nonsense() -> None:
+    """What is no number is the caller's error, and comes out."""
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        estimate(mlp(), observables={"text": lambda draw: "abc"})
+
+
+def test_observables_survive_saving(tmp_path: Any) -> None:
+    """In the file with the rest."""
+    result = estimate(mlp(), observables={"w": lambda draw: draw.params["0.bias"]})
+    result.save(tmp_path / "result.npz")
+    assert np.array_equal(LLCResult.load(tmp_path / "result.npz").observables["w"], result.observables["w"])

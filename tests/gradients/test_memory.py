@@ -1,0 +1,81 @@
+"""The memory that a run needs, told before it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import CPU, SGLD, estimate, make_objective, make_problem
+
+from llc_fast.gradients import memory
+from llc_fast.gradients.plan import make_plan
+from llc_fast.samplers import make_sampler
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
+def _with_memory(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: size)
+
+
+def _needed(strategy: str, chains: int = 8, **options: Any) -> int:
+    objective = make_objective()
+    plan = make_plan(objective, SGLD, chains, strategy=strategy, **options)
+    return memory.needed_bytes(objective, SGLD, plan)
+
+
+def test_memory_is_asked_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little for a batch of chains: the error says what is needed, what there is, and a remedy that works."""
+    torch.set_num_threads(1)
+    one, all_chains = _needed("sequential"), _needed("batched")
+    assert one < all_chains
+    _with_memory(monkeypatch, all_chains)
+    estimate(*make_problem(), num_chains=8, strategy="batched")
+    _with_memory(monkeypatch, all_chains - 1)
+    with pytest.raises(MemoryError, match=r"this run needs .* \(batched, 8 chains at a time\).*cpu has .*sequential"):
+        estimate(*make_problem(), num_chains=8, strategy="batched")
+    _with_memory(monkeypatch, one)
+    estimate(*make_problem(), num_chains=8, strategy="sequential")  # the remedy
+
+
+def test_memory_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Released gradients where only they fit; smaller batches or fewer parameters where nothing does."""
+    torch.set_num_threads(1)
+    released = _needed("sequential", release_gradients=True)
+    _with_memory(monkeypatch, released)
+    with pytest.raises(MemoryError, match='strategy="sequential" with release_gradients=True needs'):
+        estimate(*make_problem(), strategy="batched")
+    estimate(*make_problem(), strategy="sequential", release_gradients=True)
+    _with_memory(monkeypatch, 10)
+    with pytest.raises(MemoryError, match=r"smaller batch_size or microbatch_size|sample a part of the parameters"):
+        estimate(*make_problem(), strategy="sequential")
+    with pytest.raises(MemoryError, match="needs") as caught:
+        estimate(*make_problem(), sampler="sgnht")
+    assert "release_gradients" not in str(caught.value)  # SGNHT can't
+
+
+def test_unknown_memory_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where free memory can't be told, the run is tried."""
+    _with_memory(monkeypatch, None)
+    assert np.isfinite(estimate(*make_problem()).loss_trace).all()
+
+
+def test_available_memory() -> None:
+    """A number of bytes on a CPU; None on devices that tell nothing."""
+    assert (memory.available_bytes(CPU) or 0) > 2**20
+    assert memory.available_bytes(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_needed_memory_grows_with_what_is_kept(strategy: str) -> None:
+    """Chains at a time, states of the sampler, gradients: more of any needs more."""
+    objective = make_objective()
+    plan = make_plan(objective, SGLD, 8, strategy=strategy)
+    sizes = [
+        memory.needed_bytes(objective, make_sampler(name, lr=1e-3, nbeta=1.0), plan)
+        for name in ("sgld", "rmsprop-sgld", "adam-sgld")
+    ]
+    together, element = plan.group_size * plan.num_workers, 8
+    assert np.diff(sizes).tolist() == [together * element * objective.num_parameters] * 2

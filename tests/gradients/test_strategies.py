@@ -1,0 +1,687 @@
+"""Strategies: however gradients are computed, the chains are the same; what can't be done falls back and says why."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from problems import MODELS, N, estimate, make_problem, mlp
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import llc_fast
+from llc_fast.gradients import plan, strategies
+from llc_fast.samplers import samplers_with_optimizer
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+STEPPED = samplers_with_optimizer()
+# Chains contract towards w*: rounding differences do not grow, so a few hundred units in the last place are ample.
+RTOL = {torch.float64: 1e-11, torch.float32: 2e-4}
+
+
+def _trace(model: nn.Module, data: Any, loss_fn: Any, **options: Any) -> NDArray[np.float64]:
+    trace = estimate(model, data, loss_fn, **options).loss_trace
+    assert np.isfinite(trace).all() and np.ptp(trace) > 0
+    return trace
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NDArray[np.float64]]:
+    """The trace by ordinary autograd, one chain after another, with nothing recorded: what all others must give."""
+
+    def trace(*arguments: Any, **options: Any) -> NDArray[np.float64]:
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "_REPLAYED_FLOPS", -1)
+            result = estimate(*arguments, strategy="sequential", **options)
+        assert result.settings["strategy"] == "sequential" and result.diagnostics["workers"] == 1
+        return result.loss_trace
+
+    return trace
+
+
+Plainly = Callable[..., NDArray[np.float64]]
+ADAPTIVE = {"adapt_steps": 3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgld": {"weight_decay": 0.1, "bounding_box_size": 0.2},
+    "preconditioned-sgld": {"preconditioner": 0.7},
+    "rmsprop-sgld": ADAPTIVE,
+    "adam-sgld": ADAPTIVE,
+    "sghmc": {},
+    "sgnht": {},
+}
+
+# --- The same chains, whatever the strategy -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched", None])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model(model: str, strategy: str | None, plainly: Plainly) -> None:
+    """Minibatches and full batches, in double precision, to rounding; what was asked for is what was done."""
+    problem = make_problem(model)
+    for batch_size in (8, N):
+        result = estimate(*problem, strategy=strategy, batch_size=batch_size)
+        expected = plainly(*problem, batch_size=batch_size)
+        np.testing.assert_allclose(result.loss_trace, expected, rtol=RTOL[torch.float64])
+        assert result.settings["strategy"] == (strategy or "batched")
+        assert "not recorded" not in result.diagnostics["strategy_reason"]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched", None])
+@pytest.mark.parametrize("sampler", STEPPED)
+def test_every_sampler(sampler: str, strategy: str | None, plainly: Plainly) -> None:
+    """Momenta, metrics and thermostats are each chain's own."""
+    options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "nbeta": 5.0}
+    for model in ("mlp", "transformer"):
+        found = _trace(*make_problem(model), strategy=strategy, **options)
+        np.testing.assert_allclose(found, plainly(*make_problem(model), **options), rtol=RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("sampler", [name for name, cls in STEPPED.items() if cls.metric == "adaptive"])
+def test_relative_eps_runs_one_chain_at_a_time(sampler: str, plainly: Plainly) -> None:
+    """The scale of each chain's gradients: recorded or not, and refused where chains would share it."""
+    options = {"sampler": sampler, "sampler_options": {"relative_eps": True}, "nbeta": 5.0}
+    result = estimate(*make_problem(), **options)
+    assert result.settings["strategy"] == "sequential" and "relative_eps" in result.diagnostics["strategy_reason"]
+    np.testing.assert_allclose(result.loss_trace, plainly(*make_problem(), **options), rtol=RTOL[torch.float64])
+    with pytest.raises(ValueError, match=r"batched.* not possible here: relative_eps"):
+        estimate(*make_problem(), strategy="batched", **options)
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("model", MODELS)
+def test_single_precision(model: str, strategy: str, plainly: Plainly) -> None:
+    """float32 chains differ by float32 rounding."""
+    problem = make_problem(model, torch.float32)
+    found = _trace(*problem, strategy=strategy)
+    np.testing.assert_allclose(found, plainly(*problem), rtol=RTOL[torch.float32])
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_default_step_size_does_not_depend_on_the_strategy(strategy: str) -> None:
+    """lr=None is chosen before."""
+    asked = estimate(*make_problem(), lr=None, strategy=strategy)
+    assert asked.settings["lr"] == estimate(*make_problem(), lr=None).settings["lr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["sgld", "adam-sgld", "sgnht"])
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled(model: str, sampler: str, plainly: Plainly) -> None:
+    """torch.compile of the gradient of all chains."""
+    options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "nbeta": 5.0}
+    problem = make_problem(model)
+    torch._dynamo.reset()
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(3))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work here: {error}")
+    result = estimate(*problem, strategy="compiled", **options)
+    assert result.settings["strategy"] == "compiled"
+    np.testing.assert_allclose(result.loss_trace, plainly(*problem, **options), rtol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["sequential", "batched", "cuda-graph", None])
+@pytest.mark.parametrize("sampler", ["sgld", "adam-sgld", "sgnht"])
+@pytest.mark.parametrize("model", MODELS)
+def test_gpu(model: str, sampler: str, strategy: str | None, plainly: Plainly) -> None:
+    """The chains of a CPU to rounding, with minibatches and full batches; asked for or chosen."""
+    problem = make_problem(model)
+    for batch_size in (8, N):
+        options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "nbeta": 5.0, "batch_size": batch_size}
+        result = estimate(*problem, strategy=strategy, device="cuda", **options)
+        assert result.settings["strategy"] == (strategy or "cuda-graph")
+        np.testing.assert_allclose(result.loss_trace, plainly(*problem, **options), rtol=1e-9)
+
+
+# --- Groups, workers, threads -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["batched", "sequential", None])
+def test_groups_do_not_change_a_chain(strategy: str | None) -> None:
+    """Chain c is the same, to rounding, in a run of 1, 3, 17 or 40: groups of any size, with a rest or without."""
+    problem = make_problem()
+    traces = {k: _trace(*problem, num_chains=k, strategy=strategy) for k in (1, 3, 17, 40)}
+    for count, trace in traces.items():
+        np.testing.assert_allclose(trace, traces[40][:count], rtol=RTOL[torch.float64])
+    assert len({tuple(row) for row in traces[40]}) == 40
+
+
+def test_chosen_groups_are_of_bounded_size() -> None:
+    """40 small chains step in groups of 16, as many side by side as there are threads; asked for, all together."""
+    chosen, asked = (estimate(*make_problem(), num_chains=40, strategy=s) for s in (None, "batched"))
+    assert (chosen.diagnostics["chains_per_group"], chosen.diagnostics["workers"]) == (16, 2)
+    assert (asked.diagnostics["chains_per_group"], asked.diagnostics["workers"]) == (40, 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_workers_do_not_change_the_bits(model: str) -> None:
+    """Sequential chains of a small model, over 1, 2 or 3 workers: bit for bit."""
+    traces, problem = [], make_problem(model, torch.float32)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        result = estimate(*problem, strategy="sequential", num_chains=5)
+        assert result.diagnostics["workers"] == threads == torch.get_num_threads()
+        traces.append(result.loss_trace)
+    assert np.array_equal(traces[0], traces[1]) and np.array_equal(traces[0], traces[2])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_repeats_bit_for_bit(model: str) -> None:
+    """Whichever worker gets which group."""
+    problem = make_problem(model, torch.float32)
+    traces = [_trace(*problem, num_chains=20) for _ in range(3)]
+    assert np.array_equal(traces[0], traces[1]) and np.array_equal(traces[0], traces[2])
+
+
+# --- Gradient release, microbatches, precision --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sampler", [name for name, cls in STEPPED.items() if cls.kind != "thermostat"])
+def test_released_gradients_are_the_same_bits(sampler: str, dtype: torch.dtype, plainly: Plainly) -> None:
+    """Consuming each gradient in the backward pass changes nothing, parameters that the loss leaves out included."""
+    model, data, loss_fn = make_problem("mlp", dtype)
+    model.spare = nn.Parameter(torch.ones(3, dtype=dtype))
+    model.register_parameter("tied", model[0].weight)
+    options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "strategy": "sequential", "nbeta": 5.0}
+    released = _trace(model, data, loss_fn, release_gradients=True, **options)
+    kept = _trace(model, data, loss_fn, release_gradients=False, **options)
+    assert np.array_equal(released, kept)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_release_by_default_above_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large models release their gradients and record nothing: the same bits."""
+    problem = make_problem("transformer")
+    small = _trace(*problem, strategy="sequential")
+    monkeypatch.setattr(plan, "LARGE_MODEL", 100)
+    monkeypatch.setattr(strategies.Recording, "__init__", None)
+    assert np.array_equal(_trace(*problem, strategy="sequential"), small)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"strategy": "batched"}, "batched"),
+        ({"sampler": "sgnht", "strategy": "sequential"}, "sampler='sgnht' needs the whole gradient"),
+        (
+            {"sampler": "adam-sgld", "sampler_options": {"relative_eps": True}, "strategy": "sequential"},
+            "sampler='adam-sgld' needs the whole gradient",
+        ),
+    ],
+)
+def test_release_that_is_not_possible(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"release_gradients=True is not possible: .*{reason}"):
+        estimate(*make_problem(), release_gradients=True, **options)
+
+
+def _per_sample(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target, reduction="none")[:, 0]
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("loss_fn", [F.mse_loss, _per_sample], ids=["mean", "per sample"])
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 100])
+def test_microbatches(size: int, loader: bool, loss_fn: Any, release: bool, plainly: Plainly) -> None:
+    """Gradients of the pieces add up, with a smaller last piece and a smaller last batch (40 = 2 · 16 + 8) too."""
+    model, data, _ = make_problem()
+    given: Any = DataLoader(TensorDataset(*data), batch_size=16) if loader else data
+    whole = plainly(model, given, loss_fn)
+    pieces = _trace(model, given, loss_fn, microbatch_size=size, release_gradients=release, strategy="sequential")
+    np.testing.assert_allclose(pieces, whole, rtol=RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("sampler", ["adam-sgld", "sgnht"])
+def test_microbatches_of_samplers_that_measure(sampler: str, plainly: Plainly) -> None:
+    """Squares are those of the whole gradient, not of its pieces; the chosen step size too."""
+    options = {"sampler": sampler, "sampler_options": OPTIONS[sampler], "nbeta": 5.0, "lr": None}
+    whole = plainly(*make_problem(), **options)
+    pieces = _trace(*make_problem(), microbatch_size=3, **options)
+    np.testing.assert_allclose(pieces, whole, rtol=1e-6)  # lr comes from a metric that is kept in float32
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("model", ["mlp", "convolutional"])
+def test_autocast(model: str, strategy: str, plainly: Plainly) -> None:
+    """bfloat16 products: close to float32 (8 bits of mantissa), not equal; strategies agree as closely."""
+    problem = make_problem(model, torch.float32)
+    exact = plainly(*problem)
+    cast = _trace(*problem, autocast=torch.bfloat16, strategy=strategy)
+    np.testing.assert_allclose(cast, exact, rtol=0.05)
+    assert not np.array_equal(cast, exact)
+
+
+def test_low_precision_model_in_batches() -> None:
+    """A bfloat16 model gives its float32 chains the same trace, batched or not, to bfloat16 rounding."""
+    problem = make_problem("mlp", torch.bfloat16)
+    traces = [_trace(*problem, strategy=s) for s in ("sequential", "batched")]
+    np.testing.assert_allclose(traces[0], traces[1], rtol=0.05)
+
+
+# --- What can't be batched or recorded ----------------------------------------------------------------------
+
+
+class _Shift(nn.Linear):
+    """Works in place on its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5))
+
+
+class _Pairs(Dataset[Any]):
+    """Map-style; collated sample by sample if it is never kept as tensors."""
+
+    def __init__(self, data: tuple[Tensor, Tensor]) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._data[0][index], self._data[1][index]
+
+
+class _Noisy(_Pairs):
+    """Augments at random."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return x + 0.01 * torch.randn(3), y
+
+
+class _Named(_Pairs):
+    """Tells the name of each sample: batches hold more than tensors."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"x": x, "name": str(index)}, y
+
+
+class _TakesNamed(nn.Linear):
+    def forward(self, inputs: Mapping[str, Any]) -> Tensor:  # type: ignore[override]
+        assert all(isinstance(name, str) for name in inputs["name"])
+        return super().forward(inputs["x"])
+
+
+def _dropout() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+
+
+def _normalized() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+PLAIN = make_problem()[1]
+APART: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "random model": (_dropout, PLAIN, "draws random numbers"),
+    "batch norm in training": (_normalized, PLAIN, "writes to its buffers or its input"),
+    "in place on its input": (lambda: _Shift(3, 1), PLAIN, "writes to its buffers or its input"),
+    "loader": (mlp, DataLoader(TensorDataset(*PLAIN), batch_size=8), "a loader gives one minibatch at a time"),
+    "more than tensors": (lambda: _TakesNamed(3, 1), _Named(PLAIN), "batches hold more than tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_falls_back_with_a_reason(kind: str, plainly: Plainly) -> None:
+    """Chosen freely: sequential, saying why, the same bits as plain autograd, and repeatable."""
+    make, data, reason = APART[kind]
+    model = make().double().train()
+    result = estimate(model, data, F.mse_loss)
+    assert result.settings["strategy"] == "sequential" and reason in result.diagnostics["strategy_reason"]
+    assert result.diagnostics["workers"] == 1
+    assert np.array_equal(result.loss_trace, plainly(model, data, F.mse_loss))
+    assert np.array_equal(result.loss_trace, _trace(model, data, F.mse_loss))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", APART)
+def test_gpu_falls_back_with_a_reason(kind: str, plainly: Plainly) -> None:
+    """The same on a GPU, which has a generator of its own."""
+    make, data, reason = APART[kind]
+    model = make().double().train()
+    result = estimate(model, data, F.mse_loss, device="cuda")
+    assert result.settings["strategy"] == "sequential" and reason in result.diagnostics["strategy_reason"]
+    if kind == "random model":
+        assert np.array_equal(result.loss_trace, _trace(model, data, F.mse_loss, device="cuda"))
+    else:
+        np.testing.assert_allclose(result.loss_trace, plainly(model, data, F.mse_loss), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_batching_that_is_not_possible(kind: str) -> None:
+    """Asked for: an error with the reason and the remedy, before any sampling."""
+    make, data, reason = APART[kind]
+    with pytest.raises(ValueError, match=f'strategy=.batched. is not possible here: .*{reason}.*"sequential"'):
+        estimate(make().double().train(), data, F.mse_loss, strategy="batched")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        ("batched", {"microbatch_size": 4}, "not possible here: microbatches"),
+        ("compiled", {"microbatch_size": 4}, "not possible here: .*as a whole.*sequential"),
+        ("cuda-graph", {}, "needs a CUDA device, got device='cpu'"),
+        ("cuda-graph", {"microbatch_size": 4}, "not possible here: microbatches"),
+        ("fast", {}, "strategy='fast' is unknown; choose one of: sequential, batched, compiled, cuda-graph"),
+        ("", {}, "strategy='' is unknown"),
+    ],
+)
+def test_strategies_that_are_not_possible(strategy: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(*make_problem(), strategy=strategy, **options)
+
+
+def test_compiled_with_batch_statistics_is_not_possible() -> None:
+    """A compiled functional gradient can't move buffers."""
+    with pytest.raises(ValueError, match=r"compiled.*writes to its buffers.*sequential"):
+        estimate(_normalized().double().train(), PLAIN, F.mse_loss, strategy="compiled")
+
+
+def test_batch_statistics_move_with_the_chain() -> None:
+    """Each chain has buffers of its own, which start from the model's and go on from step to step."""
+
+    class Running(nn.Module):
+        """Divides by a running mean of its own making, which a forward pass moves."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 1)
+            self.register_buffer("seen", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.mul_(1.5)
+            return self.inner(x) / self.seen
+
+    model = Running().double()
+    x, y = PLAIN
+    result = estimate(model, (x, y), lambda output, _: output.mean(), lr=1e-12, batch_size=N, num_chains=2)
+    at_start = float(model.inner(x).detach().mean())
+    np.testing.assert_allclose(result.loss_trace, [[at_start / 1.5**k for k in range(1, 17)]] * 2, rtol=1e-4)
+    assert float(model.seen) == 1.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_data_sets_of_the_users_are_read_by_one_thread(threads: int) -> None:
+    """A random map-style data set is batched, but nothing is recorded and no second thread asks it."""
+    readers = set()
+
+    class Watched(_Noisy):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            readers.add(threading.current_thread())
+            return super().__getitem__(index)
+
+    torch.set_num_threads(threads)
+    result = estimate(*make_problem()[:1], Watched(PLAIN), F.mse_loss, num_chains=20)
+    assert readers == {threading.main_thread()} and result.diagnostics["workers"] == 1
+    assert np.isfinite(result.loss_trace).all()
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched", None])
+def test_data_of_every_kind_give_the_same_chains(strategy: str | None, plainly: Plainly) -> None:
+    """Tensors, a TensorDataset, a map-style data set kept or collated, a dictionary: equal indices, equal chains."""
+    model, (x, y), _ = make_problem()
+    expected = plainly(model, (x, y), F.mse_loss)
+
+    def keyed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch["x"]), batch["y"])
+
+    for data, loss_fn in (
+        ((x, y), F.mse_loss),
+        (TensorDataset(x, y), F.mse_loss),
+        (_Pairs((x, y)), F.mse_loss),
+        ({"x": x, "y": y}, keyed),
+        ([{"x": a, "y": b} for a, b in zip(x, y, strict=True)], keyed),
+    ):
+        trace = _trace(model, data, loss_fn, strategy=strategy)
+        np.testing.assert_allclose(trace, expected, rtol=RTOL[torch.float64])
+
+
+class _Unbatchable(nn.Linear):
+    """Asks a tensor for a number: vmap can't, and a recording must not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if float(self.weight.detach().sum()) > 0 else 1.0)
+
+
+class _ReadsItsInput(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + abs(float(x.detach().numpy()[0, 0])))
+
+
+class _Counts(nn.Linear):
+    """Does something else at every call: nothing that a recording could see."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (1 + 0.1 * (self.calls % 3))
+
+
+class _Waits(nn.Linear):
+    """Brings a constant from the CPU at every call: fine for vmap, and nothing for a CUDA graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.full((1,), 2.0, dtype=x.dtype).to(x.device)
+
+
+class _Sparse(nn.Linear):
+    """A graph network's product with a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 1)
+        self.register_buffer("matrix", torch.eye(8, dtype=torch.float64).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.matrix, super().forward(x)) if len(x) == 8 else super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("num_chains", [1, 3, 20])
+@pytest.mark.parametrize("make", [lambda: _Unbatchable(3, 1), lambda: _ReadsItsInput(3, 1)])
+def test_models_that_can_not_be_batched(make: Callable[[], nn.Module], num_chains: int, plainly: Plainly) -> None:
+    """Chosen freely, one after another, to rounding what plain autograd gives; the reason tells both failures."""
+    model = make().double()
+    result = estimate(model, PLAIN, F.mse_loss, num_chains=num_chains)
+    expected = plainly(model, PLAIN, F.mse_loss, num_chains=num_chains)
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=RTOL[torch.float64])
+    reason = result.diagnostics["strategy_reason"]
+    assert result.settings["strategy"] == "sequential" and "not recorded" in reason
+    assert ("batching failed" in reason) == (num_chains > 1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("num_chains", [1, 3, 20])
+def test_models_with_sparse_matrices(num_chains: int, plainly: Plainly) -> None:
+    """Nothing is recorded, batched or not, and the chains are those of plain autograd."""
+    model = _Sparse().double()
+    result = estimate(model, PLAIN, F.mse_loss, num_chains=num_chains)
+    np.testing.assert_allclose(
+        result.loss_trace, plainly(model, PLAIN, F.mse_loss, num_chains=num_chains), rtol=RTOL[torch.float64]
+    )
+    assert "not recorded" in result.diagnostics["strategy_reason"]
+
+
+def test_data_sets_that_are_not_recorded_fall_back_too() -> None:
+    """Where nothing would be recorded, a model that can't be batched still shows before the first step."""
+    model = _Unbatchable(3, 1).double()
+    result = estimate(model, _Noisy(PLAIN), F.mse_loss)
+    assert result.settings["strategy"] == "sequential"
+    assert "batching failed" in result.diagnostics["strategy_reason"]
+
+
+class _Buggy(nn.Linear):
+    """A model with a bug that the trial at w* does not meet: it fails from its `last` call on."""
+
+    def __init__(self, error: Exception, last: int) -> None:
+        super().__init__(3, 1)
+        self._error, self._left = error, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._left -= 1
+        if self._left < 0:
+            raise self._error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug"), TypeError("a bug")])
+def test_a_bug_of_the_model_is_raised(error: Exception) -> None:
+    """While chains are batched it is no reason to try another strategy: nobody would hear of it."""
+    healthy = _Buggy(error, 10**6).double()
+    assert estimate(healthy, PLAIN, F.mse_loss).settings["strategy"] == "batched"
+    calls = 10**6 - healthy._left
+    for last in range(1, calls):  # whichever call it is
+        with pytest.raises(type(error), match="a bug"):
+            estimate(_Buggy(error, last).double(), PLAIN, F.mse_loss)
+
+
+def test_what_vmap_does_not_say_is_seen_by_trying_one_chain() -> None:
+    """An operation that fails in a batch, without a word of vmap, and passes alone."""
+
+    class Shapes(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch._C._functorch.is_batchedtensor(self.weight):
+                raise NotImplementedError("no kernel for this layout")
+            return super().forward(x)
+
+    result = estimate(Shapes(3, 1).double(), PLAIN, F.mse_loss)
+    assert result.settings["strategy"] == "sequential"
+    assert "batching failed: no kernel for this layout" in result.diagnostics["strategy_reason"]
+
+
+def test_asked_for_batching_is_not_replaced() -> None:
+    """Who asks for batched chains gets the model's own error, not another strategy."""
+    with pytest.raises(RuntimeError):
+        estimate(_Unbatchable(3, 1).double(), PLAIN, F.mse_loss, strategy="batched")
+
+
+@pytest.mark.parametrize("strategy", ["sequential", None])
+def test_models_that_change_between_calls_are_not_recorded(strategy: str | None) -> None:
+    """A recording would freeze the counter: a replay is compared with a call, and the model is called each time."""
+    model = _Counts(3, 1).double()
+    result = estimate(model, PLAIN, F.mse_loss, strategy=strategy)
+    assert "not recorded: a replay differs from the model" in result.diagnostics["strategy_reason"]
+    assert model.calls > 16  # at least once a step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("make", "strategy", "why"),
+    [
+        (_Unbatchable, "sequential", "capturing failed.*; batching failed"),
+        (_Waits, "batched", "capturing failed: .*synchroniz"),
+        (_Counts, "batched", "capturing failed: a replay differs from the model"),
+    ],
+)
+def test_gpu_models_that_can_not_be_captured(
+    make: Callable[..., nn.Module], strategy: str, why: str, plainly: Plainly
+) -> None:
+    """Chosen freely, another strategy takes over and says why; who asks for a graph is told that there is none."""
+    model = make(3, 1).double()
+    result = estimate(model, PLAIN, F.mse_loss, device="cuda")
+    assert result.settings["strategy"] == strategy
+    assert re.search(why, result.diagnostics["strategy_reason"])
+    if make is _Counts:
+        assert model.calls > 16  # at least once a step
+    else:
+        np.testing.assert_allclose(result.loss_trace, plainly(model, PLAIN, F.mse_loss), rtol=RTOL[torch.float64])
+    if make is not _Unbatchable:
+        with pytest.raises(ValueError, match=r'strategy="cuda-graph" is not possible here: .*; use strategy="batched"'):
+            estimate(model, PLAIN, F.mse_loss, device="cuda", strategy="cuda-graph")
+
+
+@pytest.mark.gpu
+def test_gpu_data_sets_that_are_not_tensors() -> None:
+    """A user's ``__getitem__`` is called by the host: chosen freely, no graph; asked for one, an error."""
+    model = nn.Linear(3, 1).double()
+    assert estimate(model, _Noisy(PLAIN), F.mse_loss, device="cuda").settings["strategy"] == "batched"
+    with pytest.raises(ValueError, match=r"strategy='cuda-graph' is not possible here: it can.t read minibatches"):
+        estimate(model, _Noisy(PLAIN), F.mse_loss, device="cuda", strategy="cuda-graph")
+
+
+@pytest.mark.parametrize("num_chains", [2, 7])
+def test_unrecordable_models_and_several_threads(num_chains: int, plainly: Plainly) -> None:
+    """functional_call writes to the module: workers take turns, each chain sees its own parameters, w* returns."""
+    model = _Unbatchable(3, 1).double()
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    expected = plainly(model, PLAIN, F.mse_loss, num_chains=num_chains, num_draws=100)
+    for _ in range(3):
+        result = estimate(model, PLAIN, F.mse_loss, num_chains=num_chains, num_draws=100, strategy="sequential")
+        assert result.diagnostics["workers"] == 2
+        assert np.array_equal(result.loss_trace, expected)
+    after = dict(model.named_parameters())
+    assert all(id(after[name]) == key and torch.equal(after[name], p) for name, (key, p) in before.items())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_observables_that_call_the_model_in_several_threads(threads: int) -> None:
+    """Recorded chains run side by side; an observable that calls the model still sees its own chain's parameters."""
+    torch.set_num_threads(threads)
+    model, (x, y), loss_fn = make_problem()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def again(draw: llc_fast.Draw) -> Tensor:
+        return loss_fn(functional_call(model, dict(draw.params), (x,)), y) - draw.loss
+
+    options = {"strategy": "sequential", "batch_size": N, "num_chains": 8, "num_draws": 100}
+    result = estimate(model, (x, y), loss_fn, observables={"difference": again}, **options)
+    assert result.diagnostics["workers"] == threads
+    np.testing.assert_allclose(result.observables["difference"], 0, atol=1e-12)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", ["sequential", None])
+def test_errors_in_workers_come_out(strategy: str | None) -> None:
+    """An observable that raises ends the run with its own error, in every thread, and the model is whole."""
+    model, data, loss_fn = make_problem()
+
+    def broken(draw: llc_fast.Draw) -> float:
+        if draw.chain == 5 and draw.draw == 3:
+            raise KeyError("the user's own")
+        return 0.0
+
+    with pytest.raises(KeyError, match="the user's own"):
+        estimate(model, data, loss_fn, strategy=strategy, num_chains=40, observables={"broken": broken})
+    assert np.isfinite(estimate(model, data, loss_fn).loss_trace).all()
+
+
+def test_attention_is_batched_without_warnings() -> None:
+    """No fallback of vmap, which would loop over the chains and warn about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = estimate(*make_problem("transformer"), strategy="batched")
+    assert "not recorded" not in result.diagnostics["strategy_reason"]
+
+
+def test_chains_that_are_lost_do_not_take_others_along() -> None:
+    """In a group, one chain's overflow is its own."""
+
+    class Cliff(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w + 0 * x + torch.where(self.w.detach().abs() > 2.1, torch.nan, 0.0)
+
+    x = torch.zeros(4, 1, dtype=torch.float64)
+    options = {"nbeta": 1.0, "localization": 0.0, "lr": 0.5, "num_chains": 12, "num_draws": 40, "batch_size": 4}
+    traces = [
+        estimate(Cliff(), (x, x), lambda out, y: 0.5 * (out - y).square().mean(), strategy=s, **options).loss_trace
+        for s in ("sequential", "batched")
+    ]
+    lost = np.isnan(traces[0]).any(axis=1)
+    assert 0 < lost.sum() < 12
+    np.testing.assert_allclose(traces[0], traces[1], rtol=RTOL[torch.float64], equal_nan=True)

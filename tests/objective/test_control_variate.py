@@ -1,0 +1,341 @@
+"""Minibatch losses less what the same minibatches lose at w*: which runs are paired, and what they record then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from processes import all_well, launch
+from runs import assert_same, data, estimate, interrupted_after, mlp, mse
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from llc_fast.chains.draw import Draw
+from llc_fast.kernels import reference
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.control_variate import ControlVariate
+from llc_fast.result import LLCResult
+
+N, BATCH, CHAINS, STEPS, SEED = 43, 10, 3, 12, 5
+RAW: dict[str, Any] = {"raw": lambda draw: draw.loss}
+EVERY_STEP: dict[str, Any] = {
+    "num_draws": STEPS,
+    "num_burnin": 0,
+    "num_chains": CHAINS,
+    "batch_size": BATCH,
+    "seed": SEED,
+    "observables": RAW,
+}
+
+
+def _by_sample(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean(dim=1)
+
+
+def _of_model(model: nn.Module, batch: Any) -> Tensor:
+    return mse(model(batch[0]), batch[1])
+
+
+def _expected_baseline(sample_losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """L_B(w*) ``[chain, step]``, from the specification of minibatches."""
+    n = len(sample_losses)
+    rows = [
+        sample_losses[reference.minibatch_indices(n, BATCH, CHAINS, NoiseKey(SEED, step=step)).numpy()].mean(axis=1)
+        for step in range(STEPS)
+    ]
+    return np.stack(rows, axis=1)
+
+
+def _losses_at(model: nn.Module, given: tuple[Tensor, Tensor]) -> NDArray[np.float64]:
+    with torch.no_grad():
+        values: NDArray[np.float64] = _by_sample(model(given[0]), given[1]).double().numpy()
+    return values
+
+
+def _raw(result: LLCResult) -> NDArray[np.float64]:
+    return result.observables["raw"]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_fn": _by_sample},
+        {"loss_fn": _of_model},
+        {"sampler": "sghmc"},
+        {"microbatch_size": 3},
+        {"autocast": torch.bfloat16},
+    ],
+    ids=["mean", "losses of samples", "loss of the model", "sghmc", "microbatches", "autocast"],
+)
+def test_the_trace_is_the_raw_one_less_the_same_minibatches_at_the_anchor(
+    strategy: str, options: dict[str, Any]
+) -> None:
+    if strategy == "batched" and "microbatch_size" in options:
+        pytest.skip("microbatches are not batched over chains")
+    model, given = mlp(torch.float64), data(N, torch.float64)
+    tolerance = 1e-12
+    if "autocast" in options:  # the model's outputs have 8 bits; the losses are float32
+        model, given, tolerance = mlp(), data(N), 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = _losses_at(model, given)
+    else:
+        losses = _losses_at(model, given)
+    result = estimate(model=model, data=given, strategy=strategy, **EVERY_STEP | options)
+    assert result.settings["control_variate"] and result.diagnostics["unpaired_reason"] == ""
+    np.testing.assert_allclose(result.init_loss, losses.mean(), rtol=tolerance)
+    expected = _raw(result) - _expected_baseline(losses) + losses.mean()
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=10 * tolerance)
+    # At w* nothing is left of the minibatch; in 8 bits a batch of chains rounds otherwise than one.
+    at_anchor = 2**-7 if "autocast" in options else 10 * tolerance
+    np.testing.assert_allclose(result.loss_trace[:, 0], result.init_loss, rtol=at_anchor)
+    assert np.ptp(_raw(result)[:, 0]) > 0.01
+    trace = result.loss_trace[:, result.schedule.draws]
+    np.testing.assert_allclose(result.llc_mean, result.nbeta * (trace.mean() - result.init_loss))
+
+
+def test_float32_models_are_paired_to_rounding() -> None:
+    result = estimate(data=data(N), **EVERY_STEP)
+    losses = _losses_at(mlp(), data(N))
+    expected = _raw(result) - _expected_baseline(losses) + losses.mean()
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=1e-6)
+
+
+def test_less_variance() -> None:
+    """By as much as the formula says: the spread over minibatches of what the samples lose more than at w*."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(600, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    model = nn.Linear(1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    at_anchor, size = y.square(), 20
+
+    def moments(draw: Draw) -> Tensor:
+        losses = (x @ draw.params["weight"].T + draw.params["bias"] - y).square()
+        return torch.stack([losses.mean(), losses.var(), (losses - at_anchor).var()])
+
+    result = estimate(
+        model=model,
+        data=(x, y),
+        batch_size=size,
+        num_draws=600,
+        num_burnin=0,
+        nbeta=1000.0,
+        lr=1e-5,
+        observables={"raw": lambda draw: draw.loss, "moments": moments},
+    )
+    full, raw, paired = np.moveaxis(result.observables["moments"], 2, 0)
+    share = (1 - size / len(x)) / size  # of the samples' variance, without replacement
+    expected = (full.var() + share * raw.mean()) / (full.var() + share * paired.mean())
+    found = _raw(result).var() / result.loss_trace.var()
+    # Each variance comes from 1800 minibatches: a relative error of √(2/1800) for normal means.
+    assert abs(found / expected - 1) < 4 * np.sqrt(2 * 2 / 1800)
+    assert expected > 10
+
+
+def test_a_realizable_problem_needs_no_baseline() -> None:
+    model, (x, _) = mlp(torch.float64), data(N, torch.float64)
+    with torch.no_grad():
+        y = model(x)
+    result = estimate(model=model, data=(x, y), **EVERY_STEP)
+    assert not result.settings["control_variate"]
+    assert "the same on all minibatches" in result.diagnostics["unpaired_reason"]
+    assert 0 <= result.init_loss < 1e-30  # zero but for the order in which a batch's sums are rounded
+    np.testing.assert_array_equal(result.loss_trace, _raw(result))
+
+
+# --- where it is not valid ----------------------------------------------------------------------------------
+
+
+class _Normalized(nn.Module):
+    """Batch statistics that leave no trace in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = (
+            nn.Linear(3, 4),
+            nn.BatchNorm1d(4, track_running_stats=False),
+            nn.Linear(4, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
+        return out
+
+
+class _Augmented(Dataset[Any]):
+    """Adds noise that is another one whenever a sample is read."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = data(N)
+        return x[index] + 0.1 * torch.randn(3), y[index]
+
+
+class _Batches:
+    """A data set that makes batches, with a tensor that belongs to no sample."""
+
+    def __len__(self) -> int:
+        return N
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        x, y = data(N)
+        return {"x": x[indices], "weights": torch.ones(3), "y": y[indices]}
+
+
+def _weighted(output: Tensor, target: Tensor) -> Tensor:
+    """A mean over tokens, of which samples have unequally many."""
+    weight = (target > 0).double() + 0.1
+    return ((output - target).square() * weight).sum() / weight.sum()
+
+
+def _looks(output: Tensor, target: Tensor) -> Tensor:
+    return mse(output, target) * (2.0 if float(output.detach().sum()) > 1e9 else 1.0)
+
+
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "full batch": (lambda: {"batch_size": N}, "whole data set"),
+    "loader": (
+        lambda: {"data": DataLoader(TensorDataset(*data(N)), batch_size=BATCH), "batch_size": None},
+        "a loader",
+    ),
+    "dropout": (lambda: {"model": nn.Sequential(mlp(), nn.Dropout(0.2))}, "random numbers"),
+    "batch norm": (
+        lambda: {"model": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))},
+        "writes to its buffers",
+    ),
+    "batch norm without buffers": (lambda: {"model": _Normalized()}, "batch statistics"),
+    "batch norm, losses of samples": (lambda: {"model": _Normalized(), "loss_fn": _by_sample}, "batch statistics"),
+    "weights": (lambda: {"loss_fn": _weighted}, "weighted by tokens"),
+    "augmentation": (lambda: {"data": _Augmented(), "strategy": "sequential"}, "augmentation"),
+    "values looked at": (lambda: {"loss_fn": _looks}, "single samples"),
+    "more than samples": (
+        lambda: {"data": _Batches(), "loss_fn": lambda model, batch: mse(model(batch["x"]), batch["y"])},
+        "single samples",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_where_a_minibatch_is_not_the_mean_of_its_samples(name: str) -> None:
+    build, reason = REFUSED[name]
+    options = {**EVERY_STEP, "data": data(N), **build()}
+    result = estimate(**options)
+    assert not result.settings["control_variate"]
+    assert reason in result.diagnostics["unpaired_reason"]
+    np.testing.assert_array_equal(result.loss_trace, _raw(result))
+
+
+def test_the_kind_of_weights_is_no_obstacle_where_they_are_equal() -> None:
+    """A token-weighted mean of samples with equally many tokens is the mean of theirs."""
+
+    def over_tokens(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=-1)
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, (N, 4), generator=generator)
+    padded = tokens.clone()
+    padded[::3, 1:] = -1
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(5, 6), nn.Tanh(), nn.Linear(6, 5))
+
+    even = estimate(model=model(), data=(tokens, tokens), loss_fn=over_tokens, **EVERY_STEP)
+    uneven = estimate(model=model(), data=(tokens, padded), loss_fn=over_tokens, **EVERY_STEP)
+    assert even.settings["control_variate"]
+    assert not uneven.settings["control_variate"]
+
+
+def test_models_that_vmap_does_not_know_are_paired_by_their_outputs() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.last = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.gru(x[:, None])[0][:, -1])
+            return out
+
+    torch.manual_seed(0)
+    result = estimate(model=Recurrent(), data=data(N), strategy="sequential", **EVERY_STEP)
+    assert result.settings["control_variate"]
+    np.testing.assert_allclose(result.loss_trace[:, 0], result.init_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+def test_low_precision_hides_neither_means_nor_weights(kind: str) -> None:
+    """Rounding to 8 bits is larger than what a weighting changes, so the check is made without it."""
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    options: dict[str, Any] = {**EVERY_STEP, "data": data(N, dtype)}
+    options["autocast"] = torch.bfloat16 if kind == "autocast" else None
+
+    def slightly(output: Tensor, target: Tensor) -> Tensor:
+        weight = 1 + 0.02 * torch.tanh(target)
+        return ((output - target).square() * weight).sum() / weight.sum()
+
+    paired = estimate(model=mlp(dtype), **options)
+    weighted = estimate(model=mlp(dtype), loss_fn=slightly, **options)
+    assert paired.settings["control_variate"] and not weighted.settings["control_variate"]
+    assert "weighted by tokens" in weighted.diagnostics["unpaired_reason"]
+    np.testing.assert_allclose(paired.loss_trace[:, 0], paired.init_loss, rtol=2**-6)  # batched, rounded otherwise
+
+
+def test_the_baseline_is_the_same_on_a_device() -> None:
+    losses = np.random.default_rng(0).exponential(size=N)
+    baseline = ControlVariate(losses, float(losses.mean()), BATCH)
+    indices = torch.randint(N, (CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
+    expected = losses[indices.numpy()].mean(axis=1) - losses.mean()
+    np.testing.assert_allclose(baseline(indices.numpy()), expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(baseline.on_device(indices).numpy(), expected, rtol=0, atol=1e-14)
+
+
+# --- one chain, however it is run ---------------------------------------------------------------------------
+
+
+def test_batched_is_sequential() -> None:
+    batched, sequential = (estimate(data=data(N), strategy=s, **EVERY_STEP) for s in ("batched", "sequential"))
+    np.testing.assert_allclose(batched.loss_trace, sequential.loss_trace, rtol=1e-5)
+    # What is subtracted is the same to the last bit but for the rounding of the difference.
+    np.testing.assert_allclose(
+        _raw(batched) - batched.loss_trace, _raw(sequential) - sequential.loss_trace, rtol=0, atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    options = {**EVERY_STEP, "data": data(N), "strategy": strategy}
+    whole = estimate(**options)
+    assert whole.settings["control_variate"]
+    with interrupted_after(7):
+        partial = estimate(**options, checkpoint=tmp_path / "run")
+    assert partial.is_partial
+    for chain, done in enumerate(partial.steps_done or []):
+        np.testing.assert_array_equal(partial.loss_trace[chain, :done], whole.loss_trace[chain, :done])
+    assert_same(estimate(**options, checkpoint=tmp_path / "run"), whole)
+    again = estimate(**options, checkpoint=tmp_path / "run")  # nothing left to do
+    assert_same(again, whole)
+    assert again.settings["control_variate"]
+
+
+def test_processes_give_what_one_does(tmp_path: Path) -> None:
+    body = """
+result = runs.estimate(data=runs.data(43), num_draws=12, num_burnin=0, num_chains=3, seed=5)
+result.save(f"result{rank}")
+"""
+    all_well(launch(tmp_path, body, 2))
+    alone = estimate(data=data(N), **{**EVERY_STEP, "observables": None}, strategy="sequential")
+    found_results = [LLCResult.load(tmp_path / f"result{rank}") for rank in range(2)]
+    assert_same(found_results[0], found_results[1])
+    np.testing.assert_allclose(found_results[0].loss_trace, alone.loss_trace, rtol=1e-5)
+    assert found_results[0].settings["control_variate"]
