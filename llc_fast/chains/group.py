@@ -193,18 +193,20 @@ class Group:
         """The same with where the chains are; with `copy`, apart from that memory."""
         found = self.report()
         found = found.copy() if copy else replace(found)
-        if not self.is_done:
-            found.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
+        self._complete(found, copy)
         return found
 
     def finish(self) -> ChainState:
         """Complete the traces, and give the memory to whoever comes next."""
-        self.report()
-        if not self.is_done:
-            self.traces.state = {name: _numpy(t, copy=False) for name, t in self._arrays().items()}
-        elif self._spec.keep_ends:
-            self.traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
+        self._complete(self.report(), copy=False)
         return self.state
+
+    def _complete(self, traces: Traces, copy: bool) -> None:
+        """Add where the chains are, or, if they are done and it was asked, where they ended."""
+        if not self.is_done:
+            traces.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
+        elif self._spec.keep_ends:
+            traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
 
     def _arrays(self) -> dict[str, Tensor]:
         """Where the chains are: all that changes from step to step."""

@@ -117,9 +117,10 @@ def run_chains(
     """
     monitor, stop = monitor or Monitor(), stop or threading.Event()
     cuda = [spec.objective.device] if spec.objective.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(spec.plan.num_threads):
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
         driver = _Driver.with_first_group(spec, chains, resumed, monitor, stop)
-        driver.run()
+        with threads(driver.spec.plan.num_threads):
+            driver.run()
         traces = [slot.traces for slot in driver.slots]
         monitor.snapshot(traces)
         interrupted = stop.is_set() and not all(slot.is_done for slot in driver.slots)
@@ -171,7 +172,8 @@ class _Driver:
             if not driver._waiting:
                 return driver
             try:
-                driver._start(driver._waiting[0], None)
+                with threads(spec.plan.num_threads):  # not around `make_plan`, which asks how many there are
+                    driver._start(driver._waiting[0], None)
                 return driver
             except RefusedError as error:
                 plan, cause = spec.plan, error.__cause__
@@ -182,7 +184,7 @@ class _Driver:
                     ) from cause
                 if plan.is_given:
                     raise cause from None
-                failed[plan.strategy] = f"{STRATEGIES[plan.strategy].may_refuse or plan.strategy} failed: {error}"
+                failed[plan.strategy] = f"{STRATEGIES[plan.strategy].may_refuse} failed: {error}"
                 plan = make_plan(
                     spec.objective, spec.sampler, len(chains), has_observables=bool(spec.observables), failed=failed
                 )
@@ -195,8 +197,16 @@ class _Driver:
         return slot.group
 
     def run(self) -> None:
+        """Take all groups to their end, or until somebody stops them; the traces then say where the chains are."""
         if self._workers <= 1:
-            return self._work(alone=True)
+            self._work(alone=True)
+        else:
+            self._work_side_by_side()
+        for slot in self.slots:
+            if slot.group is not None:  # set up, and stopped before its first step
+                slot.group.finish()
+
+    def _work_side_by_side(self) -> None:
         # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.
         with ThreadPoolExecutor(self._workers, thread_name_prefix="llc_fast") as pool:
             futures = {pool.submit(self._enter) for _ in range(self._workers)}
