@@ -180,6 +180,8 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
         TypeError, ValueError: as :func:`estimate_llc`.
     """
     old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
+    if isinstance(sampler := settings.get("sampler"), Sampler):
+        settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
     with _Surroundings(asked, model, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss_fn, surroundings)
@@ -453,6 +455,7 @@ class Sampled:
 
     Attributes:
         traces: of all chains.
+        steps_done: of each chain.
         run: of this process.
         interrupted: whether somebody stopped a process early.
         problem: why the checkpoint could not be written; empty if it was.
@@ -601,7 +604,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=sampled.seconds_of_setup,
-        resumed_steps=0 if saved is None else sum(t.step * len(t.chains) for t in saved.traces),
+        resumed_steps=0 if saved is None else _steps_of(saved),
     )
     if chosen.pilot_bias_share is not None:
         result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=chosen.pilot_bias_share)
@@ -611,6 +614,14 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
     examine(result, _facts(prepared, chosen, sampler, sampled))
     return result
+
+
+def _steps_of(saved: Saved) -> int:
+    """The steps of all chains; of a chain that several files have, the most."""
+    steps: dict[int, int] = {}
+    for t in saved.traces:
+        steps |= {chain: max(t.step, steps.get(chain, 0)) for chain in t.chains}
+    return sum(steps.values())
 
 
 def _adapted_lr(result: LLCResult) -> float:
