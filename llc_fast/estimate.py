@@ -529,13 +529,14 @@ class _RunMonitor(Monitor):
             self._progress.update(steps, self._llc_so_far(traces()))
 
     def _llc_so_far(self, traces: list[Traces]) -> float:
-        """λ̂ of the steps since burn-in; NaN before."""
-        chosen, values = self._chosen, []
+        """λ̂ of the steps since burn-in, without chains that diverged; NaN before."""
+        chosen, means = self._chosen, list[float]()
         for t in traces:
             steps = slice(self._schedule.num_burnin, t.step)
             if t.step > steps.start:
-                values.append(_corrected(t, chosen, steps).mean())
-        return chosen.nbeta * (float(np.mean(values)) - chosen.init_loss) if values else math.nan
+                rows = _corrected(t, chosen, steps)
+                means += [float(row.mean()) for row in rows if np.isfinite(row).all()]
+        return chosen.nbeta * (float(np.mean(means)) - chosen.init_loss) if means else math.nan
 
     def wants_snapshot(self) -> bool:
         return self._prepared.keeper is not None and self._prepared.keeper.is_due

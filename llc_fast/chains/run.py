@@ -149,7 +149,9 @@ class _Driver:
         self._observables = Observables(spec.observables, spec.schedule.num_draws)
         for slot in slots:
             self._observables.know(slot.traces.draws)
-        self._waiting = [slot for slot in slots if not slot.is_done]
+        # The largest group first: what refuses to run in a group refuses it, while there is a way back.
+        waiting = [slot for slot in slots if not slot.is_done]
+        self._waiting = sorted(waiting, key=lambda slot: len(slot.traces.chains), reverse=True)
         self._workers = min(spec.plan.num_workers, len(self._waiting))
         self._lock = threading.Lock()
         self._model = threading.Lock()  # functional_call writes to the module while it runs

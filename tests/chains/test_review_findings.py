@@ -184,3 +184,45 @@ def test_chains_that_turn_out_not_to_be_batchable_run_side_by_side() -> None:
     assert (plan.strategy, plan.num_threads) == ("batched", 1)
     assert run.plan.strategy == "sequential" and run.plan.replay and not run.note
     assert run.plan.num_workers == 2 and seen == {1}
+
+
+def test_a_run_that_fell_back_resumes_where_its_chains_have_got_to() -> None:
+    """Chain 0 has begun, so it is a group of its own, which can be "batched"; the others can't."""
+    objective = Objective(_Unbatchable(), mse, make_source(data(), 10, _CPU), device=_CPU)
+    sampler = SGLDSampler(lr=1e-3, nbeta=10.0, localization=1.0)
+    stop = threading.Event()
+    with threads(1):
+        spec = RunSpec(objective, sampler, Schedule(8, 4), make_plan(objective, sampler, 3), seed=0)
+        whole = run_chains(spec, range(3))
+        with _stopping(stop, 5):
+            first = run_chains(spec, range(3), stop=stop)
+        assert [t.step for t in first.traces] == [6, 0, 0]
+        last = run_chains(spec, range(3), resumed=first.traces)
+    np.testing.assert_array_equal(Traces.stack(last.traces).loss, Traces.stack(whole.traces).loss)
+
+
+def test_progress_leaves_diverged_chains_out() -> None:
+    """Two chains of one group, one of which is thrown to where its loss is infinite."""
+    seen: list[float] = []
+
+    class Cliff(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w * x.mean(dim=1, keepdim=True) + torch.where(self.w > 0.02, torch.inf, 0.0)
+
+    result = estimate(
+        model=Cliff(), num_chains=8, num_draws=60, num_burnin=1, strategy="batched", lr=1e-5,
+        progress=lambda done, total, llc: seen.append(llc),
+    )  # fmt: skip
+    assert 0 < len(result.diverged_chains) < 8
+    assert np.isfinite(seen[-1])
+
+
+@pytest.mark.parametrize("optimizer", [llc_fast.RMSpropSGLD, llc_fast.AdamSGLD])
+def test_a_metric_that_has_seen_nothing_is_not_frozen(optimizer: Any) -> None:
+    chain = optimizer([nn.Parameter(torch.ones(3))], seed=0)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        chain.freeze()
