@@ -128,9 +128,7 @@ def choose_settings(
         settings=settings,
         objective=objective,
         plan=make_plan(objective, template, 1, strategy=strategy, release_gradients=release),
-        control_variate=None
-        if at_reference.unpaired_reason
-        else at_reference.control_variate(objective.source, at_reference.mean),
+        control_variate=at_reference.control_variate(objective.source, at_reference.mean),
         chosen=chosen,
         num_steps=num_steps,
         min_friction=MIN_FRICTION if settings.is_default_sampler and not plan.release else 1.0,

@@ -37,7 +37,7 @@ from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
 from llc_fast.support.torch_private import RANDOM_MODULES
-from llc_fast.traces import Traces
+from llc_fast.traces import LOSS, Traces
 
 _SMALL = 2e7
 """Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
@@ -186,8 +186,7 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
     with _Surroundings(asked, model, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
-    sampler = asked.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    schedule = asked.complete_schedule(chosen.num_draws)
+    sampler, schedule = _completed(asked, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     options = _options(sampler)
     found = Calibration(
@@ -203,18 +202,19 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
         batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
         bias_correction=chosen.bias_correction,
     )
-    found.reason = _why(chosen, sampler, schedule)
+    found.reason = _why(chosen, schedule)
     return found
 
 
 _ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
-def _why(chosen: Chosen, sampler: Sampler, schedule: Schedule) -> str:
+def _why(chosen: Chosen, schedule: Schedule) -> str:
     """What calibration chose, and why."""
     lr, length = f"lr={chosen.lr:.3g}", f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
     if chosen.pilot_bias_share is None:
-        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {sampler.name} has no bias correction; {length}"
+        reason = "the run is too short for pilot chains" if chosen.bias_correction else "there is no bias correction"
+        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {reason}; {length}"
     return (
         f"{lr}: pilot chains of {chosen.pilot_steps} steps ended with bias at {chosen.pilot_bias_share:.1%} of "
         f"nβ·(L − L(w*)), which is subtracted; {length}"
@@ -352,7 +352,11 @@ def _objective(
 
 
 def _check_exact(sampler: Sampler, objective: Objective, execution: Execution) -> None:
-    """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
+    """Refuse a loss that is no function of the parameters alone, or too coarse to show differences of order 1/nβ.
+
+    Raises:
+        ValueError: it is one of these.
+    """
     trial = objective.trial
     if trial.is_random or trial.writes_buffers:
         why = "draws random numbers (dropout?)" if trial.is_random else "changes buffers (batch or spectral norm?)"
@@ -371,7 +375,11 @@ def _check_exact(sampler: Sampler, objective: Objective, execution: Execution) -
 
 
 def _ends_of(warm_start: LLCResult, objective: Objective, num_chains: int) -> dict[str, NDArray[Any]]:
-    """Where the chains of an earlier result ended, checked to fit."""
+    """Where the chains of an earlier result ended, checked to fit.
+
+    Raises:
+        ValueError: it was not kept, or is of other chains or parameters.
+    """
     if warm_start.ends is None:
         raise ValueError("warm_start does not know where its chains ended: make it with keep_ends=True")
     shapes = {name: (num_chains, *w.shape) for name, w in objective.reference.items()}
@@ -446,6 +454,12 @@ class _PilotMonitor(Monitor):
         self._done += sum(t.step for t in traces)
 
 
+def _completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
+    """The sampler and the schedule of the chains."""
+    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
+    return sampler, settings.complete_schedule(chosen.num_draws)
+
+
 # ---- sample ------------------------------------------------------------------------------------------------
 
 
@@ -474,17 +488,16 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     """Run the chains, those of this process, and gather what all processes have done."""
     settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
     team, saved = prepared.surroundings.team, prepared.saved
-    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    unpaired = bool(chosen.unpaired_reason)
+    sampler, schedule = _completed(settings, chosen)
     spec = RunSpec(
         objective,
         sampler,
-        settings.complete_schedule(chosen.num_draws),
+        schedule,
         prepared.plan,
         settings.seed,
         observables=dict(settings.observables or {}),
         control_variate=None
-        if unpaired
+        if chosen.unpaired_reason
         else prepared.reference_losses.control_variate(objective.source, chosen.init_loss),
         start=prepared.start,
         keep_ends=settings.keep_ends,
@@ -492,7 +505,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
-    with _RunMonitor(prepared, chosen, spec.schedule, chains) as monitor, stopped_by_sigint() as stop:
+    with _RunMonitor(prepared, chosen, schedule, chains) as monitor, stopped_by_sigint() as stop:
         resumed = saved.traces if saved is not None else ()
         run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
         # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
@@ -564,8 +577,7 @@ def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> ND
 def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, traces, run = prepared.settings, prepared.objective, sampled.traces, sampled.run
-    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    schedule = settings.complete_schedule(chosen.num_draws)
+    sampler, schedule = _completed(settings, chosen)
     losses = _corrected(traces, chosen).copy()
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     result = LLCResult(
@@ -593,7 +605,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "strategy": run.plan.strategy,
             "seconds": time.perf_counter() - prepared.surroundings.started,
         },
-        traces={name: values for name, values in traces.steps.items() if name != "loss"},
+        traces={name: values for name, values in traces.steps.items() if name != LOSS},
         ends=None if sampled.interrupted else traces.ends,
         observables=traces.draws,
         steps_done=sampled.steps_done if sampled.interrupted else None,

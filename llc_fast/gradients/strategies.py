@@ -216,9 +216,9 @@ _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor
 def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainState, feed: Feed, step: int) -> bool:
     """Whether an error while a strategy was set up is the strategy's fault, so that another one may take its place.
 
-    Never of a strategy that can run every model. By kind: what can't be replayed; memory that ran out; an operation
-    that vmap does not know. A bug of the model is none of these. An operation of torch that fails in a batch without a
-    word of vmap is vmap's fault if one chain alone, on its own minibatch, passes it.
+    Only of strategies with ``may_refuse``, and by kind: what can't be replayed; memory that ran out; an operation that
+    vmap does not know. A bug of the model is none of these. An operation of torch that fails in a batch without a word
+    of vmap is vmap's fault if one chain alone, on its own minibatch, passes it.
     """
     if not STRATEGIES[plan.strategy].may_refuse:
         return False
