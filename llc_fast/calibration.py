@@ -66,7 +66,8 @@ class Chosen:
         friction: α of the sampler's variant with momentum; 1: the sampler itself.
         num_draws: draws of a schedule that was open; None: as given.
         pilot_steps: gradients that pilot chains took.
-        pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots.
+        pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots, NaN where the
+            loss was not above L(w*).
     """
 
     init_loss: float

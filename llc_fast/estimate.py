@@ -31,7 +31,7 @@ from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.progress import Progress, ProgressFunction, make_progress
 from llc_fast.result import LLCResult
-from llc_fast.samplers.base import Sampler
+from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
@@ -188,9 +188,9 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
         chosen = choose(prepared)
     sampler, schedule = _completed(asked, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
-    options = _options(sampler)
+    is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
-        sampler=dataclasses.replace(sampler, lr=None, nbeta=None) if options else sampler.name,
+        sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None),
         lr=chosen.lr,
         nbeta=chosen.nbeta,
         localization=sampler.localization,
@@ -215,6 +215,10 @@ def _why(chosen: Chosen, schedule: Schedule) -> str:
     if chosen.pilot_bias_share is None:
         reason = "the run is too short for pilot chains" if chosen.bias_correction else "there is no bias correction"
         return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {reason}; {length}"
+    if math.isnan(chosen.pilot_bias_share):
+        return (
+            f"{lr}: pilot chains of {chosen.pilot_steps} steps found no loss above L(w*) to compare bias with; {length}"
+        )
     return (
         f"{lr}: pilot chains of {chosen.pilot_steps} steps ended with bias at {chosen.pilot_bias_share:.1%} of "
         f"nβ·(L − L(w*)), which is subtracted; {length}"
@@ -620,7 +624,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         resumed_steps=0 if saved is None else _steps_of(saved),
     )
     if chosen.pilot_bias_share is not None:
-        result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=chosen.pilot_bias_share)
+        share = None if math.isnan(chosen.pilot_bias_share) else chosen.pilot_bias_share
+        result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=share)
     if sampler.kind == "metropolis":
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)

@@ -129,6 +129,25 @@ def test_calibrate_chooses_a_step_size_also_for_a_sampler_object_that_has_one() 
     by_name = llc_fast.calibrate(mlp(), data(), mse, sampler="sgld", **options)
     by_object = llc_fast.calibrate(mlp(), data(), mse, sampler=SGLDSampler(lr=123.0), **options)
     assert by_object["lr"] == by_name["lr"] != 123.0
+    own = llc_fast.calibrate(mlp(), data(), mse, sampler=_Careful(), **options)["sampler"]
+    assert type(own) is _Careful
+
+
+class _Slope(nn.Module):
+    """Its loss falls from w* on, in every direction that chains take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((1,), 1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -1e3 * self.w.square() + 0 * x[:, :1]
+
+
+def test_pilots_that_find_no_higher_loss_say_so() -> None:
+    options: dict[str, Any] = {"num_draws": 300, "num_chains": 4, "num_burnin": 300}
+    found = llc_fast.calibrate(_Slope(), data(), lambda out, target: out.mean(), sampler="sgld", **options)
+    assert "no loss above" in found.reason
 
 
 def test_resumed_steps_counts_each_chain_once(tmp_path: Path) -> None:
