@@ -66,7 +66,8 @@ class Chosen:
         friction: α of the sampler's variant with momentum; 1: the sampler itself.
         num_draws: draws of a schedule that was open; None: as given.
         pilot_steps: gradients that pilot chains took.
-        pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots.
+        pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots, NaN where the
+            loss was not above L(w*).
     """
 
     init_loss: float
@@ -128,9 +129,7 @@ def choose_settings(
         settings=settings,
         objective=objective,
         plan=make_plan(objective, template, 1, strategy=strategy, release_gradients=release),
-        control_variate=None
-        if at_reference.unpaired_reason
-        else at_reference.control_variate(objective.source, at_reference.mean),
+        control_variate=at_reference.control_variate(objective.source, at_reference.mean),
         chosen=chosen,
         num_steps=num_steps,
         min_friction=MIN_FRICTION if settings.is_default_sampler and not plan.release else 1.0,

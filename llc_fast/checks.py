@@ -29,7 +29,7 @@ imprecise      the standard error is a large share of λ̂
 =============  =========================================================================================================
 
 A threshold is chosen so that fewer than one in a hundred good runs exceeds it by chance, and that what exceeds it
-matters. tests/test_diagnostics.py holds both.
+matters. The tests hold both.
 """
 
 from __future__ import annotations

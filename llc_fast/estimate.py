@@ -31,13 +31,13 @@ from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.progress import Progress, ProgressFunction, make_progress
 from llc_fast.result import LLCResult
-from llc_fast.samplers.base import Sampler
+from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
 from llc_fast.support.torch_private import RANDOM_MODULES
-from llc_fast.traces import Traces
+from llc_fast.traces import LOSS, Traces
 
 _SMALL = 2e7
 """Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
@@ -180,16 +180,17 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
         TypeError, ValueError: as :func:`estimate_llc`.
     """
     old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
+    if isinstance(sampler := settings.get("sampler"), Sampler):
+        settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
     with _Surroundings(asked, model, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
-    sampler = asked.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    schedule = asked.complete_schedule(chosen.num_draws)
+    sampler, schedule = _completed(asked, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
-    options = _options(sampler)
+    is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
-        sampler=dataclasses.replace(sampler, lr=None, nbeta=None) if options else sampler.name,
+        sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None),
         lr=chosen.lr,
         nbeta=chosen.nbeta,
         localization=sampler.localization,
@@ -201,18 +202,23 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
         batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
         bias_correction=chosen.bias_correction,
     )
-    found.reason = _why(chosen, sampler, schedule)
+    found.reason = _why(chosen, schedule)
     return found
 
 
 _ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
-def _why(chosen: Chosen, sampler: Sampler, schedule: Schedule) -> str:
+def _why(chosen: Chosen, schedule: Schedule) -> str:
     """What calibration chose, and why."""
     lr, length = f"lr={chosen.lr:.3g}", f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
     if chosen.pilot_bias_share is None:
-        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {sampler.name} has no bias correction; {length}"
+        reason = "the run is too short for pilot chains" if chosen.bias_correction else "there is no bias correction"
+        return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {reason}; {length}"
+    if math.isnan(chosen.pilot_bias_share):
+        return (
+            f"{lr}: pilot chains of {chosen.pilot_steps} steps found no loss above L(w*) to compare bias with; {length}"
+        )
     return (
         f"{lr}: pilot chains of {chosen.pilot_steps} steps ended with bias at {chosen.pilot_bias_share:.1%} of "
         f"nβ·(L − L(w*)), which is subtracted; {length}"
@@ -350,7 +356,11 @@ def _objective(
 
 
 def _check_exact(sampler: Sampler, objective: Objective, execution: Execution) -> None:
-    """Whether the loss is a function of the parameters that differences of order 1/nβ can be told from."""
+    """Refuse a loss that is no function of the parameters alone, or too coarse to show differences of order 1/nβ.
+
+    Raises:
+        ValueError: it is one of these.
+    """
     trial = objective.trial
     if trial.is_random or trial.writes_buffers:
         why = "draws random numbers (dropout?)" if trial.is_random else "changes buffers (batch or spectral norm?)"
@@ -369,7 +379,11 @@ def _check_exact(sampler: Sampler, objective: Objective, execution: Execution) -
 
 
 def _ends_of(warm_start: LLCResult, objective: Objective, num_chains: int) -> dict[str, NDArray[Any]]:
-    """Where the chains of an earlier result ended, checked to fit."""
+    """Where the chains of an earlier result ended, checked to fit.
+
+    Raises:
+        ValueError: it was not kept, or is of other chains or parameters.
+    """
     if warm_start.ends is None:
         raise ValueError("warm_start does not know where its chains ended: make it with keep_ends=True")
     shapes = {name: (num_chains, *w.shape) for name, w in objective.reference.items()}
@@ -444,6 +458,12 @@ class _PilotMonitor(Monitor):
         self._done += sum(t.step for t in traces)
 
 
+def _completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
+    """The sampler and the schedule of the chains."""
+    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
+    return sampler, settings.complete_schedule(chosen.num_draws)
+
+
 # ---- sample ------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +473,7 @@ class Sampled:
 
     Attributes:
         traces: of all chains.
+        steps_done: of each chain.
         run: of this process.
         interrupted: whether somebody stopped a process early.
         problem: why the checkpoint could not be written; empty if it was.
@@ -471,17 +492,16 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     """Run the chains, those of this process, and gather what all processes have done."""
     settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
     team, saved = prepared.surroundings.team, prepared.saved
-    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    unpaired = bool(chosen.unpaired_reason)
+    sampler, schedule = _completed(settings, chosen)
     spec = RunSpec(
         objective,
         sampler,
-        settings.complete_schedule(chosen.num_draws),
+        schedule,
         prepared.plan,
         settings.seed,
         observables=dict(settings.observables or {}),
         control_variate=None
-        if unpaired
+        if chosen.unpaired_reason
         else prepared.reference_losses.control_variate(objective.source, chosen.init_loss),
         start=prepared.start,
         keep_ends=settings.keep_ends,
@@ -489,7 +509,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
-    with _RunMonitor(prepared, chosen, spec.schedule, chains) as monitor, stopped_by_sigint() as stop:
+    with _RunMonitor(prepared, chosen, schedule, chains) as monitor, stopped_by_sigint() as stop:
         resumed = saved.traces if saved is not None else ()
         run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
         # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
@@ -526,13 +546,14 @@ class _RunMonitor(Monitor):
             self._progress.update(steps, self._llc_so_far(traces()))
 
     def _llc_so_far(self, traces: list[Traces]) -> float:
-        """λ̂ of the steps since burn-in; NaN before."""
-        chosen, values = self._chosen, []
+        """λ̂ of the steps since burn-in, without chains that diverged; NaN before."""
+        chosen, means = self._chosen, list[float]()
         for t in traces:
             steps = slice(self._schedule.num_burnin, t.step)
             if t.step > steps.start:
-                values.append(_corrected(t, chosen, steps).mean())
-        return chosen.nbeta * (float(np.mean(values)) - chosen.init_loss) if values else math.nan
+                rows = _corrected(t, chosen, steps)
+                means += [float(row.mean()) for row in rows if np.isfinite(row).all()]
+        return chosen.nbeta * (float(np.mean(means)) - chosen.init_loss) if means else math.nan
 
     def wants_snapshot(self) -> bool:
         return self._prepared.keeper is not None and self._prepared.keeper.is_due
@@ -560,8 +581,7 @@ def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> ND
 def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, traces, run = prepared.settings, prepared.objective, sampled.traces, sampled.run
-    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    schedule = settings.complete_schedule(chosen.num_draws)
+    sampler, schedule = _completed(settings, chosen)
     losses = _corrected(traces, chosen).copy()
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     result = LLCResult(
@@ -589,7 +609,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "strategy": run.plan.strategy,
             "seconds": time.perf_counter() - prepared.surroundings.started,
         },
-        traces={name: values for name, values in traces.steps.items() if name != "loss"},
+        traces={name: values for name, values in traces.steps.items() if name != LOSS},
         ends=None if sampled.interrupted else traces.ends,
         observables=traces.draws,
         steps_done=sampled.steps_done if sampled.interrupted else None,
@@ -601,16 +621,25 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=sampled.seconds_of_setup,
-        resumed_steps=0 if saved is None else sum(t.step * len(t.chains) for t in saved.traces),
+        resumed_steps=0 if saved is None else _steps_of(saved),
     )
     if chosen.pilot_bias_share is not None:
-        result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=chosen.pilot_bias_share)
+        share = None if math.isnan(chosen.pilot_bias_share) else chosen.pilot_bias_share
+        result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=share)
     if sampler.kind == "metropolis":
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
     examine(result, _facts(prepared, chosen, sampler, sampled))
     return result
+
+
+def _steps_of(saved: Saved) -> int:
+    """The steps of all chains; of a chain that several files have, the most."""
+    steps: dict[int, int] = {}
+    for t in saved.traces:
+        steps |= {chain: max(t.step, steps.get(chain, 0)) for chain in t.chains}
+    return sum(steps.values())
 
 
 def _adapted_lr(result: LLCResult) -> float:

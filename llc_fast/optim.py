@@ -692,9 +692,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: the sampler's metric does not adapt.
+            RuntimeError: there was no step yet from whose gradients it could have been learned.
         """
         if self.sampler.metric != "adaptive":
             raise TypeError(f"{type(self).__name__} has no metric that adapts")
+        if any(int(group["step"]) == 0 for group in self.param_groups):
+            raise RuntimeError("freeze() before the first step: the metric has seen no gradient yet; take steps before")
         for group in self.param_groups:
             group["adapt_steps"] = int(group["step"])
 

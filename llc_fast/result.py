@@ -55,7 +55,7 @@ class LLCResult:
 
     Attributes:
         loss_trace: loss of every step, burn-in included, float64 ``[chain, step]``: the minibatch's, L_B(w_t), or with
-            ``settings["paired_baseline"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise;
+            ``settings["control_variate"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise;
             with ``settings["bias_correction"]`` less `bias_trace`/nβ. NaN from the step on at which a chain diverged.
         init_loss: L(w*) over the whole data set.
         nbeta: nβ.

@@ -154,24 +154,21 @@ class Settings:
         Raises:
             TypeError, ValueError: no such sampler or option; an option that was given twice, differently.
         """
-        given = self.sampler
-        if given is None or isinstance(given, str):
-            name, options = ("sgld" if given is None else given), dict[str, Any]()
-        elif isinstance(given, Sampler):
-            name, options = given.name, dict(vars(given))
-        else:
+        given: Any = "sgld" if self.sampler is None else self.sampler
+        if not isinstance(given, (str, Sampler)):
             raise TypeError(
                 f"sampler must be a name or a sampler of llc_fast.samplers, got {type(given).__name__}: pass for "
                 'example sampler="rmsprop-sgld"'
             )
+        options: dict[str, float | None] = {}
         for option in ("lr", "nbeta", "localization"):
-            value, inside = getattr(self, option), options.get(option)
+            value, inside = getattr(self, option), getattr(given, option, None)  # names have none
             if value is not None and inside is not None and value != inside:
                 raise ValueError(f"{option}={value:g} contradicts sampler.{option}={inside:g}: give one of them")
             options[option] = inside if value is None else value
         if options["localization"] is None:
             options["localization"] = DEFAULT_LOCALIZATION
-        return make_sampler(name, **options)
+        return make_sampler(given, **options)
 
     @property
     def template(self) -> Sampler:
@@ -326,6 +323,8 @@ def with_old_keywords(given: dict[str, Any], old: Mapping[str, Any], function: s
         settings["execution"] = Execution(**moved)
         _say_old(next(iter(moved)), f"execution=Execution({next(iter(moved))}=…)")
     if "heat_correction" in old:
+        if settings.get("bias_correction") is not None:
+            raise TypeError("heat_correction is an old name of bias_correction, which is given too: leave it out")
         settings["bias_correction"] = old["heat_correction"]
         _say_old("heat_correction", "bias_correction")
     if old.get("sampler_options"):

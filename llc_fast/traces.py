@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,9 @@ class Traces:
         if len(traces) == 1:
             return first
         has_state, has_ends = (all(getattr(t, name) is not None for t in traces) for name in ("state", "ends"))
+        traces = [
+            replace(t, state=t.state if has_state else None, ends=t.ends if has_ends else None) for t in traces
+        ]  # as large as the models
         groups: list[Arrays] = []
         for parts in zip(*(t._groups() for t in traces), strict=True):
             like = {name: a for part in parts for name, a in part.items()}

@@ -15,6 +15,7 @@ from llc_fast.gradients.replay import NotReplayableError
 from llc_fast.gradients.strategies import Gradient, check_replay
 from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.samplers.state import ChainState
+from llc_fast.support.errors import first_line
 from llc_fast.traces import LOSS
 
 
@@ -106,6 +107,6 @@ def _refusing_to_wait() -> Iterator[None]:
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        raise NotReplayableError(str(error).splitlines()[0]) from error
+        raise NotReplayableError(first_line(error)) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -18,13 +18,15 @@ from llc_fast.traces import Traces
 class Draw:
     """What an observable sees: one draw of one chain, before the chain moves on.
 
+    All tensors are the chain's own memory, which the next step overwrites: copy what must outlive the call, and write
+    to none.
+
     Attributes:
         chain, draw, step: which.
         loss: of the minibatch, a scalar tensor; as evaluated, with no control variate subtracted.
         sample_losses: the loss of each sample of the minibatch, ``[batch]``, if the loss function returns one for each
             sample; else None.
-        params: the chain's parameters by name, at which the loss was evaluated. They are the chain's own memory: copy
-            what must outlive the call, and write to none.
+        params: the chain's parameters by name, at which the loss was evaluated.
         batch: the minibatch.
     """
 

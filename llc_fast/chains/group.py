@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +28,7 @@ from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.state import ChainState
 from llc_fast.schedule import Schedule
 from llc_fast.stats.step_checks import COLUMNS
+from llc_fast.support.errors import first_line
 from llc_fast.traces import LOSS, Traces
 
 DIVERGED_AFTER = 64
@@ -105,12 +106,8 @@ class Group:
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self.state.start(first, spec.seed)
-        try:
+        with self._refusals():
             gradient, self.note = make_gradient(spec.plan, objective, self.state, self._buffers, self._feed, start)
-        except Exception as error:
-            if is_refusal(error, spec.plan, objective, self.state, self._feed, start):
-                raise RefusedError(_first_line(error)) from error
-            raise
         if traces.state is not None:
             self._restore(traces.state)
         elif spec.start is not None:
@@ -130,20 +127,26 @@ class Group:
         self._step: Callable[[int], None]
         if spec.plan.strategy == "cuda-graph":
             assert on_device is not None
-            try:
-                with torch.cuda.device(objective.device):  # which need not be the current one
-                    self._step = CapturedStep(
-                        self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start
-                    )
-            except Exception as error:
-                if is_refusal(error, spec.plan, objective, self.state, self._feed, start):
-                    raise RefusedError(_first_line(error)) from error
-                raise
+            with self._refusals(), torch.cuda.device(objective.device):  # which need not be the current one
+                self._step = CapturedStep(
+                    self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start
+                )
         else:
             observe = self._observe if observables else None
             parts = (transition, self._feed, checks, spec.control_variate, observe, guard, move_guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
         traces.state = None  # only now: nothing above may lose it
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """While the strategy is set up: its refusal of the model becomes a RefusedError, other errors stay."""
+        try:
+            yield
+        except Exception as error:
+            spec, step = self._spec, self.traces.step
+            if is_refusal(error, spec.plan, spec.objective, self.state, self._feed, step):
+                raise RefusedError(first_line(error)) from error
+            raise
 
     @property
     def is_done(self) -> bool:
@@ -193,18 +196,20 @@ class Group:
         """The same with where the chains are; with `copy`, apart from that memory."""
         found = self.report()
         found = found.copy() if copy else replace(found)
-        if not self.is_done:
-            found.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
+        self._complete(found, copy)
         return found
 
     def finish(self) -> ChainState:
         """Complete the traces, and give the memory to whoever comes next."""
-        self.report()
-        if not self.is_done:
-            self.traces.state = {name: _numpy(t, copy=False) for name, t in self._arrays().items()}
-        elif self._spec.keep_ends:
-            self.traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
+        self._complete(self.report(), copy=False)
         return self.state
+
+    def _complete(self, traces: Traces, copy: bool) -> None:
+        """Add where the chains are, or, if they are done and it was asked, where they ended."""
+        if not self.is_done:
+            traces.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
+        elif self._spec.keep_ends:
+            traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
 
     def _arrays(self) -> dict[str, Tensor]:
         """Where the chains are: all that changes from step to step."""
@@ -316,7 +321,3 @@ def _row(batch: Batch, row: int) -> Batch:
 def _numpy(tensor: Tensor, copy: bool) -> NDArray[Any]:
     array: NDArray[Any] = tensor.detach().cpu().numpy()
     return array.copy() if copy and tensor.device.type == "cpu" else array
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -144,14 +144,13 @@ class Metropolis:
 
     def _adapt(self, adaptation: Tensor, acceptance: Tensor, step: int) -> None:
         """Dual averaging of log δ, by the acceptance of the transition of this step."""
-        adaptation[:, 3] = acceptance
         count, last = step + 1, self._sampler.adapt_steps or 0
         if count > last:
             return
-        log, mean, shortfall = adaptation[:, :3].unbind(dim=1)
+        log, mean, shortfall = adaptation.unbind(dim=1)
         weight = 1 / (count + _DELAY)
         shortfall = (1 - weight) * shortfall + weight * (self._sampler.target_acceptance - acceptance)
         log = math.log(10 * math.sqrt(self._state.scalars.lr)) - math.sqrt(count) / _SHRINKAGE * shortfall
         weight = count**-_FORGETTING
         mean = weight * log + (1 - weight) * mean
-        adaptation[:, :3] = torch.stack([mean if count == last else log, mean, shortfall], dim=1)
+        adaptation[:] = torch.stack([mean if count == last else log, mean, shortfall], dim=1)

@@ -185,7 +185,7 @@ def _store(rank: int, size: int) -> Store:
 
 
 def default_device(device: torch.device) -> torch.device:
-    """A process of torchrun on a machine with several GPUs takes its own, unless told otherwise."""
+    """The device of this process: on a machine with several GPUs each process of torchrun takes its own."""
     local = os.environ.get("LOCAL_RANK")
     if device.type == "cuda" and device.index is None and local is not None:
         return torch.device("cuda", int(local) % torch.cuda.device_count())

@@ -117,9 +117,10 @@ def run_chains(
     """
     monitor, stop = monitor or Monitor(), stop or threading.Event()
     cuda = [spec.objective.device] if spec.objective.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), threads(spec.plan.num_threads):
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
         driver = _Driver.with_first_group(spec, chains, resumed, monitor, stop)
-        driver.run()
+        with threads(driver.spec.plan.num_threads):
+            driver.run()
         traces = [slot.traces for slot in driver.slots]
         monitor.snapshot(traces)
         interrupted = stop.is_set() and not all(slot.is_done for slot in driver.slots)
@@ -148,7 +149,9 @@ class _Driver:
         self._observables = Observables(spec.observables, spec.schedule.num_draws)
         for slot in slots:
             self._observables.know(slot.traces.draws)
-        self._waiting = [slot for slot in slots if not slot.is_done]
+        # The largest group first: what refuses to run in a group refuses it, while there is a way back.
+        waiting = [slot for slot in slots if not slot.is_done]
+        self._waiting = sorted(waiting, key=lambda slot: len(slot.traces.chains), reverse=True)
         self._workers = min(spec.plan.num_workers, len(self._waiting))
         self._lock = threading.Lock()
         self._model = threading.Lock()  # functional_call writes to the module while it runs
@@ -171,7 +174,8 @@ class _Driver:
             if not driver._waiting:
                 return driver
             try:
-                driver._start(driver._waiting[0], None)
+                with threads(spec.plan.num_threads):  # not around `make_plan`, which asks how many there are
+                    driver._start(driver._waiting[0], None)
                 return driver
             except RefusedError as error:
                 plan, cause = spec.plan, error.__cause__
@@ -182,7 +186,7 @@ class _Driver:
                     ) from cause
                 if plan.is_given:
                     raise cause from None
-                failed[plan.strategy] = f"{STRATEGIES[plan.strategy].may_refuse or plan.strategy} failed: {error}"
+                failed[plan.strategy] = f"{STRATEGIES[plan.strategy].may_refuse} failed: {error}"
                 plan = make_plan(
                     spec.objective, spec.sampler, len(chains), has_observables=bool(spec.observables), failed=failed
                 )
@@ -195,8 +199,16 @@ class _Driver:
         return slot.group
 
     def run(self) -> None:
+        """Take all groups to their end, or until somebody stops them; the traces then say where the chains are."""
         if self._workers <= 1:
-            return self._work(alone=True)
+            self._work(alone=True)
+        else:
+            self._work_side_by_side()
+        for slot in self.slots:
+            if slot.group is not None:  # set up, and stopped before its first step
+                slot.group.finish()
+
+    def _work_side_by_side(self) -> None:
         # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.
         with ThreadPoolExecutor(self._workers, thread_name_prefix="llc_fast") as pool:
             futures = {pool.submit(self._enter) for _ in range(self._workers)}

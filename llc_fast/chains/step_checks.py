@@ -1,4 +1,4 @@
-"""Looks at a few steps of every chain more closely than the loss trace does; the chain does not notice.
+"""Looks at a few steps of every chain more closely than the loss trace does, without changing the chain.
 
 What is measured is raw sums, a row of `COLUMNS` for each chain and step check, which go with the chain's losses through
 checkpoints and processes; :mod:`llc_fast.stats.step_checks` makes statistics of them.

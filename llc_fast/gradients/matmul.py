@@ -12,8 +12,6 @@ import torch
 from llc_fast.support.torch_private import has_onednn_linear, onednn_linear
 
 _aten = torch.ops.aten
-
-
 _PRODUCT_FLOPS = 1e7
 """Above which a matrix product is worth a choice of library."""
 
@@ -23,7 +21,7 @@ def _products_by_onednn() -> bool:
     """Whether oneDNN multiplies float32 matrices faster than torch's choice, which on x86 is MKL.
 
     On processors that are not Intel's MKL leaves half of AVX-512's width unused; oneDNN, which torch ships as well,
-    does not. Told by the processor's name, not by a stopwatch: equal seeds give equal bits.
+    does not. The processor's name decides, not a stopwatch: equal seeds give equal bits.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_onednn_linear():
         return False

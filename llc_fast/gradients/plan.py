@@ -36,7 +36,8 @@ class Strategy:
             to do instead; empty if it can.
         steps_together: whether chains step together.
         keeps_gradients: whether all gradients are in memory at once.
-        may_refuse: what fails if a model turns out not to be made for it, in words; empty if none can refuse it.
+        may_refuse: what fails, in words, if a model turns out not to suit the strategy, and another takes its place;
+            empty: none does.
     """
 
     not_possible: Callable[[Objective, Sampler, bool], str]
@@ -153,7 +154,7 @@ def make_plan(
 
     The choice is a rule on what the trial gradient was measured to be: its floating-point operations, its memory, what
     it reads and writes. It looks at no clock, so that equal seeds give equal bits on a busy machine and an idle one.
-    It does not fall on strategies that `failed`, for the reason given there, which the plan passes on.
+    Strategies in `failed` are not chosen; the plan's `reason` says why they failed.
 
     Raises:
         ValueError: the strategy is unknown or can't run this model, these data or this sampler; the message says why.

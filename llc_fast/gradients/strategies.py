@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llc_fast.data import Batch, map_tensors
 from llc_fast.gradients.minibatches import Feed
-from llc_fast.gradients.plan import Plan
+from llc_fast.gradients.plan import STRATEGIES, Plan
 from llc_fast.gradients.replay import NotReplayableError, Recording
 from llc_fast.objective.objective import Evaluation, Objective, backward, leaves_of
 from llc_fast.samplers.state import ChainState
@@ -149,7 +149,7 @@ def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
 
 
 class ReplayedGradient:
-    """The kernels of another strategy, recorded once; see :mod:`llc_fast.recording`.
+    """The kernels of another strategy, recorded once and replayed; see :mod:`llc_fast.gradients.replay`.
 
     Raises:
         NotReplayableError: the model can't be recorded, or a replay does not give what it should.
@@ -216,13 +216,15 @@ _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor
 def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainState, feed: Feed, step: int) -> bool:
     """Whether an error while a strategy was set up is the strategy's fault, so that another one may take its place.
 
-    By kind: what can't be replayed; memory that ran out; an operation that vmap does not know. A bug of the model is
-    none of these. An operation of torch that fails in a batch without a word of vmap is vmap's fault if one chain
-    alone, on its own minibatch, passes it.
+    Only of strategies with ``may_refuse``, and by kind: what can't be replayed; memory that ran out; an operation that
+    vmap does not know. A bug of the model is none of these. An operation of torch that fails in a batch without a word
+    of vmap is vmap's fault if one chain alone, on its own minibatch, passes it.
     """
+    if not STRATEGIES[plan.strategy].may_refuse:
+        return False
     if isinstance(error, (NotReplayableError, torch.cuda.OutOfMemoryError)):
         return True
-    if plan.strategy not in ("batched", "cuda-graph") or not isinstance(error, (RuntimeError, NotImplementedError)):
+    if not isinstance(error, (RuntimeError, NotImplementedError)):
         return False
     if _SPEAKS_OF_BATCHING.search(str(error)):
         return True

@@ -536,7 +536,7 @@ def minibatch_indices(num_samples: int, key: NoiseKey, out: Tensor, *, device_st
 
     Args:
         num_samples: n.
-        key: names the draw; row c of `out` uses ``key.chain + c``.
+        key: names the order of the samples; row c of `out` uses ``key.chain + c``.
         out: int64 ``[num_chains, batch_size]``, contiguous, overwritten; batch_size at most n.
         device_step: on a CUDA device, the step (int64) to read when the kernel runs, instead of ``key.step``.
 

@@ -12,13 +12,13 @@ import numpy as np
 
 
 class NoiseKey(NamedTuple):
-    """Names a random draw, apart from its element: equal keys give equal noise.
+    """Names random numbers, apart from their elements: equal keys give equal noise.
 
     Attributes:
         seed: 64 bits, one per run.
         step: 40 bits, counts the updates.
         chain: 32 bits.
-        stream: 8 bits, separates kinds of draws; 0 is Langevin noise.
+        stream: 8 bits, separates kinds of random numbers; 0 is Langevin noise.
     """
 
     seed: int

@@ -14,6 +14,7 @@ from torch import Tensor
 from llc_fast.data import Batch, DataSource, IndexedSource, map_tensors, split_batch
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.objective.objective import Objective, widened
+from llc_fast.support.errors import first_line
 
 _CHECKED_BATCHES = 8
 _SLACK = 1e-3
@@ -61,7 +62,8 @@ class ReferenceLosses:
         mean: L(w*), over the whole data set.
         stderr: of the mean: rounding, and where the data had no end, the spread of what was seen of them.
         samples: of every sample, float64 ``[n]``; None if they can't be had.
-        unpaired_reason: why chains are not paired with what their minibatches lose at w*; empty if they are.
+        unpaired_reason: why the chains' losses are not paired with those of the same minibatches at w*; empty if they
+            are.
     """
 
     mean: float
@@ -70,15 +72,17 @@ class ReferenceLosses:
     unpaired_reason: str
 
     def control_variate(self, source: DataSource, init_loss: float) -> ControlVariate | None:
-        """That of the minibatches of `source`, about `init_loss`; None where the samples' losses can't be had."""
-        return None if self.samples is None else ControlVariate(self.samples, init_loss, source.batch_size or 1)
+        """That of the minibatches of `source`, about `init_loss`; None where chains are not paired."""
+        if self.samples is None or self.unpaired_reason:
+            return None
+        return ControlVariate(self.samples, init_loss, source.batch_size or 1)
 
 
 def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> ReferenceLosses:
-    """L(w*), and the losses that it is the mean of where a minibatch's loss is the mean of its samples' losses.
+    """L(w*), and the loss of every sample at w*, where a minibatch's loss is the mean of its samples' losses.
 
-    One pass over the data either way. Whether the means agree is checked on a few minibatches before: a loss weighted
-    by tokens, batch statistics and augmentation show there.
+    It takes one pass over the data either way. Whether the means agree is checked on a few minibatches before: a loss
+    weighted by tokens, batch statistics and augmentation show there.
 
     Args:
         objective: the model, its loss and data.
@@ -99,8 +103,7 @@ def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> Refer
                 else:
                     unpaired_reason = _NOT_THE_MEAN
         except Exception as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            unpaired_reason = f"the loss of single samples can't be had: {first_line}"
+            unpaired_reason = f"the loss of single samples can't be had: {first_line(error)}"
     if samples is None or not np.isfinite(samples).all():
         return ReferenceLosses(*objective.full_loss(), None, unpaired_reason or "the loss at w* is not finite")
     if nbeta * _spread(objective, samples) < _NEGLIGIBLE:

@@ -9,11 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Selection = str | nn.Module | Tensor
-
-
-# ---- which parameters --------------------------------------------------------------------------------------
-
 
 def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
     """The parameters to sample by name, each with the mask of its elements that may move, or None for all of them.

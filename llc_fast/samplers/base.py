@@ -51,7 +51,7 @@ class Sampler:
     momentum_variant: ClassVar[str | None] = None
     """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
     traces: ClassVar[tuple[str, ...]] = ()
-    """The names of what :meth:`info` reports of every step."""
+    """The names of what its transitions report of every step, as :meth:`info` does for those of one fused step."""
 
     lr: float | None = None
     nbeta: float | None = None

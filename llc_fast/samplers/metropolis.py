@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from llc_fast.kernels.step import StepScalars
 from llc_fast.samplers.base import Kind, Metric, Sampler
 from llc_fast.samplers.langevin import check_preconditioner
 from llc_fast.samplers.registry import register
@@ -68,15 +67,9 @@ class MetropolisSampler(Sampler):
 
     @classmethod
     def initial_adaptation(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """Each chain's log √ε, its weighted mean, the mean shortfall of acceptance, the last acceptance."""
+        """Each chain's log √ε, its weighted mean, and the mean shortfall of acceptance."""
         log = 0.5 * math.log(options["lr"])
-        return {"step_size": torch.tensor([[log, log, 0.0, math.nan]], dtype=torch.float64, device=device)}
-
-    @classmethod
-    def info(cls, scalars: StepScalars, sums: Any, adaptation: Mapping[str, Any]) -> dict[str, Any]:
-        """The acceptance probability of the last transition, and the ε of the next."""
-        rows = adaptation["step_size"]
-        return {"acceptance": rows[:, 3], "lr": (2 * rows[:, 0]).exp()}
+        return {"step_size": torch.tensor([[log, log, 0.0]], dtype=torch.float64, device=device)}
 
 
 @register

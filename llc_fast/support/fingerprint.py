@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# ---- what names a run --------------------------------------------------------------------------------------
-
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A fingerprint of names, shapes, dtypes and values."""
