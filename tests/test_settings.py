@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +13,14 @@ import numpy as np
 import pytest
 import runs
 import torch
+from runs import assert_same, data, mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import llc_fast
 from llc_fast.optim import SGLD
-from llc_fast.settings import default_nbeta
+from llc_fast.samplers import RMSpropSGLDSampler, SGHMCSampler, SGLDSampler
+from llc_fast.settings import Settings, default_nbeta
 
 mse = nn.functional.mse_loss
 
@@ -407,3 +412,101 @@ def test_a_random_loss_is_not_mistaken_for_a_sum(seed: int) -> None:
     with torch.random.fork_rng(), pytest.raises(pytest.fail.Exception, match="sampling began"):
         torch.manual_seed(seed)
         llc_fast.estimate_llc(model, runs.data(4), mse, lr=1e-3, progress=False)
+
+
+# ---- one place for every option ----------------------------------------------------------------------------
+
+
+def test_the_signature_is_that_of_the_settings() -> None:
+    """estimate_llc names every option once; calibrate takes the same ones, checked by the same class."""
+    signature = inspect.signature(llc_fast.estimate_llc).parameters
+    named = {name: p.default for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    fields = {f.name: f.default for f in dataclasses.fields(Settings)}
+    assert named.keys() == fields.keys()
+    assert {k: v for k, v in named.items() if k != "execution"} == {k: v for k, v in fields.items() if k != "execution"}
+    assert named["execution"] is None and fields["execution"] == llc_fast.Execution()
+
+
+def test_settings_can_not_be_changed() -> None:
+    settings = Settings(num_draws=10)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.num_draws = 20  # type: ignore[misc]
+    assert dataclasses.replace(settings, num_draws=20).schedule.num_draws == 20
+
+
+OLD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "strategy": ({"strategy": "sequential"}, {"execution": llc_fast.Execution(strategy="sequential")}),
+    "microbatch_size": ({"microbatch_size": 3}, {"execution": llc_fast.Execution(microbatch_size=3)}),
+    "release_gradients": ({"release_gradients": True}, {"execution": llc_fast.Execution(release_gradients=True)}),
+    "autocast": ({"autocast": torch.bfloat16}, {"execution": llc_fast.Execution(autocast=torch.bfloat16)}),
+    "distributed": ({"distributed": False}, {"execution": llc_fast.Execution(distributed=False)}),
+    "heat_correction": ({"heat_correction": True}, {"bias_correction": True}),
+    "sampler_options": (
+        {"sampler": "sghmc", "sampler_options": {"momentum_decay": 0.5}},
+        {"sampler": SGHMCSampler(momentum_decay=0.5)},
+    ),
+    "sampler_options without a sampler": (
+        {"sampler_options": {"weight_decay": 0.5}},
+        {"sampler": SGLDSampler(weight_decay=0.5)},
+    ),
+    "adapt_steps that never end": (
+        {"sampler": "rmsprop-sgld", "sampler_options": {"adapt_steps": None}},
+        {"sampler": RMSpropSGLDSampler(adapt_steps=math.inf)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+@pytest.mark.filterwarnings("default:.* is now given as:DeprecationWarning")
+def test_arguments_by_their_old_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They still work, and a warning says what to write now."""
+    monkeypatch.undo()  # here sampling begins
+    old, new = OLD[name]
+    common: dict[str, Any] = {"lr": 1e-3, "num_chains": 2, "num_draws": 8, "num_burnin": 4, "batch_size": 10}
+    common["progress"] = False
+    with pytest.warns(DeprecationWarning, match="is now given as"):
+        before = llc_fast.estimate_llc(mlp(), data(), mse, **common, **old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        now = llc_fast.estimate_llc(mlp(), data(), mse, **common, **new)
+    assert_same(before, now)
+
+
+def test_old_and_new_names_together() -> None:
+    """An option is given once; what never was an argument is refused as by any function."""
+    for function in (llc_fast.estimate_llc, llc_fast.calibrate):
+        with pytest.raises(TypeError, match="strategy belongs to execution"):
+            function(mlp(), data(), mse, strategy="batched", execution=llc_fast.Execution())
+        with pytest.raises(TypeError, match="sampler_options is given beside a sampler object"):
+            function(mlp(), data(), mse, sampler=SGLDSampler(), sampler_options={"weight_decay": 1.0})
+        with pytest.raises(TypeError, match=r"\(\) got an unexpected keyword argument 'learning_rate'"):
+            function(mlp(), data(), mse, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("option", ["lr", "nbeta", "localization"])
+def test_an_option_of_the_sampler_object(option: str) -> None:
+    """It counts as if it were an argument; to give it twice, differently, is an error."""
+    inside = SGLDSampler(**{"lr": 1e-3, "nbeta": 20.0, "localization": 3.0} | {option: 0.5})
+    settings = Settings(sampler=inside)
+    assert getattr(settings, option) == 0.5
+    assert settings.complete_sampler(1e-4, 9.0).localization == inside.localization
+    assert getattr(Settings(sampler=inside, **{option: 0.5}), option) == 0.5
+    with pytest.raises(ValueError, match=f"{option}=0.7 contradicts sampler.{option}=0.5"):
+        Settings(sampler=inside, **{option: 0.7})
+
+
+def test_a_sampler_object_without_a_localization_gets_the_default() -> None:
+    assert Settings(sampler=SGLDSampler()).localization == Settings(sampler="sgld").localization == 1.0
+    assert Settings(sampler=SGLDSampler(localization=0.0)).localization == 0.0
+    assert Settings(sampler=SGLDSampler(), localization=0.0).localization == 0.0
+
+
+@pytest.mark.parametrize("wrong", [3, llc_fast.SGLD, "nuts"])
+def test_what_is_no_sampler(wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="sampler"):
+        Settings(sampler=wrong)
+
+
+def test_what_is_no_execution() -> None:
+    with pytest.raises(TypeError, match=r"execution must be an llc_fast\.Execution, got str"):
+        Settings(execution="batched")  # type: ignore[arg-type]

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import Script, assert_same, data, estimate, happened, initialized, interrupted_after, mlp, mse
+from runs import TIMEOUT, Script, assert_same, data, estimate, happened, initialized, interrupted_after, mlp, mse
 from torch import Tensor, nn
 
+from llc_fast.chains.checkpoint import Checkpoint, Saved
 from llc_fast.chains.draw import Draw
-from llc_fast.chains.run import StepTaken, after_each_step
+from llc_fast.chains.run import Monitor, StepTaken, after_each_step
 from llc_fast.result import LLCResult
 
 
@@ -397,3 +398,56 @@ def test_a_loss_that_overflows(tmp_path: Path) -> None:
         assert not finite.all() and not finite[finite.argmin() :].any()
         assert not np.isinf(row).any()
     _everything_works(result, tmp_path)
+
+
+# ---- seams -------------------------------------------------------------------------------------------------
+
+
+def test_every_step_is_heard_of_and_nobody_listens_afterwards() -> None:
+    """Pilot chains too, and also where what listens raises."""
+    steps: list[StepTaken] = []
+    with after_each_step(steps.append):
+        result = estimate(lr=None, num_draws=140, num_burnin=60)
+    pilots = [taken for taken in steps if taken.is_pilot]
+    assert len(pilots) == result.diagnostics["pilot_steps"]
+    taken = sorted((chain, s.step) for s in steps if not s.is_pilot for chain in s.chains)
+    assert taken == [(chain, step) for chain in range(3) for step in range(200)]
+
+    def fail(taken: StepTaken) -> None:
+        raise LookupError("from outside")
+
+    with pytest.raises(LookupError, match="from outside"), after_each_step(fail):
+        estimate()
+    assert not estimate().is_partial
+
+
+def test_no_chain_waits_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers go on stepping during a write that takes as long as they like."""
+    steps: list[StepTaken] = []
+    during: list[int] = []
+    save = Checkpoint.save
+
+    def slow(keeper: Checkpoint, saved: Saved) -> None:
+        if not during:  # the first one takes until both workers have moved on, which they would not under a lock
+            before, deadline = len(steps), time.monotonic() + TIMEOUT
+            while len({s.chains[0] for s in steps[before:]}) < 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            during.append(len({s.chains[0] for s in steps[before:]}))
+        save(keeper, saved)
+
+    monkeypatch.setattr(Checkpoint, "save", slow)
+    monkeypatch.setattr(Checkpoint, "is_due", True)
+    monkeypatch.setattr(Monitor, "interval", 0.001)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+
+        def step(taken: StepTaken) -> None:
+            steps.append(taken)
+            time.sleep(0.002)
+
+        with after_each_step(step):
+            result = estimate(strategy="sequential", num_chains=2, num_draws=300, checkpoint=tmp_path / "run")
+    finally:
+        torch.set_num_threads(threads)
+    assert result.diagnostics["workers"] == 2 and during == [2]

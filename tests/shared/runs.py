@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import llc_fast
-from llc_fast.chains.run import StepTaken, after_each_step
+from llc_fast.chains.run import Monitor, StepTaken, after_each_step
 from llc_fast.result import LLCResult, Warning
 from llc_fast.samplers import make_sampler
 
@@ -113,16 +114,22 @@ def interrupted_after(count: int) -> Iterator[None]:
 
     Pilot chains do not count: nothing is lost with them, and Ctrl-C there is an ordinary KeyboardInterrupt.
     """
-    left = iter(range(count - 1, -1, -1))
+    left, came = iter(range(count - 1, -1, -1)), threading.Event()
 
     def interrupt(taken: StepTaken) -> None:
         if not taken.is_pilot and next(left, None) == 0:
+            came.set()
             signal.raise_signal(signal.SIGINT)
-            while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-                time.sleep(0.001)  # in a thread: until the main one has handled it
+        # In threads: nobody goes on until the main one, which looks up now and then, has handled it.
+        while came.is_set() and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            time.sleep(0.001)
 
-    with after_each_step(interrupt):
-        yield
+    interval, Monitor.interval = Monitor.interval, 0.001
+    try:
+        with after_each_step(interrupt):
+            yield
+    finally:
+        Monitor.interval = interval
 
 
 def no_step() -> contextlib.AbstractContextManager[None]:
