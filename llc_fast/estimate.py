@@ -704,7 +704,7 @@ def _device_of(model: nn.Module) -> torch.device:
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the model's parameters lie on several devices ({names}): pass device to compute on one")
+        raise ValueError(f"model has parameters on several devices ({names}): pass device= to compute on one")
     return devices.pop() if devices else torch.device("cpu")
 
 

@@ -42,7 +42,14 @@ class Traces:
 
     @classmethod
     def blank(cls, chains: range, num_steps: int, names: Sequence[str], checks: tuple[int, int]) -> Traces:
-        """Of chains that have done nothing: `names` beside the loss, and room for so many checks and columns."""
+        """Those of chains that have done nothing.
+
+        Args:
+            chains: which.
+            num_steps: of each.
+            names: of the traces beside the loss.
+            checks: step checks of a chain, and columns of each.
+        """
         return cls(
             chains.start,
             0,
