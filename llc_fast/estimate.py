@@ -190,7 +190,7 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
-        sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None),
+        sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None, localization=None),
         lr=chosen.lr,
         nbeta=chosen.nbeta,
         localization=sampler.localization,

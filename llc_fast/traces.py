@@ -81,6 +81,10 @@ class Traces:
         groups = [{name: a[k : k + 1] for name, a in group.items()} for group in self._groups()]
         return self._made_of(chain, groups, self.state is not None, self.ends is not None)
 
+    def as_now(self) -> Traces:
+        """With the same arrays, of which later steps write only what this one does not say is done."""
+        return replace(self, steps=dict(self.steps), draws=dict(self.draws))
+
     def copy(self) -> Traces:
         """Apart from the memory that the chains go on to write to."""
         groups = [{name: a.copy() for name, a in group.items()} for group in self._groups()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -399,7 +398,7 @@ def test_values_of_the_users_own_are_kept() -> None:
     assert own["sampler"] == "sgld"
     for given_sampler in (SGLDSampler(weight_decay=0.5), SGHMCSampler(momentum_decay=0.5)):
         own = llc_fast.calibrate(mlp(), data(), mse, progress=False, sampler=given_sampler, num_draws=300)
-        assert own["sampler"] == dataclasses.replace(given_sampler, localization=1.0)
+        assert own["sampler"] == given_sampler and own["localization"] == 1.0
 
 
 @pytest.mark.parametrize("sampler", ["sgld", "sghmc", "rmsprop-sgld", "adam-sgld", "sgnht", "mala", "hmc"])

@@ -285,7 +285,8 @@ class _Driver:
             running = [k for k, s in enumerate(self.slots) if not s.is_done and s not in self._waiting]
             if any(k not in self._collected for k in running):
                 return
-            self._complete = [self._collected.get(k, s.traces) for k, s in enumerate(self.slots)]
+            # Of groups that wait, as they are now: a worker may start one before this is written.
+            self._complete = [self._collected.get(k) or s.traces.as_now() for k, s in enumerate(self.slots)]
             self._collected, self._collecting = {}, False
         if not copy:  # the chains must not go on before it is written
             self._report()

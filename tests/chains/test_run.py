@@ -451,3 +451,36 @@ def test_no_chain_waits_while_a_checkpoint_is_written(tmp_path: Path, monkeypatc
     finally:
         torch.set_num_threads(threads)
     assert result.diagnostics["workers"] == 2 and during == [2]
+
+
+def test_a_snapshot_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains that waited when it was taken are in it as they were, though they have begun by the time it is written."""
+    steps: list[StepTaken] = []
+    found: list[list[tuple[int, bool]]] = []
+    save = Checkpoint.save
+
+    def late(keeper: Checkpoint, saved: Saved) -> None:
+        if not found:
+            deadline = time.monotonic() + TIMEOUT
+            while not any(s.chains[0] >= 2 for s in steps) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            found.append([(t.step, t.state is not None) for t in saved.traces])
+        save(keeper, saved)
+
+    monkeypatch.setattr(Checkpoint, "save", late)
+    monkeypatch.setattr(Checkpoint, "is_due", True)
+    monkeypatch.setattr(Monitor, "interval", 0.001)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+
+        def step(taken: StepTaken) -> None:
+            steps.append(taken)
+            time.sleep(0.002)
+
+        with after_each_step(step):
+            estimate(strategy="sequential", num_chains=4, num_draws=40, checkpoint=tmp_path / "run")
+    finally:
+        torch.set_num_threads(threads)
+    [(first, waiting)] = [(traces[:2], traces[2:]) for traces in found]
+    assert waiting == [(0, False)] * 2 and all(step > 0 and has_state for step, has_state in first)
