@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from llc_fast.calibration import STIFFNESS, Chosen, choose_settings
+from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_settings
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
@@ -310,7 +310,10 @@ def prepare(
         release_gradients=execution.release_gradients,
         has_observables=bool(settings.observables),
     )
-    check_memory(objective, template, plan)
+    # Pilots may find room for momentum, which is a tensor more like w for each chain.
+    may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
+    largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template
+    check_memory(objective, largest, plan)
     identity: dict[str, Any] = {}
     saved = None
     if keeper is not None:

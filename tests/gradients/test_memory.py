@@ -1,4 +1,4 @@
-"""The memory that a run needs, told before it begins."""
+"""The memory that a run needs, known before it begins."""
 
 from __future__ import annotations
 
@@ -79,3 +79,18 @@ def test_needed_memory_grows_with_what_is_kept(strategy: str) -> None:
     ]
     together, element = plan.group_size * plan.num_workers, 8
     assert np.diff(sizes).tolist() == [together * element * objective.num_parameters] * 2
+
+
+def test_room_for_momentum_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pilot chains may choose it: a run that just fits without must not run out of memory half-way."""
+    torch.set_num_threads(1)
+    objective = make_objective()
+    plan = make_plan(objective, SGLD, 8, strategy="batched")
+    without = memory.needed_bytes(objective, SGLD, plan)
+    assert memory.needed_bytes(objective, make_sampler("sghmc", lr=1e-3, nbeta=10.0), plan) > without
+    _with_memory(monkeypatch, without)
+    options: dict[str, Any] = {"num_chains": 8, "strategy": "batched", "num_draws": 60, "num_burnin": 60}
+    estimate(*make_problem(), **options)
+    estimate(*make_problem(), **options, sampler="sgld", lr=None)
+    with pytest.raises(MemoryError, match="this run needs"):
+        estimate(*make_problem(), **options, lr=None)
