@@ -182,7 +182,7 @@ class _Driver:
                 assert cause is not None
                 if plan.is_given and isinstance(cause, NotReplayableError):
                     raise ValueError(
-                        f'strategy="{plan.strategy}" is not possible here: {error}; use strategy="batched"'
+                        f'strategy="{plan.strategy}" is not possible here: {error}; use Execution(strategy="batched")'
                     ) from cause
                 if plan.is_given:
                     raise cause from None

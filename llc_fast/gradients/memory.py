@@ -78,16 +78,16 @@ def check_memory(objective: Objective, sampler: Sampler, plan: Plan) -> None:
     if available is None or needed <= available:
         return
     smallest = dataclasses.replace(plan, strategy="sequential", group_size=1, num_workers=1, replay=False)
-    remedies = [('strategy="sequential"', smallest)]
+    remedies = [('Execution(strategy="sequential")', smallest)]
     if not sampler.needs_whole_step(vars(sampler)):
         released = dataclasses.replace(smallest, release=True)
-        remedies.append(('strategy="sequential" with release_gradients=True', released))
+        remedies.append(('Execution(strategy="sequential", release_gradients=True)', released))
     fitting = [(text, needed_bytes(objective, sampler, p)) for text, p in remedies if p != plan]
     remedy = next((f"{text} needs {_gigabytes(size)}" for text, size in fitting if size <= available), "")
     if not remedy:
         share = objective.trial.activation_bytes / max(needed, 1)
         remedy = (
-            "activations are most of it: a smaller batch_size or microbatch_size would help"
+            "activations are most of it: a smaller batch_size, or Execution(microbatch_size=…), would help"
             if share > 0.5
             else "sample a part of the parameters with params=, or use a machine with more memory"
         )

@@ -101,14 +101,14 @@ def can_be_replayed(objective: Objective) -> bool:
 
 def _batched(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
     reason = _one_by_one_because(objective, sampler)
-    return reason and f'{reason}; use strategy="sequential"'
+    return reason and f'{reason}; use Execution(strategy="sequential")'
 
 
 def _compiled(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
     if objective.trial.writes_buffers:
-        return 'the model writes to its buffers; use strategy="sequential"'
+        return 'the model writes to its buffers; use Execution(strategy="sequential")'
     if objective.microbatch_size is not None:
-        return 'it takes minibatches as a whole; use strategy="sequential"'
+        return 'it takes minibatches as a whole; use Execution(strategy="sequential")'
     return ""
 
 
@@ -118,11 +118,13 @@ def _captured(objective: Objective, sampler: Sampler, has_observables: bool) -> 
     if objective.device.type != "cuda":
         return f"it needs a CUDA device, got device={str(objective.device)!r}"
     if sampler.kind == "metropolis":
-        return f'it is not made for sampler={sampler.name!r}; use strategy="batched"'
+        return f'it is not made for sampler={sampler.name!r}; use Execution(strategy="batched")'
     if has_observables:
-        return 'it can\'t stop for observables; use strategy="batched"'
+        return 'it can\'t stop for observables; use Execution(strategy="batched")'
     if not can_be_replayed(objective):
-        return "it can't read minibatches by the data set's own code; use strategy=\"batched\", or give tensors"
+        return (
+            "it can't read minibatches by the data set's own code; use Execution(strategy=\"batched\"), or give tensors"
+        )
     return ""
 
 

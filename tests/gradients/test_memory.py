@@ -45,11 +45,11 @@ def test_memory_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     released = _needed("sequential", release_gradients=True)
     _with_memory(monkeypatch, released)
-    with pytest.raises(MemoryError, match='strategy="sequential" with release_gradients=True needs'):
+    with pytest.raises(MemoryError, match=r'strategy="sequential", release_gradients=True\) needs'):
         estimate(*make_problem(), strategy="batched")
     estimate(*make_problem(), strategy="sequential", release_gradients=True)
     _with_memory(monkeypatch, 10)
-    with pytest.raises(MemoryError, match=r"smaller batch_size or microbatch_size|sample a part of the parameters"):
+    with pytest.raises(MemoryError, match=r"smaller batch_size|sample a part of the parameters"):
         estimate(*make_problem(), strategy="sequential")
     with pytest.raises(MemoryError, match="needs") as caught:
         estimate(*make_problem(), sampler="sgnht")
