@@ -33,7 +33,8 @@ OF_NO_MODULE = {
 def _modules_after(code: str) -> set[str]:
     """The modules that a new interpreter has imported when it has run `code`."""
     script = f"{code}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    beside = TOP.parents[1]  # where it finds the package that is tested, not a source folder
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=beside)
     return set(done.stdout.split())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commands import invoke, printed
 
+import llc_fast
 from llc_fast.cli import app
 from llc_fast.problems import deep_linear
 
@@ -34,7 +35,8 @@ except SystemExit as done:
 info.installed()
 print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    beside = Path(llc_fast.__file__).parents[1]  # where it finds the package that is tested, not a source folder
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=beside)
     imported = set(done.stdout.splitlines()[-1].split())
     assert "estimate" in done.stdout and {"typer", "llc_fast"} <= imported
     assert not imported & {"torch", "numpy", "scipy", "tqdm", "matplotlib", "pandas", "xarray", "arviz", "sklearn"}
