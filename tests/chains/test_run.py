@@ -421,6 +421,14 @@ def test_every_step_is_heard_of_and_nobody_listens_afterwards() -> None:
     assert not estimate().is_partial
 
 
+@pytest.fixture
+def always_saving(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+    """Two workers, and a checkpoint that is due whenever somebody looks."""
+    monkeypatch.setattr(Checkpoint, "is_due", True)
+    monkeypatch.setattr(Monitor, "interval", 0.001)
+
+
+@pytest.mark.usefixtures("always_saving")
 def test_no_chain_waits_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers go on stepping during a write that takes as long as they like."""
     steps: list[StepTaken] = []
@@ -436,23 +444,12 @@ def test_no_chain_waits_while_a_checkpoint_is_written(tmp_path: Path, monkeypatc
         save(keeper, saved)
 
     monkeypatch.setattr(Checkpoint, "save", slow)
-    monkeypatch.setattr(Checkpoint, "is_due", True)
-    monkeypatch.setattr(Monitor, "interval", 0.001)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-
-        def step(taken: StepTaken) -> None:
-            steps.append(taken)
-            time.sleep(0.002)
-
-        with after_each_step(step):
-            result = estimate(strategy="sequential", num_chains=2, num_draws=300, checkpoint=tmp_path / "run")
-    finally:
-        torch.set_num_threads(threads)
+    with after_each_step(lambda taken: (steps.append(taken), time.sleep(0.002))):  # slow enough to be overtaken
+        result = estimate(strategy="sequential", num_chains=2, num_draws=300, checkpoint=tmp_path / "run")
     assert result.diagnostics["workers"] == 2 and during == [2]
 
 
+@pytest.mark.usefixtures("always_saving")
 def test_a_snapshot_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains that waited when it was taken are in it as they were, though they have begun by the time it is written."""
     steps: list[StepTaken] = []
@@ -468,19 +465,7 @@ def test_a_snapshot_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyP
         save(keeper, saved)
 
     monkeypatch.setattr(Checkpoint, "save", late)
-    monkeypatch.setattr(Checkpoint, "is_due", True)
-    monkeypatch.setattr(Monitor, "interval", 0.001)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-
-        def step(taken: StepTaken) -> None:
-            steps.append(taken)
-            time.sleep(0.002)
-
-        with after_each_step(step):
-            estimate(strategy="sequential", num_chains=4, num_draws=40, checkpoint=tmp_path / "run")
-    finally:
-        torch.set_num_threads(threads)
+    with after_each_step(lambda taken: (steps.append(taken), time.sleep(0.002))):  # slow enough to be overtaken
+        estimate(strategy="sequential", num_chains=4, num_draws=40, checkpoint=tmp_path / "run")
     [(first, waiting)] = [(traces[:2], traces[2:]) for traces in found]
     assert waiting == [(0, False)] * 2 and all(step > 0 and has_state for step, has_state in first)
