@@ -29,6 +29,7 @@ from llc_fast.samplers.state import ChainState
 from llc_fast.schedule import Schedule
 from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.support.errors import first_line
+from llc_fast.support.randomness import decode, encode
 from llc_fast.traces import LOSS, Traces
 
 DIVERGED_AFTER = 64
@@ -102,7 +103,7 @@ class Group:
         objective, sampler, first, start = spec.objective, spec.sampler, traces.first_chain, traces.step
         self._spec, self.traces, self._observables, self._model = spec, traces, observables, model
         self.state = state or ChainState(objective.reference, objective.masks, sampler, len(traces.chains))
-        torch.manual_seed(mix(spec.seed, first))  # what a model with dropout draws from
+        objective.generators.seed(mix(spec.seed, first))  # what a model with dropout draws from
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self.state.start(first, spec.seed)
@@ -217,18 +218,14 @@ class Group:
         if trial.writes_buffers:  # as bytes: NumPy does not have all of their dtypes
             tensors |= {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in self._buffers.items()}
         if trial.is_random or not self._feed.is_pure:
-            rows, device = len(self.traces.chains), self._spec.objective.device
-            tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
-            if device.type == "cuda":
-                tensors["cuda_generator"] = torch.cuda.get_rng_state(device).repeat(rows, 1)
+            generators = self._spec.objective.generators
+            tensors["generators"] = encode(generators.states()).repeat(len(self.traces.chains), 1)
         return tensors
 
     def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         tensors = {k: torch.from_numpy(np.array(a)) for k, a in arrays.items()}
-        if "generator" in tensors:
-            torch.set_rng_state(tensors.pop("generator")[0])
-        if "cuda_generator" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._spec.objective.device)
+        if "generators" in tensors:
+            self._spec.objective.generators.restore(decode(tensors.pop("generators")[0]))
         for name in [k for k in tensors if k.startswith("buffer.")]:
             buffer = self._buffers[name.removeprefix("buffer.")]
             buffer.copy_(tensors.pop(name)[0].view(buffer.dtype).view(buffer.shape))

@@ -82,7 +82,7 @@ def _one_by_one_because(objective: Objective, sampler: Sampler) -> str:
     if not trial.has_tensor_batches:
         return "batches hold more than tensors"
     if trial.is_random:
-        return "the model draws random numbers"
+        return "the model draws random numbers" if trial.is_reproducible else "the loss changes from call to call"
     if trial.writes_buffers or trial.writes_batch:
         return "the model writes to its buffers or its input"
     if trial.functional_problem:

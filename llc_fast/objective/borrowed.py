@@ -18,9 +18,9 @@ _CONTAINERS = (list, dict, set)
 class BorrowedModel:
     """A model whose own ``Parameter`` objects are given the memory of a chain as their data.
 
-    So whatever looks at them sees the chain's values: forward, activations that are recomputed during backward, a custom
-    backward that reads ``module.weight``, a list of parameters that the loss function keeps. Autograd, too, looks at a
-    parameter again during backward: it must be inside :meth:`holding`, as forward is.
+    So whatever looks at them sees the chain's values: forward, activations that are recomputed during backward, a
+    custom backward that reads ``module.weight``, a list of parameters that the loss function keeps. Autograd, too,
+    looks at a parameter again during backward: it must be inside :meth:`holding`, as forward is.
 
     Args:
         model: the user's.
@@ -111,7 +111,7 @@ class BorrowedModel:
                 module._buffers[key] = b
         for name, value in buffers.items():
             b = self.buffers[name]
-            if b.data_ptr() != value.data_ptr():
+            if b.layout is torch.strided and b.data_ptr() != value.data_ptr():
                 self._keep(b, value, self.wrote_buffers, name)
             b.data = self._own_buffers[name]
 
@@ -177,6 +177,8 @@ class ModelSnapshot:
                 container.clear()
                 container.update(content)
         for tensor, data, requires_grad, grad in self._held:
+            if tensor.layout is not torch.strided:
+                continue
             if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape or tensor.stride() != data.stride():
                 tensor.data = data
             if tensor.requires_grad is not requires_grad:

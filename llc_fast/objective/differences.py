@@ -167,9 +167,7 @@ class _Comparison:
         typical = math.sqrt(sum(sizes[name] ** 2 for name in group))
         return abs(slope.value - expected) <= slope.error + _DISAGREES * typical
 
-    def _slope(
-        self, direction: _Direction, group: Sequence[str], only: Mapping[str, Tensor] | None = None
-    ) -> _Slope:
+    def _slope(self, direction: _Direction, group: Sequence[str], only: Mapping[str, Tensor] | None = None) -> _Slope:
         steps = [_STEP, -_STEP, _STEP / 2, -_STEP / 2]
         losses, place = [], 0.0
         for step in steps:
@@ -225,9 +223,7 @@ class _Comparison:
                 found[name] = chosen & elements
         return found
 
-    def _rows(
-        self, direction: _Direction, name: str, elements: Tensor, rows: Tensor, total: float
-    ) -> list[int]:
+    def _rows(self, direction: _Direction, name: str, elements: Tensor, rows: Tensor, total: float) -> list[int]:
         """The rows of a parameter that the loss responds to, by halving."""
         waiting, found, looks = [rows], list[int](), 0
         while waiting:

@@ -172,7 +172,7 @@ class Objective:
             self.reference = {name: p.clone() for name, p in self.reference.items()}
         self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
         self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
-        self._fixed = {name: t for name, t in self.frozen.items() if t.data_ptr() != named[name].data_ptr()}
+        self._fixed = {name: t for name, t in self.frozen.items() if _is_elsewhere(t, named[name])}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
         self._swaps_buffers = True
         self.per_sample = False
@@ -180,7 +180,7 @@ class Objective:
         self.trial = try_out(self, max_checks)
         if self.trial.writes_parameters:
             self.reference = {name: p.clone() for name, p in self.reference.items()}
-        moved = any(t.data_ptr() != b.data_ptr() for t, b in zip(self._buffers.values(), model.buffers(), strict=True))
+        moved = any(map(_is_elsewhere, self._buffers.values(), model.buffers()))
         self._swaps_buffers = moved or self.trial.writes_buffers
 
     @property
@@ -386,6 +386,10 @@ def checked_init_loss(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
     return value
+
+
+def _is_elsewhere(moved: Tensor, own: Tensor) -> bool:
+    return moved.device != own.device
 
 
 def _check_apart(parameters: Mapping[str, Tensor]) -> None:

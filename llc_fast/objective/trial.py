@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -266,8 +266,8 @@ class _Trial:
     def _refuse_sum(self, params: Mapping[str, Tensor], is_random: bool) -> None:
         """A loss that is a sum over the batch would make λ̂ wrong by the batch size.
 
-        Halves of a batch add up to it, and a batch that is repeated doubles it; a loss over pairs may do one of the two.
-        Models for batches of one size take neither, and nothing is known of them.
+        Halves of a batch add up to it, and a batch that is repeated doubles it; a loss over pairs may do one of the
+        two. Models for batches of one size take neither, and nothing is known of them.
         """
         if self._objective.per_sample:
             return
@@ -382,5 +382,3 @@ class _SavedBytes:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
         return tensor
-
-

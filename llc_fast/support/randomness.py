@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import random
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ State = list[Any]
 """The states of all generators, at one moment."""
 _Held = torch.Generator | random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+_BLOCK = 4096
 _MAX_DEPTH, _MAX_OBJECTS, _MAX_LENGTH = 8, 20_000, 1_000
 """Where the search for generators ends: they are attributes, not samples of a data set."""
 
@@ -80,6 +82,48 @@ def same_states(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_states, a, b))
     return bool(a == b)
+
+
+def encode(states: State) -> Tensor:
+    """States as bytes, uint8, of one length for the same generators or nearly: zeros fill up."""
+    text = json.dumps(_plain(states)).encode()
+    size = -(-len(text) // _BLOCK) * _BLOCK
+    return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
+
+
+def decode(encoded: Tensor) -> State:
+    """What :func:`encode` was given."""
+    states: State = _unplain(json.loads(encoded.numpy().tobytes()))
+    return states
+
+
+def _plain(value: Any) -> Any:
+    """A state as JSON has it; arrays, tensors and tuples keep their kind."""
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist()}
+    if isinstance(value, np.ndarray):
+        return {"array": value.tolist(), "dtype": str(value.dtype)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(entry) for entry in value]}
+    if isinstance(value, Mapping):
+        return {"mapping": {name: _plain(entry) for name, entry in value.items()}}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unplain(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return torch.tensor(value["tensor"], dtype=torch.uint8)
+    if "array" in value:
+        return np.array(value["array"], dtype=value["dtype"])
+    if "tuple" in value:
+        return tuple(_unplain(entry) for entry in value["tuple"])
+    return {name: _unplain(entry) for name, entry in value["mapping"].items()}
 
 
 def _state_of(generator: _Held) -> Any:
