@@ -185,17 +185,17 @@ def test_loaders_decide(kind: str) -> None:
 
 
 def test_what_loaders_tell_about_themselves() -> None:
-    """n and the batch size are a DataLoader's, and None where nothing tells them."""
+    """n is counted where nothing tells it; the batch size is a DataLoader's."""
     source = make_source(LOADERS["DataLoader"](), None, CPU)
     assert (source.num_samples, source.batch_size) == (N, 5)
     source = make_source(_Batches(), None, CPU)
-    assert (source.num_samples, source.batch_size) == (None, None)
+    assert (source.num_samples, source.batch_size) == (N, None)
 
 
 def test_data_loader_over_a_stream() -> None:
-    """A DataLoader over an IterableDataset works though neither knows its length."""
+    """A DataLoader over an IterableDataset works though neither knows its length: n is counted."""
     source = make_source(DataLoader(_Stream(), batch_size=5), None, CPU)
-    assert (source.num_samples, source.batch_size) == (None, 5)
+    assert (source.num_samples, source.batch_size) == (N, 5)
 
 
 def test_shuffling_loader_follows_the_seed() -> None:
@@ -410,12 +410,13 @@ def test_data_without_a_length_that_end() -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_loaders_that_drop_their_last_batch(shuffle: bool) -> None:
-    """drop_last is for minibatches: L(w*) is over the whole data set all the same."""
+    """L(w*) is over what chains see: all samples of a loader that shuffles, those of full batches of one that does not."""
     loader = DataLoader(TensorDataset(*samples()), batch_size=7, drop_last=True, shuffle=shuffle)
     sizes = []
     result = estimate(mlp(), loader, observables={"size": lambda draw: sizes.append(len(draw.batch[0])) or 0})
-    assert result.init_loss == pytest.approx(estimate(mlp()).init_loss, rel=1e-12)
-    assert set(sizes) == {7}
+    x, y = (t[: None if shuffle else NUM_SAMPLES // 7 * 7] for t in samples())
+    assert result.init_loss == pytest.approx(float(F.mse_loss(mlp()(x), y).detach()), rel=1e-12)
+    assert set(sizes) == {7} and result.settings["num_samples"] == len(x)
 
 
 def test_loaders_that_drop_their_last_batch_keep_to_their_sampler() -> None:
