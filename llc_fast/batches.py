@@ -36,6 +36,9 @@ class Sampling:
         reads_randomly: whether the same sample read twice has other values, or draws random numbers (augmentation);
             False where that can't be told apart from sampling.
         is_reproducible: whether equal seeds give equal minibatches.
+        full_is_exact: whether the mean loss over :meth:`DataSource.full` is the expectation of the loss of minibatches,
+            not an estimate from one pass of many: with a fixed or shuffled order, and where torch's own samplers draw
+            from samples, and with weights, that are known.
         notes: what the user should know.
     """
 
@@ -45,6 +48,7 @@ class Sampling:
     tail: int = 0
     reads_randomly: bool = False
     is_reproducible: bool = True
+    full_is_exact: bool = True
     notes: tuple[Note, ...] = ()
 
     def position(self, step: int) -> int:
@@ -74,10 +78,11 @@ class DataSource(Protocol):
         """The endless minibatches of a chain from step `start` on, a function of (seed, chain) where data allow it."""
         ...
 
-    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, int]]:
+    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
         """A pass over everything that chains see, in pieces, each with its number of samples.
 
         With a fixed order these are the minibatches of the chains, in their order. A shuffled order includes the tail.
+        Where samples are drawn with known weights, each comes once, and the weight multiplies the number of samples.
 
         Args:
             tail: whether the samples at the end that fill no minibatch come too; if not, each piece is like a
@@ -86,8 +91,8 @@ class DataSource(Protocol):
         """
         ...
 
-    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, int]]:
-        """What ``full(tail=False, seed=seed)`` leaves out, a piece smaller than a minibatch; often nothing."""
+    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, float]]:
+        """What ``full(tail=False, seed=seed)`` leaves out, pieces smaller than a minibatch; often nothing."""
         ...
 
 

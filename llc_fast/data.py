@@ -220,18 +220,18 @@ class IndexedSource:
             yield self.gather(self.sample_indices(key, indices), key=key)
             step += 1
 
-    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, int]]:
+    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
         size = self.batch_size or self._n
         # Without gradients four minibatches need less memory than one with them.
         piece, count = (min(4096, 4 * size), self._n) if tail else (size, self._n - self._n % size)
         yield from self._pieces(0, count, piece, seed)
 
-    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, int]]:
+    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, float]]:
         size = self.batch_size or self._n
         if self._n % size:
             yield from self._pieces(self._n - self._n % size, self._n, size, seed)
 
-    def _pieces(self, start: int, stop: int, size: int, seed: int) -> Iterator[tuple[Batch, int]]:
+    def _pieces(self, start: int, stop: int, size: int, seed: int) -> Iterator[tuple[Batch, float]]:
         for indices in torch.split(torch.arange(start, stop, device=self._index_device), size):
             key = NoiseKey(mix(seed, -1), step=int(indices[0]))
             yield self.gather(indices, key=key), len(indices)

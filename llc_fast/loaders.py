@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -43,12 +44,16 @@ from llc_fast.batches import (
     to_device,
 )
 from llc_fast.support.randomness import Generators
-from llc_fast.support.torch_private import copy_of_loader, index_sampler_of, iterates_as_torch_does
+from llc_fast.support.torch_private import copy_of_loader, has_running_workers, index_sampler_of, iterates_as_torch_does
 
 _REMEMBERED_BYTES = 2**28
 """A pass up to this size, read to find out what a loader gives, is not read again."""
 _COMPARED_BATCHES = 4
 """How many minibatches of two passes are compared where the whole passes would be too much."""
+_MAX_WEIGHTS = 64
+"""How many different weights samples may have so that L(w*) is taken over all of them."""
+_Chosen = tuple[Sequence[Any], float]
+"""The indices of the samples of a minibatch, and their weight."""
 _READ_AHEAD = 1e-3
 """Seconds in which minibatches are read ahead: swapping the states of generators takes a tenth of that."""
 _WITHOUT_LENGTH = 10_000
@@ -105,12 +110,11 @@ class LoaderSource:
     @functools.cached_property
     def sampling(self) -> Sampling:
         if _is_iterator(self._loader):
-            return Sampling("drawn", None, None, is_reproducible=False, notes=(_ITERATOR,))
+            return Sampling("drawn", None, None, is_reproducible=False, full_is_exact=False, notes=(_ITERATOR,))
         found = self._measured() if self._order is None else self._structural(self._order)
-        notes = list(found.notes)
-        if not found.is_reproducible:
-            notes.append(IRREPRODUCIBLE)
-        return Sampling(**{**vars(found), "notes": tuple(notes)})
+        is_exact = found.order != "drawn" or self._population is not None
+        notes = found.notes if found.is_reproducible else (*found.notes, IRREPRODUCIBLE)
+        return dataclasses.replace(found, notes=notes, full_is_exact=is_exact)
 
     @functools.cached_property
     def _order(self) -> IndexOrder | None:
@@ -141,7 +145,7 @@ class LoaderSource:
             order.tail,
             reads_randomly,
             order.is_reproducible and is_reproducible,
-            tuple(notes),
+            notes=tuple(notes),
         )
 
     def _probe(self) -> tuple[bool, bool]:
@@ -185,7 +189,7 @@ class LoaderSource:
             reads_randomly = not own & others
         if order == "drawn" and num_samples is not None and not reads_randomly:
             notes.append(_drawn(num_samples))
-        return Sampling(order, num_samples, num_batches, 0, reads_randomly, is_reproducible, tuple(notes))
+        return Sampling(order, num_samples, num_batches, 0, reads_randomly, is_reproducible, notes=tuple(notes))
 
     @functools.cached_property
     def _first_pass(self) -> _Pass:
@@ -223,7 +227,7 @@ class LoaderSource:
             if step == before:
                 raise ValueError(_EXHAUSTED)
 
-    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, int]]:
+    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
         self.truncated = False
         first, count = None, 0
         for count, (raw, size) in enumerate(self._pieces(tail, seed), 1):
@@ -233,42 +237,58 @@ class LoaderSource:
             batch = self._ready(raw)
             first = first or structure(batch)
             _check_structure(first, batch, count)
-            yield batch, size or batch_length(batch)
+            yield batch, size
         found = vars(self).get("_first_pass")
         self.truncated = found is not None and not found.has_end
         if count == 0 or _is_iterator(self._loader):
             raise ValueError(_EXHAUSTED)
 
-    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, int]]:
-        if self._order is None or self._order.order != "shuffled" or not self._order.tail:
-            return
-        indices = self._indices(seed)[-1:]
-        for raw in self._pass(mix(seed, -1), self._with_indices(indices)):
-            yield self._ready(raw), len(indices[0])
+    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, float]]:
+        if self._order is not None and self._order.batches_are_lists:
+            for raw, size in self._selected(self._indices(seed)[1], seed):
+                yield self._ready(raw), size
 
-    def _pieces(self, tail: bool, seed: int) -> Iterator[tuple[Batch, int | None]]:
-        """The minibatches of a pass as the loader gives them, with their numbers of samples where samplers tell."""
-        order = self._order
-        if order is not None and order.batches_are_lists:
-            indices = self._indices(seed)
-            if order.tail and order.order == "shuffled" and not tail:
-                indices = indices[:-1]
-            raws = self._pass(mix(seed, -1), self._with_indices(indices))
-            yield from ((raw, _size(raw, len(own))) for raw, own in zip(raws, indices, strict=False))
+    def _pieces(self, tail: bool, seed: int) -> Iterator[tuple[Batch, float]]:
+        """The minibatches of a pass as the loader gives them, with their numbers of samples."""
+        if self._order is not None and self._order.batches_are_lists:
+            minibatches, rest = self._indices(seed)
+            yield from self._selected(minibatches + rest if tail else minibatches, seed)
             return
         found = vars(self).get("_first_pass")
         kept = found.batches if seed == 0 and found is not None else None
         raws = self._pass(mix(seed, -1)) if kept is None else (map_tensors(torch.clone, raw) for raw in kept)
-        yield from ((raw, None) for raw in raws)
+        yield from ((raw, batch_length(raw)) for raw in raws)
 
-    def _indices(self, seed: int) -> list[Sequence[Any]]:
-        """The indices of the minibatches of one pass, the tail of a shuffled one last."""
+    def _selected(self, chosen: list[_Chosen], seed: int) -> Iterator[tuple[Batch, float]]:
+        """Minibatches of these samples, read by the loader's own means."""
+        raws = self._pass(mix(seed, -1), self._with_indices([indices for indices, _ in chosen]))
+        for raw, (indices, weight) in zip(raws, chosen, strict=False):
+            yield raw, _size(raw, len(indices)) * weight
+
+    def _indices(self, seed: int) -> tuple[list[_Chosen], list[_Chosen]]:
+        """The samples of the minibatches of one pass, and of the smaller pieces that no minibatch of a pass holds."""
         assert isinstance(self._loader, DataLoader) and self._order is not None
-        sampler = index_sampler_of(self._loader)
+        order, sampler = self._order, index_sampler_of(self._loader)
         with PrivateStates(self._generators, mix(seed, -2)):
-            if self._order.order == "shuffled" and self._order.tail:
+            if (weights := self._population) is not None:
+                return _all_by_weight(weights, sampler.batch_size)
+            if order.order == "shuffled" and order.tail:
                 sampler = BatchSampler(sampler.sampler, sampler.batch_size, drop_last=False)
-            return list(itertools.islice(sampler, None if self._order.has_end else self._limit + 1))
+            found: list[_Chosen] = [
+                (b, 1) for b in itertools.islice(sampler, None if order.has_end else self._limit + 1)
+            ]
+        return (found[:-1], found[-1:]) if order.order == "shuffled" and order.tail else (found, [])
+
+    @functools.cached_property
+    def _population(self) -> Tensor | None:
+        """The relative weights of all samples that may be drawn; None: unknown, or too many to be read."""
+        if self._order is None or (weights := self._order.weights) is None or self._order.num_batches is None:
+            return None
+        assert isinstance(self._loader, DataLoader)
+        size = index_sampler_of(self._loader).batch_size
+        # As many as a pass has, or as a chain reads; and few different weights, since a piece has one.
+        is_affordable = len(weights) <= size * max(self._order.num_batches, self._max_batches)
+        return weights if is_affordable and len(torch.unique(weights)) <= _MAX_WEIGHTS else None
 
     def _with_indices(self, indices: Sequence[Any]) -> DataLoader[Any]:
         assert isinstance(self._loader, DataLoader)
@@ -284,13 +304,19 @@ class LoaderSource:
 
     def _pass(self, seed: int, loader: Iterable[Any] | None = None) -> Iterator[Batch]:
         """One pass, with generators seeded for it."""
-        return self._read(loader or self._own_loader(), PrivateStates(self._generators, seed))
+        return self._read(self._own_loader() if loader is None else loader, PrivateStates(self._generators, seed))
 
     def _read(self, loader: Iterable[Any], states: PrivateStates) -> Iterator[Batch]:
-        """One pass, with generators in these states while the loader works, and only then."""
+        """One pass, with generators in these states while the loader works, and only then.
+
+        Workers that stay were seeded in the first pass. What torch draws for new ones is drawn all the same, so that
+        the order of samples does not depend on workers.
+        """
         # Batches of torch's own collating are new memory each, so that they can wait for their turn.
         waits = self._is_plain and getattr(loader, "collate_fn", None) is default_collate and self._length is not None
         with states:
+            if self._is_plain and has_running_workers(loader):
+                torch.empty((), dtype=torch.int64).random_(generator=getattr(loader, "generator", None))
             batches = iter(loader)
         is_over = False
         while not is_over:
@@ -340,6 +366,18 @@ def _size(batch: Batch, expected: int) -> int:
     return expected if expected in lengths or not lengths else batch_length(batch)
 
 
+def _all_by_weight(weights: Tensor, size: int) -> tuple[list[_Chosen], list[_Chosen]]:
+    """Every sample once, in a random order, in pieces of one weight each: those of `size` samples, and smaller ones."""
+    order = torch.randperm(len(weights))
+    mean = weights[weights > 0].mean()
+    pieces: tuple[list[_Chosen], list[_Chosen]] = [], []
+    for weight in torch.unique(weights):
+        if weight > 0:
+            for piece in torch.split(order[weights[order] == weight], size):
+                pieces[len(piece) < size].append((piece.tolist(), float(weight / mean)))
+    return pieces
+
+
 def _rows(batch: Batch) -> Iterator[object]:
     """What tells the samples of a batch apart; of a batch that can't be cut into samples, the whole."""
     tensors, length = leaves(batch), batch_length(batch)
@@ -371,6 +409,7 @@ class IndexOrder:
         has_end: whether a pass ends.
         batches_are_lists: whether a minibatch is named by the list of its samples; if not, it is one item of the data
             set, and `num_samples` is open.
+        weights: of all samples from 0 on, if each place of a minibatch is drawn with these relative probabilities.
     """
 
     order: Order
@@ -380,18 +419,21 @@ class IndexOrder:
     has_end: bool = True
     batches_are_lists: bool = True
     is_reproducible: bool = True
+    weights: Tensor | None = None
     notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Indices:
-    """What a sampler says: the order of its indices, how many a pass has, and how many different ones."""
+    """What a sampler says: the order of its indices, how many a pass has, how many different ones, the first pass if it
+    was read, and the relative weights of the indices from 0 on if they are drawn by weight alone."""
 
     order: Order
     length: int | None
     distinct: int | None
     first: Sequence[Any] | None = None
     is_reproducible: bool = True
+    weights: Tensor | None = None
     notes: tuple[Note, ...] = ()
 
 
@@ -412,7 +454,9 @@ def index_order(sampler: Any, dataset: object, generators: Generators) -> IndexO
     notes = found.notes if found.length == 1 or found.order != "fixed" else (*found.notes, _unshuffled(sampler))
     # What a pass of items holds is counted later, and so is what was said of their number.
     notes = tuple(note for note in notes if note[0] != "num-samples")
-    return IndexOrder(found.order, None, found.length, 0, found.length is not None, False, found.is_reproducible, notes)
+    return IndexOrder(
+        found.order, None, found.length, 0, found.length is not None, False, found.is_reproducible, notes=notes
+    )
 
 
 def _of_batch_sampler(sampler: BatchSampler, size: int | None, generators: Generators) -> IndexOrder:
@@ -432,7 +476,13 @@ def _of_batch_sampler(sampler: BatchSampler, size: int | None, generators: Gener
     if found.order == "drawn":
         tail = 0
     return IndexOrder(
-        found.order, distinct, num_batches, tail, is_reproducible=found.is_reproducible, notes=tuple(notes)
+        found.order,
+        distinct,
+        num_batches,
+        tail,
+        is_reproducible=found.is_reproducible,
+        weights=found.weights,
+        notes=tuple(notes),
     )
 
 
@@ -471,10 +521,10 @@ def _of_passes(sampler: Iterable[Any], size: int | None, generators: Generators)
     own, other, third = (Counter(_flat(p)) for p in (first, second, again))
     repeated = _repeated(own.total(), len(own))
     if first == second == again:
-        return _Indices("fixed", len(first), len(own), first, True, repeated)
+        return _Indices("fixed", len(first), len(own), first, notes=repeated)
     if own == other == third:
-        return _Indices("shuffled", len(first), len(own), first, is_reproducible, repeated)
-    return _Indices("drawn", len(first), len(own), first, is_reproducible, (_drawn(len(own)),))
+        return _Indices("shuffled", len(first), len(own), first, is_reproducible, notes=repeated)
+    return _Indices("drawn", len(first), len(own), first, is_reproducible, notes=(_drawn(len(own)),))
 
 
 def _plain(index: Any) -> Any:
@@ -507,10 +557,10 @@ def _of_random(sampler: RandomSampler, size: int | None) -> _Indices:
     wanted, available = sampler.num_samples, len(sampler.data_source)
     if wanted == available and not sampler.replacement:
         return _Indices("shuffled", wanted, wanted)
-    return _of_draws("RandomSampler", wanted, available)
+    return _of_draws("RandomSampler", wanted, available, torch.ones(available))
 
 
-def _of_draws(name: str, wanted: int, available: int) -> _Indices:
+def _of_draws(name: str, wanted: int, available: int, weights: Tensor | None) -> _Indices:
     """A sampler that draws `wanted` of the `available` samples in each pass."""
     n = min(wanted, available)
     notes: tuple[Note, ...] = ()
@@ -523,7 +573,7 @@ def _of_draws(name: str, wanted: int, available: int) -> _Indices:
                 f"nbeta=default_nbeta({other}).",
             ),
         )
-    return _Indices("drawn", wanted, n, notes=notes)
+    return _Indices("drawn", wanted, n, weights=weights, notes=notes)
 
 
 def _of_subset(sampler: SubsetRandomSampler, size: int | None) -> _Indices:
@@ -533,8 +583,10 @@ def _of_subset(sampler: SubsetRandomSampler, size: int | None) -> _Indices:
 
 
 def _of_weights(sampler: WeightedRandomSampler, size: int | None) -> _Indices:
-    available = int((torch.as_tensor(sampler.weights) > 0).sum())
-    return _of_draws("WeightedRandomSampler", sampler.num_samples, available)
+    weights = torch.as_tensor(sampler.weights, dtype=torch.float64)
+    available = int((weights > 0).sum())
+    # Without replacement the probabilities are none that a formula gives.
+    return _of_draws("WeightedRandomSampler", sampler.num_samples, available, weights if sampler.replacement else None)
 
 
 def _of_distributed(sampler: DistributedSampler[Any], size: int | None) -> _Indices:

@@ -410,7 +410,7 @@ def test_data_without_a_length_that_end() -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_loaders_that_drop_their_last_batch(shuffle: bool) -> None:
-    """L(w*) is over what chains see: all samples of a loader that shuffles, those of full batches of one that does not."""
+    """L(w*) is over what chains see: all samples if the loader shuffles, otherwise those of its full batches."""
     loader = DataLoader(TensorDataset(*samples()), batch_size=7, drop_last=True, shuffle=shuffle)
     sizes = []
     result = estimate(mlp(), loader, observables={"size": lambda draw: sizes.append(len(draw.batch[0])) or 0})

@@ -82,6 +82,11 @@ def index_sampler_of(loader: DataLoader[Any]) -> Any:
     return None if isinstance(loader.dataset, IterableDataset) else loader._index_sampler
 
 
+def has_running_workers(loader: Any) -> bool:
+    """Whether a loader's workers go on from an earlier pass."""
+    return loader._iterator is not None
+
+
 def copy_of_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     """The same loader, with workers of its own and some attributes changed.
 
