@@ -44,12 +44,20 @@ from llc_fast.batches import (
     to_device,
 )
 from llc_fast.support.randomness import Generators
-from llc_fast.support.torch_private import copy_of_loader, has_running_workers, index_sampler_of, iterates_as_torch_does
+from llc_fast.support.torch_private import (
+    copy_of_loader,
+    end_workers,
+    index_sampler_of,
+    iterates_as_torch_does,
+    workers_of,
+)
 
 _REMEMBERED_BYTES = 2**28
 """A pass up to this size, read to find out what a loader gives, is not read again."""
 _COMPARED_BATCHES = 4
 """How many minibatches of two passes are compared where the whole passes would be too much."""
+_FEW = 10_000
+"""A pass of a sampler with fewer indices is read a few times more."""
 _MAX_WEIGHTS = 64
 """How many different weights samples may have so that L(w*) is taken over all of them."""
 _Chosen = tuple[Sequence[Any], float]
@@ -218,14 +226,17 @@ class LoaderSource:
 
     def minibatches(self, seed: int, chain: int = 0, start: int = 0) -> Iterator[Batch]:
         loader, states, step = self._own_loader(), PrivateStates(self._generators, mix(seed, chain)), 0
-        while True:
-            before = step
-            for raw in self._read(loader, states):
-                if step >= start:
-                    yield self._ready(raw)
-                step += 1
-            if step == before:
-                raise ValueError(_EXHAUSTED)
+        try:
+            while True:
+                before = step
+                for raw in self._read(loader, states):
+                    if step >= start:
+                        yield self._ready(raw)
+                    step += 1
+                if step == before:
+                    raise ValueError(_EXHAUSTED)
+        finally:
+            self._end(loader)
 
     def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
         self.truncated = False
@@ -304,7 +315,16 @@ class LoaderSource:
 
     def _pass(self, seed: int, loader: Iterable[Any] | None = None) -> Iterator[Batch]:
         """One pass, with generators seeded for it."""
-        return self._read(self._own_loader() if loader is None else loader, PrivateStates(self._generators, seed))
+        loader = self._own_loader() if loader is None else loader
+        try:
+            yield from self._read(loader, PrivateStates(self._generators, seed))
+        finally:
+            self._end(loader)
+
+    def _end(self, loader: Iterable[Any]) -> None:
+        """End the workers that stay from pass to pass."""
+        if self._is_plain:
+            end_workers(workers_of(loader))
 
     def _read(self, loader: Iterable[Any], states: PrivateStates) -> Iterator[Batch]:
         """One pass, with generators in these states while the loader works, and only then.
@@ -315,29 +335,20 @@ class LoaderSource:
         # Batches of torch's own collating are new memory each, so that they can wait for their turn.
         waits = self._is_plain and getattr(loader, "collate_fn", None) is default_collate and self._length is not None
         with states:
-            if self._is_plain and has_running_workers(loader):
+            if self._is_plain and workers_of(loader) is not None:
                 torch.empty((), dtype=torch.int64).random_(generator=getattr(loader, "generator", None))
             batches = iter(loader)
-        is_over = False
-        while not is_over:
-            ready: list[Batch] = []
-            problem: Exception | None = None
-            with states:
-                until = time.perf_counter() + _READ_AHEAD
-                while True:
-                    try:
-                        ready.append(as_tensors(next(batches)))
-                    except StopIteration:
-                        is_over = True
-                        break
-                    except Exception as error:  # raised when its turn comes
-                        problem = error
-                        break
-                    if not waits or time.perf_counter() > until:
-                        break
-            yield from ready
-            if problem is not None:
-                raise problem
+        try:
+            is_over = False
+            while not is_over:
+                with states:
+                    ready, is_over, problem = _next_of(batches, _READ_AHEAD if waits else 0.0)
+                yield from ready
+                if problem is not None:
+                    raise problem
+        finally:
+            if self._is_plain and batches is not workers_of(loader):
+                end_workers(batches)
 
     def _ready(self, raw: Batch) -> Batch:
         return self.check(to_device(raw, self._device))
@@ -360,10 +371,26 @@ def _is_iterator(loader: object) -> bool:
     return type(loader).__module__ in ("builtins", "itertools") or "DataLoaderIter" in type(loader).__name__
 
 
+def _next_of(batches: Iterator[Any], seconds: float) -> tuple[list[Batch], bool, Exception | None]:
+    """The next batch, and those that come within some seconds; whether they end; an error that waits for its turn."""
+    ready: list[Batch] = []
+    until = time.perf_counter() + seconds
+    while True:
+        try:
+            ready.append(as_tensors(next(batches)))
+        except StopIteration:
+            return ready, True, None
+        except Exception as error:
+            return ready, False, error
+        if not seconds or time.perf_counter() > until:
+            return ready, False, None
+
+
 def _size(batch: Batch, expected: int) -> int:
-    """Samples in a batch: as many as were asked for, unless no tensor is so long (a collate function may leave out)."""
-    lengths = [len(t) for t in leaves(batch) if isinstance(t, Tensor) and t.ndim]
-    return expected if expected in lengths or not lengths else batch_length(batch)
+    """Samples in a batch: as many as were asked for, if all tensors have a dimension of that size; a collate function
+    may leave samples out, or turn the batch."""
+    tensors = [t for t in leaves(batch) if isinstance(t, Tensor) and t.ndim]
+    return expected if all(expected in t.shape for t in tensors) else batch_length(batch)
 
 
 def _all_by_weight(weights: Tensor, size: int) -> tuple[list[_Chosen], list[_Chosen]]:
@@ -496,7 +523,7 @@ def _of_lists(found: _Indices) -> IndexOrder:
 
 
 def _of_passes(sampler: Iterable[Any], size: int | None, generators: Generators) -> _Indices:
-    """A sampler of the user's: two passes with different seeds, and one with the first seed again."""
+    """A sampler of the user's: passes with different seeds, and one with the first seed again."""
     told = length_of(sampler) or 0
     limit = max(told, 10 * max(size or 0, 1000)) + 1
 
@@ -513,16 +540,18 @@ def _of_passes(sampler: Iterable[Any], size: int | None, generators: Generators)
 
     endless: list[bool] = []
     first, second, again = read(0), read(1), read(0)
+    # Of a few batches another pass may hold the same by chance.
+    more = [read(seed) for seed in (2, 3, 4)] if first != second and len(first) < _FEW else []
     if first and not second:
         raise ValueError(f"data: the loader's sampler ({type(sampler).__name__}) can be read only once: {_EXHAUSTED}")
     is_reproducible = first == again
     if any(endless):
         return _Indices("drawn", None, None, first, is_reproducible)
-    own, other, third = (Counter(_flat(p)) for p in (first, second, again))
+    own, *others = (Counter(_flat(p)) for p in (first, second, again, *more))
     repeated = _repeated(own.total(), len(own))
     if first == second == again:
         return _Indices("fixed", len(first), len(own), first, notes=repeated)
-    if own == other == third:
+    if all(own == other for other in others):
         return _Indices("shuffled", len(first), len(own), first, is_reproducible, notes=repeated)
     return _Indices("drawn", len(first), len(own), first, is_reproducible, notes=(_drawn(len(own)),))
 

@@ -82,9 +82,15 @@ def index_sampler_of(loader: DataLoader[Any]) -> Any:
     return None if isinstance(loader.dataset, IterableDataset) else loader._index_sampler
 
 
-def has_running_workers(loader: Any) -> bool:
-    """Whether a loader's workers go on from an earlier pass."""
-    return loader._iterator is not None
+def end_workers(iterator: Any) -> None:
+    """End the workers of a loader's iterator, even if a traceback still holds it."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def workers_of(loader: Any) -> Any:
+    """The iterator that keeps a loader's workers from pass to pass; None: there is none."""
+    return loader._iterator
 
 
 def copy_of_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
