@@ -156,6 +156,7 @@ def as_tensors(batch: Batch) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same on a device."""
     return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
 
 
