@@ -116,12 +116,11 @@ class Group:
         checks = StepChecks(
             objective, sampler, spec.plan, spec.schedule, self.state, gradient, self._feed, spec.seed, traces
         )
-        # The user's code runs in one thread at a time; a recording is none of it.
+        # The user's code runs in one thread at a time, backward too; a recording is none of it.
         guard = model if self.note else contextlib.nullcontext()
         transition: Transition = gradient
-        move_guard: AbstractContextManager[object] = contextlib.nullcontext()
-        if isinstance(sampler, MetropolisSampler):  # it evaluates the model where the chain may go
-            transition, move_guard = Metropolis(sampler, self.state, gradient, self._feed), guard
+        if isinstance(sampler, MetropolisSampler):
+            transition = Metropolis(sampler, self.state, gradient, self._feed)
         on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
         self._on_device = on_device
         self._step: Callable[[int], None]
@@ -133,7 +132,7 @@ class Group:
                 )
         else:
             observe = self._observe if observables else None
-            parts = (transition, self._feed, checks, spec.control_variate, observe, guard, move_guard)
+            parts = (transition, self._feed, checks, spec.control_variate, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
         traces.state = None  # only now: nothing above may lose it
 
@@ -261,7 +260,7 @@ class HostStep:
         checks: made on the way.
         control_variate: subtracted from losses; None: nothing.
         observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
-        guard, move_guard: entered while the model is evaluated, and while the chains move.
+        guard: entered while the model is evaluated and differentiated.
     """
 
     def __init__(
@@ -273,11 +272,10 @@ class HostStep:
         control_variate: ControlVariate | None,
         observe: Callable[[int, Evaluation, Batch], None] | None,
         guard: AbstractContextManager[object],
-        move_guard: AbstractContextManager[object],
     ) -> None:
         self._loss, self._info = steps[LOSS], [(name, a) for name, a in steps.items() if name != LOSS]
         self._transition, self._feed, self._checks, self._observe = transition, feed, checks, observe
-        self._control_variate, self._guard, self._move_guard = control_variate, guard, move_guard
+        self._control_variate, self._guard = control_variate, guard
         self._prepare()
 
     def _prepare(self) -> None:
@@ -294,7 +292,7 @@ class HostStep:
         self._record_loss(step, evaluation.loss)
         if self._observe is not None:
             self._observe(step, evaluation, batch)
-        with self._move_guard:
+        with self._guard:
             info = self._transition.move(step)
         for name, rows in self._info:
             rows[:, step] = info[name]

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
@@ -44,6 +50,26 @@ def packet_of(op: Any) -> Any:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been written to."""
     return int(tensor._version)
+
+
+def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
+    """What runs as soon as the gradient of a leaf has been accumulated; None if nothing ever did."""
+    return tensor._post_accumulate_grad_hooks
+
+
+def has_user_hooks(model: nn.Module) -> bool:
+    """Whether somebody's hooks see or change what the modules or parameters of a model compute.
+
+    The hooks by which torch itself normalizes weights are functions of the parameters, and do not count.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    everywhere = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    if any(everywhere):
+        return True
+    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+        return True
+    return any(p._backward_hooks for p in model.parameters())
 
 
 def has_onednn_linear() -> bool:
