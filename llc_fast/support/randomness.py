@@ -55,7 +55,10 @@ class Generators:
 
     def seed(self, seed: int) -> None:
         """Seed all of them, each differently."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed reaches for every device, and takes 70 µs
+        if self._cuda is not None:
+            with torch.cuda.device(self._cuda):
+                torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed((seed ^ (seed >> 32)) & 0xFFFFFFFF)
         for k, generator in enumerate(self.held):

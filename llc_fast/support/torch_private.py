@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, IterableDataset
 
 _aten = torch.ops.aten
 
@@ -87,3 +89,42 @@ def is_observed(optimizer: torch.optim.Optimizer) -> bool:
     if torch.compiler.is_compiling():  # it can't look at the profiler
         return False
     return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
+
+
+def iterates_as_torch_does(loader: object) -> bool:
+    """Whether a loader reads its data set in the order of its samplers: a DataLoader that keeps torch's iteration."""
+    if not isinstance(loader, DataLoader):
+        return False
+    kind: Any = type(loader)
+    return (
+        kind.__iter__ is DataLoader.__iter__
+        and kind._get_iterator is DataLoader._get_iterator
+        and kind._index_sampler is DataLoader._index_sampler
+    )
+
+
+def index_sampler_of(loader: DataLoader[Any]) -> Any:
+    """What says which samples come next: lists of indices for batches, or single indices of items that are batches."""
+    return None if isinstance(loader.dataset, IterableDataset) else loader._index_sampler
+
+
+def end_workers(iterator: Any) -> None:
+    """End the workers of a loader's iterator, even if a traceback still holds it."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def workers_of(loader: Any) -> Any:
+    """The iterator that keeps a loader's workers from pass to pass; None: there is none."""
+    return loader._iterator
+
+
+def copy_of_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader, with workers of its own and some attributes changed.
+
+    A shallow copy keeps everything (collate_fn, worker_init_fn, generator, what a subclass adds) without a call of the
+    constructor, whose arguments a subclass may have changed.
+    """
+    copied = copy.copy(loader)
+    vars(copied).update({"_iterator": None, "in_order": True}, **changes)
+    return copied
