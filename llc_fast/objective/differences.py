@@ -93,8 +93,6 @@ class _Comparison:
     ) -> None:
         self._objective, self._batch, self._params, self._restart = objective, batch, params, restart
         self._is_large = sum(p.numel() for p in params.values()) > _LARGE
-        from llc_fast.objective.trial import scales_of
-
         self._scales = scales_of(objective.reference)
         self._masks = objective.masks
         self._precision = torch.finfo(next(iter(params.values())).dtype).eps
@@ -274,6 +272,15 @@ class _Direction:
         if self._kept is not None:
             self._kept[name] = u
         return u
+
+
+def scales_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """The root mean square of each tensor; of all of them where one is zero or nearly."""
+    sums = {name: float(t.detach().double().square().sum()) for name, t in tensors.items()}
+    count = sum(t.numel() for t in tensors.values())
+    whole = math.sqrt(sum(sums.values()) / max(count, 1)) or 1.0
+    sizes = {name: math.sqrt(sums[name] / max(t.numel(), 1)) for name, t in tensors.items()}
+    return {name: size if size > 1e-3 * whole else whole for name, size in sizes.items()}
 
 
 def _split(names: list[str], count: int) -> list[list[str]]:

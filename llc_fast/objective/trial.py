@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
-from llc_fast.objective.differences import compare_with_differences
+from llc_fast.objective.differences import compare_with_differences, scales_of
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.support.errors import first_line
 from llc_fast.support.randomness import State, same_states
@@ -344,15 +344,6 @@ class _First:
 
 
 _OTHER_SEED = 0x5EED
-
-
-def scales_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """The root mean square of each tensor; of all of them where one is zero or nearly."""
-    sums = {name: float(t.detach().double().square().sum()) for name, t in tensors.items()}
-    count = sum(t.numel() for t in tensors.values())
-    whole = math.sqrt(sum(sums.values()) / max(count, 1)) or 1.0
-    sizes = {name: math.sqrt(sums[name] / max(t.numel(), 1)) for name, t in tensors.items()}
-    return {name: size if size > 1e-3 * whole else whole for name, size in sizes.items()}
 
 
 def _number(evaluation: Evaluation) -> float:
