@@ -33,6 +33,12 @@ _FILLS = frozenset(
         *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
     )
 )
+_TURNS = frozenset(
+    f"aten::{name}_" for name in ("t", "transpose", "swapaxes", "swapdims", "squeeze", "unsqueeze", "detach")
+)
+"""What changes how a tensor lies in its memory, and no memory."""
+_NOT_AGAIN = frozenset(("aten::mkldnn_rnn_layer",))
+"""What gives other outputs where no gradients are recorded, as in a replay."""
 _aten = torch.ops.aten
 _IMPLIED_BY_OUT = frozenset(("dtype", "layout", "device", "pin_memory"))
 
@@ -51,7 +57,11 @@ class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
         for tag, reason in _REFUSED.items():
             if tag in op.tags and not _indexes_by_integers(op, args):
                 raise NotReplayableError(f"{reason} ({op})")
+        if schema_of(op).name in _NOT_AGAIN:
+            raise NotReplayableError(f"a kernel can't be replayed ({op})")
         kwargs = kwargs or {}
+        # As they are now: what follows may transpose a tensor in place.
+        given = self._fixed(args), self._fixed(kwargs)
         # Attention is tagged for the sake of its dropout, which may be off: what counts is whether it drew.
         seeded = torch.Tag.nondeterministic_seeded in op.tags
         before = torch.get_rng_state() if seeded else None
@@ -64,17 +74,16 @@ class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
             raise NotReplayableError(f"it draws random numbers ({op})")
         if any(t.layout != torch.strided for t in _tensors((args, kwargs, out))):
             raise NotReplayableError(f"it works on tensors that are not dense ({op})")
-        if self._aliases:
-            args, kwargs = self._fixed(args), self._fixed(kwargs)
-        self.calls.append((op, args, kwargs, out))
+        self.calls.append((op, *given, self._fixed(out)))
         return out
 
     def _fixed(self, value: Any) -> Any:
-        """The same arguments, with memory that stays in the place of tensors that hold it for a while only."""
+        """Tensors of the same memory and shape that stay as they are, where these hold it for a while only."""
         if isinstance(value, Tensor):
-            return self._aliases.get(id(value), value)
+            alias = self._aliases.get(id(value))
+            return value.detach() if alias is None else alias
         if isinstance(value, (tuple, list)):
-            return type(value)(map(self._fixed, value))
+            return [*map(self._fixed, value)] if isinstance(value, list) else tuple(map(self._fixed, value))
         return {k: self._fixed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
@@ -116,7 +125,8 @@ class Recording(Generic[T]):
         for op, args, kwargs, out in recorder.calls:
             inputs, outputs = set(_storages((args, kwargs))), set(_storages(out))
             if schema_of(op).is_mutable:
-                self._calls.append(functools.partial(op, *args, **kwargs))
+                if schema_of(op).name not in _TURNS:
+                    self._calls.append(functools.partial(op, *args, **kwargs))
             elif not outputs <= inputs:  # else a view, whose memory stays where it is
                 if (inputs <= constant or schema_of(op).name in _FILLS) and not outputs & written:
                     constant |= outputs

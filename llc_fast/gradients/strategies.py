@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -217,15 +218,61 @@ def make_gradient(
         inner = EagerGradient(objective, state, buffers, plan.release)
     else:
         inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    # What can't be batched, or goes wrong, has to show while there is a way back.
+    if isinstance(inner, BatchedGradient) and feed.is_addressable and not objective.trial.is_random:
+        _check_against_the_model(inner, objective, state, feed, step)
+    elif isinstance(inner, BatchedGradient) and plan.strategy == "batched":
+        inner.evaluate(feed(step))
     note = ""
     if plan.replay:
         try:
             return ReplayedGradient(inner, state, feed, step), ""
         except NotReplayableError as error:
             note = str(error)
-    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
-        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
     return inner, note
+
+
+_DISPLACED, _WRONG, _WRONG_IF_ROUNDED = (0.3, 0.2, 0.5), 2e-3, 0.1
+"""Distances from w*, relative to its size, at which gradients are compared, and the relative difference that is too
+large at all of them; the latter also where something is computed in less than float32."""
+
+
+class WrongGradientError(Exception):
+    """What a strategy gives is not the gradient of the model."""
+
+
+@torch.no_grad()
+def _check_against_the_model(
+    inner: BatchedGradient, objective: Objective, state: ChainState, feed: Feed, step: int
+) -> None:
+    """The first chain's gradient must be that of ordinary autograd with the chain's parameters in the model.
+
+    A backward pass that looks at the model's own parameters, as a custom one or recomputed activations do, finds w*
+    there: chains in one batch are given to the model as arguments, and these are gone by then.
+
+    Raises:
+        WrongGradientError: it is another.
+    """
+    batch, size = feed(step), state.w.square().mean().sqrt()
+    alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(state.w.shape, generator=generator, dtype=torch.float32).to(state.w) * size
+    for distance in _DISPLACED:
+        with state.at(state.w + distance * noise), torch.enable_grad():
+            inner.evaluate(batch)
+            found = inner.gradients()
+            buffers, params = objective.fresh_buffers(), state.single()
+            with objective.holding(params, buffers):
+                expected = objective.gradients(objective.loss(alone).loss)
+        own = [g if state.num_chains == 1 else g[0] for g in found]
+        off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(own, expected, strict=True))
+        whole = sum(float(b.double().square().sum()) for b in expected)
+        if not off > (_WRONG if objective.is_precise else _WRONG_IF_ROUNDED) ** 2 * whole:  # equal, or not finite
+            return
+    raise WrongGradientError(
+        f"its gradient differs by {math.sqrt(off / whole) if whole else math.inf:.0%} from that of the model (a custom "
+        "backward that reads the module's parameters, or activations that are recomputed?)"
+    )
 
 
 _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")
@@ -238,6 +285,8 @@ def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainS
     vmap does not know. A bug of the model is none of these. An operation of torch that fails in a batch without a word
     of vmap is vmap's fault if one chain alone, on its own minibatch, passes it.
     """
+    if isinstance(error, WrongGradientError):
+        return True
     if not STRATEGIES[plan.strategy].may_refuse:
         return False
     if isinstance(error, (NotReplayableError, torch.cuda.OutOfMemoryError)):

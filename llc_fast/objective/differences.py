@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ class _Comparison:
         self._restart()
         try:
             with torch.enable_grad(), objective.holding(self._params, objective.fresh_buffers()):
-                loss = objective.loss(_copied(self._batch)).loss
+                loss = objective.loss(copied(self._batch)).loss
                 objective.consume_gradients(loss, take, plain=objective.trial.is_reentrant)
         except RuntimeError as error:
             raise _UnknownError from error
@@ -194,7 +195,7 @@ class _Comparison:
         self._restart()
         try:
             with torch.enable_grad():  # the function that chains evaluate
-                evaluation = objective.evaluate(self._params, _copied(self._batch), objective.fresh_buffers())
+                evaluation = objective.evaluate(self._params, copied(self._batch), objective.fresh_buffers())
         except RuntimeError as error:
             raise _UnknownError from error
         return float(evaluation.loss.detach().double())
@@ -289,5 +290,7 @@ def _split(names: list[str], count: int) -> list[list[str]]:
     return [names[k * len(names) // count : (k + 1) * len(names) // count] for k in range(count)]
 
 
-def _copied(batch: Batch) -> Batch:
-    return map_tensors(torch.clone, batch)
+def copied(batch: Batch) -> Batch:
+    """A batch that the user's functions may write to; tensors are no part of another graph."""
+    copy_of: Batch = copy.deepcopy(map_tensors(torch.detach, batch))
+    return copy_of

@@ -31,6 +31,7 @@ from llc_fast.objective.selection import select
 from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
 from llc_fast.support.randomness import Generators
+from llc_fast.support.torch_private import graph_of
 
 _COPIED_PARAMETERS = 10_000_000
 """Parameters up to which w* is copied."""
@@ -242,7 +243,10 @@ class Objective:
             return list(torch.autograd.grad(loss, targets, materialize_grads=True))
         with _leaves_kept(loss, targets):
             loss.backward()  # type: ignore[no-untyped-call]
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in targets]
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in targets]
+        for p in targets:  # the next one must not be added to it
+            p.grad = None
+        return found
 
     def consume_gradients(self, loss: Tensor, take: Callable[[str, Tensor], object], *, plain: bool = False) -> None:
         """The gradients of :meth:`loss`, each handed to `take` with its name, and freed, as soon as it is complete.
@@ -289,6 +293,8 @@ class Objective:
         return self._reduced(loss, 1.0)
 
     def _reduced(self, loss: Tensor, share: float) -> Evaluation:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
 
@@ -412,16 +418,8 @@ def _check_apart(parameters: Mapping[str, Tensor]) -> None:
 def _leaves_kept(loss: Tensor, targets: Sequence[Tensor]) -> Iterator[None]:
     """Gradients of leaves of a graph other than the targets are as before after a plain backward pass."""
     mine = set(map(id, targets))
-    others, seen, waiting = [], set[Any](), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in mine:
-            others.append((leaf, leaf.grad))
-        waiting += [following for following, _ in node.next_functions]
+    leaves = (getattr(node, "variable", None) for node in graph_of(loss))
+    others = [(leaf, leaf.grad) for leaf in leaves if leaf is not None and id(leaf) not in mine]
     for leaf, _ in others:
         leaf.grad = None
     try:

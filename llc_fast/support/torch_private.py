@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,6 +51,22 @@ def packet_of(op: Any) -> Any:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been written to."""
     return int(tensor._version)
+
+
+def graph_of(loss: Tensor) -> Iterator[Any]:
+    """The nodes of the graph that leads to a tensor."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
+def has_own_backward(loss: Tensor) -> bool:
+    """Whether the graph of a loss has an ``autograd.Function`` written in Python."""
+    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in graph_of(loss))
 
 
 def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
