@@ -304,13 +304,17 @@ class Objective:
 
     def in_full_precision(self) -> Objective:
         """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
+        return self.in_precision(widened)
+
+    def in_precision(self, cast: Callable[[Tensor], Tensor]) -> Objective:
+        """The same without autocast, and with the model's tensors as `cast` gives them."""
         exact = copy.copy(self)
         exact._autocast = None
         tensors = self.reference, self.frozen, self._buffers
-        if all(widened(t) is t for named in tensors for t in named.values()):
+        if all(cast(t) is t for named in tensors for t in named.values()):
             return exact
         exact.reference, exact.frozen, exact._buffers = (
-            {name: widened(t) for name, t in named.items()} for named in tensors
+            {name: cast(t) for name, t in named.items()} for named in tensors
         )
         exact._fixed, exact._swaps_buffers = exact.frozen, True
         return exact
