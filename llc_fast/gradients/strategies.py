@@ -173,10 +173,10 @@ class BatchedGradient:
         return self._state.info()
 
 
-def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
-    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
+def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor], rounding: float = 0.0) -> None:
+    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding: their dtype's, or more."""
     for ours, theirs in zip(replayed, fresh, strict=True):
-        rounding = torch.finfo(theirs.dtype).eps
+        rounding = max(rounding, torch.finfo(theirs.dtype).eps)
         slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
         if not torch.allclose(ours, theirs.detach(), rtol=max(1e-3, 4 * rounding), atol=slack, equal_nan=True):
             raise NotReplayableError("a replay differs from the model")
@@ -258,14 +258,38 @@ def make_gradient(
     else:
         inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
     note = ""
+    if isinstance(inner, BatchedGradient) and not objective.trial.is_random:
+        _check_batched(inner, objective, state, feed, step)
     if plan.replay:
         try:
             return ReplayedGradient(objective, inner, state, feed, step), ""
         except NotReplayableError as error:
             note = str(error)
-    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
-        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
     return inner, note
+
+
+def _check_batched(inner: BatchedGradient, objective: Objective, state: ChainState, feed: Feed, step: int) -> None:
+    """Raise NotReplayableError unless a chain gets the gradient that plain autograd gives it by itself.
+
+    What can't be batched has to show now, too, while there is a way back.
+    """
+    batch = feed(step)
+    alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
+    with state.displaced():
+        loss = inner.evaluate(batch).loss[0]
+        grads = inner.gradients()
+        if state.num_chains > 1:
+            grads = [grad[0] for grad in grads]
+        single, expected = state.single(), dict[str, Tensor]()
+        objective.gradient_at(single, alone, lambda name, grad: expected.update({name: grad.clone()}))
+        expected_loss = objective.minibatch_loss(single, alone, objective.fresh_buffers())
+    zeros = {name: torch.zeros_like(p) for name, p in single.items()}
+    try:
+        rounding = 0.0 if objective.is_precise else 16 * torch.finfo(torch.bfloat16).eps
+        check_replay([loss, *grads], [expected_loss, *(zeros | expected).values()], rounding)
+    except NotReplayableError:
+        raise NotReplayableError("chains get other gradients in a batch than one by one") from None
+    feed(step)
 
 
 _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")
