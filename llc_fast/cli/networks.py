@@ -147,7 +147,7 @@ def _write(
     if json_path is not None:
         write_json(json_path, rows)
     if plot_path is not None:
-        from llc_fast.plots import plot_known
+        from llc_fast.plots import plot_known, write_figure
 
-        plot_known(rows, result).savefig(plot_path, dpi=150)
+        write_figure(plot_known(rows, result), plot_path)
         typer.echo(f"picture written to {plot_path}")
