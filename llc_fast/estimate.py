@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -20,7 +21,7 @@ from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_setting
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
-from llc_fast.chains.processes import default_device, join
+from llc_fast.chains.processes import Team, default_device, join
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
 from llc_fast.data import LoaderSource, make_source
@@ -316,14 +317,34 @@ def prepare(
     check_memory(objective, largest, plan)
     identity: dict[str, Any] = {}
     saved = None
-    if keeper is not None:
+    if keeper is not None or team.size > 1:
         identity = {**settings.identity(), **objective.identity()}
         identity["warm_start"] = None if start is None else arrays_identity(start)
+        team.agree(identity | _more_identity(objective, loss_fn, keeper))
+    if keeper is not None:
         saved = keeper.load(identity)
     nbeta = settings.nbeta_for(objective.source.num_samples)
     with threads(plan.num_threads):
         at_reference = reference_losses(objective, nbeta, settings.seed)
+    is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
+    # Other processors may round otherwise; what moves λ̂ by a thousandth is no difference.
+    team.agree_on_number("the loss at w*", at_reference.mean, atol=1e-3 / nbeta, rtol=1e-2 if is_coarse else 1e-4)
     return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
+
+
+def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: Checkpoint | None) -> dict[str, Any]:
+    """What processes compare beyond what names a run in its checkpoint."""
+    tensors = objective.reference.values()
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in tensors})
+    inner = loss_fn
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    return {
+        "params": f"{len(tensors)} tensors, {objective.num_parameters} elements, {', '.join(dtypes)}",
+        "loss_fn": None if inner is None else getattr(inner, "__qualname__", type(inner).__qualname__),
+        "checkpoint": "none" if keeper is None else "given",
+        "torch's version": torch.__version__.partition("+")[0],
+    }
 
 
 def _objective(
@@ -414,7 +435,7 @@ def choose(prepared: Prepared) -> Chosen:
         if prepared.saved is not None and prepared.keeper is not None:
             chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses.mean)
         else:
-            with _PilotMonitor(settings.progress is True and team.rank == 0) as monitor:
+            with _PilotMonitor(settings.progress is True and team.rank == 0, team) as monitor:
                 chosen = choose_settings(
                     settings,
                     prepared.objective,
@@ -424,7 +445,7 @@ def choose(prepared: Prepared) -> Chosen:
                     monitor=monitor,
                 )
     # One process's numbers for all: another number of threads may round differently.
-    return team.gather(chosen)[0]  # type: ignore[no-any-return]
+    return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
 
 
 def _chosen_before(saved: Saved, keeper: Checkpoint, init_loss: float) -> Chosen:
@@ -440,8 +461,8 @@ def _chosen_before(saved: Saved, keeper: Checkpoint, init_loss: float) -> Chosen
 class _PilotMonitor(Monitor):
     """Shows the progress of the pilot chains; it leaves when they are done."""
 
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown, self._done = is_shown, 0
+    def __init__(self, is_shown: bool, team: Team) -> None:
+        self._is_shown, self._team, self._done = is_shown, team, 0
         self._progress: Progress | None = None
 
     def __enter__(self) -> _PilotMonitor:
@@ -452,6 +473,7 @@ class _PilotMonitor(Monitor):
             self._progress.close()
 
     def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
+        self._team.check()
         if self._is_shown and self._progress is None:  # short pilots show nothing
             self._progress = make_progress(True, None, "calibration", stays=False)
         if self._progress is not None:
@@ -512,13 +534,19 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
-    with _RunMonitor(prepared, chosen, schedule, chains) as monitor, stopped_by_sigint() as stop:
+    # When another process fails this one stops too, with a snapshot of its own chains; `gather` says why.
+    with (
+        _RunMonitor(prepared, chosen, schedule, chains) as monitor,
+        stopped_by_sigint() as stop,
+        team.stopping(stop),
+    ):
         resumed = saved.traces if saved is not None else ()
         run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
         # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
-        runs = team.gather(([dataclasses.replace(t, state=None) for t in run.traces], run.interrupted))
-        traces = [t for found, _ in runs for t in found]
-        interrupted = any(stopped for _, stopped in runs)
+        mine = [dataclasses.replace(t, state=None) for t in run.traces]
+        runs = team.gather(([t.to_arrays() for t in mine], run.interrupted)) if team.size > 1 else []
+        traces = [Traces.from_arrays(*t) for found, _ in runs for t in found] if runs else mine
+        interrupted = run.interrupted or any(stopped for _, stopped in runs)
         if keeper is not None and team.rank == 0 and not interrupted:
             keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces))
         problems = team.gather("" if keeper is None else keeper.problem)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from llc_fast.chains import processes
+from llc_fast.chains.checkpoint import read
 from llc_fast.chains.draw import Draw
 from llc_fast.chains.processes import ProcessFailedError, Team
 from llc_fast.result import LLCResult
@@ -145,49 +146,85 @@ def test_a_group_of_the_users_own(tmp_path: Path) -> None:
 # --- Failures -----------------------------------------------------------------------------------------------
 
 _FAILING = """
-how, who = sys.argv[1], int(sys.argv[2])
+how, who, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+llc_fast.chains.processes.PATIENCE = 60.0  # it must not matter
+
+def leave():
+    open("when", "w").write(repr(time.time()))
+    if how == "raises":
+        raise ValueError("half-way")
+    if how == "stops the interpreter":
+        sys.exit("half-way")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def fails(draw):
+    if where == "while all sample":
+        time.sleep(0.02)
     if rank == who and draw.draw == 3:
-        if how == "raises":
-            raise ValueError("half-way")
-        os.kill(os.getpid(), signal.SIGKILL)
+        if where == "while all wait":
+            time.sleep(0.5)
+        leave()
     return 0.0
 
+def fails_early(output, target):
+    if where == "in the pilots" and rank == who and os.path.exists("pilots"):
+        time.sleep(0.3)
+        leave()
+    return torch.nn.functional.mse_loss(output, target)
+
+def begun(taken):
+    if where == "in the pilots" and taken.is_pilot:
+        open("pilots", "w").close()
+        time.sleep(0.01)
+
+options = dict(lr=None, num_draws=2000, num_burnin=2000, loss_fn=fails_early) if where == "in the pilots" else {}
+if where == "while all sample":
+    options = dict(num_draws=3000)
 try:
-    runs.estimate(num_chains=3, strategy="sequential", observables={"fails": fails}, checkpoint="run")
+    with llc_fast.chains.run.after_each_step(begun):
+        runs.estimate(**{"num_chains": 3, "strategy": "sequential", "observables": {"fails": fails}, "checkpoint": "run",
+            "checkpoint_interval": 1e6} | options)
 except llc_fast.chains.processes.ProcessFailedError as error:
+    late = time.time() - float(open("when").read())
+    assert late < 3.0, late
     print(error)
-    time.sleep(1.0)  # rank 0 holds the store
-except ValueError:
-    time.sleep(1.0)
-    raise
 """
 
 
-@pytest.mark.parametrize(("size", "who"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
-def test_a_process_that_raises(tmp_path: Path, size: int, who: int) -> None:
-    """The error comes out where it happened, and the others say which process and why."""
-    for rank, (code, output, errors) in enumerate(launch(tmp_path, _FAILING, size, "raises", who)):
+@pytest.mark.parametrize(
+    ("size", "who", "how", "where"),
+    [
+        (2, 0, "raises", "while all wait"),
+        (3, 1, "raises", "while all sample"),
+        (2, 0, "raises", "while all sample"),
+        pytest.param(3, 2, "raises", "in the pilots", marks=pytest.mark.slow),
+        pytest.param(2, 0, "raises", "in the pilots", marks=pytest.mark.slow),
+        (3, 1, "is killed", "while all sample"),
+        (2, 0, "is killed", "while all sample"),
+        pytest.param(3, 1, "is killed", "while all wait", marks=pytest.mark.slow),
+        pytest.param(2, 0, "is killed", "while all wait", marks=pytest.mark.slow),
+        pytest.param(3, 1, "is killed", "in the pilots", marks=pytest.mark.slow),
+        pytest.param(2, 1, "stops the interpreter", "while all sample", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_is_heard_of_at_once(tmp_path: Path, size: int, who: int, how: str, where: str) -> None:
+    """The error comes out where it happened; the others stop within seconds, say which process and why, and keep what
+    they have done, wherever they are themselves. Neither a minute nor the end of their own chains is waited for."""
+    for rank, (code, output, errors) in enumerate(launch(tmp_path, _FAILING, size, how, who, where)):
         if rank == who:
-            assert code == 1 and "ValueError: half-way" in errors
-        else:
-            assert code == 0, errors
+            assert code == (-signal.SIGKILL if how == "is killed" else 1), errors
+            continue
+        assert code == 0, errors
+        if how == "raises":
             assert output.strip() == f"rank {who} failed: ValueError: half-way"
-
-
-@pytest.mark.parametrize(("size", "who"), [(3, 1), (2, 0)])
-def test_a_process_that_is_killed(tmp_path: Path, size: int, who: int) -> None:
-    """Nobody waits for the dead for longer than `PATIENCE`, be it the one that holds the store."""
-    for rank, (code, output, errors) in enumerate(launch(tmp_path, _FAILING, size, "killed", who)):
-        if rank == who:
-            assert code == -signal.SIGKILL
+        elif how == "stops the interpreter":
+            assert output.strip() == f"rank {who} failed: SystemExit: half-way"
         elif who == 0:
-            assert code == 0, errors
             assert output.strip() == "rank 0, which holds the results, is gone: its own output says why"
         else:
-            assert code == 0, errors
-            assert f"rank {who} has not been heard of for 3 s" in output and "checkpoint=" in output
+            assert f"rank {who} died without a word" in output and "checkpoint=" in output
+        if where == "while all sample":  # what it has done since the last snapshot is not lost
+            assert read(tmp_path / f"run.rank{rank}").traces[0].step > 0
 
 
 _STOPPED = """
