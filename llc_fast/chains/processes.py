@@ -176,7 +176,7 @@ class Team:
                 if session is not None and session.decode() != self._session:
                     self._session = session.decode()
                     store.set(f"{self._session}/answer/{self.rank}", json.dumps(me).encode())
-                start = store.get(f"{self._session}/start") if session is not None else None
+                start = store.get(f"{self._session}/start") if self._session else None
                 if start is not None:
                     members = json.loads(start)
                     if len(members) > self.rank and members[self.rank] == me:
@@ -198,7 +198,7 @@ class Team:
                     f"rank {missing} has not been heard of for {waited:.0f} s: it never came here, or died before. All "
                     "processes must make the same calls"
                 )
-            time.sleep(0.02)
+            time.sleep(0.001 * (5 + secrets.randbelow(20)))  # in step with nobody
         for key, name in {"llc_fast": "the version of llc_fast", "processes": "WORLD_SIZE"}.items():
             for r, member in enumerate(members):
                 if member[key] != me[key]:
