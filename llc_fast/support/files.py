@@ -27,6 +27,9 @@ _KINDS = {
 class NotAFileError(OSError, ValueError):
     """What lies at a path is no regular file, and must not be replaced by one."""
 
+    def __str__(self) -> str:
+        return f"{self.filename!r} is {self.strerror}: give the name of a file"
+
 
 def output_path(argument: str, path: str | os.PathLike[str]) -> Path:
     """The absolute path of a file that can be written, found by trying; nothing that is there is touched.

@@ -185,8 +185,8 @@ if where == "while all sample":
     options = dict(num_draws=3000)
 try:
     with llc_fast.chains.run.after_each_step(begun):
-        runs.estimate(**{"num_chains": 3, "strategy": "sequential", "observables": {"fails": fails}, "checkpoint": "run",
-            "checkpoint_interval": 1e6} | options)
+        runs.estimate(**{"num_chains": 3, "strategy": "sequential", "observables": {"fails": fails},
+            "checkpoint": "run", "checkpoint_interval": 1e6} | options)
 except llc_fast.chains.processes.ProcessFailedError as error:
     late = time.time() - float(open("when").read())
     assert late < 3.0, late
@@ -448,7 +448,7 @@ def test_a_foreign_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=rf"^MASTER_PORT={taken.getsockname()[1]}: rank 0 can't listen"):
         processes._listener("127.0.0.1", taken.getsockname()[1])
     taken.close()
-    with pytest.raises(ValueError, match="MASTER_ADDR='no such machine.invalid' is the name of no machine"):
+    with pytest.raises(ValueError, match=r"MASTER_ADDR=.no such machine\.invalid. is the name of no machine"):
         processes._listener("no such machine.invalid", 0)
 
 
