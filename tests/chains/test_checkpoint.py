@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same, codes, data, estimate, happened, initialized, interrupted_after, mlp, mse, no_step
+from runs import Script, assert_same, codes, data, estimate, happened, initialized, interrupted_after, mlp, mse, no_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -505,6 +506,101 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(stopped: Path, monkey
     monkeypatch.setattr("numpy.load", refuse)
     with pytest.raises(PermissionError, match="run"):
         _resume(stopped)
+
+
+# --- Kills --------------------------------------------------------------------------------------------------
+
+_KILLS = """
+import random
+import numpy as np
+from llc_fast.chains.checkpoint import read
+from processes import free_port
+from pathlib import Path
+
+size, kills, which = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+llc_fast.chains.run.Monitor.interval = 0.001
+options = dict(num_chains=4, num_draws=150, num_burnin=50, strategy=which,
+    observables={"weight": lambda draw: (time.sleep(0.0005), draw.params["0.weight"])[1]})
+
+fsync = os.fsync
+
+def slow_disk(file):
+    time.sleep(0.003)  # so that many are killed while they write
+    fsync(file)
+
+def work(rank, port, name):
+    os.fsync = slow_disk
+    try:
+        if size > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        result = runs.estimate(**options, checkpoint=name, checkpoint_interval=0)
+        if rank == 0:
+            result.save(f"{name}.result")
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+def start(name):
+    port, pids = free_port(), []
+    for rank in range(size):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            work(rank, port, name)
+    return pids
+
+def ends(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+runs.estimate(**options | {"num_draws": 8, "num_burnin": 4})  # imports what is imported late, once for all
+random.seed(0)
+killed = resumed = left = run = 0
+began = time.monotonic()
+assert ends(start("alone")) == [0] * size
+usual = time.monotonic() - began
+while killed < kills:
+    name, run, attempts = f"run{run}.npz", run + 1, 0
+    while True:
+        attempts += 1
+        pids = start(name)
+        # At any moment: while it starts, reads the file, samples, writes, or ends.
+        time.sleep(random.uniform(0.0, 0.8 * usual))
+        for pid in random.sample(pids, size):
+            os.kill(pid, signal.SIGKILL)
+        codes = ends(pids)
+        killed += -signal.SIGKILL in codes
+        left += any(entry.startswith(".llc_fast-") for entry in os.listdir("."))
+        for entry in os.listdir("."):
+            if entry.startswith(name) and not entry.endswith("result"):
+                resumed += sum(t.step for t in read(Path(entry)).traces) > 0  # whole at any moment
+        if all(code == 0 for code in codes) or killed >= kills:
+            break
+    assert ends(start(name)) == [0] * size
+    assert sorted(e for e in os.listdir(".") if e.startswith((name, "."))) == [name, f"{name}.result"]
+print("killed", killed, "times in", run, "runs;", left, "left something;", resumed, "readable", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kills"), [(1, 100), (2, 40)])
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_a_hundred_kills(tmp_path: Path, size: int, kills: int, strategy: str) -> None:
+    """Killed a hundred times, at moments that nobody chose, a run resumes each time, ends with the bits of one that was
+    left alone, and leaves nothing behind."""
+    code, output, errors = Script(_KILLS, tmp_path, size, kills, strategy).finish()
+    assert code == 0, output + errors
+    found = re.search(r"killed (\d+) times in (\d+) runs; (\d+) left something; (\d+) readable", output)
+    assert found is not None and int(found[1]) >= kills and int(found[4]) > kills / 4, output
+    observables: dict[str, Any] = {"weight": _first_layer}
+    options: dict[str, Any] = {"num_chains": 4, "num_draws": 150, "num_burnin": 50, "strategy": strategy}
+    expected = estimate(**options, observables=observables)
+    for run in range(int(found[2])):
+        result = LLCResult.load(tmp_path / f"run{run}.npz.result")
+        if strategy == "batched" and size > 1:  # other groups of chains: the same to rounding
+            np.testing.assert_allclose(result.loss_trace, expected.loss_trace, rtol=1e-4)
+        else:
+            assert_same(result, expected)
 
 
 # --- Other runs ---------------------------------------------------------------------------------------------
