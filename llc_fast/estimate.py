@@ -28,6 +28,7 @@ from llc_fast.data import LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
+from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.progress import Progress, ProgressFunction, make_progress
@@ -36,10 +37,13 @@ from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
-from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
+from llc_fast.support.randomness import Generators
+from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
 from llc_fast.support.torch_private import RANDOM_MODULES
 from llc_fast.traces import LOSS, Traces
 
+_CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
+"""Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
 _SMALL = 2e7
 """Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
 
@@ -143,7 +147,7 @@ def estimate_llc(
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
     settings = with_old_keywords(given, old, "estimate_llc")
-    with _Surroundings(settings, model) as surroundings:
+    with _Surroundings(settings, model, data, loss_fn) as surroundings:
         prepared = prepare(settings, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
@@ -184,7 +188,7 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
-    with _Surroundings(asked, model, alone=True) as surroundings:
+    with _Surroundings(asked, model, data, loss_fn, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
     sampler, schedule = _completed(asked, chosen)
@@ -230,32 +234,49 @@ def _why(chosen: Chosen, schedule: Schedule) -> str:
 
 
 class _Surroundings:
-    """What holds while a run lasts: its processes, its random numbers, its memory.
+    """What holds while a run lasts: its processes, its random numbers, its memory; afterwards all is as it was.
 
     Attributes:
         device: where to compute.
         team: the processes.
+        generators: of random numbers that model, loss and data may draw from.
+        interrupts: what Ctrl-C does.
         started: when.
     """
 
-    def __init__(self, settings: Settings, model: nn.Module, *, alone: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, model: nn.Module, data: Any, loss_fn: object, *, alone: bool = False
+    ) -> None:
         self.started = time.perf_counter()
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
         self.team = join(False if alone else settings.execution.distributed)
+        self.generators = Generators(self.device, [model, loss_fn, data])
+        self.interrupts = Interrupts(_Surroundings.__exit__)
+        self._model = model
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Surroundings:
-        self._stack.enter_context(self.team.working())
-        # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
-        cuda = [self.device] if self.device.type == "cuda" else []
-        self._stack.enter_context(torch.random.fork_rng(devices=cuda))
-        self._stack.enter_context(large_blocks_apart(self._is_large))
+        try:
+            self._stack.enter_context(one_at_a_time())
+            self._stack.enter_context(self.interrupts)
+            self._stack.enter_context(self.team.working())
+            # What model and data draw from: in states of their own, which follow the seed.
+            self._stack.enter_context(self.generators.kept())
+            self._stack.enter_context(torch.inference_mode(False))
+            self._stack.enter_context(large_blocks_apart(self._is_large))
+            self._stack.callback(ModelSnapshot(self._model).restore)
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> bool:
-        return bool(self._stack.__exit__(*error))
+        handled = bool(self._stack.__exit__(*error))
+        if self.interrupts.is_pending:
+            raise KeyboardInterrupt
+        return handled
 
 
 @dataclass(frozen=True)
@@ -300,7 +321,7 @@ def prepare(
     if settings.checkpoint is not None:
         rank = team.rank if team.size > 1 else None
         keeper = Checkpoint(settings.checkpoint, rank=rank, interval=settings.checkpoint_interval)
-    objective = _objective(settings, model, data, loss_fn, surroundings.device)
+    objective = _objective(settings, model, data, loss_fn, surroundings)
     start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
     template = settings.complete_sampler(1.0, 1.0)
     plan = make_plan(
@@ -348,10 +369,10 @@ def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: C
 
 
 def _objective(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, device: torch.device
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
 ) -> Objective:
     """Model, loss and data on their device, tried once; seeds torch's generator."""
-    execution, template = settings.execution, settings.template
+    execution, template, device = settings.execution, settings.template, surroundings.device
     source = make_source(
         data,
         settings.batch_size,
@@ -363,7 +384,7 @@ def _objective(
         whole=template.kind == "metropolis",
     )
     settings.nbeta_for(source.num_samples)
-    torch.manual_seed(settings.seed)
+    surroundings.generators.seed(settings.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
         objective = Objective(
             model,
@@ -373,6 +394,8 @@ def _objective(
             params=settings.params,
             autocast=execution.autocast,
             microbatch_size=execution.microbatch_size,
+            generators=surroundings.generators,
+            max_checks=int(_CHECKS_SHARE * _FORWARD_PASSES * settings.num_chains * settings.schedule.num_steps),
         )
     if template.kind == "metropolis":
         _check_exact(template, objective, execution)
@@ -537,7 +560,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     # When another process fails this one stops too, with a snapshot of its own chains; `gather` says why.
     with (
         _RunMonitor(prepared, chosen, schedule, chains) as monitor,
-        stopped_by_sigint() as stop,
+        prepared.surroundings.interrupts.stopping() as stop,
         team.stopping(stop),
     ):
         resumed = saved.traces if saved is not None else ()

@@ -29,6 +29,7 @@ from llc_fast.samplers.state import ChainState
 from llc_fast.schedule import Schedule
 from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.support.errors import first_line
+from llc_fast.support.randomness import decode, encode
 from llc_fast.traces import LOSS, Traces
 
 DIVERGED_AFTER = 64
@@ -102,7 +103,7 @@ class Group:
         objective, sampler, first, start = spec.objective, spec.sampler, traces.first_chain, traces.step
         self._spec, self.traces, self._observables, self._model = spec, traces, observables, model
         self.state = state or ChainState(objective.reference, objective.masks, sampler, len(traces.chains))
-        torch.manual_seed(mix(spec.seed, first))  # what a model with dropout draws from
+        objective.generators.seed(mix(spec.seed, first))  # what a model with dropout draws from
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self.state.start(first, spec.seed)
@@ -116,12 +117,11 @@ class Group:
         checks = StepChecks(
             objective, sampler, spec.plan, spec.schedule, self.state, gradient, self._feed, spec.seed, traces
         )
-        # The user's code runs in one thread at a time; a recording is none of it.
+        # The user's code runs in one thread at a time, backward too; a recording is none of it.
         guard = model if self.note else contextlib.nullcontext()
         transition: Transition = gradient
-        move_guard: AbstractContextManager[object] = contextlib.nullcontext()
-        if isinstance(sampler, MetropolisSampler):  # it evaluates the model where the chain may go
-            transition, move_guard = Metropolis(sampler, self.state, gradient, self._feed), guard
+        if isinstance(sampler, MetropolisSampler):
+            transition = Metropolis(sampler, self.state, gradient, self._feed)
         on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
         self._on_device = on_device
         self._step: Callable[[int], None]
@@ -133,7 +133,7 @@ class Group:
                 )
         else:
             observe = self._observe if observables else None
-            parts = (transition, self._feed, checks, spec.control_variate, observe, guard, move_guard)
+            parts = (transition, self._feed, checks, spec.control_variate, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
         traces.state = None  # only now: nothing above may lose it
 
@@ -218,18 +218,14 @@ class Group:
         if trial.writes_buffers:  # as bytes: NumPy does not have all of their dtypes
             tensors |= {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in self._buffers.items()}
         if trial.is_random or not self._feed.is_pure:
-            rows, device = len(self.traces.chains), self._spec.objective.device
-            tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
-            if device.type == "cuda":
-                tensors["cuda_generator"] = torch.cuda.get_rng_state(device).repeat(rows, 1)
+            generators = self._spec.objective.generators
+            tensors["generators"] = encode(generators.states()).repeat(len(self.traces.chains), 1)
         return tensors
 
     def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         tensors = {k: torch.from_numpy(np.array(a)) for k, a in arrays.items()}
-        if "generator" in tensors:
-            torch.set_rng_state(tensors.pop("generator")[0])
-        if "cuda_generator" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._spec.objective.device)
+        if "generators" in tensors:
+            self._spec.objective.generators.restore(decode(tensors.pop("generators")[0]))
         for name in [k for k in tensors if k.startswith("buffer.")]:
             buffer = self._buffers[name.removeprefix("buffer.")]
             buffer.copy_(tensors.pop(name)[0].view(buffer.dtype).view(buffer.shape))
@@ -261,7 +257,7 @@ class HostStep:
         checks: made on the way.
         control_variate: subtracted from losses; None: nothing.
         observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
-        guard, move_guard: entered while the model is evaluated, and while the chains move.
+        guard: entered while the model is evaluated and differentiated.
     """
 
     def __init__(
@@ -273,11 +269,10 @@ class HostStep:
         control_variate: ControlVariate | None,
         observe: Callable[[int, Evaluation, Batch], None] | None,
         guard: AbstractContextManager[object],
-        move_guard: AbstractContextManager[object],
     ) -> None:
         self._loss, self._info = steps[LOSS], [(name, a) for name, a in steps.items() if name != LOSS]
         self._transition, self._feed, self._checks, self._observe = transition, feed, checks, observe
-        self._control_variate, self._guard, self._move_guard = control_variate, guard, move_guard
+        self._control_variate, self._guard = control_variate, guard
         self._prepare()
 
     def _prepare(self) -> None:
@@ -294,7 +289,7 @@ class HostStep:
         self._record_loss(step, evaluation.loss)
         if self._observe is not None:
             self._observe(step, evaluation, batch)
-        with self._move_guard:
+        with self._guard:
             info = self._transition.move(step)
         for name, rows in self._info:
             rows[:, step] = info[name]

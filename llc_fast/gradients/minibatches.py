@@ -33,7 +33,8 @@ class Feed:
         if self.is_shared:
             self._batch = self._source.gather(self._indices[0])
             return
-        flat = self._source.gather(self._source.sample_indices(self._key._replace(step=start), self._indices))
+        key = self._key._replace(step=start)
+        flat = self._source.gather(self._source.sample_indices(key, self._indices), key=key)
         self._flat = leaves(flat)
         shape = (num_chains, -1) if num_chains > 1 else (-1,)
         self._batch = map_tensors(lambda t: t.view(*shape, *t.shape[1:]), flat)
@@ -61,8 +62,8 @@ class Feed:
             batch = self._batch
             if not self.is_shared:
                 assert isinstance(self._source, IndexedSource)
-                indices = self._source.sample_indices(self._key._replace(step=step), self._indices, device_step)
-                self._source.gather(indices, out=self._flat)
+                key = self._key._replace(step=step)
+                self._source.gather(self._source.sample_indices(key, self._indices, device_step), self._flat, key)
         return copy.deepcopy(batch) if self._copies else batch
 
 

@@ -16,7 +16,7 @@ from llc_fast.data import Batch, map_tensors
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
 from llc_fast.gradients.replay import NotReplayableError, Recording
-from llc_fast.objective.objective import Evaluation, Objective, backward, leaves_of
+from llc_fast.objective.objective import Evaluation, Objective, leaves_of
 from llc_fast.samplers.state import ChainState
 
 Info = Mapping[str, Any]
@@ -51,34 +51,50 @@ class EagerGradient:
 
     def __init__(self, objective: Objective, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
         self._objective, self._state, self._buffers, self._release = objective, state, buffers, release
-        self._params = leaves_of(state.single())
+        self._params = state.single()
+        self._last = torch.empty(0)
+        self._targets = dict(zip(objective.reference, objective.targets, strict=True))
+
+    @property
+    def aliases(self) -> dict[int, Tensor]:
+        """The chain's memory by the identity of the parameter that stands for it."""
+        return {id(p): self._params[name] for name, p in self._targets.items()}
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        pieces = self._objective.pieces(batch)
+        objective = self._objective
+        pieces = objective.pieces(batch)
         losses, samples = [], []
-        for k, (piece, share) in enumerate(pieces):
-            evaluation = self._objective.evaluate(self._params, piece, self._buffers, share)
-            self._last = evaluation.loss
-            if k + 1 < len(pieces):
-                self._last.backward()  # type: ignore[no-untyped-call]
-            losses.append(self._last.detach())
-            samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
-        self._accumulates = len(pieces) > 1
+        self._partial: list[Tensor] | None = None
+        with objective.holding(self._params, self._buffers):
+            for k, (piece, share) in enumerate(pieces):
+                evaluation = objective.loss(piece, share)
+                self._last = evaluation.loss
+                if k + 1 < len(pieces):
+                    self._add(objective.gradients(self._last))
+                losses.append(self._last.detach())
+                samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
         loss = torch.stack(losses).sum(dtype=torch.float64) if len(losses) > 1 else losses[0]
         return Evaluation(loss.reshape(1), torch.cat(samples)[None] if samples else None)
 
+    @torch.no_grad()
+    def _add(self, grads: list[Tensor]) -> None:
+        """Gradients of microbatches add up."""
+        if self._partial is None:
+            self._partial = grads
+        else:
+            for total, grad in zip(self._partial, grads, strict=True):
+                total += grad
+
     def gradients(self) -> list[Tensor]:
-        params = list(self._params.values())
-        if not self._accumulates:
-            return list(torch.autograd.grad(self._last, params, materialize_grads=True))
-        self._last.backward()  # type: ignore[no-untyped-call]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        for p in params:
-            p.grad = None
-        return grads
+        with self._objective.holding(self._params, self._buffers):  # backward looks at parameters, too
+            grads = self._objective.gradients(self._last)
+        if self._partial is None:
+            return grads
+        self._add(grads)
+        return self._partial
 
     def move(self, step: int) -> Info:
-        if not self._release:
+        if not self._release or self._partial is not None:
             self._state.move(self.gradients(), step)
             return self._state.info()
         waiting = set(self._params)
@@ -88,9 +104,10 @@ class EagerGradient:
             waiting.discard(name)
             self._state.move_one(name, grad, step)
             # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
-            torch.autograd.graph.increment_version(self._params[name])
+            torch.autograd.graph.increment_version(self._targets[name])
 
-        backward(self._last, self._params, take)
+        with self._objective.holding(self._params, self._buffers):
+            self._objective.consume_gradients(self._last, take)
         for name in waiting:  # what the loss did not use still feels noise and localization
             self._state.move_one(name, torch.zeros_like(self._params[name]), step)
         return self._state.info()
@@ -113,7 +130,7 @@ class BatchedGradient:
 
         def value(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
             with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
-                loss, samples = objective.evaluate(params, batch, buffers)
+                loss, samples = objective.functional(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 
         self._has_samples = objective.per_sample
@@ -161,7 +178,8 @@ class ReplayedGradient:
         def both() -> tuple[Evaluation, list[Tensor]]:
             return inner.evaluate(batch), inner.gradients()
 
-        self._recording, self._state = Recording(both), state
+        aliases = inner.aliases if isinstance(inner, EagerGradient) else {}
+        self._recording, self._state = Recording(both, aliases), state
         self._evaluation: Evaluation = self._recording.result[0]
         self._grads: list[Tensor] = self._recording.result[1]
         self._check(both, feed, step)
@@ -231,7 +249,7 @@ def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainS
     batch = feed(step)
     alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
     try:
-        objective.evaluate(leaves_of(state.single()), alone, objective.fresh_buffers())
+        objective.evaluate(state.single(), alone, objective.fresh_buffers())
     except Exception:
         return False
     return True
