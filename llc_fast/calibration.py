@@ -129,7 +129,8 @@ def choose_settings(
         settings=settings,
         objective=objective,
         plan=make_plan(objective, template, 1, strategy=strategy, release_gradients=release),
-        control_variate=at_reference.control_variate(objective.source, at_reference.mean),
+        control_variate=at_reference.control_variate(objective.source.batch_size, at_reference.mean),
+        evaluates_reference=at_reference.pairing == "draws",
         chosen=chosen,
         num_steps=num_steps,
         min_friction=MIN_FRICTION if settings.is_default_sampler and not plan.release else 1.0,
@@ -186,6 +187,7 @@ class _Pilot:
         objective: what is sampled.
         plan: for a single chain.
         control_variate: the minibatches' losses at w*, if chains are to be paired with them.
+        evaluates_reference: whether minibatches are evaluated at w* instead.
         chosen: nβ, L(w*), and the step size to begin with, which is never exceeded.
         num_steps: gradients to spend; more where chains diverge, at most twice.
         min_friction: the least that may be used; 1: no momentum.
@@ -197,6 +199,7 @@ class _Pilot:
     objective: Objective
     plan: Plan
     control_variate: ControlVariate | None
+    evaluates_reference: bool
     chosen: Chosen
     num_steps: int
     min_friction: float
@@ -269,6 +272,8 @@ class _Pilot:
             self.plan,
             mix(mix(self.settings.seed, _PILOT), attempt),
             control_variate=self.control_variate,
+            evaluates_reference=self.evaluates_reference,
+            init_loss=self.chosen.init_loss,
             start=self.start,
             is_pilot=True,
         )

@@ -21,7 +21,7 @@ from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_setting
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
-from llc_fast.chains.processes import Team, default_device, join
+from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
 from llc_fast.data import LoaderSource, make_source
@@ -40,7 +40,7 @@ from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
 from llc_fast.support.torch_private import RANDOM_MODULES
-from llc_fast.traces import LOSS, Traces
+from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
 _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
 """Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
@@ -146,8 +146,10 @@ def estimate_llc(
         llc_fast.chains.processes.ProcessFailedError: another process of a distributed run failed or died.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
-    settings = with_old_keywords(given, old, "estimate_llc")
-    with _Surroundings(settings, model, data, loss_fn) as surroundings:
+    with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
+        settings = with_old_keywords(given, old, "estimate_llc")
+        surroundings = _Surroundings(settings, model, data, loss_fn)
+    with surroundings:
         prepared = prepare(settings, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
@@ -250,12 +252,12 @@ class _Surroundings:
         self.started = time.perf_counter()
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
-        self.team = join(False if alone else settings.execution.distributed)
         self.generators = Generators(self.device, [model, loss_fn, data])
         self.interrupts = Interrupts(_Surroundings.__exit__)
         self._model = model
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
+        self.team = join(False if alone else settings.execution.distributed)  # last: now nothing fails before it works
 
     def __enter__(self) -> _Surroundings:
         try:
@@ -324,14 +326,16 @@ def prepare(
     objective = _objective(settings, model, data, loss_fn, surroundings)
     start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
     template = settings.complete_sampler(1.0, 1.0)
-    plan = make_plan(
+    chains = -(-settings.num_chains // team.size)  # the largest share: the same plan in all processes
+    planned = functools.partial(
+        make_plan,
         objective,
         template,
-        -(-settings.num_chains // team.size),  # the largest share: the same plan in all processes
-        strategy=execution.strategy,
+        chains,
         release_gradients=execution.release_gradients,
         has_observables=bool(settings.observables),
     )
+    plan = planned(strategy=execution.strategy)
     # Pilots may find room for momentum, which is a tensor more like w for each chain.
     may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
     largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template
@@ -347,9 +351,16 @@ def prepare(
     nbeta = settings.nbeta_for(objective.source.num_samples)
     with threads(plan.num_threads):
         at_reference = reference_losses(objective, nbeta, settings.seed)
+    # Other processors may round otherwise; what moves λ̂ by a thousandth, or less than its error, is no difference.
     is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
-    # Other processors may round otherwise; what moves λ̂ by a thousandth is no difference.
-    team.agree_on_number("the loss at w*", at_reference.mean, atol=1e-3 / nbeta, rtol=1e-2 if is_coarse else 1e-4)
+    error = at_reference.stderr if math.isfinite(at_reference.stderr) else 0.0
+    atol, rtol = max(1e-3 / nbeta, 6 * error), 1e-2 if is_coarse else 1e-4
+    team.agree_on_number("the loss at w*", at_reference.mean, atol=atol, rtol=rtol)
+    if at_reference.pairing == "draws" and plan.strategy == "cuda-graph":  # it can't stop at draws
+        why = "the minibatches of draws are evaluated at w* too"
+        if plan.is_given:
+            raise ValueError(f'strategy="cuda-graph" is not possible here: {why}; use Execution(strategy="batched")')
+        plan = planned(failed={"cuda-graph": why})
     return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
 
 
@@ -456,7 +467,7 @@ def choose(prepared: Prepared) -> Chosen:
     settings, team = prepared.settings, prepared.surroundings.team
     with threads(prepared.plan.num_threads):
         if prepared.saved is not None and prepared.keeper is not None:
-            chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses.mean)
+            chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses)
         else:
             with _PilotMonitor(settings.progress is True and team.rank == 0, team) as monitor:
                 chosen = choose_settings(
@@ -471,9 +482,9 @@ def choose(prepared: Prepared) -> Chosen:
     return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
 
 
-def _chosen_before(saved: Saved, keeper: Checkpoint, init_loss: float) -> Chosen:
-    chosen = Chosen(**saved.chosen)
-    if abs(chosen.init_loss - init_loss) > 1e-5 * abs(init_loss):
+def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
+    chosen, init_loss = Chosen(**saved.chosen), at_reference.mean
+    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr):
         raise ValueError(
             f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
             f"{init_loss:.6g}. Other data or another loss_fn?"
@@ -539,7 +550,7 @@ class Sampled:
 def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     """Run the chains, those of this process, and gather what all processes have done."""
     settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
-    team, saved = prepared.surroundings.team, prepared.saved
+    team, saved, at_reference = prepared.surroundings.team, prepared.saved, prepared.reference_losses
     sampler, schedule = _completed(settings, chosen)
     spec = RunSpec(
         objective,
@@ -548,9 +559,9 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         prepared.plan,
         settings.seed,
         observables=dict(settings.observables or {}),
-        control_variate=None
-        if chosen.unpaired_reason
-        else prepared.reference_losses.control_variate(objective.source, chosen.init_loss),
+        control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
+        evaluates_reference=at_reference.pairing == "draws",
+        init_loss=chosen.init_loss,
         start=prepared.start,
         keep_ends=settings.keep_ends,
     )
@@ -636,11 +647,11 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, traces, run = prepared.settings, prepared.objective, sampled.traces, sampled.run
     sampler, schedule = _completed(settings, chosen)
-    losses = _corrected(traces, chosen).copy()
+    losses, init_loss, init_loss_stderr = _about_reference(traces, chosen, objective)
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     result = LLCResult(
         loss_trace=losses,
-        init_loss=chosen.init_loss,
+        init_loss=init_loss,
         nbeta=chosen.nbeta,
         schedule=schedule,
         settings={
@@ -656,7 +667,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
             "num_parameters": objective.num_parameters,
-            "control_variate": not chosen.unpaired_reason,
+            "control_variate": prepared.reference_losses.pairing != "none",
             "device": str(objective.device),
             "seed": settings.seed,
             "training_mode": prepared.model.training,
@@ -672,6 +683,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     result.diagnostics.update(
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
         unpaired_reason=chosen.unpaired_reason,
+        paired_with=prepared.reference_losses.pairing,
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=sampled.seconds_of_setup,
@@ -684,8 +696,23 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
-    examine(result, _facts(prepared, chosen, sampler, sampled))
+    examine(result, _facts(prepared, sampler, sampled, init_loss_stderr))
     return result
+
+
+def _about_reference(traces: Traces, chosen: Chosen, objective: Objective) -> tuple[NDArray[np.float64], float, float]:
+    """The losses of all steps, L(w*) that they are about, and what its error adds to that of λ̂ (over nβ).
+
+    Where draws were evaluated at w* too, L(w*) is the mean of that over all draws, and its error cancels.
+    """
+    losses, found = _corrected(traces, chosen).copy(), traces.steps.get(REFERENCE_LOSS)
+    if found is None:
+        return losses, chosen.init_loss, chosen.init_loss_stderr
+    seen = np.isfinite(found)
+    init_loss = float(found[seen].mean()) if seen.any() else chosen.init_loss
+    losses[seen] += init_loss - chosen.init_loss
+    rounding = torch.finfo(next(iter(objective.reference.values())).dtype).eps
+    return losses, init_loss, 0.5 * rounding * abs(init_loss)
 
 
 def _steps_of(saved: Saved) -> int:
@@ -703,13 +730,13 @@ def _adapted_lr(result: LLCResult) -> float:
     return math.exp(float(np.log(last).mean())) if last else float(result.settings["lr"])
 
 
-def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled) -> Facts:
+def _facts(prepared: Prepared, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
     objective, options = prepared.objective, vars(sampler)
     adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
     return Facts(
         step_checks=sampled.traces.checks,
         reference_norm=_norm(objective),
-        init_loss_stderr=chosen.init_loss_stderr,
+        init_loss_stderr=init_loss_stderr,
         random_modules=_random_modules(prepared.model),
         unused_parameters=list(objective.trial.unused),
         data_truncated=isinstance(objective.source, LoaderSource) and objective.source.truncated,

@@ -20,7 +20,7 @@ from llc_fast.chains.step_checks import StepChecks, check_steps
 from llc_fast.data import Batch, map_tensors, mix
 from llc_fast.gradients.minibatches import Feed, paired
 from llc_fast.gradients.plan import Plan
-from llc_fast.gradients.strategies import Transition, is_refusal, make_gradient
+from llc_fast.gradients.strategies import Gradient, Transition, is_refusal, make_gradient
 from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.objective.objective import Evaluation, Objective
 from llc_fast.samplers.base import Sampler
@@ -30,7 +30,7 @@ from llc_fast.schedule import Schedule
 from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.support.errors import first_line
 from llc_fast.support.randomness import decode, encode
-from llc_fast.traces import LOSS, Traces
+from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
 DIVERGED_AFTER = 64
 """Steps at most until it is noticed that all chains of a group have diverged."""
@@ -49,6 +49,9 @@ class RunSpec:
         seed: of noise, batch order and whatever the model itself draws.
         observables: functions of every draw, by name.
         control_variate: subtracted from the loss of every minibatch before it is recorded; None: nothing.
+        evaluates_reference: whether the minibatches of draws are evaluated at w* too, and that is subtracted instead;
+            the control variate is then that of these evaluations, from which L(w*) is taken.
+        init_loss: L(w*), which is then added.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         keep_ends: whether traces say where the chains stopped.
         is_pilot: whether these are pilot chains, for :func:`llc_fast.chains.run.after_each_step`.
@@ -61,6 +64,8 @@ class RunSpec:
     seed: int
     observables: Mapping[str, Observable] = field(default_factory=dict)
     control_variate: ControlVariate | None = None
+    evaluates_reference: bool = False
+    init_loss: float = 0.0
     start: Mapping[str, NDArray[Any]] | None = None
     keep_ends: bool = False
     is_pilot: bool = False
@@ -68,7 +73,8 @@ class RunSpec:
     def blank_traces(self, chains: range) -> Traces:
         """Of chains that have done nothing."""
         table = len(check_steps(self.schedule)[0]), len(COLUMNS)
-        return Traces.blank(chains, self.schedule.num_steps, self.sampler.traces, table)
+        names = (*self.sampler.traces, REFERENCE_LOSS) if self.evaluates_reference else self.sampler.traces
+        return Traces.blank(chains, self.schedule.num_steps, names, table)
 
 
 class RefusedError(Exception):
@@ -133,7 +139,8 @@ class Group:
                 )
         else:
             observe = self._observe if observables else None
-            parts = (transition, self._feed, checks, spec.control_variate, observe, guard)
+            baseline = _AtDraws(spec, gradient) if spec.evaluates_reference else spec.control_variate
+            parts = (transition, self._feed, checks, baseline, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
         traces.state = None  # only now: nothing above may lose it
 
@@ -247,6 +254,29 @@ class _OnDevice:
 # ---- the heart of the loop: one step, chosen once ----------------------------------------------------------
 
 
+class _AtDraws:
+    """The losses at w* of the minibatches of draws, with the random numbers that the chains are about to draw.
+
+    Args:
+        spec: of the run.
+        gradient: evaluates.
+    """
+
+    def __init__(self, spec: RunSpec, gradient: Gradient) -> None:
+        self.init_loss, self.control_variate = spec.init_loss, spec.control_variate
+        self._draw_at, self._gradient = spec.schedule.draw_at, gradient
+        self._generators = spec.objective.generators if spec.objective.trial.is_random else None
+
+    def __call__(self, step: int, batch: Batch) -> Tensor | None:
+        """Before the chains' own evaluation; None where there is no draw."""
+        if self._draw_at(step) is None:
+            return None
+        if self._generators is None:
+            return self._gradient.at_reference(batch)
+        with self._generators.kept():
+            return self._gradient.at_reference(batch)
+
+
 class HostStep:
     """A step of chains on the CPU; its numbers are written by NumPy, in a fraction of torch's time for one number.
 
@@ -255,7 +285,7 @@ class HostStep:
         transition: evaluates and moves.
         feed: minibatches.
         checks: made on the way.
-        control_variate: subtracted from losses; None: nothing.
+        baseline: what is subtracted from losses: a control variate, or evaluations at w*; None: nothing.
         observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
         guard: entered while the model is evaluated and differentiated.
     """
@@ -266,17 +296,22 @@ class HostStep:
         transition: Transition,
         feed: Feed,
         checks: StepChecks,
-        control_variate: ControlVariate | None,
+        baseline: ControlVariate | _AtDraws | None,
         observe: Callable[[int, Evaluation, Batch], None] | None,
         guard: AbstractContextManager[object],
     ) -> None:
-        self._loss, self._info = steps[LOSS], [(name, a) for name, a in steps.items() if name != LOSS]
+        self._loss, self._reference = steps[LOSS], steps.get(REFERENCE_LOSS)
+        self._info = [(name, a) for name, a in steps.items() if name not in (LOSS, REFERENCE_LOSS)]
         self._transition, self._feed, self._checks, self._observe = transition, feed, checks, observe
-        self._control_variate, self._guard = control_variate, guard
+        self._guard = guard
+        self._at_draws = baseline if isinstance(baseline, _AtDraws) else None
+        self._control_variate = baseline if isinstance(baseline, ControlVariate) else None
         self._prepare()
 
     def _prepare(self) -> None:
-        if self._control_variate is not None:
+        self._indices: NDArray[np.int64] | None = None
+        variate = self._control_variate if self._at_draws is None else self._at_draws.control_variate
+        if variate is not None and variate.by_sample:
             self._indices = self._feed.indices.numpy()
 
     def __call__(self, step: int) -> None:
@@ -285,8 +320,12 @@ class HostStep:
             with self._guard:
                 self._checks.take(step, batch)
         with self._guard:
+            at_reference = None if self._at_draws is None else self._at_draws(step, batch)
             evaluation = self._transition.evaluate(batch)
-        self._record_loss(step, evaluation.loss)
+        if at_reference is None:
+            self._record_loss(step, evaluation.loss)
+        else:
+            self._record_both(step, evaluation.loss, at_reference)
         if self._observe is not None:
             self._observe(step, evaluation, batch)
         with self._guard:
@@ -296,7 +335,17 @@ class HostStep:
 
     def _record_loss(self, step: int, loss: Tensor) -> None:
         value = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
-        self._loss[:, step] = value if self._control_variate is None else value - self._control_variate(self._indices)
+        if self._control_variate is not None:
+            own = self._control_variate
+            value = value - (own.at(step) if self._indices is None else own(self._indices))
+        self._loss[:, step] = value
+
+    def _record_both(self, step: int, loss: Tensor, at_reference: Tensor) -> None:
+        assert self._at_draws is not None and self._reference is not None
+        reference, variate = at_reference.double(), self._at_draws.control_variate
+        own = 0.0 if variate is None or self._indices is None else variate(self._indices)
+        self._reference[:, step] = reference.numpy() - own
+        self._loss[:, step] = (loss.double() - reference).numpy() + self._at_draws.init_loss
 
 
 class DeviceStep(HostStep):
@@ -306,7 +355,13 @@ class DeviceStep(HostStep):
         pass
 
     def _record_loss(self, step: int, loss: Tensor) -> None:
-        self._loss[:, step].copy_(paired(loss, self._control_variate, self._feed))
+        self._loss[:, step].copy_(paired(loss, self._control_variate, self._feed, step))
+
+    def _record_both(self, step: int, loss: Tensor, at_reference: Tensor) -> None:
+        assert self._at_draws is not None and self._reference is not None
+        reference = at_reference.double()
+        self._reference[:, step].copy_(paired(reference, self._at_draws.control_variate, self._feed, step))
+        self._loss[:, step].copy_(loss.double() - reference + self._at_draws.init_loss)
 
 
 def _row(batch: Batch, row: int) -> Batch:

@@ -467,6 +467,14 @@ def _is_alive(process: Mapping[str, Any]) -> bool:
 _counter = 0
 
 
+def _rank_and_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1  # a scheduler's WORLD_SIZE alone says nothing
+
+
 def join(distributed: bool | None) -> Team:
     """The team that this process belongs to.
 
@@ -481,13 +489,7 @@ def join(distributed: bool | None) -> Team:
     global _counter
     if distributed is False:
         return Team()
-    if dist.is_available() and dist.is_initialized():
-        rank, size = dist.get_rank(), dist.get_world_size()
-    else:
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        launched = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
-        if not (launched and "RANK" in os.environ):
-            rank, size = 0, 1
+    rank, size = _rank_and_size()
     if size == 1:
         if distributed:
             raise ValueError(
@@ -500,6 +502,33 @@ def join(distributed: bool | None) -> Team:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, secret = _store(rank, size)
     return Team(rank, size, PrefixStore(f"llc_fast/{attempt}/{_counter}", store), secret)
+
+
+@contextlib.contextmanager
+def telling_early_failures(distributed: Any) -> Iterator[None]:
+    """Tell the others of an error that is raised before this process joins them: of a wrong argument, say.
+
+    Args:
+        distributed: as for :func:`join`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ProcessFailedError) and distributed is not False and _rank_and_size()[1] > 1:
+            failure = error
+
+            def tell() -> None:
+                with (
+                    contextlib.suppress(BaseException),
+                    join(None if distributed is None else bool(distributed)).working(),
+                ):
+                    raise failure
+
+            # In a thread, and for a few seconds: who looks for the error must not wait for processes that never come.
+            teller = threading.Thread(target=tell, daemon=True)
+            teller.start()
+            teller.join(10.0)
+        raise
 
 
 def _store(rank: int, size: int) -> tuple[Store, bytes]:

@@ -45,6 +45,10 @@ class Gradient(Transition, Protocol):
         """
         ...
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        """What the minibatches lose at w*, evaluated as for the chains, ``[num_chains]``."""
+        ...
+
 
 class EagerGradient:
     """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
@@ -93,6 +97,11 @@ class EagerGradient:
         self._add(grads)
         return self._partial
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        objective = self._objective
+        with torch.enable_grad():  # the function that chains evaluate
+            return objective.minibatch_loss(objective.reference, batch, objective.fresh_buffers()).reshape(1)
+
     def move(self, step: int) -> Info:
         if not self._release or self._partial is not None:
             self._state.move(self.gradients(), step)
@@ -135,9 +144,13 @@ class BatchedGradient:
 
         self._has_samples = objective.per_sample
         function: Callable[..., tuple[Tensor, Tensor]] = value
+        self._at_reference = function
         if state.num_chains > 1:
-            function = vmap(value, in_dims=(0, None if shared_batch else 0))
+            batches = None if shared_batch else 0
+            function = vmap(value, in_dims=(0, batches))
+            self._at_reference = vmap(value, in_dims=(None, batches), out_dims=None if shared_batch else 0)
         self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._reference = objective.reference
         self._ones: Tensor | None = None
 
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -146,6 +159,10 @@ class BatchedGradient:
             self._ones = torch.ones_like(self._losses)
         losses, chains = self._losses.detach(), self._state.num_chains
         return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
+
+    @torch.no_grad()  # what torch.func evaluates is the same function without gradients, or it would not be batched
+    def at_reference(self, batch: Batch) -> Tensor:
+        return self._at_reference(self._reference, batch)[0].expand(self._state.num_chains)
 
     def gradients(self) -> list[Tensor]:
         params = list(self._params.values())
@@ -172,7 +189,11 @@ class ReplayedGradient:
         NotReplayableError: the model can't be recorded, or a replay does not give what it should.
     """
 
-    def __init__(self, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int) -> None:
+    def __init__(
+        self, objective: Objective, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int
+    ) -> None:
+        self._objective, self._inner = objective, inner
+        self._reference: Recording[Tensor] | bool | None = None
         batch = feed(step)
 
         def both() -> tuple[Evaluation, list[Tensor]]:
@@ -203,6 +224,25 @@ class ReplayedGradient:
     def gradients(self) -> list[Tensor]:
         return self._grads
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        if self._reference is None:
+            self._reference = self._record_reference(batch)
+        if isinstance(self._reference, Recording):
+            self._reference.replay()
+            return self._reference.result
+        return self._inner.at_reference(batch)
+
+    def _record_reference(self, batch: Batch) -> Recording[Tensor] | bool:
+        """The evaluation at w*, recorded; False if that is not what the model itself gives."""
+        aliases = {id(p): w for p, w in zip(self._objective.targets, self._objective.reference.values(), strict=True)}
+        try:
+            recording = Recording(lambda: self._inner.at_reference(batch), aliases)
+            recording.replay()
+            check_replay([recording.result], [self._inner.at_reference(batch)])
+        except (NotReplayableError, RuntimeError):
+            return False
+        return recording
+
     def move(self, step: int) -> Info:
         self._state.move(self._grads, step)
         return self._state.info()
@@ -220,7 +260,7 @@ def make_gradient(
     note = ""
     if plan.replay:
         try:
-            return ReplayedGradient(inner, state, feed, step), ""
+            return ReplayedGradient(objective, inner, state, feed, step), ""
         except NotReplayableError as error:
             note = str(error)
     if plan.strategy == "batched" and isinstance(inner, BatchedGradient):

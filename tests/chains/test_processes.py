@@ -230,6 +230,31 @@ def test_a_failure_is_heard_of_at_once(tmp_path: Path, size: int, who: int, how:
             assert read(tmp_path / f"run.rank{rank}").traces[0].step > 0
 
 
+_EARLY = """
+import contextlib
+llc_fast.chains.processes.PATIENCE = 60.0
+for options in (dict(lr=-1.0), dict(params="nowhere"), dict(device="nonsense"), dict(model=3)):
+    began = time.monotonic()
+    try:
+        runs.estimate(num_chains=2, **options if rank == 1 else {})
+    except Exception as error:
+        print(type(error).__name__, error)
+    assert time.monotonic() - began < 5.0
+runs.estimate(num_chains=2, strategy="sequential").save(f"result.{rank}")
+"""
+
+
+def test_errors_before_all_have_met_are_heard_of_too(tmp_path: Path) -> None:
+    """One process was given a wrong argument: the others hear of it, and all are in step in the next estimate."""
+    results = launch(tmp_path, _EARLY, 3)
+    all_well(results)
+    (first, second, third) = (output.splitlines() for _, output, _ in results)
+    assert len(second) == 4 and first == third == [
+        f"ProcessFailedError rank 1 failed: {line.replace(' ', ': ', 1)}" for line in second
+    ]
+    assert_same(LLCResult.load(tmp_path / "result.0"), estimate(num_chains=2, strategy="sequential"))
+
+
 _STOPPED = """
 how = sys.argv[1]
 if how == "late" and rank == 1:
