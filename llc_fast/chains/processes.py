@@ -44,6 +44,10 @@ class ProcessFailedError(RuntimeError):
     """Another process of the run failed or died; the text says which, and what is known."""
 
 
+class ProcessesDifferError(ValueError):
+    """The processes of a run were given different things; raised in all of them."""
+
+
 class _Signed:
     """A key-value store whose values are signed, under their keys, with the secret of the run.
 
@@ -56,7 +60,9 @@ class _Signed:
 
     def _signature(self, key: str, value: bytes) -> bytes:
         name = key.encode()
-        return hashlib.blake2b(b"%d %b%b" % (len(name), name, value), key=self._key, digest_size=32).digest()
+        total = hashlib.blake2b(b"%d %b" % (len(name), name), key=self._key, digest_size=32)
+        total.update(value)
+        return total.digest()
 
     def set(self, key: str, value: bytes) -> None:
         self.raw.set(key, self._signature(key, value) + value)  # type: ignore[arg-type]
@@ -118,19 +124,24 @@ class Team:
             members = self._meet(self._store)
         watch = threading.Thread(target=self._watch, args=(self._store, members), daemon=True)
         watch.start()
-        try:
-            yield
-        except BaseException as error:
-            self._ended.set()
-            with contextlib.suppress(Exception):
-                self._tell(self._store, error)
-            raise
-        else:
-            with contextlib.suppress(Exception):  # rank 0 may have gone home
-                self._store.set(f"{self._session}/left/{self.rank}", b"")
-        finally:
+
+        def unwatched(last: Callable[[], None]) -> None:
             self._ended.set()
             watch.join(2.0)
+            with contextlib.suppress(Exception):
+                last()
+
+        store = self._store
+        try:
+            yield
+        except ProcessesDifferError:  # each of the others says so itself
+            unwatched(lambda: self._leave(store))
+            raise
+        except BaseException as error:
+            failure = error
+            unwatched(lambda: self._tell(store, failure))
+            raise
+        unwatched(lambda: self._leave(store))
 
     def check(self) -> None:
         """Raise ProcessFailedError if another process is known to have failed."""
@@ -202,25 +213,40 @@ class Team:
         for key, name in {"llc_fast": "the version of llc_fast", "processes": "WORLD_SIZE"}.items():
             for r, member in enumerate(members):
                 if member[key] != me[key]:
-                    raise ValueError(
+                    raise ProcessesDifferError(
                         f"{name} differs between processes: it is {me[key]} on rank {self.rank}, {member[key]} on rank "
                         f"{r}. All processes must have the same"
                     )
         return members
 
+    def _leave(self, store: _Signed) -> None:
+        """The last word of a process that is done: its end is no failure. Rank 0 goes last: it may hold the store."""
+        if self.rank != 0:
+            store.set(f"{self._session}/left/{self.rank}", b"")
+            store.count(f"{self._session}/gone", 1)
+        else:
+            self._outlast(store, "gone", self.size - 1)
+
     def _tell(self, store: _Signed, error: BaseException) -> None:
-        """Say that this process leaves, and why."""
-        text = str(error)[:10_000]
-        if not isinstance(error, ProcessFailedError):  # else it is not this one that failed
-            text = f"rank {self.rank} failed: {type(error).__name__}: {text}"
-        store.set(f"{self._session}/alarm/{self.rank}", text.encode(errors="replace"))
-        store.count(f"{self._session}/alarms", 1)
+        """The last word of a process that leaves before it is done: why."""
+        if self._problem == _GONE:
+            return
+        if not self._problem or self._dead:  # else the others have heard of it where this one has
+            text = str(error)[:10_000]
+            if not isinstance(error, ProcessFailedError):  # else it is not this one that failed
+                text = f"rank {self.rank} failed: {type(error).__name__}: {text}"
+            store.set(f"{self._session}/alarm/{self.rank}", text.encode(errors="replace"))
+            store.count(f"{self._session}/alarms", 1)
         if not self._problem:  # else it has been counted
             store.count(f"{self._session}/seen", 1)
-        # It may hold the store: the others must have read it before it leaves.
-        alive, deadline = self.size - len(self._dead), time.monotonic() + 2.0
-        while self.rank == 0 and store.count(f"{self._session}/seen") < alive and time.monotonic() < deadline:
-            time.sleep(0.02)
+        if self.rank == 0:
+            self._outlast(store, "seen", self.size - len(self._dead))
+
+    def _outlast(self, store: _Signed, what: str, count: int) -> None:
+        """Wait for so many others, but not for long: some may have died."""
+        deadline = time.monotonic() + 2.0
+        while store.count(f"{self._session}/{what}") < count and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     # ---- the others ----------------------------------------------------------------------------------------
 
@@ -262,8 +288,9 @@ class Team:
                     self._problem = problem
                     for stop in self._stops:
                         stop.set()
-                with contextlib.suppress(Exception):
-                    store.count(f"{self._session}/seen", 1)
+                if problem != _GONE:
+                    with contextlib.suppress(Exception):
+                        store.count(f"{self._session}/seen", 1)
                 return
 
     def _alarm(self, store: _Signed) -> str:
@@ -304,6 +331,7 @@ class Team:
         """
         if self._store is None:
             return [value]
+        self.check()
         self._round += 1
         mine, key = to_bytes(value), f"{self._session}/value/{self._round}"
         with _store_errors(self.check):
@@ -343,7 +371,7 @@ class Team:
                     break
         if differences:
             described = "; ".join(f"{name} is {words}" for name, words in differences)
-            raise ValueError(
+            raise ProcessesDifferError(
                 f"{differences[0][0]} differs between processes: {described}. All processes must be given the same "
                 "model, data and settings"
             )
@@ -361,7 +389,7 @@ class Team:
                 other != other and found[0] != found[0]
             )
             if not same:
-                raise ValueError(
+                raise ProcessesDifferError(
                     f"{name} differs between processes: it is {found[0]:.6g} on rank 0, {other:.6g} on rank {r}. All "
                     "processes must be given the same model, data and loss_fn"
                 )
@@ -390,8 +418,10 @@ class Team:
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:
         pause = 0.001
-        while not is_done():
-            self.check()
+        while True:
+            self.check()  # first: if there is a problem, the store may be gone
+            if is_done():
+                return
             time.sleep(pause)
             pause = min(1.5 * pause, 0.05)
 
