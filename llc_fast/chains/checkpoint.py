@@ -180,8 +180,8 @@ def read(path: Path, checkpoint: Path | None = None) -> Saved:
                 "part of the checkpoint, but is none, or is damaged. Give another path, or move that file away"
             ) from error
         raise ValueError(
-            f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: give another path, or delete "
-            "the file to start again"
+            f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: give another path, or move the "
+            "file away to start again"
         ) from error
     raise ValueError(
         f"checkpoint={str(path)!r} was written by another version of llc_fast: give another path, or delete the file"

@@ -172,6 +172,8 @@ def _open_partial(target: Path) -> tuple[int, Path]:
             descriptor = os.open(partial, flags, mode)
         except FileExistsError:
             continue
+        except FileNotFoundError:  # with the name that the user knows
+            raise FileNotFoundError(errno.ENOENT, "The folder does not exist", str(target)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(partial).st_ino == os.fstat(descriptor).st_ino:
