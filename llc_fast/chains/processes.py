@@ -679,11 +679,20 @@ def _secret_of_user() -> bytes:
     """Random bytes in a file that this user alone can read, on this machine; made by whoever comes first.
 
     Raises:
-        PermissionError: the folder is not this user's alone.
+        PermissionError: there can be no such file.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    place = runtime if runtime and os.access(runtime, os.W_OK | os.X_OK) else tempfile.gettempdir()
-    folder = Path(place) / f"llc_fast-{os.geteuid()}"
+    try:
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        place = runtime if runtime and os.access(runtime, os.W_OK | os.X_OK) else tempfile.gettempdir()
+        return _secret_in(Path(place) / f"llc_fast-{os.geteuid()}")
+    except OSError as error:
+        raise PermissionError(
+            f"the secret of the processes can't be kept in a private file ({error}): set LLC_FAST_SECRET to the same "
+            "random text in all of them"
+        ) from error
+
+
+def _secret_in(folder: Path) -> bytes:
     with contextlib.suppress(FileExistsError):
         folder.mkdir(0o700)
     _check_private(folder, os.lstat(folder), stat.S_ISDIR)
@@ -714,10 +723,7 @@ def _make_secret(path: Path) -> None:
 
 def _check_private(path: Path, status: os.stat_result, is_kind: Callable[[int], bool]) -> None:
     if not is_kind(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise PermissionError(
-            f"{path} is not this user's alone, so that the secret of the processes can't be kept there: remove it, or "
-            "set LLC_FAST_SECRET to the same random text in all processes"
-        )
+        raise PermissionError(f"{path} is not this user's alone: remove it")
 
 
 # ---- devices -----------------------------------------------------------------------------------------------

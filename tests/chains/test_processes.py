@@ -593,7 +593,7 @@ def test_the_secret_of_a_user_is_made_once(tmp_path: Path, monkeypatch: pytest.M
     assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "secret").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("how", ["a folder of others", "a link", "a readable file", "a linked file"])
+@pytest.mark.parametrize("how", ["a folder of others", "a link", "a readable file", "a linked file", "no place"])
 def test_a_secret_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     folder = tmp_path / f"llc_fast-{os.geteuid()}"
@@ -602,13 +602,16 @@ def test_a_secret_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     elif how == "a link":
         (tmp_path / "elsewhere").mkdir(0o700)
         folder.symlink_to("elsewhere")
-    else:
+    elif how != "no place":
         processes._secret_of_user()
         (folder / "secret").chmod(0o644)
         if how == "a linked file":
             (folder / "secret").rename(folder / "other")
             (folder / "secret").symlink_to("other")
-    with pytest.raises(OSError, match=r"LLC_FAST_SECRET|symbolic links"):
+    if how == "no place":
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(PermissionError, match=r"^the secret .*LLC_FAST_SECRET"):
         processes._secret_of_user()
 
 
