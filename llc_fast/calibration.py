@@ -29,6 +29,7 @@ from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
 from llc_fast.stats.errors import standard_error
+from llc_fast.traces import REFERENCE_LOSS
 
 STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
 """ε·(nβ·h_max + γ) of a step size chosen without and with a correction for bias.
@@ -273,12 +274,14 @@ class _Pilot:
             mix(mix(self.settings.seed, _PILOT), attempt),
             control_variate=self.control_variate,
             evaluates_reference=self.evaluates_reference,
-            init_loss=self.chosen.init_loss,
             start=self.start,
             is_pilot=True,
         )
         traces = run_chains(spec, range(1), monitor=self.monitor).traces[0]
-        return traces.loss[0], traces.steps["bias"][0]
+        loss, bias = traces.loss[0], traces.steps["bias"][0]
+        if self.evaluates_reference:  # what is compared is the excess over L(w*)
+            loss = loss - traces.steps[REFERENCE_LOSS][0] + self.chosen.init_loss
+        return loss, bias
 
 
 def _share_ahead(excess: NDArray[np.float64], bias: NDArray[np.float64], ahead: float) -> float:

@@ -39,7 +39,7 @@ from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
-from llc_fast.support.torch_private import RANDOM_MODULES
+from llc_fast.support.torch_private import drops, normalizes_batches
 from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
 _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
@@ -561,7 +561,6 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         observables=dict(settings.observables or {}),
         control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
         evaluates_reference=at_reference.pairing == "draws",
-        init_loss=chosen.init_loss,
         start=prepared.start,
         keep_ends=settings.keep_ends,
     )
@@ -617,6 +616,9 @@ class _RunMonitor(Monitor):
             steps = slice(self._schedule.num_burnin, t.step)
             if t.step > steps.start:
                 rows = _corrected(t, chosen, steps)
+                if REFERENCE_LOSS in t.steps:
+                    rows = rows - np.nan_to_num(t.steps[REFERENCE_LOSS][:, steps], nan=chosen.init_loss)
+                    rows += chosen.init_loss
                 means += [float(row.mean()) for row in rows if np.isfinite(row).all()]
         return chosen.nbeta * (float(np.mean(means)) - chosen.init_loss) if means else math.nan
 
@@ -647,11 +649,11 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, traces, run = prepared.settings, prepared.objective, sampled.traces, sampled.run
     sampler, schedule = _completed(settings, chosen)
-    losses, init_loss, init_loss_stderr = _about_reference(traces, chosen, objective)
+    losses = _corrected(traces, chosen).copy()
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     result = LLCResult(
         loss_trace=losses,
-        init_loss=init_loss,
+        init_loss=chosen.init_loss,
         nbeta=chosen.nbeta,
         schedule=schedule,
         settings={
@@ -679,6 +681,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         observables=traces.draws,
         steps_done=sampled.steps_done if sampled.interrupted else None,
     )
+    result, init_loss_stderr = _with_reference(result, chosen, objective)
     saved = prepared.saved
     result.diagnostics.update(
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
@@ -700,19 +703,19 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     return result
 
 
-def _about_reference(traces: Traces, chosen: Chosen, objective: Objective) -> tuple[NDArray[np.float64], float, float]:
-    """The losses of all steps, L(w*) that they are about, and what its error adds to that of λ̂ (over nβ).
+def _with_reference(result: LLCResult, chosen: Chosen, objective: Objective) -> tuple[LLCResult, float]:
+    """The result with L(w*), and the error of L(w*) that is part of λ̂'s.
 
-    Where draws were evaluated at w* too, L(w*) is the mean of that over all draws, and its error cancels.
+    Where draws were evaluated at w* too, L(w*) is the mean of that over the draws that λ̂ is the mean of. Its error is
+    then no part of λ̂'s, but for rounding.
     """
-    losses, found = _corrected(traces, chosen).copy(), traces.steps.get(REFERENCE_LOSS)
-    if found is None:
-        return losses, chosen.init_loss, chosen.init_loss_stderr
-    seen = np.isfinite(found)
-    init_loss = float(found[seen].mean()) if seen.any() else chosen.init_loss
-    losses[seen] += init_loss - chosen.init_loss
-    rounding = torch.finfo(next(iter(objective.reference.values())).dtype).eps
-    return losses, init_loss, 0.5 * rounding * abs(init_loss)
+    reference = result.traces.get(REFERENCE_LOSS)
+    if reference is None:
+        return result, chosen.init_loss_stderr
+    at_draws = reference[result.kept_chains, result.schedule.draws][:, : result.kept_draws.shape[1]]
+    init_loss = float(at_draws.mean()) if at_draws.size else chosen.init_loss
+    rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps * abs(init_loss)
+    return dataclasses.replace(result, init_loss=init_loss), rounding
 
 
 def _steps_of(saved: Saved) -> int:
@@ -731,13 +734,18 @@ def _adapted_lr(result: LLCResult) -> float:
 
 
 def _facts(prepared: Prepared, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
-    objective, options = prepared.objective, vars(sampler)
+    objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
     adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
     return Facts(
         step_checks=sampled.traces.checks,
         reference_norm=_norm(objective),
         init_loss_stderr=init_loss_stderr,
-        random_modules=_random_modules(prepared.model),
+        random_modules=_random_modules(objective),
+        batch_statistics=_batch_statistics(prepared.model),
+        not_sampled=objective.not_sampled,
+        writes_parameters=objective.trial.writes_parameters,
+        data_notes=_data_notes(objective),
+        standing=None if at_reference.is_still else at_reference.standing,
         unused_parameters=list(objective.trial.unused),
         data_truncated=isinstance(objective.source, LoaderSource) and objective.source.truncated,
         checkpoint_problem=sampled.problem,
@@ -761,9 +769,31 @@ def _norm(objective: Objective) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(w)) for w in moving))
 
 
-def _random_modules(model: nn.Module) -> list[str]:
+def _random_modules(objective: Objective) -> list[str]:
     """Modules in training mode that make the loss depend on dropout or batch statistics."""
-    return [name for name, module in model.named_modules() if module.training and isinstance(module, RANDOM_MODULES)]
+    training = [(name, module) for name, module in objective.model.named_modules() if module.training]
+    found = [name for name, module in training if normalizes_batches(module)]
+    if objective.trial.is_random and training:
+        found += [name for name, module in training if drops(module)] or ["it draws random numbers"]
+    return found
+
+
+def _data_notes(objective: Objective) -> dict[str, str]:
+    """What is to be said of the data, by code."""
+    notes = dict(objective.source.sampling.notes)
+    if not objective.trial.is_reproducible:
+        notes.setdefault(
+            "irreproducible",
+            "The loss is another one each time it is evaluated, though all random generators are in the same state (a "
+            "clock, a counter, state of the model's own?), so equal seeds do not give equal results.",
+        )
+    return notes
+
+
+def _batch_statistics(model: nn.Module) -> list[str]:
+    """Modules in evaluation mode that use the statistics of the minibatch, having no others."""
+    modules = ((name, module) for name, module in model.named_modules() if not module.training)
+    return [name for name, module in modules if normalizes_batches(module) and module.running_mean is None]
 
 
 # ---- devices -----------------------------------------------------------------------------------------------

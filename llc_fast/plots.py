@@ -123,7 +123,7 @@ def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, An
 def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
     """nβ·(L − L(w*)) along every chain: it rises from zero, and should be flat before the draws begin."""
     width = max(1, result.loss_trace.shape[1] // 200)
-    for row in result.nbeta * (result.loss_trace - result.init_loss):
+    for row in result.excess_trace:
         axes.plot(*_smooth(row, width), lw=0.9, alpha=0.8)
     if result.schedule.num_burnin:
         axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)

@@ -58,8 +58,9 @@ class LLCResult:
     Attributes:
         loss_trace: loss of every step, burn-in included, float64 ``[chain, step]``: the minibatch's, L_B(w_t), or with
             ``settings["control_variate"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise;
+            (where ``traces["reference_loss"]`` has L_B(w*), less a part of it at most);
             with ``settings["bias_correction"]`` less `bias_trace`/nβ. NaN from the step on at which a chain diverged.
-        init_loss: L(w*) over the whole data set.
+        init_loss: L(w*), the average of what minibatches lose at w*: over all data, or over the draws' minibatches.
         nbeta: nβ.
         schedule: which steps are draws.
         settings: everything that was used, chosen values included.
@@ -79,7 +80,8 @@ class LLCResult:
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
-            ``"acceptance"`` (probability) and ``"lr"`` of Metropolis-adjusted samplers.
+            ``"acceptance"`` (probability) and ``"lr"`` of Metropolis-adjusted samplers; ``"reference_loss"``, what the
+            minibatches of draws lose at w*, where a minibatch's loss is not the mean of what its samples lose.
         ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, with ``keep_ends=True``: the
             starting points of ``estimate_llc(warm_start=…)``.
     """
@@ -112,7 +114,14 @@ class LLCResult:
     @property
     def llc_trace(self) -> NDArray[np.float64]:
         """nβ·(L − L(w*)) of every draw, ``[chain, draw]``; the mean of a row is that chain's λ̂."""
-        trace: NDArray[np.float64] = self.nbeta * (self.loss_trace[:, self.schedule.draws] - self.init_loss)
+        return self.excess_trace[:, self.schedule.draws]
+
+    @property
+    def excess_trace(self) -> NDArray[np.float64]:
+        """nβ·(L − L(w*)) of every step, ``[chain, step]``; L(w*) is that of the same minibatch where it is known."""
+        reference = self.traces.get("reference_loss")
+        at_reference = self.init_loss if reference is None else np.where(np.isnan(reference), self.init_loss, reference)
+        trace: NDArray[np.float64] = self.nbeta * (self.loss_trace - at_reference)
         return trace
 
     @property
@@ -328,7 +337,7 @@ class LLCResult:
         burnin = {name: values[chains, : self.schedule.num_burnin] for name, values in traces.items()}
         observables = {name: values[chains, :count] for name, values in self.observables.items()}
         warmup = {
-            "warmup_posterior": {"llc": self.nbeta * (burnin["loss"] - self.init_loss)},
+            "warmup_posterior": {"llc": self.excess_trace[chains, : self.schedule.num_burnin]},
             "warmup_sample_stats": burnin,
             "save_warmup": True,
         }

@@ -49,9 +49,7 @@ class RunSpec:
         seed: of noise, batch order and whatever the model itself draws.
         observables: functions of every draw, by name.
         control_variate: subtracted from the loss of every minibatch before it is recorded; None: nothing.
-        evaluates_reference: whether the minibatches of draws are evaluated at w* too, and that is subtracted instead;
-            the control variate is then that of these evaluations, from which L(w*) is taken.
-        init_loss: L(w*), which is then added.
+        evaluates_reference: whether the minibatches of draws are evaluated at w* too.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         keep_ends: whether traces say where the chains stopped.
         is_pilot: whether these are pilot chains, for :func:`llc_fast.chains.run.after_each_step`.
@@ -65,7 +63,6 @@ class RunSpec:
     observables: Mapping[str, Observable] = field(default_factory=dict)
     control_variate: ControlVariate | None = None
     evaluates_reference: bool = False
-    init_loss: float = 0.0
     start: Mapping[str, NDArray[Any]] | None = None
     keep_ends: bool = False
     is_pilot: bool = False
@@ -139,8 +136,8 @@ class Group:
                 )
         else:
             observe = self._observe if observables else None
-            baseline = _AtDraws(spec, gradient) if spec.evaluates_reference else spec.control_variate
-            parts = (transition, self._feed, checks, baseline, observe, guard)
+            at_draws = _AtDraws(spec, gradient) if spec.evaluates_reference else None
+            parts = (transition, self._feed, checks, spec.control_variate, at_draws, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
         traces.state = None  # only now: nothing above may lose it
 
@@ -263,7 +260,6 @@ class _AtDraws:
     """
 
     def __init__(self, spec: RunSpec, gradient: Gradient) -> None:
-        self.init_loss, self.control_variate = spec.init_loss, spec.control_variate
         self._draw_at, self._gradient = spec.schedule.draw_at, gradient
         self._generators = spec.objective.generators if spec.objective.trial.is_random else None
 
@@ -285,7 +281,8 @@ class HostStep:
         transition: evaluates and moves.
         feed: minibatches.
         checks: made on the way.
-        baseline: what is subtracted from losses: a control variate, or evaluations at w*; None: nothing.
+        control_variate: subtracted from losses; None: nothing.
+        at_draws: evaluates the minibatches of draws at w*; None: that is not needed.
         observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
         guard: entered while the model is evaluated and differentiated.
     """
@@ -296,22 +293,20 @@ class HostStep:
         transition: Transition,
         feed: Feed,
         checks: StepChecks,
-        baseline: ControlVariate | _AtDraws | None,
+        control_variate: ControlVariate | None,
+        at_draws: _AtDraws | None,
         observe: Callable[[int, Evaluation, Batch], None] | None,
         guard: AbstractContextManager[object],
     ) -> None:
         self._loss, self._reference = steps[LOSS], steps.get(REFERENCE_LOSS)
         self._info = [(name, a) for name, a in steps.items() if name not in (LOSS, REFERENCE_LOSS)]
         self._transition, self._feed, self._checks, self._observe = transition, feed, checks, observe
-        self._guard = guard
-        self._at_draws = baseline if isinstance(baseline, _AtDraws) else None
-        self._control_variate = baseline if isinstance(baseline, ControlVariate) else None
+        self._control_variate, self._at_draws, self._guard = control_variate, at_draws, guard
         self._prepare()
 
     def _prepare(self) -> None:
         self._indices: NDArray[np.int64] | None = None
-        variate = self._control_variate if self._at_draws is None else self._at_draws.control_variate
-        if variate is not None and variate.by_sample:
+        if self._control_variate is not None and self._control_variate.by_sample:
             self._indices = self._feed.indices.numpy()
 
     def __call__(self, step: int) -> None:
@@ -322,10 +317,9 @@ class HostStep:
         with self._guard:
             at_reference = None if self._at_draws is None else self._at_draws(step, batch)
             evaluation = self._transition.evaluate(batch)
-        if at_reference is None:
-            self._record_loss(step, evaluation.loss)
-        else:
-            self._record_both(step, evaluation.loss, at_reference)
+        self._record(self._loss, step, evaluation.loss)
+        if at_reference is not None:
+            self._record(self._reference, step, at_reference)
         if self._observe is not None:
             self._observe(step, evaluation, batch)
         with self._guard:
@@ -333,19 +327,12 @@ class HostStep:
         for name, rows in self._info:
             rows[:, step] = info[name]
 
-    def _record_loss(self, step: int, loss: Tensor) -> None:
+    def _record(self, trace: Any, step: int, loss: Tensor) -> None:
         value = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
         if self._control_variate is not None:
             own = self._control_variate
             value = value - (own.at(step) if self._indices is None else own(self._indices))
-        self._loss[:, step] = value
-
-    def _record_both(self, step: int, loss: Tensor, at_reference: Tensor) -> None:
-        assert self._at_draws is not None and self._reference is not None
-        reference, variate = at_reference.double(), self._at_draws.control_variate
-        own = 0.0 if variate is None or self._indices is None else variate(self._indices)
-        self._reference[:, step] = reference.numpy() - own
-        self._loss[:, step] = (loss.double() - reference).numpy() + self._at_draws.init_loss
+        trace[:, step] = value
 
 
 class DeviceStep(HostStep):
@@ -354,14 +341,8 @@ class DeviceStep(HostStep):
     def _prepare(self) -> None:
         pass
 
-    def _record_loss(self, step: int, loss: Tensor) -> None:
-        self._loss[:, step].copy_(paired(loss, self._control_variate, self._feed, step))
-
-    def _record_both(self, step: int, loss: Tensor, at_reference: Tensor) -> None:
-        assert self._at_draws is not None and self._reference is not None
-        reference = at_reference.double()
-        self._reference[:, step].copy_(paired(reference, self._at_draws.control_variate, self._feed, step))
-        self._loss[:, step].copy_(loss.double() - reference + self._at_draws.init_loss)
+    def _record(self, trace: Any, step: int, loss: Tensor) -> None:
+        trace[:, step].copy_(paired(loss, self._control_variate, self._feed, step))
 
 
 def _row(batch: Batch, row: int) -> Batch:

@@ -163,11 +163,11 @@ class _Reference:
 
     def find(self) -> ReferenceLosses:
         source, trial = self._source, self._objective.trial
-        if isinstance(source, IndexedSource) and source.is_full_batch:
-            return self._of_full_batch()
         sampling = source.sampling
         is_function = not (trial.is_random or trial.writes_buffers or trial.writes_parameters)
         if is_function and not sampling.reads_randomly and sampling.is_reproducible:
+            if isinstance(source, IndexedSource) and source.is_full_batch:
+                return self._of_full_batch()
             if isinstance(source, IndexedSource):
                 found = self._of_samples(source)
             elif sampling.order == "fixed":
