@@ -67,6 +67,10 @@ class Feed:
         return copy.deepcopy(batch) if self._copies else batch
 
 
-def paired(loss: Tensor, control_variate: ControlVariate | None, feed: Feed) -> Tensor:
-    """The loss of a minibatch less what it loses at w*."""
-    return loss if control_variate is None else loss - control_variate.on_device(feed.indices).to(loss.device)
+def paired(loss: Tensor, control_variate: ControlVariate | None, feed: Feed, step: int) -> Tensor:
+    """The loss of a minibatch less what it loses at w*, on the device where it is."""
+    if control_variate is None:
+        return loss
+    if not control_variate.by_sample:
+        return loss - control_variate.at(step)
+    return loss - control_variate.on_device(feed.indices).to(loss.device)

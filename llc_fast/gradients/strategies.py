@@ -46,6 +46,10 @@ class Gradient(Transition, Protocol):
         """
         ...
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        """What the minibatches lose at w*, evaluated as for the chains, ``[num_chains]``."""
+        ...
+
 
 class EagerGradient:
     """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
@@ -94,6 +98,11 @@ class EagerGradient:
         self._add(grads)
         return self._partial
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        objective = self._objective
+        with torch.enable_grad():  # the function that chains evaluate
+            return objective.minibatch_loss(objective.reference, batch, objective.fresh_buffers()).reshape(1)
+
     def move(self, step: int) -> Info:
         if not self._release or self._partial is not None:
             self._state.move(self.gradients(), step)
@@ -136,9 +145,13 @@ class BatchedGradient:
 
         self._has_samples = objective.per_sample
         function: Callable[..., tuple[Tensor, Tensor]] = value
+        self._at_reference = function
         if state.num_chains > 1:
-            function = vmap(value, in_dims=(0, None if shared_batch else 0))
+            batches = None if shared_batch else 0
+            function = vmap(value, in_dims=(0, batches))
+            self._at_reference = vmap(value, in_dims=(None, batches), out_dims=None if shared_batch else 0)
         self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._reference = objective.reference
         self._ones: Tensor | None = None
 
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -147,6 +160,10 @@ class BatchedGradient:
             self._ones = torch.ones_like(self._losses)
         losses, chains = self._losses.detach(), self._state.num_chains
         return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
+
+    @torch.no_grad()  # what torch.func evaluates is the same function without gradients, or it would not be batched
+    def at_reference(self, batch: Batch) -> Tensor:
+        return self._at_reference(self._reference, batch)[0].expand(self._state.num_chains)
 
     def gradients(self) -> list[Tensor]:
         params = list(self._params.values())
@@ -157,10 +174,10 @@ class BatchedGradient:
         return self._state.info()
 
 
-def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
-    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
+def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor], rounding: float = 0.0) -> None:
+    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding: their dtype's, or more."""
     for ours, theirs in zip(replayed, fresh, strict=True):
-        rounding = torch.finfo(theirs.dtype).eps
+        rounding = max(rounding, torch.finfo(theirs.dtype).eps)
         slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
         if not torch.allclose(ours, theirs.detach(), rtol=max(1e-3, 4 * rounding), atol=slack, equal_nan=True):
             raise NotReplayableError("a replay differs from the model")
@@ -173,7 +190,11 @@ class ReplayedGradient:
         NotReplayableError: the model can't be recorded, or a replay does not give what it should.
     """
 
-    def __init__(self, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int) -> None:
+    def __init__(
+        self, objective: Objective, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int
+    ) -> None:
+        self._objective, self._inner = objective, inner
+        self._reference: Recording[Tensor] | bool | None = None
         batch = feed(step)
 
         def both() -> tuple[Evaluation, list[Tensor]]:
@@ -204,6 +225,25 @@ class ReplayedGradient:
     def gradients(self) -> list[Tensor]:
         return self._grads
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        if self._reference is None:
+            self._reference = self._record_reference(batch)
+        if isinstance(self._reference, Recording):
+            self._reference.replay()
+            return self._reference.result
+        return self._inner.at_reference(batch)
+
+    def _record_reference(self, batch: Batch) -> Recording[Tensor] | bool:
+        """The evaluation at w*, recorded; False if that is not what the model itself gives."""
+        aliases = {id(p): w for p, w in zip(self._objective.targets, self._objective.reference.values(), strict=True)}
+        try:
+            recording = Recording(lambda: self._inner.at_reference(batch), aliases)
+            recording.replay()
+            check_replay([recording.result], [self._inner.at_reference(batch)])
+        except (NotReplayableError, RuntimeError):
+            return False
+        return recording
+
     def move(self, step: int) -> Info:
         self._state.move(self._grads, step)
         return self._state.info()
@@ -219,14 +259,14 @@ def make_gradient(
     else:
         inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
     # What can't be batched, or goes wrong, has to show while there is a way back.
-    if isinstance(inner, BatchedGradient) and feed.is_addressable and not objective.trial.is_random:
+    if isinstance(inner, BatchedGradient) and feed.is_addressable and not _changes(objective):
         _check_against_the_model(inner, objective, state, feed, step)
     elif isinstance(inner, BatchedGradient) and plan.strategy == "batched":
         inner.evaluate(feed(step))
     note = ""
     if plan.replay:
         try:
-            return ReplayedGradient(inner, state, feed, step), ""
+            return ReplayedGradient(objective, inner, state, feed, step), ""
         except NotReplayableError as error:
             note = str(error)
     return inner, note
@@ -259,20 +299,32 @@ def _check_against_the_model(
     noise = torch.randn(state.w.shape, generator=generator, dtype=torch.float32).to(state.w) * size
     for distance in _DISPLACED:
         with state.at(state.w + distance * noise), torch.enable_grad():
-            inner.evaluate(batch)
+            losses = inner.evaluate(batch).loss
             found = inner.gradients()
-            buffers, params = objective.fresh_buffers(), state.single()
-            with objective.holding(params, buffers):
-                expected = objective.gradients(objective.loss(alone).loss)
+            with objective.holding(state.single(), objective.fresh_buffers()):
+                loss = objective.loss(alone).loss
+                expected = objective.gradients(loss)
         own = [g if state.num_chains == 1 else g[0] for g in found]
-        off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(own, expected, strict=True))
-        whole = sum(float(b.double().square().sum()) for b in expected)
-        if not off > (_WRONG if objective.is_precise else _WRONG_IF_ROUNDED) ** 2 * whole:  # equal, or not finite
+        off = max(_difference(own, expected), _difference([losses[0]], [loss]))
+        if not off > (_WRONG if objective.is_precise else _WRONG_IF_ROUNDED):  # equal, or not finite
             return
     raise WrongGradientError(
-        f"its gradient differs by {math.sqrt(off / whole) if whole else math.inf:.0%} from that of the model (a custom "
-        "backward that reads the module's parameters, or activations that are recomputed?)"
+        f"chains get other gradients in a batch than one by one, {off:.0%} off (a custom backward that reads the "
+        "module's parameters, or activations that are recomputed?)"
     )
+
+
+def _changes(objective: Objective) -> bool:
+    """Whether one evaluation says nothing of the next."""
+    trial = objective.trial
+    return trial.is_random or trial.writes_batch or trial.writes_buffers
+
+
+def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """‖a − b‖ / ‖b‖"""
+    off = sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
+    size = sum(float(y.double().square().sum()) for y in b)
+    return math.sqrt(off / size) if size else math.inf if off else 0.0
 
 
 _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")

@@ -344,20 +344,23 @@ class Objective:
         Raises:
             ValueError: it is not finite, or the data give no sample.
         """
-        total, count, precision = torch.zeros((), dtype=torch.float64, device=self.device), 0, 0.0
+        total, count, precision = torch.zeros((), dtype=torch.float64, device=self.device), 0.0, 0.0
         buffers, size_at_most = self.fresh_buffers(), self.microbatch_size
         if size_at_most is None and not self.trial.is_same_without_grad:
             size_at_most = self.source.batch_size  # a graph is kept of each
         with self.at_reference():
-            for batch, _ in self.source.full():
-                for piece, size in split_batch(batch, size_at_most):
+            for batch, weight in self.source.full():
+                pieces = split_batch(batch, size_at_most)
+                each = weight / sum(size for _, size in pieces)  # of one sample
+                for piece, size in pieces:
                     loss = self.evaluate(self.reference, piece, buffers).loss.detach()
                     precision = torch.finfo(loss.dtype).eps
-                    total += loss.to(torch.float64) * size
-                    count += size
+                    total += loss.to(torch.float64) * size * each
+                count += weight
         if count == 0:
             raise ValueError("data is empty: it has no samples")
-        return checked_init_loss(float(total) / count), 0.5 * precision * abs(float(total) / count)
+        mean = float(total) / count
+        return checked_init_loss(mean), 0.5 * precision * abs(mean)
 
     def minibatch_loss(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Tensor:
         """The loss of a minibatch for its value, in microbatches as a chain takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
+from llc_fast.objective.borrowed import plain_attributes
 from llc_fast.objective.differences import compare_with_differences, copied, scales_of
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.support.errors import first_line
@@ -30,8 +32,9 @@ _SAME_BITS = 1e-6
 """The same with and without gradients: what is left is rounding, far below what nβ makes visible."""
 _DISPLACEMENT = 0.05
 """How far the displaced point is from w*, relative to the size of each parameter."""
-_REPEATS = 4
-"""Evaluations of a random loss whose mean shows whether it is a sum."""
+_REPEATS, _SMALL_FLOPS = 4, 1e8
+"""Evaluations of a random loss whose mean shows whether it is a sum, and of a loss of so few operations that show
+whether it is the same each time."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Trial:
         is_same_without_grad: whether the loss is the same function where no gradients are recorded.
         functional_problem: why the loss is not a function of parameters that torch.func can be given; empty: it is.
         has_hooks: whether the user's hooks see or change what modules compute.
+        changes_itself: whether a forward pass changes attributes of modules that are numbers or containers (a counter).
         draws_in_training: whether random numbers are drawn and some module is in training mode.
     """
 
@@ -67,6 +71,7 @@ class Trial:
     is_same_without_grad: bool = True
     functional_problem: str = ""
     has_hooks: bool = False
+    changes_itself: bool = False
     draws_in_training: bool = False
 
 
@@ -104,8 +109,8 @@ class _Trial:
         first = self._first(here)
         drew = not same_states(self._start, self._generators.states())
         value = first.value
-        again = self._value(here)
-        is_reproducible = _agree(again, value, _SAME)
+        repeats = _REPEATS if first.flops <= _SMALL_FLOPS else 1
+        is_reproducible = all(_agree(self._value(here), value, _SAME) for _ in range(repeats))
         self._generators.seed(_OTHER_SEED)
         with torch.enable_grad():
             other = self._value(here, restart=False)
@@ -130,13 +135,14 @@ class _Trial:
             is_same_without_grad=is_same_without_grad,
             functional_problem=problem,
             has_hooks=has_user_hooks(objective.model),
+            changes_itself=first.changes_itself,
             draws_in_training=is_random and any(m.training for m in objective.model.modules()),
         )
         objective.trial = trial
         if is_reproducible and not first.writes_parameters:
             few = _FEW_CHECKS if first.flops > _LARGE_FLOPS else MIN_CHECKS
             self._compare(elsewhere, max(max_checks, few))
-        return trial
+        return objective.trial
 
     # ---- the first evaluation ----------------------------------------------------------------------------------
 
@@ -178,6 +184,7 @@ class _Trial:
         compiled = any(type(m).__name__ == "OptimizedModule" for m in objective.model.modules())
         counter = FlopCounter()  # type: ignore[no-untyped-call]
         gradients: dict[str, tuple[float, float]] = {}
+        attributes = plain_attributes(objective.model)
 
         def take(name: str, grad: Tensor) -> None:
             if grad.layout is not torch.strided:
@@ -209,6 +216,7 @@ class _Trial:
             writes_buffers=bool(borrowed.wrote_buffers or wrote & borrowed.buffers.keys()),
             writes_parameters=bool(borrowed.wrote_parameters or wrote & borrowed.parameters.keys()),
             writes_batch=writes_batch,
+            changes_itself=attributes != plain_attributes(objective.model),
             is_reentrant=plain,
         )
 
@@ -322,6 +330,9 @@ class _Trial:
         found = compare_with_differences(
             objective, self._piece, params, lambda: self._generators.restore(self._start), max_checks
         )
+        if found.wrong and len({self._value(params) for _ in range(4 * _REPEATS)}) > 1:  # nothing to compare with
+            objective.trial = dataclasses.replace(objective.trial, is_random=True, is_reproducible=False)
+            return
         if found.wrong:
             hooks = ", hooks" if has_user_hooks(objective.model) else ""
             raise ValueError(
@@ -357,6 +368,7 @@ class _First:
     writes_buffers: bool
     writes_parameters: bool
     writes_batch: bool
+    changes_itself: bool
     is_reentrant: bool
 
 

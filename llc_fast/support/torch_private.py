@@ -26,8 +26,6 @@ CPU_ATTENTION_COUNTED_AS = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
 """Attention on a CPU, which torch's table of floating-point operations leaves out, by its like in that table."""
-RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-"""The classes of modules whose output in training mode depends on random numbers or on the rest of the batch."""
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,6 +70,20 @@ def has_own_backward(loss: Tensor) -> bool:
 def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
     """What runs as soon as the gradient of a leaf has been accumulated; None if nothing ever did."""
     return tensor._post_accumulate_grad_hooks
+
+
+def normalizes_batches(module: nn.Module) -> bool:
+    """Whether the output of a module in training mode depends on the rest of the batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module of torch's draws random numbers in training mode."""
+    if isinstance(module, nn.RNNBase):
+        return bool(module.dropout > 0 and module.num_layers > 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) and bool(getattr(module, "p", 1.0) > 0)
 
 
 def has_user_hooks(model: nn.Module) -> bool:
