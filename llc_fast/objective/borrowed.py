@@ -137,6 +137,7 @@ class _Holding:
             if found := accumulation_hooks(p):  # an optimizer that steps during backward must not see the chain's
                 self._hooks.append((found, dict(found)))
                 found.clear()
+        torch.clear_autocast_cache()  # of the caller's autocast: it knows a parameter by its identity
         for name, value in values.items():
             parameters[name].data = value
         for name, value in self._fixed.items():
@@ -153,6 +154,7 @@ class _Holding:
                 if p.data_ptr() != value.data_ptr() and p.data_ptr() != own[name].data_ptr():  # forward set .data
                     borrowed._keep(p, value, borrowed.wrote_parameters, name)
                 p.data = own[name]
+        torch.clear_autocast_cache()
         if self._buffers:
             borrowed._put_buffers_back(self._buffers)
         for p, flag in self._flags:

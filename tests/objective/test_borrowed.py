@@ -133,7 +133,9 @@ def _assert_as_before(model: nn.Module, before: dict[str, Any]) -> None:
         assert after[key] == value, key
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": None}, {"strategy": "sequential"}, {"release_gradients": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"lr": None}, {"strategy": "sequential"}, {"release_gradients": True}], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_everything_is_as_before(name: str, options: dict[str, Any]) -> None:
     model = _prepared(name)
