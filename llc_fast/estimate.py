@@ -254,7 +254,7 @@ class _Surroundings:
         self.device = _device_of(model) if given is None else default_device(check_device(given))
         self.generators = Generators(self.device, [model, loss_fn, data])
         self.interrupts = Interrupts(_Surroundings._begin, _Surroundings._try, _Surroundings.__exit__)
-        self._model = model
+        self._model, self._loss_fn = model, loss_fn
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
         self.team = join(False if alone else settings.execution.distributed)  # last: now nothing fails before it works
@@ -286,7 +286,7 @@ class _Surroundings:
         self._stack.enter_context(self.generators.kept())
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(large_blocks_apart(self._is_large))
-        self._stack.callback(ModelSnapshot(self._model).restore)
+        self._stack.callback(ModelSnapshot(self._model, self._loss_fn).restore)
 
     def __exit__(self, *error: Any) -> bool:
         handled = bool(self._stack.__exit__(*error))

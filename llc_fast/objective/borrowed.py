@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llc_fast.kernels.sharding import is_dtensor
+from llc_fast.support.randomness import held_by
 from llc_fast.support.torch_private import accumulation_hooks, version_of
 
 _CONTAINERS = (list, dict, set)
@@ -177,20 +178,26 @@ class ModelSnapshot:
 
     Forward passes write attributes (the weight that weight_norm computes, counters, caches), and an interrupt may come
     in the middle of anything. Attributes that are lists, dictionaries or sets are restored with their content, tensors
-    that are plain attributes with their values.
+    that are plain attributes with their values. Of other models, such as a teacher that the loss calls, buffers too.
 
     Args:
         model: the user's; anything else that is no module, such as nothing, has nothing to be put back.
+        loss_fn: searched for modules that it holds or refers to.
     """
 
-    def __init__(self, model: object) -> None:
+    def __init__(self, model: object, loss_fn: object = None) -> None:
         modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        mine = set(map(id, modules))
+        others = [m for m in held_by([loss_fn]) if isinstance(m, nn.Module) and id(m) not in mine]
+        modules += others
         self._modules = [(vars(m), dict(vars(m))) for m in modules]
         self._content: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
         for m in modules:
             for value in vars(m).values():
                 self._remember(value, depth=0)
+        for b in (b for m in others for b in m._buffers.values() if b is not None):
+            self._tensors.append((b, version_of(b), b.clone()))
         tensors: list[Tensor] = []
         for m in modules:
             tensors += [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -241,5 +248,6 @@ class ModelSnapshot:
                 found.update(hooks)
         with torch.no_grad():
             for tensor, version, value in self._tensors:
-                if version_of(tensor) != version:
+                # Batch normalization writes its statistics without a word to autograd.
+                if version_of(tensor) != version or not torch.equal(tensor, value):
                     tensor.copy_(value)

@@ -211,13 +211,15 @@ class _Trial:
                 wrote = {name for name, version in borrowed.versions().items() if version != versions[name]}
                 objective.consume_gradients(loss.mean(), take, plain=plain)
             writes_batch = any(version_of(t) != version for t, version in zip(inputs, before, strict=True))
+        # F.batch_norm writes to running statistics without a word to autograd.
+        silently = any(not _same_values(b, buffers[name]) for name, b in objective.fresh_buffers().items())
         return _First(
             value=float(loss.detach().double().mean()),
             flops=math.inf if compiled else counter.flops * -(-batch_length(self._batch) // self._size),
             activation_bytes=saved.total,
             gradients=gradients,
             unused=tuple(name for name in objective.reference if name not in gradients),
-            writes_buffers=bool(borrowed.wrote_buffers or wrote & borrowed.buffers.keys()),
+            writes_buffers=bool(borrowed.wrote_buffers or wrote & borrowed.buffers.keys() or silently),
             writes_parameters=bool(borrowed.wrote_parameters or wrote & borrowed.parameters.keys()),
             writes_batch=writes_batch,
             changes_itself=attributes != plain_attributes(objective.model),
@@ -434,6 +436,12 @@ def _same_gradients(a: Mapping[str, tuple[float, float]], b: Mapping[str, tuple[
         for name in a
         for x, y in zip(a[name], b[name], strict=True)
     )
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.layout is not torch.strided:
+        return a.shape == b.shape
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _some(names: Sequence[str]) -> str:

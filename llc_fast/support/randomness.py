@@ -173,8 +173,15 @@ def _seed(generator: _Held, seed: int) -> None:
 
 
 def _generators_in(holders: Iterable[object]) -> Iterator[_Held]:
-    """Generators that objects hold, found through attributes, containers, closures and bound arguments."""
+    """Generators that objects hold."""
     is_global = {id(np.random.mtrand._rand), id(torch.default_generator)}
+    for value in held_by(holders):
+        if isinstance(value, _KINDS) and id(value) not in is_global and not isinstance(value, random.SystemRandom):
+            yield value
+
+
+def held_by(holders: Iterable[object]) -> Iterator[object]:
+    """What objects hold, found through attributes, containers, closures and bound arguments, each once."""
     seen: set[int] = set()
     waiting: list[tuple[object, int]] = [(holder, 0) for holder in holders]
     while waiting and len(seen) < _MAX_OBJECTS:
@@ -182,11 +189,9 @@ def _generators_in(holders: Iterable[object]) -> Iterator[_Held]:
         if id(value) in seen or depth > _MAX_DEPTH:
             continue
         seen.add(id(value))
-        if isinstance(value, _KINDS):
-            if id(value) not in is_global and not isinstance(value, random.SystemRandom):
-                yield value
-            continue
-        waiting += [(part, depth + 1) for part in _parts(value)]
+        yield value
+        if not isinstance(value, _KINDS):
+            waiting += [(part, depth + 1) for part in _parts(value)]
 
 
 def _parts(value: object) -> Iterable[object]:
@@ -204,7 +209,7 @@ def _parts(value: object) -> Iterable[object]:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         used = (value.__globals__.get(name) for name in value.__code__.co_names)
-        return [*cells, *(value.__defaults__ or ()), *(g for g in used if isinstance(g, _KINDS))]
+        return [*cells, *(value.__defaults__ or ()), *(g for g in used if isinstance(g, (*_KINDS, nn.Module)))]
     found = list(getattr(value, "__dict__", {}).values())
     slots = (getattr(value, name, None) for kind in type(value).__mro__ for name in _slots_of(kind))
     return [*found, *slots, *(value.children() if isinstance(value, nn.Module) else ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -555,3 +556,71 @@ def test_random_numbers_of_python_are_constants() -> None:
     first = recording.result.clone()
     recording.replay()
     assert torch.equal(recording.result, first)
+
+
+class _Reading(nn.Module):
+    """A factor that Python reads from the input, past the operations of torch."""
+
+    def __init__(self, read: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.a, self.read = nn.Linear(3, 1), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * (1 + self.read(x.detach()))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: float(np.from_dlpack(x).sum()),
+        lambda x: float(np.asarray(x).sum()),
+        lambda x: float(torch.from_dlpack(x.__dlpack__()).sum()),
+        lambda x: len(str(x)),
+        lambda x: len(repr(x)),
+        lambda x: len(f"{x}"),
+        lambda x: float(f"{x.sum():.3f}"),
+        lambda x: x.data_ptr() % 7,
+        lambda x: sum(x.flatten().tolist()),
+        lambda x: sum(map(sum, x.numpy())),
+        lambda x: len(pickle.dumps(x)),
+        lambda x: float(x.sum()),
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: float(torch.equal(x, x)),
+    ],
+)
+def test_what_python_reads_is_not_recorded(read: Callable[[Tensor], float]) -> None:
+    model, x = _Reading(read), torch.randn(4, 3)
+    with pytest.raises(NotReplayableError):
+        Recording(lambda: model(x).sum())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_tensors_that_are_turned_in_place_are_recorded_as_they_were(kind: type[nn.RNNBase], batch_first: bool) -> None:
+    """Recurrent networks transpose their output in place."""
+    network, x = kind(3, 4, batch_first=batch_first).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    params = list(network.parameters())
+
+    def function() -> tuple[Tensor, ...]:
+        loss = network(x)[0].square().mean()
+        return (loss, *torch.autograd.grad(loss, params))
+
+    _assert_replays(function, [x, *params])
+
+
+def test_an_input_that_is_turned_in_place_is_refused() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(NotReplayableError, match="writes to memory that it was given"):
+        Recording(lambda: x.t_().sum())
+
+
+def test_memory_that_stands_in_is_read_in_a_replay() -> None:
+    """A parameter holds the chain's data while it is recorded, and its own again in a replay."""
+    p, chain, x = nn.Parameter(torch.zeros(3)), torch.ones(3), torch.randn(4, 3)
+    own, p.data = p.data, chain
+    recording = Recording(lambda: (x @ p).sum(), {id(p): chain})
+    p.data = own
+    chain.mul_(2)
+    recording.replay()
+    torch.testing.assert_close(recording.result.detach(), 2 * x.sum())

@@ -17,6 +17,7 @@ import runs
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import llc_fast
 from llc_fast.chains.run import StepTaken, after_each_step
@@ -183,6 +184,33 @@ def test_gradients_of_others_stay() -> None:
 
     runs.estimate(model=model, loss_fn=loss_fn)
     assert all(p.grad is None for p in (*teacher.parameters(), *own))
+
+
+@pytest.mark.parametrize("held", ["closure", "default", "bound"])
+def test_a_teacher_stays_as_it_was(held: str) -> None:
+    """In training mode it writes its own buffers, and gradients that reach it through recomputed activations."""
+
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Linear(1, 4), nn.BatchNorm1d(4)
+
+        def forward(self, y: Tensor) -> Tensor:
+            h = checkpoint(self.a, y.detach().requires_grad_(), use_reentrant=True)
+            return self.norm(h).mean(1, keepdim=True)
+
+        def loss(self, out: Tensor, y: Tensor) -> Tensor:
+            return mse(out, y + 0.1 * self(y))
+
+    teacher, model = Teacher(), runs.mlp()
+    before = _state(teacher)
+    losses: dict[str, Any] = {
+        "closure": lambda out, y: teacher.loss(out, y),
+        "default": lambda out, y, t=teacher: t.loss(out, y),
+        "bound": teacher.loss,
+    }
+    runs.estimate(model=model, loss_fn=losses[held], num_draws=20)
+    _assert_as_before(teacher, before)
 
 
 def test_the_loss_sees_the_chain_in_a_list_of_parameters() -> None:

@@ -179,6 +179,29 @@ def test_a_model_that_counts_its_calls_is_neither_batched_nor_recorded() -> None
     assert model.calls == 0
 
 
+class _OwnStatistics(nn.Module):
+    """Batch normalization by hand, whose buffers torch writes without a word to autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 1)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("variance", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(F.batch_norm(x, self.mean, self.variance, training=True))
+
+
+def test_buffers_that_are_written_to_silently() -> None:
+    model = _OwnStatistics()
+    assert (
+        _objective(model).trial.writes_buffers
+        and not _objective(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).eval()).trial.writes_buffers
+    )
+    runs.estimate(model=model)
+    assert model.mean.tolist() == [0, 0, 0] and model.variance.tolist() == [1, 1, 1]
+
+
 # ---- backward passes in backward passes --------------------------------------------------------------------
 
 
