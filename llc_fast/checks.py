@@ -17,7 +17,6 @@ standing-still     a chain that stands still would not have λ̂ = 0
 diverged           the loss of some chains became non-finite
 partial            the run was interrupted
 checkpoint         the checkpoint could not be written
-truncated          the data has no length, so L(w*) is the loss over a part of it
 acceptance         a Metropolis-adjusted chain accepts too few proposals
 adaptation         the acceptance of Metropolis-adjusted chains is far from the one that their step size was adapted to
 bias               the bias that was subtracted from λ̂ is too large to be subtracted safely
@@ -68,7 +67,7 @@ class Facts:
     Attributes:
         step_checks: of all chains, ``[chain, check, column]``, see :data:`llc_fast.stats.step_checks.COLUMNS`.
         reference_norm: ‖w*‖ over the parameters that are sampled.
-        init_loss_stderr: of L(w*): rounding, and sampling where it is the mean over a part of the data.
+        init_loss_stderr: what L(w*) adds to the standard error of λ̂, over nβ: rounding.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
         euclidean: whether the sampler's metric is 1.
         target_acceptance: of Metropolis-adjusted chains that adapted their step size; None of all others.
@@ -80,7 +79,6 @@ class Facts:
         data_notes: what is to be said of the data, by code, see :class:`llc_fast.batches.Sampling`.
         standing: λ̂ of a chain that stands still, where it is not 0, and its standard error; None: it is 0.
         unused_parameters: names of sampled parameters that the loss does not depend on.
-        data_truncated: whether L(w*) was computed on a part of the data only, as it has no length.
         checkpoint_problem: why the checkpoint could not be written; empty: it could.
         resumable: whether there is a checkpoint that an interrupted run can be resumed from.
     """
@@ -98,7 +96,6 @@ class Facts:
     data_notes: Mapping[str, str] = field(default_factory=dict)
     standing: tuple[float, float] | None = None
     unused_parameters: Sequence[str] = ()
-    data_truncated: bool = False
     checkpoint_problem: str = ""
     resumable: bool = False
 
@@ -390,16 +387,6 @@ def _checkpoint(case: _Case) -> str | None:
     return (
         f"The checkpoint could not be written ({case.facts.checkpoint_problem}): the last good one was kept, and what "
         "came after is lost if the process ends. Free space there, or use another path."
-    )
-
-
-@_check("truncated", min_draws=0)
-def _truncated(case: _Case) -> str | None:
-    if not case.facts.data_truncated:
-        return None
-    return (
-        f"data has no length, so L(w*) was computed on its first {case.result.schedule.num_steps} batches only. "
-        "Pass tensors or a loader with a length."
     )
 
 

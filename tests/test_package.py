@@ -24,6 +24,7 @@ OF_NO_MODULE = {
     "test_package.py": "the package as a whole",
     "kernels/test_native_minibatch.py": "of native and reference: the samples of a minibatch",
     "kernels/test_noise.py": "of native and reference: the normals",
+    "objective/test_standing_still.py": "L(w*) and the chains' losses, over kinds of losses, models and data",
     "samplers/test_samplers.py": "every sampler by the same tests, whichever module it is in",
     "samplers/test_stationary.py": "the law of SGLD's chain in closed form",
 }
