@@ -14,6 +14,7 @@ dropped            a loader never gives the samples at the end of the data set
 num-samples        n may be meant to be another number
 irreproducible     the data are others in every run, whatever the seed
 standing-still     a chain that stands still would not have λ̂ = 0
+gradient           the gradient is not the derivative of the loss where the chains are
 diverged           the loss of some chains became non-finite
 partial            the run was interrupted
 checkpoint         the checkpoint could not be written
@@ -151,6 +152,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         "acceptance": seen.acceptance,
         "gradient_noise_share": seen.gradient_noise_share,
         "relaxations": seen.relaxation_rate * steps,
+        "gradient_error": seen.gradient_error,
         "distance_over_prior": norm**2 * localization / num_parameters,
         "distance_over_reference": norm / facts.reference_norm if facts.reference_norm else math.nan,
         "distance_growth": seen.distance_growth,
@@ -355,6 +357,24 @@ def _standing_still(case: _Case) -> str | None:
         f"A chain that stands still at w* would have λ̂ = {value:.3g} ± {error:.2g}, not 0: the loss of minibatches and "
         "L(w*) are not the same average, and λ̂ is off by about that much. Pass tensors, or a loader whose passes all "
         "have the same samples."
+    )
+
+
+MAX_GRADIENT_ERROR = 0.5
+"""Of the change of the loss along a step, what gradients at both ends may leave unexplained: anharmonic wells and kinks
+leave up to a fifth at the largest step sizes, a gradient of another place or of a part of the loss leaves all of it."""
+
+
+@_check("gradient", min_draws=0)
+def _gradient(case: _Case) -> str | None:
+    error = case["gradient_error"]
+    if not (error > MAX_GRADIENT_ERROR and not case["bias_share"] > MAX_SUBTRACTED_BIAS):
+        return None
+    return (
+        f"Along the steps of chains the loss changes otherwise than its gradients say, by {error:.0%} (maximum "
+        f"{MAX_GRADIENT_ERROR:.0%}): the gradient is not the derivative of the loss (hooks, clipping, a custom "
+        "backward, a loss with jumps?), or the step size is far too large. Use the true gradient, or "
+        f"lr={case.lr / 10:.2g}."
     )
 
 

@@ -145,6 +145,11 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
         )
         for code in ("unshuffled", "dropped", "num-samples", "irreproducible")
     },
+    "another gradient": (
+        "gradient",
+        lambda: _judged(_good(), table=_table(rise=-1.0, work=1.0)),
+        ["by 200%", "maximum 50%", "derivative", "lr=0.0001"],
+    ),
     "another average": (
         "standing-still",
         lambda: _judged(_good(), standing=(-3.2, 0.1)),
