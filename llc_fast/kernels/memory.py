@@ -95,7 +95,10 @@ class Watch:
         self._copied, self._check = list(copied), check
         self._versions = [None if t.is_inference() else version_of(t) for t in self._copied]
         self._addresses = list(map(_address_of, self._tensors))
-        self._bytes = list(map(_bytes_of, map(_storage_of, self._tensors)))
+        # Kept, because asking a tensor for its storage takes longer than asking the storage for its size. A tensor at
+        # the same address is in the same storage, as long as that is there.
+        self._storages = list(map(_storage_of, self._tensors))
+        self._bytes = list(map(_bytes_of, self._storages))
         self._same_layouts = same_layouts(self._tensors)
         # Of the tensors and the gradients that were seen last.
         self._all_same_layouts: Callable[..., bool] | None = None
@@ -108,7 +111,7 @@ class Watch:
         """Whether address, size of the storage, dtype, device, shape, strides and flags are as they were."""
         return (
             self._addresses == list(map(_address_of, self._tensors))
-            and self._bytes == list(map(_bytes_of, map(_storage_of, self._tensors)))
+            and self._bytes == list(map(_bytes_of, self._storages))
             and self._same_layouts(*self._tensors)
             and not self._copies_are_old()
         )
@@ -129,7 +132,7 @@ class Watch:
             if not self._look_closely(grads):
                 return None
         addresses = list(map(_address_of, everything))
-        sizes = list(map(_bytes_of, map(_storage_of, everything)))
+        sizes = list(map(_bytes_of, [*self._storages, *map(_storage_of, grads)]))
         known = len(self._tensors)
         if addresses != self._all_addresses or sizes != self._all_bytes:
             self._all_addresses = []
