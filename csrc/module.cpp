@@ -25,13 +25,6 @@ DType dtype_named(const std::string& name) {
     throw std::invalid_argument("dtype must be float32 or float64, not " + name);
 }
 
-llc::Low low_named(const std::string& name) {
-    if (name.empty()) return llc::Low::none;
-    if (name == "bfloat16") return llc::Low::bfloat16;
-    if (name == "float16") return llc::Low::float16;
-    throw std::invalid_argument("low precision must be bfloat16, float16 or empty, not " + name);
-}
-
 #ifndef LLC_WITH_CUDA
 [[noreturn]] void no_cuda() {
     throw std::runtime_error("llc_fast was built without CUDA: " LLC_NO_CUDA_REASON);
@@ -70,17 +63,17 @@ llc::Scalars scalars_of(const py::tuple& numbers) {
 }
 
 // `segments`: address of a table of llc::Segment, in the memory of the device that runs the step. `scalars`: the fields
-// of llc::Scalars, in their order. `low`: empty if there is none.
+// of llc::Scalars, in their order. `rule`, `dtype` and `low`: the numbers that info() gives.
 // `stream`: a cudaStream_t, or None to run on the CPU.
-void step(int rule, const std::string& dtype, const std::string& low, int64_t num_segments, int64_t begin, int64_t end,
+void step(int rule, int dtype, int low, int64_t num_segments, int64_t begin, int64_t end,
           int64_t num_chains, uintptr_t segments, const py::tuple& scalars, uint64_t seed,
           uint64_t step_index, uint32_t chain, std::optional<uintptr_t> thermostat, llc::SumSet wanted,
           std::optional<uintptr_t> sums, std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
           std::optional<uintptr_t> device_step, int num_threads, std::optional<uintptr_t> stream) {
     llc::Step request{};
     request.rule = llc::Rule(rule);
-    request.dtype = dtype_named(dtype);
-    request.low = low_named(low);
+    request.dtype = DType(dtype);
+    request.low = llc::Low(low);
     request.segments = reinterpret_cast<const llc::Segment*>(segments);
     request.num_segments = num_segments;
     request.begin = begin, request.end = end;
@@ -236,6 +229,10 @@ py::dict info() {
     LLC_RULES(LLC_DESCRIBE)
 #undef LLC_DESCRIBE
     d["rules"] = rules;
+    py::dict dtypes, low;
+    dtypes["float32"] = int(DType::float32), dtypes["float64"] = int(DType::float64);
+    low[""] = int(llc::Low::none), low["bfloat16"] = int(llc::Low::bfloat16), low["float16"] = int(llc::Low::float16);
+    d["dtypes"] = dtypes, d["low"] = low;
 #ifdef LLC_NO_OPENMP
     d["openmp"] = false;
 #else

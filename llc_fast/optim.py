@@ -141,17 +141,11 @@ class _Stepper:
         return live, params, step, grads, scalars, tables, gradients
 
     def take(self, group: Group, state: State, report: _Report, prepared: _Prepared) -> Tensor | None:
-        """Take a step that was prepared."""
-        sums = self._move(group, state, report, prepared) if prepared[0] else None
-        if self._is_capturable:
-            group["step"] += 1
-        else:
-            self._set_count(group, prepared[2] + 1)
-        return sums
-
-    def _move(self, group: Group, state: State, report: _Report, prepared: _Prepared) -> Tensor | None:
+        """Take a step that was prepared; the sums that it leaves behind, if anybody wants them."""
         live, params, step, grads, scalars, tables, gradients = prepared
         sums = None
+        if not live:
+            return self._end(group, step)
         if feedback := self._sampler.feedback_sums(group):
             masks = [_entry(group["optimize_over"], k) for k in live]
             with torch.no_grad():  # of gradients that have a graph themselves
@@ -179,7 +173,20 @@ class _Stepper:
         if feedback:
             assert sums is not None
             self._sampler.follow(scalars, group, step, sums, _count(group, live))
+        self._end(group, step)
         return sums
+
+    def _end(self, group: Group, step: int) -> None:
+        if self._is_capturable:
+            group["step"] += 1
+            return
+        # Written in place if the tensor is ours: its memory is NumPy's, where a number is written fast.
+        tensor, number = self._step
+        if group["step"] is not tensor:  # loaded, given by the user, or taken by a state_dict
+            number = np.array(step)
+            group["step"] = tensor = torch.from_numpy(number)
+            self._step = tensor, number
+        number[()] = step + 1
 
     def step_one(self, group: Group, state: State, k: int) -> None:
         """Move one parameter, whose gradient is complete, and free the gradient."""
@@ -210,15 +217,6 @@ class _Stepper:
             if _is_constant(numbers):
                 self._scalars = cached
         return cached[1]
-
-    def _set_count(self, group: Group, step: int) -> None:
-        """Write a step count into the group's tensor if it is ours: its memory is NumPy's, where a number is written fast."""
-        tensor, number = self._step
-        if group["step"] is not tensor:  # loaded, given by the user, or taken by a state_dict
-            number = np.array(step)
-            group["step"] = tensor = torch.from_numpy(number)
-            self._step = tensor, number
-        number[()] = step
 
     def _count(self, group: Group) -> int:
         """The group's step count, which is checked with its seed.
@@ -905,13 +903,15 @@ class LangevinOptimizer(torch.optim.Optimizer):
         groups, steppers, state, report, sums = self.param_groups, self._steppers, self.state, self._report, []
         if torch.compiler.is_compiling():
             for group, stepper in zip(groups, steppers):  # noqa: B905  as many of each; this runs at every step
-                sums.append((group, self._step_in_graph(group, stepper)))
+                self._step_in_graph(group, stepper)  # without metrics
         else:
             prepared = []  # all groups, before one moves: an error leaves the parameters as they are
             for group, stepper in zip(groups, steppers):  # noqa: B905
                 prepared.append(stepper.prepare(group, state))
             for group, stepper, ready in zip(groups, steppers, prepared):  # noqa: B905
-                sums.append((group, stepper.take(group, state, report, ready)))
+                taken = stepper.take(group, state, report, ready)
+                if report.sums:
+                    sums.append((group, taken))
         if self._report.sums:
             self._report.finish(sums)
         return loss

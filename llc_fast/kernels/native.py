@@ -224,8 +224,9 @@ class SegmentTable:
             self._grad_column = self._rows["grad"]  # a view: taken once, because steps write to it
             # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
             self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(given) else None
-            names = _RULES[self._rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, "")
-            self._constants = (*names, len(self._rows), self._begin, self._end, self._num_chains)
+            info: Any = native_info()
+            kinds = info["dtypes"][_DTYPES[self.dtype]], info["low"][_LOW.get(self._grad_dtype, "")]
+            self._constants = (_RULES[self._rule], *kinds, len(self._rows), self._begin, self._end, self._num_chains)
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
             self._addresses: list[int] = []
@@ -338,7 +339,11 @@ class SegmentTable:
             RuntimeError: memory that was freed.
         """
         wanted = SUMS if wanted is None else wanted
-        self.check_cells(thermostat, sums, device_scalars, device_step)
+        cells = self._cells
+        if not (
+            thermostat is cells[0] and sums is cells[1] and device_scalars is cells[2] and device_step is cells[3]
+        ):
+            self.check_cells(thermostat, sums, device_scalars, device_step)
         gradients = self.checked(grads)
         if gradients is None:
             self._lay_out()
