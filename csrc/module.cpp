@@ -63,12 +63,12 @@ llc::Scalars scalars_of(const py::tuple& numbers) {
 }
 
 // `segments`: address of a table of llc::Segment, in the memory of the device that runs the step. `scalars`: the fields
-// of llc::Scalars, in their order. `rule`, `dtype` and `low`: the numbers that info() gives.
+// of llc::Scalars, in their order. `rule`, `dtype` and `low`: places in the lists of interface().
 // `stream`: a cudaStream_t, or None to run on the CPU.
-void step(int rule, int dtype, int low, int64_t num_segments, int64_t begin, int64_t end,
-          int64_t num_chains, uintptr_t segments, const py::tuple& scalars, uint64_t seed,
-          uint64_t step_index, uint32_t chain, std::optional<uintptr_t> thermostat, llc::SumSet wanted,
-          std::optional<uintptr_t> sums, std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
+void step(int rule, int dtype, int low, int64_t num_segments, int64_t begin, int64_t end, int64_t num_chains,
+          uintptr_t segments, const py::tuple& scalars, uint64_t seed, uint64_t step_index, uint32_t chain,
+          std::optional<uintptr_t> thermostat, llc::SumSet wanted, std::optional<uintptr_t> sums,
+          std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
           std::optional<uintptr_t> device_step, int num_threads, std::optional<uintptr_t> stream) {
     llc::Step request{};
     request.rule = llc::Rule(rule);
@@ -215,7 +215,12 @@ py::dict interface() {
 #define LLC_APPEND(type, name) rules.append(name);
     LLC_RULES(LLC_APPEND)
 #undef LLC_APPEND
+    // In the order of DType and Low.
+    py::list dtypes, low;
+    for (const char* name : {"float32", "float64"}) dtypes.append(name);
+    for (const char* name : {"", "bfloat16", "float16"}) low.append(name);
     py::dict d;
+    d["dtypes"] = dtypes, d["low"] = low;
     d["Segment"] = segment_layout(), d["Scalars"] = scalars_layout(), d["sums"] = sums, d["rules"] = rules;
     return d;
 }
@@ -229,10 +234,6 @@ py::dict info() {
     LLC_RULES(LLC_DESCRIBE)
 #undef LLC_DESCRIBE
     d["rules"] = rules;
-    py::dict dtypes, low;
-    dtypes["float32"] = int(DType::float32), dtypes["float64"] = int(DType::float64);
-    low[""] = int(llc::Low::none), low["bfloat16"] = int(llc::Low::bfloat16), low["float16"] = int(llc::Low::float16);
-    d["dtypes"] = dtypes, d["low"] = low;
 #ifdef LLC_NO_OPENMP
     d["openmp"] = false;
 #else

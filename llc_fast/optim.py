@@ -43,7 +43,7 @@ from llc_fast.kernels.sharding import (
 )
 from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
 from llc_fast.support.arguments import check_number
-from llc_fast.support.torch_private import is_observed
+from llc_fast.support.torch_private import hooks_after_gradient, is_observed
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -108,7 +108,13 @@ class _Stepper:
     """
 
     def __init__(
-        self, sampler: type[samplers.Sampler], index: int, *, is_sharded: bool, is_capturable: bool, has_thermostat: bool
+        self,
+        sampler: type[samplers.Sampler],
+        index: int,
+        *,
+        is_sharded: bool,
+        is_capturable: bool,
+        has_thermostat: bool,
     ) -> None:
         self._sampler, self._index = sampler, index
         self._is_sharded, self._is_capturable = is_sharded, is_capturable
@@ -145,7 +151,8 @@ class _Stepper:
         live, params, step, grads, scalars, tables, gradients = prepared
         sums = None
         if not live:
-            return self._end(group, step)
+            self._end(group, step)
+            return None
         if feedback := self._sampler.feedback_sums(group):
             masks = [_entry(group["optimize_over"], k) for k in live]
             with torch.no_grad():  # of gradients that have a graph themselves
@@ -350,7 +357,9 @@ def _built_from(
     return (sampler.needs_reference(group), group["offset"]), objects
 
 
-def _check_kept(sampler: type[samplers.Sampler], name: str, p: Tensor, kept: dict[str, Any], needs: bool = False) -> None:
+def _check_kept(
+    sampler: type[samplers.Sampler], name: str, p: Tensor, kept: dict[str, Any], needs_reference: bool = False
+) -> None:
     """Check what is kept for a parameter: all that the rule needs, each like the parameter but for its precision.
 
     Raises:
@@ -358,10 +367,10 @@ def _check_kept(sampler: type[samplers.Sampler], name: str, p: Tensor, kept: dic
         TypeError: something is not a floating-point tensor.
     """
     states = [f"state{j}" for j in range(NUM_STATES[sampler.rule()])]
-    if missing := [key for key in (*states, *(["initial_param"] if needs else [])) if key not in kept]:
+    if missing := [key for key in (*states, *(["initial_param"] if needs_reference else [])) if key not in kept]:
         raise ValueError(
-            f"the optimizer's state of {name} has no {', '.join(missing)}: it is of another sampler or was changed. Load "
-            "a state_dict of this optimizer"
+            f"the optimizer's state of {name} has no {', '.join(missing)}: it is of another sampler or was changed. "
+            "Load a state_dict of this optimizer"
         )
     for key in ("master", "initial_param", *states):
         if key not in kept:
@@ -373,8 +382,8 @@ def _check_kept(sampler: type[samplers.Sampler], name: str, p: Tensor, kept: dic
         if found.shape != p.shape or found.device != p.device:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(found.shape)} on {found.device}, the parameter {tuple(p.shape)} on "
-                f"{p.device}: construct the optimizer when the model has its shape and device, or load a state_dict that "
-                "fits"
+                f"{p.device}: construct the optimizer when the model has its shape and device, or load a state_dict "
+                "that fits"
             )
 
 
@@ -382,8 +391,8 @@ def _check_kept(sampler: type[samplers.Sampler], name: str, p: Tensor, kept: dic
 def _follow_dtype(p: Tensor, kept: dict[str, Any]) -> None:
     """Bring what is kept for a parameter to the precision that it has now: its model may have been converted.
 
-    A bfloat16 or float16 parameter gets its float32 chain, which goes on from its values. A parameter that was one is now
-    the chain itself: where it still is the rounded copy, it gets the chain's unrounded value.
+    A bfloat16 or float16 parameter gets its float32 chain, which goes on from its values. A parameter that was one is
+    the chain itself now: where it still is the rounded copy, it gets the chain's unrounded value.
     """
     if is_low_precision(p):
         if "master" not in kept:
@@ -465,11 +474,11 @@ def _step_compiled(sampler: type[samplers.Sampler], group: Group, state: State) 
 
 def _gradients(params: list[Tensor]) -> tuple[Sequence[int], list[Tensor], list[Tensor]]:
     """The parameters that have a gradient: by number, themselves, and those gradients."""
-    grads = [grad for p in params if (grad := p.grad) is not None]
-    if len(grads) == len(params):
-        return range(len(params)), params, grads
-    live = [k for k, p in enumerate(params) if p.grad is not None]
-    return live, [params[k] for k in live], grads
+    grads = [p.grad for p in params]
+    live = [k for k, grad in enumerate(grads) if grad is not None]
+    if len(live) == len(params):
+        return live, params, grads  # type: ignore[return-value]
+    return live, [params[k] for k in live], [grads[k] for k in live]  # type: ignore[misc]
 
 
 _MOST_STEPS = 2**40  # as many as a NoiseKey can name
@@ -484,7 +493,9 @@ def _step_count(value: Any) -> int:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)) or value != value // 1:
-        raise TypeError(f"step must be an integer, or a tensor that holds one, got {value!r}: it counts the steps taken")
+        raise TypeError(
+            f"step must be an integer, or a tensor that holds one, got {value!r}: it counts the steps taken"
+        )
     if not 0 <= value < _MOST_STEPS:
         raise ValueError(f"step must be between 0 and 2**40 - 1, got {value}: it counts the steps taken")
     return int(value)
@@ -502,7 +513,8 @@ def _check_offset(offset: object) -> None:
         raise TypeError(f"offset must be an int, got {offset!r}: it says where in the noise the group's elements begin")
     if not 0 <= offset < 2**48:
         raise ValueError(
-            f"offset must be between 0 and 2**48 - 1, got {offset}: it says where in the noise the group's elements begin"
+            f"offset must be between 0 and 2**48 - 1, got {offset}: it says where in the noise the group's elements "
+            "begin"
         )
 
 
@@ -810,7 +822,9 @@ class LangevinOptimizer(torch.optim.Optimizer):
         for k, p in enumerate(params):
             check_tensor(f"parameter {k}", p)
             if p.is_inference():
-                raise ValueError(f"parameter {k} is an inference tensor, which can't be moved: clone() it outside of inference_mode")
+                raise ValueError(
+                    f"parameter {k} is an inference tensor, which can't be moved: clone() it outside of inference_mode"
+                )
             if p.device != params[0].device:
                 raise ValueError(
                     f"parameter {k} is on {p.device}, parameter 0 on {params[0].device}: use a group for each device"
@@ -988,9 +1002,13 @@ class _Released:
 
     def __call__(self, p: Tensor) -> None:
         if (optimizer := self._optimizer()) is not None:
-            optimizer._steppers[self._index].step_one(
-                optimizer.param_groups[self._index], optimizer.state, self._k
-            )
+            for hook in hooks_after_gradient(p):
+                if isinstance(hook, _Released) and hook._optimizer() not in (None, optimizer):
+                    raise RuntimeError(
+                        f"parameter {self._k} is moved by two optimizers with release_gradients, and one would free "
+                        "the gradient before the other has read it: delete one of them"
+                    )
+            optimizer._steppers[self._index].step_one(optimizer.param_groups[self._index], optimizer.state, self._k)
 
 
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(LangevinOptimizer._step)

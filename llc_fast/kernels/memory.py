@@ -1,7 +1,7 @@
 """Whether memory is what a tensor says it is: before an address leaves Python, and at every step after.
 
-A tensor's address, size, strides and dtype can change while it stays the same object (``p.data = …``, ``model.float()``,
-``share_memory_()``, a storage that is freed or resized). What reads addresses asks here, each time.
+A tensor's address, size, strides and dtype can change while it stays the same object: ``p.data = …``,
+``model.float()``, ``share_memory_()``, a storage that is freed or resized. Whoever passes addresses on asks here.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def check_memory(name: str, tensor: Tensor, *, reach: int = 0) -> None:
         found, address = None, 0
     if found is None or (found and not address):
         raise TypeError(
-            f"{name} is a {type(tensor).__name__} whose data are not in memory of its own: "
-            "use a tensor outside of FakeTensorMode, vmap and torch.func, or what it wraps"
+            f"{name} is a {type(tensor).__name__}, which keeps its data elsewhere: use what it wraps, outside of "
+            "FakeTensorMode, vmap and torch.func"
         )
     needed = (tensor.storage_offset() + _span(tensor) + reach) * tensor.element_size()
     if found < needed:
         raise RuntimeError(
-            f"{name} needs {needed} bytes, but its storage has {found}: it was freed or resized. Give it its memory back "
-            "before the step"
+            f"{name} needs {needed} bytes, but its storage has {found}: it was freed or resized. Give it its memory "
+            "back before the step"
         )
 
 
@@ -128,9 +128,10 @@ class Watch:
             TypeError, ValueError, RuntimeError: what `check` says of a gradient.
         """
         everything = [*self._tensors, *grads]
-        if (same := self._all_same_layouts) is None or not same(*everything) or self._copied and self._copies_are_old():
-            if not self._look_closely(grads):
-                return None
+        same = self._all_same_layouts
+        is_same = same is not None and same(*everything) and not (self._copied and self._copies_are_old())
+        if not is_same and not self._look_closely(grads):
+            return None
         addresses = list(map(_address_of, everything))
         sizes = list(map(_bytes_of, [*self._storages, *map(_storage_of, grads)]))
         known = len(self._tensors)

@@ -34,9 +34,16 @@ def check_interface(exported: Mapping[str, Any]) -> None:
 
     Args:
         exported: ``_native.interface()``: the layouts of ``Segment`` and ``Scalars`` as ``numpy.dtype`` takes them,
-            the names of the sums and the rules.
+            the names of the sums, the rules and the dtypes, in the order of their numbers.
     """
-    expected = {"Segment": SEGMENT, "Scalars": SCALARS, "sums": list(SUMS), "rules": list(reference.RULES)}
+    expected = {
+        "Segment": SEGMENT,
+        "Scalars": SCALARS,
+        "sums": list(SUMS),
+        "rules": list(reference.RULES),
+        "dtypes": list(_DTYPES.values()),
+        "low": ["", *_LOW.values()],
+    }
     found = dict(exported)
     found |= {name: np.dtype(found[name]) for name in ("Segment", "Scalars") if name in found}
     if different := [name for name, value in expected.items() if found.get(name) != value]:
@@ -224,8 +231,7 @@ class SegmentTable:
             self._grad_column = self._rows["grad"]  # a view: taken once, because steps write to it
             # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
             self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(given) else None
-            info: Any = native_info()
-            kinds = info["dtypes"][_DTYPES[self.dtype]], info["low"][_LOW.get(self._grad_dtype, "")]
+            kinds = list(_DTYPES).index(self.dtype), [self.dtype, *_LOW].index(self._grad_dtype)
             self._constants = (_RULES[self._rule], *kinds, len(self._rows), self._begin, self._end, self._num_chains)
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
@@ -340,9 +346,7 @@ class SegmentTable:
         """
         wanted = SUMS if wanted is None else wanted
         cells = self._cells
-        if not (
-            thermostat is cells[0] and sums is cells[1] and device_scalars is cells[2] and device_step is cells[3]
-        ):
+        if not (thermostat is cells[0] and sums is cells[1] and device_scalars is cells[2] and device_step is cells[3]):
             self.check_cells(thermostat, sums, device_scalars, device_step)
         gradients = self.checked(grads)
         if gradients is None:
@@ -438,8 +442,8 @@ class SegmentTable:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype is not dtype or tensor.numel() != numel or tensor.device != self.device:
             raise TypeError(
-                f"{name} must be {numel} numbers of {dtype} on {self.device}, got {tensor.numel()} of {tensor.dtype} on "
-                f"{tensor.device}"
+                f"{name} must be {numel} numbers of {dtype} on {self.device}, got {tensor.numel()} of {tensor.dtype} "
+                f"on {tensor.device}"
             )
         if not is_plain(tensor):
             raise TypeError(f"{name} must be contiguous: give it .contiguous()")
@@ -620,8 +624,8 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
             )
     if copy is not None and (copy.dtype not in _LOW or (copy.shape, copy.device) != (w.shape, w.device)):
         raise ValueError(
-            f"parameter {k} is {copy.dtype} {tuple(copy.shape)} on {copy.device}, its float32 chain {tuple(w.shape)} on "
-            f"{w.device}: a chain beside the model needs a bfloat16 or float16 parameter of its shape"
+            f"parameter {k} is {copy.dtype} {tuple(copy.shape)} on {copy.device}, its float32 chain {tuple(w.shape)} "
+            f"on {w.device}: a chain beside the model needs a bfloat16 or float16 parameter of its shape"
         )
     if len(segment.state) != NUM_STATES[rule]:
         raise ValueError(f"rule {rule!r} keeps {NUM_STATES[rule]} states, parameter {k} has {len(segment.state)}")

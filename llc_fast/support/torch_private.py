@@ -71,14 +71,14 @@ try:
     if not _layouts_of([_seen]).check(torch.ones(2, 3)) or _layouts_of([_seen]).check(torch.zeros(3, 2).t()):
         raise TypeError("they do not compare strides")
 except (ImportError, TypeError, AttributeError):  # of another version of torch
-    _layouts_of = _Layouts  # type: ignore[assignment]
+    _layouts_of = _Layouts
 
 
 def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function that says whether the tensors it is given are like `tensors` in all but place and values.
 
-    Compared are type, dtype, device, shape, strides and flags (negative bit, inference); it may compare more. The tensors
-    must be different objects; as many have to be given.
+    Compared are type, dtype, device, shape, strides and flags (negative bit, inference); it may compare more. The
+    tensors must be different objects; as many have to be given.
     """
     check: Callable[..., bool] = _layouts_of(tensors).check
     return check
@@ -92,6 +92,11 @@ def onednn_linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """a·weightᵀ + bias by oneDNN."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, weight, bias, "none", [], "")
     return product
+
+
+def hooks_after_gradient(tensor: Tensor) -> Sequence[Any]:
+    """The hooks that run in a backward pass as soon as a tensor's gradient is complete."""
+    return list((getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
 def is_observed(optimizer: torch.optim.Optimizer) -> bool:
