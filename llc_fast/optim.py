@@ -18,6 +18,7 @@ from torch import Tensor
 
 import llc_fast.kernels.operator  # noqa: F401  registers torch.ops.llc_fast.step
 from llc_fast import samplers
+from llc_fast.kernels.memory import check_memory
 from llc_fast.kernels.native import (
     NUM_STATES,
     NUM_SUMS,
@@ -279,7 +280,9 @@ class _Stepper:
         ):
             return kept.tables, checked
         _check_offset(group["offset"])
+        _check_entries(group)
         for k, p in zip(live, params, strict=True):
+            check_tensor(f"parameter {k}", p)
             _check_kept(self._sampler, f"parameter {k}", p, state[p])
             _follow_dtype(p, state[p])
         _, objects = _built_from(self._sampler, group, state, params, self._is_sharded)  # some may be new
@@ -385,6 +388,8 @@ def _check_kept(
                 f"{p.device}: construct the optimizer when the model has its shape and device, or load a state_dict "
                 "that fits"
             )
+        if not is_dtensor(found):
+            check_memory(f"{key} of {name}", found)
 
 
 @torch.no_grad()
@@ -525,7 +530,7 @@ def _checked_scalars(sampler: type[samplers.Sampler], group: Group) -> StepScala
         TypeError, ValueError: a number is none, not finite or out of range; the message names it.
     """
     # A scheduler may set lr to 0, which is no step size to construct a sampler with.
-    options = {f.name: group[f.name] for f in fields(sampler)}
+    options = {f.name: group[f.name] for f in fields(sampler) if f.name != "preconditioner"}  # no number
     for name in ("lr", "nbeta"):
         if options[name] is not None and check_number(name, options[name], minimum=0) == 0:
             options[name] = 1.0
@@ -568,6 +573,9 @@ def _check_entries(group: Group) -> None:
         given = group.get(name)
         if isinstance(given, (list, tuple)) and len(given) != len(params):
             raise ValueError(f"{name} holds {len(given)} entries for {len(params)} parameters: give one for each")
+        for entry in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(entry, Tensor) and not is_dtensor(entry):
+                check_memory(name, entry)  # before anybody looks at values
     for k in range(len(params)):
         if (mask := _entry(group["optimize_over"], k)) is not None:
             check_mask("optimize_over", mask)
@@ -753,6 +761,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             self.__setstate__(before)
             raise
 
+    @torch.inference_mode(False)
     def _adopt(self, state_dict: dict[str, Any]) -> None:
         """Check what torch has loaded, and restore what it took for something else."""
         # torch casts floating-point state to the parameter's dtype; a float32 chain must not go through bfloat16.
@@ -782,7 +791,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"state_dict's group {index} has no {name}: it is of another optimizer than "
                                      f"{type(self).__name__}")  # fmt: skip
                 if isinstance(group[name], Tensor):
-                    group[name] = group[name].to(device, torch.float64).contiguous()
+                    group[name] = group[name].to(device, torch.float64).clone().contiguous()
             needs = bool(self.sampler.needs_reference(group) or self._wanted & _NEED_REFERENCE)
             for k, p in enumerate(group["params"]):
                 _check_kept(self.sampler, f"parameter {k} of group {index}", p, self.state[p], needs)
@@ -813,12 +822,12 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: Group) -> None:
         """Raise TypeError or ValueError unless a step can be taken with these options and parameters."""
+        _check_entries(group)
         self.sampler(**{k: v for k, v in group.items() if k in self.sampler.__dataclass_fields__})
         self.sampler.scalars(group)
         params: list[Tensor] = group["params"]
         seed, adapts_on_host = group["seed"], self.sampler.adapts_on_host(group)
         _check_seed(seed)
-        _check_entries(group)
         for k, p in enumerate(params):
             check_tensor(f"parameter {k}", p)
             if p.is_inference():
@@ -842,6 +851,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         if self._capturable and adapts_on_host:
             raise ValueError("relative_eps=True reads a sum back to the host at every step: it can't be capturable")
 
+    @torch.inference_mode(False)  # what is kept will be written to outside of it
     def _prepare(self, group: Group) -> dict[Tensor, dict[str, Any]]:
         """Complete a group by what its steps count and adapt; what is to be kept for each of its parameters."""
         params: list[Tensor] = group["params"]
