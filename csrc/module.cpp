@@ -239,6 +239,9 @@ py::dict info() {
 #else
     d["openmp"] = true;
 #endif
+#ifdef LLC_SANITIZED
+    d["sanitized"] = true;
+#endif
 #ifdef LLC_WITH_CUDA
     d["cuda"] = LLC_CUDA_VERSION;
     d["cuda_architectures"] = LLC_CUDA_ARCHS;
