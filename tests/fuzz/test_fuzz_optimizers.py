@@ -82,7 +82,14 @@ def _share(t: Tensor) -> None:
     t.share_memory_()
 
 
+def _can_be_resized(t: Tensor) -> bool:
+    """Not memory that is mapped: torch 2.13 itself crashes when it resizes that of share_memory_()."""
+    return t.untyped_storage().resizable() and not t.is_shared()
+
+
 def _free_and_return(t: Tensor) -> None:
+    if not _can_be_resized(t):
+        return
     values, size = t.detach().clone(), t.untyped_storage().nbytes()
     t.untyped_storage().resize_(0)
     t.untyped_storage().resize_(size)
@@ -324,8 +331,9 @@ class OptimizerMachine(RuleBasedStateMachine):
         if before in LOW and dtype in LOW:
             pass
         elif before in LOW:  # at the next step it gets the unrounded values
-            same = p.detach().double() == kept["master"].to(before).double()
-            twin.w = torch.where(same, twin.w.to(chain).double(), _double(p))
+            rounded = [kept["master"].to(low).double() for low in LOW]
+            is_copy = (_double(p) == rounded[0]) | (_double(p) == rounded[1])
+            twin.w = torch.where(is_copy, twin.w.to(chain).double(), _double(p))
         else:
             twin.w = _double(p)
         twin.start, twin.states = twin.start.to(chain).double(), [t.to(chain).double() for t in twin.states]
@@ -493,7 +501,7 @@ class OptimizerMachine(RuleBasedStateMachine):
         tensors = [p, p.grad, *self._kept(p).values()]
         lost = tensors[what % len(tensors)]
         size = lost.untyped_storage().nbytes()
-        if not lost.numel() or size <= left:
+        if not lost.numel() or size <= left or not _can_be_resized(lost):
             return
         CALLS["refused freed memory"] += 1
         before, values = self._snapshot(), lost.detach().clone()

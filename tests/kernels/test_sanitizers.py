@@ -1,0 +1,36 @@
+"""In the module that `make sanitize` builds: errors in memory end the process, with a report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llc_fast import _native
+
+IS_SANITIZED = bool(_native.info().get("sanitized"))
+
+_TOO_LONG = """
+import numpy as np
+from llc_fast import _native
+room = np.zeros({room}, np.float32)
+_native.normals("float32", room.ctypes.data, 0, 100, 1, 0, 0, 0, None)
+print("done")
+"""
+
+
+def test_it_is_the_module_that_was_asked_for() -> None:
+    assert IS_SANITIZED == (os.environ.get("LLC_FAST_SANITIZE") == "1")
+
+
+@pytest.mark.skipif(not IS_SANITIZED, reason="the module was built without sanitizers")
+@pytest.mark.parametrize(("room", "is_caught"), [(100, False), (99, True)])
+def test_a_deliberate_error_is_caught(room: int, is_caught: bool) -> None:
+    """A hundred numbers written into a place for ninety-nine."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TOO_LONG.format(room=room)], capture_output=True, text=True, check=False
+    )
+    assert ("heap-buffer-overflow" in done.stderr) == is_caught, done.stderr
+    assert (done.returncode != 0) == is_caught and ("done" in done.stdout) != is_caught
