@@ -29,6 +29,7 @@ from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
 from llc_fast.stats.errors import standard_error
+from llc_fast.traces import REFERENCE_LOSS
 
 STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
 """ε·(nβ·h_max + γ) of a step size chosen without and with a correction for bias.
@@ -129,7 +130,8 @@ def choose_settings(
         settings=settings,
         objective=objective,
         plan=make_plan(objective, template, 1, strategy=strategy, release_gradients=release),
-        control_variate=at_reference.control_variate(objective.source, at_reference.mean),
+        control_variate=at_reference.control_variate(objective.source.batch_size, at_reference.mean),
+        evaluates_reference=at_reference.pairing == "draws",
         chosen=chosen,
         num_steps=num_steps,
         min_friction=MIN_FRICTION if settings.is_default_sampler and not plan.release else 1.0,
@@ -186,6 +188,7 @@ class _Pilot:
         objective: what is sampled.
         plan: for a single chain.
         control_variate: the minibatches' losses at w*, if chains are to be paired with them.
+        evaluates_reference: whether minibatches are evaluated at w* instead.
         chosen: nβ, L(w*), and the step size to begin with, which is never exceeded.
         num_steps: gradients to spend; more where chains diverge, at most twice.
         min_friction: the least that may be used; 1: no momentum.
@@ -197,6 +200,7 @@ class _Pilot:
     objective: Objective
     plan: Plan
     control_variate: ControlVariate | None
+    evaluates_reference: bool
     chosen: Chosen
     num_steps: int
     min_friction: float
@@ -269,11 +273,15 @@ class _Pilot:
             self.plan,
             mix(mix(self.settings.seed, _PILOT), attempt),
             control_variate=self.control_variate,
+            evaluates_reference=self.evaluates_reference,
             start=self.start,
             is_pilot=True,
         )
         traces = run_chains(spec, range(1), monitor=self.monitor).traces[0]
-        return traces.loss[0], traces.steps["bias"][0]
+        loss, bias = traces.loss[0], traces.steps["bias"][0]
+        if self.evaluates_reference:  # what is compared is the excess over L(w*)
+            loss = loss - traces.steps[REFERENCE_LOSS][0] + self.chosen.init_loss
+        return loss, bias
 
 
 def _share_ahead(excess: NDArray[np.float64], bias: NDArray[np.float64], ahead: float) -> float:

@@ -3,30 +3,38 @@
 :func:`examine` computes the statistics (``result.diagnostics``) and warns (``result.warnings``). A check is a function
 with the decorator :func:`_check`; its place in this file is that of its warning in the list. The codes:
 
-=============  =========================================================================================================
-training-mode  the model is in training mode, and dropout or batch statistics enter its loss
-unused         the loss does not depend on some of the sampled parameters
-diverged       the loss of some chains became non-finite
-partial        the run was interrupted
-checkpoint     the checkpoint could not be written
-truncated      the data has no length, so L(w*) is the loss over a part of it
-acceptance     a Metropolis-adjusted chain accepts too few proposals
-adaptation     the acceptance of Metropolis-adjusted chains is far from the one that their step size was adapted to
-bias           the bias that was subtracted from λ̂ is too large to be subtracted safely
-step-size      the step size is too large: its bias, which was not subtracted, is a large share of λ̂
-short          a chain is shorter than a few relaxation times of its stiffest directions: it has hardly left w*
-ess            the effective sample size is too small
-rhat           the chains have not converged to the same distribution
-slow           a chain spans few autocorrelation times of its slow fluctuations
-trend          the loss trace still has a trend
-burnin         burn-in ended before the loss reached its plateau
-left           chains left the neighbourhood of w*
-spikes         spikes of the loss make up a part of λ̂
-init-loss      L(w*) is not known precisely enough
-negative       λ̂ is negative
-above-bound    λ̂ is above P/2, the maximum at a local minimum
-imprecise      the standard error is a large share of λ̂
-=============  =========================================================================================================
+=================  =====================================================================================================
+training-mode      the model is in training mode, and dropout or batch statistics enter its loss
+batch-statistics   the model is in evaluation mode, and normalizes by the statistics of the minibatch all the same
+unused             the loss does not depend on some of the sampled parameters
+no-gradient        the loss depends on elements that have no gradient; they were not sampled
+writes-parameters  forward passes write to parameters, so that chains are projected
+unshuffled         a loader gives the same minibatches in the same order to all chains
+dropped            a loader never gives the samples at the end of the data set
+num-samples        n may be meant to be another number
+irreproducible     the data are others in every run, whatever the seed
+standing-still     a chain that stands still would not have λ̂ = 0
+diverged           the loss of some chains became non-finite
+partial            the run was interrupted
+checkpoint         the checkpoint could not be written
+truncated          the data has no length, so L(w*) is the loss over a part of it
+acceptance         a Metropolis-adjusted chain accepts too few proposals
+adaptation         the acceptance of Metropolis-adjusted chains is far from the one that their step size was adapted to
+bias               the bias that was subtracted from λ̂ is too large to be subtracted safely
+step-size          the step size is too large: its bias, which was not subtracted, is a large share of λ̂
+short              a chain is shorter than a few relaxation times of its stiffest directions: it has hardly left w*
+ess                the effective sample size is too small
+rhat               the chains have not converged to the same distribution
+slow               a chain spans few autocorrelation times of its slow fluctuations
+trend              the loss trace still has a trend
+burnin             burn-in ended before the loss reached its plateau
+left               chains left the neighbourhood of w*
+spikes             spikes of the loss make up a part of λ̂
+init-loss          L(w*) is not known precisely enough
+negative           λ̂ is negative
+above-bound        λ̂ is above P/2, the maximum at a local minimum
+imprecise          the standard error is a large share of λ̂
+=================  =====================================================================================================
 
 A threshold is chosen so that fewer than one in a hundred good runs exceeds it by chance, and that what exceeds it
 matters. The tests hold both.
@@ -35,8 +43,8 @@ matters. The tests hold both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,7 +72,13 @@ class Facts:
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
         euclidean: whether the sampler's metric is 1.
         target_acceptance: of Metropolis-adjusted chains that adapted their step size; None of all others.
-        random_modules: names of modules that make the loss of a model in training mode random.
+        random_modules: what makes the loss of a model in training mode random, by the names of modules.
+        batch_statistics: names of modules in evaluation mode that normalize by the minibatch's own statistics.
+        not_sampled: elements that were not sampled, as the loss depends on them and they have no gradient, by
+            parameter.
+        writes_parameters: whether forward passes write to parameters.
+        data_notes: what is to be said of the data, by code, see :class:`llc_fast.batches.Sampling`.
+        standing: λ̂ of a chain that stands still, where it is not 0, and its standard error; None: it is 0.
         unused_parameters: names of sampled parameters that the loss does not depend on.
         data_truncated: whether L(w*) was computed on a part of the data only, as it has no length.
         checkpoint_problem: why the checkpoint could not be written; empty: it could.
@@ -78,6 +92,11 @@ class Facts:
     euclidean: bool = False
     target_acceptance: float | None = None
     random_modules: Sequence[str] = ()
+    batch_statistics: Sequence[str] = ()
+    not_sampled: Mapping[str, int] = field(default_factory=dict)
+    writes_parameters: bool = False
+    data_notes: Mapping[str, str] = field(default_factory=dict)
+    standing: tuple[float, float] | None = None
     unused_parameters: Sequence[str] = ()
     data_truncated: bool = False
     checkpoint_problem: str = ""
@@ -265,6 +284,18 @@ def _training_mode(case: _Case) -> str | None:
     )
 
 
+@_check("batch-statistics", min_draws=0)
+def _batch_statistics(case: _Case) -> str | None:
+    names = case.facts.batch_statistics
+    if not names:
+        return None
+    return (
+        "The model is in evaluation mode, but normalizes by the batch statistics of each minibatch, having no running "
+        f"statistics ({_some(names)}): its loss depends on batch_size. Use track_running_stats=True unless this is so "
+        "on purpose."
+    )
+
+
 @_check("unused", min_draws=0)
 def _unused(case: _Case) -> str | None:
     names = case.facts.unused_parameters
@@ -273,6 +304,60 @@ def _unused(case: _Case) -> str | None:
     return (
         f"The loss does not depend on {len(names)} of the parameters ({_some(names)}): they only diffuse, and count as "
         "parameters in the diagnostics. Leave them out with params=."
+    )
+
+
+@_check("no-gradient", min_draws=0)
+def _no_gradient(case: _Case) -> str | None:
+    found = case.facts.not_sampled
+    if not found:
+        return None
+    return (
+        f"The loss depends on {sum(found.values())} elements that have no gradient ({_some(list(found))}: padding_idx, "
+        "detached parts, hooks?): they were not sampled and stayed at w*. Leave them out with params= if this is meant."
+    )
+
+
+@_check("writes-parameters", min_draws=0)
+def _writes_parameters(case: _Case) -> str | None:
+    if not case.facts.writes_parameters:
+        return None
+    return (
+        "The model's forward pass writes to its parameters (max_norm, weight clipping): chains are projected in the "
+        "same way, and λ̂ is that of the constrained parameters. Use a parametrization if the loss is meant to be a "
+        "function of all of them."
+    )
+
+
+@_check("unshuffled", min_draws=0)
+def _unshuffled(case: _Case) -> str | None:
+    return case.facts.data_notes.get("unshuffled")
+
+
+@_check("dropped", min_draws=0)
+def _dropped(case: _Case) -> str | None:
+    return case.facts.data_notes.get("dropped")
+
+
+@_check("num-samples", min_draws=0)
+def _num_samples(case: _Case) -> str | None:
+    return case.facts.data_notes.get("num-samples")
+
+
+@_check("irreproducible", min_draws=0)
+def _irreproducible(case: _Case) -> str | None:
+    return case.facts.data_notes.get("irreproducible")
+
+
+@_check("standing-still", min_draws=0)
+def _standing_still(case: _Case) -> str | None:
+    if case.facts.standing is None:
+        return None
+    value, error = case.facts.standing
+    return (
+        f"A chain that stands still at w* would have λ̂ = {value:.3g} ± {error:.2g}, not 0: the loss of minibatches and "
+        "L(w*) are not the same average, and λ̂ is off by about that much. Pass tensors, or a loader whose passes all "
+        "have the same samples."
     )
 
 

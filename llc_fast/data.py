@@ -1,9 +1,15 @@
-"""Where minibatches come from: tensors, data sets and loaders behind one small interface."""
+"""Where minibatches come from: tensors, data sets and loaders behind one small interface.
+
+`batches.py` has what they share, `loaders.py` what a user's own loader gives, and this file the rest: data that are
+addressed by index, and the choice between all of them.
+"""
 
 from __future__ import annotations
 
-import random
+import functools
+import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,93 +18,70 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from llc_fast.batches import (
+    IRREPRODUCIBLE,
+    Batch,
+    DataSource,
+    Note,
+    Sampling,
+    as_tensors,
+    batch_length,
+    fingerprint,
+    leaves,
+    length_of,
+    map_tensors,
+    mix,
+    probe,
+    split_batch,
+    to_device,
+)
 from llc_fast.kernels.native import minibatch_indices
 from llc_fast.kernels.step import NoiseKey
+from llc_fast.loaders import LoaderSource, looks_like_batches, reason_not_whole
+from llc_fast.support.errors import first_line
+from llc_fast.support.randomness import Generators, same_states
 
-Batch = Any
-"""One minibatch on the device of the run: tensors, samples first, in tuples, lists and dictionaries."""
+__all__ = [
+    "Batch",
+    "DataSource",
+    "IndexedBatches",
+    "IndexedSource",
+    "LoaderSource",
+    "Sampling",
+    "batch_length",
+    "leaves",
+    "make_source",
+    "map_tensors",
+    "mix",
+    "split_batch",
+    "spread_indices",
+]
+
 _KEPT_BYTES = 2 * 2**30
 """A map-style data set up to this size is turned into tensors once, instead of sample by sample at every step."""
-
-
-class DataSource(Protocol):
-    """What the engine needs to know about data."""
-
-    num_samples: int | None
-    """n, or None if it cannot be known."""
-
-    batch_size: int | None
-    """Samples in a minibatch, or None where a loader decides."""
-
-    def minibatches(self, seed: int, chain: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The endless minibatches of a chain from step `start` on, a function of (seed, chain) where data allow it."""
-        ...
-
-    def full(self) -> Iterator[tuple[Batch, int]]:
-        """The whole data set once, in pieces, each with its number of samples."""
-        ...
+_MAX_COLUMNS = 8
+"""Tensors of one shape in a tuple beyond which they may be batches."""
+_NO_STEP = NoiseKey(0)
+_PROBED_SAMPLES = 16
+"""How many samples are read twice to see whether reading is random."""
 
 
 @runtime_checkable
 class IndexedBatches(Protocol):
-    """A data set that makes a whole batch from a tensor of indices, in any thread: no per-sample collating."""
+    """A data set that makes a whole batch from a tensor of indices, in any thread: no per-sample collating.
+
+    Where the class has ``__getitem__`` too, the parameter of ``batch`` must be called `indices`: other libraries have
+    methods of that name which do something else.
+    """
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor) -> Batch: ...
 
 
-# ---- batches as trees of tensors ---------------------------------------------------------------------------
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The same structure with `function` applied to every tensor."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {k: map_tensors(function, b) for k, b in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(function, b) for b in batch))
-    return type(batch)(map_tensors(function, b) for b in batch) if isinstance(batch, (tuple, list)) else batch
-
-
-def leaves(batch: Batch) -> list[Any]:
-    """Everything in a batch that is not a tuple, list or dictionary."""
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return [leaf for entry in batch for leaf in leaves(entry)]
-    return [batch]
-
-
-def batch_length(batch: Batch) -> int:
-    """Samples in a batch: the length of its last tensor (the target, in a pair)."""
-    lengths = [len(t) for t in leaves(batch) if isinstance(t, Tensor) and t.ndim]
-    return lengths[-1] if lengths else 1
-
-
-def split_batch(batch: Batch, size: int | None) -> list[tuple[Batch, int]]:
-    """Pieces of at most `size` samples, each with its number of samples; None: the batch as it is."""
-    length = batch_length(batch)
-    if size is None or size >= length:
-        return [(batch, length)]
-
-    def piece(start: int) -> Batch:
-        return map_tensors(lambda t: t[start : start + size] if t.ndim and len(t) == length else t, batch)
-
-    return [(piece(start), min(size, length - start)) for start in range(0, length, size)]
-
-
 def spread_indices(length: int, count: int) -> Tensor:
     """At most `count` indices from the first to the last of `length` samples, evenly spread."""
     return torch.linspace(0, length - 1, min(length, count), dtype=torch.float64).round().long()
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 def _check_pair(batch: Batch) -> Batch:
@@ -123,6 +106,18 @@ class IndexedSource:
     Minibatches of one epoch are not independent: what one holds, those before it did not, so its loss at a place that
     these have led to is too high on average, noticeably if an epoch is a few steps long. With `independent` every step
     begins an epoch of its own.
+
+    Where the user's code reads samples, it finds the random generators seeded by (seed, c, t), and they are as before
+    when it is done: augmentation too is a function of these.
+
+    Args:
+        dataset: makes batches from indices.
+        batch_size: samples in a minibatch, at most.
+        device: where batches are wanted.
+        check: of each batch.
+        independent: whether every step begins an epoch of its own.
+        reads_randomly: whether reading draws random numbers; None: a few samples are read to see.
+        notes: of :class:`llc_fast.batches.Sampling`.
     """
 
     def __init__(
@@ -132,8 +127,14 @@ class IndexedSource:
         device: torch.device,
         check: Callable[[Batch], Batch],
         independent: bool = False,
+        *,
+        reads_randomly: bool | None = None,
+        notes: tuple[Note, ...] = (),
     ) -> None:
         self._dataset, self._device, self._check = dataset, device, check
+        self._reads_randomly, self._notes = reads_randomly, notes
+        self._is_memory = isinstance(dataset, _Tensors)
+        self._generators = Generators(device, () if self._is_memory else [dataset])
         self._n = len(dataset)
         self.num_samples: int | None = self._n
         self.batch_size: int | None = min(batch_size, self._n)
@@ -147,8 +148,29 @@ class IndexedSource:
 
     @property
     def is_thread_safe(self) -> bool:
-        """Whether minibatches may be asked for in several threads at once; a user's ``__getitem__`` is not trusted."""
-        return not isinstance(self._dataset, _Collated)
+        """Whether minibatches may be asked for in several threads at once; a user's ``__getitem__`` is not trusted, and
+        random generators are the same in all threads."""
+        return self._is_memory or not self._needs_seeds
+
+    @functools.cached_property
+    def _needs_seeds(self) -> bool:
+        """Whether to seed the generators before samples are read; those of a ``__getitem__`` may draw now and then."""
+        return isinstance(self._dataset, _Collated) or self.sampling.reads_randomly
+
+    @functools.cached_property
+    def sampling(self) -> Sampling:
+        size, notes = self.batch_size or 1, self._notes
+        reads_randomly, is_reproducible = (False, True) if self._is_memory else self._probe()
+        if not is_reproducible:
+            notes = (*notes, IRREPRODUCIBLE)
+        return Sampling(
+            "shuffled", self._n, self._n // size, self._n % size, reads_randomly, is_reproducible, notes=notes
+        )
+
+    def _probe(self) -> tuple[bool, bool]:
+        some = spread_indices(self._n, _PROBED_SAMPLES).to(self._index_device)
+        is_random, is_reproducible = probe(lambda: (self._dataset.batch(some) for _ in range(2)), self._generators)
+        return is_random or bool(self._reads_randomly), is_reproducible
 
     def index_buffer(self, num_chains: int) -> Tensor:
         """Memory for the indices of one step; of the whole data set, if that is the minibatch."""
@@ -164,35 +186,62 @@ class IndexedSource:
             device_step = device_step * self._stride
         return minibatch_indices(self._n, key, out, device_step=device_step)
 
-    def gather(self, indices: Tensor, out: Sequence[Tensor] | None = None) -> Batch:
-        """The samples, in the order of the flattened indices, on the device; written to the tensors `out` if given."""
+    def gather(self, indices: Tensor, out: Sequence[Tensor] | None = None, key: NoiseKey = _NO_STEP) -> Batch:
+        """The samples, in the order of the flattened indices, on the device; written to the tensors `out` if given.
+
+        `key` names what reading draws: the first row's chain, each row after it being of the next chain.
+        """
         if out is not None and isinstance(self._dataset, _Tensors):
             self._dataset.write(indices.reshape(-1), out)
             return None
-        batch = self._check(_move(self._dataset.batch(indices.reshape(-1)), self._device))
+        batch = self._check(to_device(self._read(indices, key), self._device))
         if out is not None:
             for old, new in zip(out, leaves(batch), strict=True):
                 old.copy_(new)
         return batch
 
+    def _read(self, indices: Tensor, key: NoiseKey) -> Batch:
+        if self._is_memory or not self._needs_seeds:
+            return self._dataset.batch(indices.reshape(-1))
+        rows = []
+        with self._generators.kept():
+            for k, row in enumerate(indices.reshape(-1, indices.shape[-1])):
+                self._generators.seed(mix(mix(key.seed, key.chain + k), key.step))
+                rows.append(self._dataset.batch(row))
+        if len(rows) == 1:
+            return rows[0]
+        columns = (torch.cat(tensors) for tensors in zip(*map(leaves, rows), strict=True))
+        return map_tensors(lambda _: next(columns), rows[0])
+
     def minibatches(self, seed: int, chain: int = 0, start: int = 0) -> Iterator[Batch]:
         step, indices = start, self.index_buffer(1)
         while True:
-            yield self.gather(self.sample_indices(NoiseKey(seed, step=step, chain=chain), indices))
+            key = NoiseKey(seed, step=step, chain=chain)
+            yield self.gather(self.sample_indices(key, indices), key=key)
             step += 1
 
-    def full(self) -> Iterator[tuple[Batch, int]]:
+    def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
+        size = self.batch_size or self._n
         # Without gradients four minibatches need less memory than one with them.
-        piece = min(4096, 4 * (self.batch_size or self._n))
-        for indices in torch.split(torch.arange(self._n, device=self._index_device), piece):
-            yield self.gather(indices), len(indices)
+        piece, count = (min(4096, 4 * size), self._n) if tail else (size, self._n - self._n % size)
+        yield from self._pieces(0, count, piece, seed)
+
+    def tail(self, *, seed: int = 0) -> Iterator[tuple[Batch, float]]:
+        size = self.batch_size or self._n
+        if self._n % size:
+            yield from self._pieces(self._n - self._n % size, self._n, size, seed)
+
+    def _pieces(self, start: int, stop: int, size: int, seed: int) -> Iterator[tuple[Batch, float]]:
+        for indices in torch.split(torch.arange(start, stop, device=self._index_device), size):
+            key = NoiseKey(mix(seed, -1), step=int(indices[0]))
+            yield self.gather(indices, key=key), len(indices)
 
 
 class _Tensors:
     """Tensors with samples along the first dimension, kept on the device."""
 
     def __init__(self, tensors: Batch, device: torch.device) -> None:
-        self._tensors = _move(tensors, device)
+        self._tensors = to_device(tensors, device)
         self._n = batch_length(tensors)
 
     def __len__(self) -> int:
@@ -218,133 +267,58 @@ class _Collated:
     def batch(self, indices: Tensor) -> Batch:
         wanted = indices.tolist()
         if hasattr(self._dataset, "__getitems__"):
-            return default_collate(self._dataset.__getitems__(wanted))
-        return default_collate([self._dataset[i] for i in wanted])
+            samples = self._dataset.__getitems__(wanted)
+        else:
+            samples = [self._dataset[i] for i in wanted]
+        try:
+            return default_collate(samples)
+        except TypeError as error:
+            raise TypeError(
+                f"data has samples that can't be collated ({first_line(error)}): pass a DataLoader with a collate_fn "
+                "that makes tensors of them"
+            ) from error
+        except RuntimeError as error:
+            if hasattr(error, "add_note"):
+                error.add_note(
+                    "data has samples of different shapes: pass a DataLoader with a collate_fn that pads them"
+                )
+            raise
 
 
-def _kept_as_tensors(dataset: _Collated, device: torch.device, num_wanted: int | None) -> IndexedBatches:
-    """The data set as tensors on the device, if that is possible, worth it, and the same.
+def _kept_as_tensors(
+    dataset: _Collated, device: torch.device, num_wanted: int | None
+) -> tuple[IndexedBatches, bool | None]:
+    """The data set as tensors on the device, if that is possible, worth it, and the same; and whether it is random.
 
     Possible: every sample collates to tensors of one shape, and all fit in `_KEPT_BYTES`. Worth it: the chains will
-    ask for at least as many samples as there are (`num_wanted`; None: many). The same: reading draws no random numbers
-    from a global generator, and a few samples read twice agree, so that nothing random is frozen.
+    ask for at least as many samples as there are (`num_wanted`; None: many). The same: reading draws no random numbers,
+    and a few samples read twice agree, so that nothing random is frozen.
     """
     n = len(dataset)
     if num_wanted is not None and num_wanted < n:
-        return dataset
-    with torch.random.fork_rng(devices=[]):
-        generators = _global_generators()
+        return dataset, None
+    generators = Generators(device, [dataset])
+    with generators.kept():
+        generators.seed(0)
+        before = generators.states()
         some = spread_indices(n, 8)
-        once, again = leaves(dataset.batch(some)), leaves(dataset.batch(some))
-        if not all(isinstance(a, Tensor) and a.ndim and a.equal(b) for a, b in zip(once, again, strict=True)):
-            return dataset
-        if sum(t.nbytes for t in once) / len(some) * n > _KEPT_BYTES or _global_generators() != generators:
-            return dataset
+        once, again = dataset.batch(some), dataset.batch(some)
+        if fingerprint(once) != fingerprint(again) or not same_states(before, generators.states()):
+            return dataset, True
+        tensors = leaves(once)
+        if not all(isinstance(t, Tensor) and t.ndim for t in tensors):
+            return dataset, None
+        if sum(t.nbytes for t in tensors) / len(some) * n > _KEPT_BYTES:
+            return dataset, None
         try:
             pieces = [dataset.batch(indices) for indices in torch.split(torch.arange(n), 4096)]
             flat = [torch.cat(tensors) for tensors in zip(*(leaves(p) for p in pieces), strict=True)]
         except (RuntimeError, TypeError, ValueError):  # samples of different shapes or kinds: as the loop will say
-            return dataset
-        if _global_generators() != generators:
-            return dataset
+            return dataset, None
+        if not same_states(before, generators.states()):
+            return dataset, True
     ordered = iter(flat)
-    return _Tensors(map_tensors(lambda _: next(ordered), pieces[0]), device)
-
-
-def _global_generators() -> tuple[object, ...]:
-    """The states of the generators that augmentation draws from."""
-    name, words, *rest = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(words).tobytes(), rest
-
-
-def _move(batch: Batch, device: torch.device) -> Batch:
-    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
-
-
-# ---- loaders -----------------------------------------------------------------------------------------------
-
-
-class _PrivateGenerator:
-    """Inside ``with``, torch's global generator is in a state of its own, which is kept from one use to the next."""
-
-    def __init__(self, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
-
-    def __enter__(self) -> None:
-        self._outside = torch.get_rng_state()
-        torch.set_rng_state(self._state)
-
-    def __exit__(self, *_: object) -> None:
-        self._state = torch.get_rng_state()
-        torch.set_rng_state(self._outside)
-
-
-class LoaderSource:
-    """A user's own loader: it decides about batches and their order."""
-
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        device: torch.device,
-        check: Callable[[Batch], Batch],
-        max_batches: int | None = None,
-    ) -> None:
-        self._loader, self._device, self.check = loader, device, check
-        self._max_batches = max_batches if _length(loader) is None else None
-        dataset = getattr(loader, "dataset", None)
-        self.num_samples: int | None = _length(dataset)
-        self.batch_size: int | None = getattr(loader, "batch_size", None)
-        self.truncated = False
-        """Whether the last pass over everything stopped at `max_batches`."""
-
-    def minibatches(self, seed: int, chain: int = 0, start: int = 0) -> Iterator[Batch]:
-        # What a shuffling loader draws from must not depend on what the model draws in between.
-        generator, step = _PrivateGenerator(mix(seed, chain)), 0
-        while True:
-            with generator:
-                batches = iter(self._loader)
-            count = 0
-            while True:
-                with generator:
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                count += 1
-                if step >= start:
-                    yield self.check(_move(batch, self._device))
-                step += 1
-            if count == 0:
-                raise ValueError("data is empty: the loader gave no batch (an exhausted iterator can't be reused)")
-
-    def full(self) -> Iterator[tuple[Batch, int]]:
-        self.truncated = False
-        for k, raw in enumerate(_everything(self._loader)):
-            if k == self._max_batches:
-                self.truncated = True
-                return
-            batch = self.check(_move(raw, self._device))
-            yield batch, batch_length(batch)
-
-
-def _everything(loader: Iterable[Any]) -> Iterable[Any]:
-    """A loader that leaves nothing out: `drop_last` is for minibatches, L(w*) wants the whole data set."""
-    if not isinstance(loader, DataLoader) or not loader.drop_last or isinstance(loader.dataset, IterableDataset):
-        return loader
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=loader.sampler,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-    )
-
-
-def mix(seed: int, chain: int) -> int:
-    """A 63-bit seed for (seed, chain): SplitMix64's finalizer, so that neighbours are unrelated."""
-    z = (seed + (chain + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1
+    return _Tensors(map_tensors(lambda _: next(ordered), pieces[0]), device), False
 
 
 # ---- whatever the user gave --------------------------------------------------------------------------------
@@ -402,7 +376,14 @@ def make_source(
             raise TypeError("data must be (inputs…, target), got a tuple of one tensor: pass a tuple such as (x, y)")
         lengths = [len(t) if t.ndim else 0 for t in values]
         if len(set(lengths)) != 1:
-            raise ValueError(f"the tensors of data differ in their number of samples: {lengths}")
+            found = f"{lengths[:10]}" + (", …" if len(lengths) > 10 else "")
+            raise ValueError(
+                f"the tensors of data differ in their number of samples: {found}. Batches, as in list(loader), go into "
+                "DataLoader(data, batch_size=None); samples of different lengths into a DataLoader with a collate_fn "
+                "that pads them"
+            )
+        if isinstance(data, (tuple, list)):
+            _check_columns(data, pairs)
         if lengths[0] == 0:
             raise ValueError("data is empty: it has no samples")
         tensors = dict(data) if isinstance(data, Mapping) else tuple(data)
@@ -413,31 +394,123 @@ def make_source(
         raise TypeError(
             f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {data!r:.60}"
         )
-    if isinstance(data, DataLoader) or (isinstance(data, Iterable) and not hasattr(data, "__getitem__")):
+    _check_kind(data)
+    if _is_loader(data):
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size} with a loader: the loader decides; leave batch_size out")
-        if _length(data) == 0:
+        if length_of(data) == 0:
             raise ValueError("data is empty: the loader has no batches")
         return LoaderSource(data, device, check, max_batches)
-    if hasattr(data, "__len__") and (isinstance(data, IndexedBatches) or hasattr(data, "__getitem__")):
+    if hasattr(data, "__len__") and (_makes_batches(data) or hasattr(data, "__getitem__")):
         if len(data) == 0:
             raise ValueError("data is empty: the data set has no samples")
-        dataset = data if isinstance(data, IndexedBatches) else _kept_as_tensors(_Collated(data), device, num_wanted)
-        return IndexedSource(dataset, batch_size or 512, device, check, independent)
+        if _makes_batches(data):
+            return IndexedSource(data, batch_size or 512, device, check, independent)
+        _check_items(data)
+        kept, is_random = _kept_as_tensors(_Collated(data), device, num_wanted)
+        return IndexedSource(kept, batch_size or 512, device, check, independent, reads_randomly=is_random)
     raise TypeError(
         f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {type(data).__name__}"
     )
 
 
+def _is_loader(data: object) -> bool:
+    """Whether data are batches one after another."""
+    if isinstance(data, DataLoader):
+        return True
+    return isinstance(data, Iterable) and not hasattr(data, "__getitem__")
+
+
+def _makes_batches(data: Any) -> bool:
+    """Whether data are :class:`IndexedBatches`, and not of a class that has something else of that name."""
+    method = getattr(data, "batch", None)
+    if not callable(method) or not hasattr(data, "__len__"):
+        return False
+    getitem = getattr(type(data), "__getitem__", None)
+    if getitem is None or getitem is Dataset.__getitem__:
+        return True
+    try:
+        names = list(inspect.signature(method).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+    return names[:1] == ["indices"]
+
+
+# ---- what may be meant in two ways -------------------------------------------------------------------------
+
+
+def _check_kind(data: Any) -> None:
+    """Refuse what looks like data and is something else."""
+    if hasattr(data, "iloc"):
+        raise TypeError(
+            f"data is a {type(data).__name__} of pandas, whose rows are no tensors: pass tensors, such as "
+            "(torch.from_numpy(x.to_numpy()), torch.from_numpy(y.to_numpy()))"
+        )
+    if isinstance(data, IterableDataset):
+        raise TypeError(
+            f"data is an IterableDataset ({type(data).__name__}), which gives samples one by one: pass "
+            "DataLoader(data, batch_size=…), with batch_size=None if it gives whole batches"
+        )
+    if isinstance(data, (list, tuple)) and any(isinstance(item, (DataLoader, Dataset)) for item in data[:100]):
+        raise TypeError(
+            f"data is a {type(data).__name__} of {len(data)} data sets or loaders: pass one, such as "
+            "torch.utils.data.ConcatDataset(…)"
+        )
+
+
+def _check_items(data: Any) -> None:
+    """Refuse items that may be batches or samples: n, and with it nβ, would be wrong by the batch size."""
+    if isinstance(data, (list, tuple, deque)):
+        if not looks_like_batches(data):
+            return
+    elif not isinstance(size := getattr(data, "batch_size", None), int) or size < 2:
+        return
+    else:
+        with Generators(torch.device("cpu"), [data]).kept():
+            first = data[0]
+        if not looks_like_batches([first]) or batch_length(as_tensors(first)) != size:
+            return
+    raise _ambiguous(data, "sample")
+
+
+def _check_columns(data: Sequence[Tensor], pairs: bool) -> None:
+    """Refuse tensors that may be columns (inputs…, target), or batches or samples one after another."""
+    if pairs or len(data) < 2 or (isinstance(data, tuple) and len(data) <= _MAX_COLUMNS):
+        return
+    if len({(t.dtype, t.shape[1:], t.ndim) for t in data}) == 1:
+        raise _ambiguous(data, "column")
+
+
+def _ambiguous(data: Any, otherwise: str) -> ValueError:
+    name, count = type(data).__name__, len(data)
+    sizes = [batch_length(as_tensors(data[k])) for k in range(count)] if isinstance(data, (list, tuple)) else []
+    total = f" (n = {sum(sizes)})" if sizes else ""
+    batches = f"If they are batches{total}, pass DataLoader(data, batch_size=None, shuffle=True)."
+    if otherwise == "column":
+        return ValueError(
+            f"data is ambiguous: a {name} of {count} tensors of one kind may be the columns of one data set, or "
+            f"batches, as in list(loader). {batches} If they are columns of {sizes[0]} samples, pass a dictionary or a "
+            "tuple. If each is one sample, pass torch.stack(data)."
+        )
+    return ValueError(
+        f"data is ambiguous: each of the {count} items of a {name} may be a batch, as in list(loader), or a sample. "
+        f"{batches} If they are samples (n = {count}), pass tensors made with torch.stack, a TensorDataset, or a "
+        "Dataset whose __getitem__ gives one sample."
+    )
+
+
+# ---- the whole data set as one minibatch -------------------------------------------------------------------
+
+
 def _whole_source(data: Any, batch_size: int | None, device: torch.device, pairs: bool) -> DataSource:
     """The source whose only minibatch is all of the data."""
-    is_loader = isinstance(data, DataLoader) or not (hasattr(data, "__getitem__") or isinstance(data, IndexedBatches))
-    everything = sys.maxsize if batch_size is None and not is_loader else batch_size
+    everything = sys.maxsize if batch_size is None and not _is_loader(data) else batch_size
     source = make_source(data, everything, device, pairs=pairs)
     if isinstance(source, LoaderSource):
-        if _length(data) is None:
-            raise ValueError("data has no length, but the whole data set is needed at every step: pass tensors")
-        return IndexedSource(_Tensors(_read(source), device), sys.maxsize, device, source.check)
+        if reason := reason_not_whole(source):
+            raise ValueError(f"{reason}, but the whole data set is needed at every step: pass tensors")
+        notes = tuple(note for note in source.sampling.notes if note[0] != "unshuffled")
+        return IndexedSource(_Tensors(_joined(source), device), sys.maxsize, device, source.check, notes=notes)
     assert isinstance(source, IndexedSource)
     if not source.is_full_batch:
         raise ValueError(
@@ -452,12 +525,9 @@ def _whole_source(data: Any, batch_size: int | None, device: torch.device, pairs
     return source
 
 
-def _read(source: LoaderSource) -> Batch:
+def _joined(source: LoaderSource) -> Batch:
     """Everything that a loader gives, as one batch."""
-    with _PrivateGenerator(0):  # a shuffling loader gives the same order each time
-        batches = [batch for batch, _ in source.full()]
-    if not batches:
-        raise ValueError("data is empty: the loader gave no batch (an exhausted iterator can't be reused)")
+    batches = [batch for batch, _ in source.full()]
     try:
         joined = [torch.cat(tensors) for tensors in zip(*map(leaves, batches), strict=True)]
     except (RuntimeError, TypeError, ValueError) as error:

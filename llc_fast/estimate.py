@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -20,13 +21,14 @@ from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_setting
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
-from llc_fast.chains.processes import default_device, join
+from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
 from llc_fast.data import LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
+from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.progress import Progress, ProgressFunction, make_progress
@@ -35,10 +37,13 @@ from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import Execution, Settings, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
-from llc_fast.support.runtime import large_blocks_apart, stopped_by_sigint, threads
-from llc_fast.support.torch_private import RANDOM_MODULES
-from llc_fast.traces import LOSS, Traces
+from llc_fast.support.randomness import Generators
+from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
+from llc_fast.support.torch_private import drops, normalizes_batches
+from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
+_CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
+"""Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
 _SMALL = 2e7
 """Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
 
@@ -141,8 +146,10 @@ def estimate_llc(
         llc_fast.chains.processes.ProcessFailedError: another process of a distributed run failed or died.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
-    settings = with_old_keywords(given, old, "estimate_llc")
-    with _Surroundings(settings, model) as surroundings:
+    with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
+        settings = with_old_keywords(given, old, "estimate_llc")
+        surroundings = _Surroundings(settings, model, data, loss_fn)
+    with surroundings:
         prepared = prepare(settings, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
@@ -183,7 +190,7 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
-    with _Surroundings(asked, model, alone=True) as surroundings:
+    with _Surroundings(asked, model, data, loss_fn, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
     sampler, schedule = _completed(asked, chosen)
@@ -229,32 +236,49 @@ def _why(chosen: Chosen, schedule: Schedule) -> str:
 
 
 class _Surroundings:
-    """What holds while a run lasts: its processes, its random numbers, its memory.
+    """What holds while a run lasts: its processes, its random numbers, its memory; afterwards all is as it was.
 
     Attributes:
         device: where to compute.
         team: the processes.
+        generators: of random numbers that model, loss and data may draw from.
+        interrupts: what Ctrl-C does.
         started: when.
     """
 
-    def __init__(self, settings: Settings, model: nn.Module, *, alone: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, model: nn.Module, data: Any, loss_fn: object, *, alone: bool = False
+    ) -> None:
         self.started = time.perf_counter()
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
-        self.team = join(False if alone else settings.execution.distributed)
+        self.generators = Generators(self.device, [model, loss_fn, data])
+        self.interrupts = Interrupts(_Surroundings.__exit__)
+        self._model = model
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
+        self.team = join(False if alone else settings.execution.distributed)  # last: now nothing fails before it works
 
     def __enter__(self) -> _Surroundings:
-        self._stack.enter_context(self.team.working())
-        # Dropout and shuffling loaders draw from the global generator: from a state of its own that follows the seed.
-        cuda = [self.device] if self.device.type == "cuda" else []
-        self._stack.enter_context(torch.random.fork_rng(devices=cuda))
-        self._stack.enter_context(large_blocks_apart(self._is_large))
+        try:
+            self._stack.enter_context(one_at_a_time())
+            self._stack.enter_context(self.interrupts)
+            self._stack.enter_context(self.team.working())
+            # What model and data draw from: in states of their own, which follow the seed.
+            self._stack.enter_context(self.generators.kept())
+            self._stack.enter_context(torch.inference_mode(False))
+            self._stack.enter_context(large_blocks_apart(self._is_large))
+            self._stack.callback(ModelSnapshot(self._model).restore)
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> bool:
-        return bool(self._stack.__exit__(*error))
+        handled = bool(self._stack.__exit__(*error))
+        if self.interrupts.is_pending:
+            raise KeyboardInterrupt
+        return handled
 
 
 @dataclass(frozen=True)
@@ -299,38 +323,67 @@ def prepare(
     if settings.checkpoint is not None:
         rank = team.rank if team.size > 1 else None
         keeper = Checkpoint(settings.checkpoint, rank=rank, interval=settings.checkpoint_interval)
-    objective = _objective(settings, model, data, loss_fn, surroundings.device)
+    objective = _objective(settings, model, data, loss_fn, surroundings)
     start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
     template = settings.complete_sampler(1.0, 1.0)
-    plan = make_plan(
+    chains = -(-settings.num_chains // team.size)  # the largest share: the same plan in all processes
+    planned = functools.partial(
+        make_plan,
         objective,
         template,
-        -(-settings.num_chains // team.size),  # the largest share: the same plan in all processes
-        strategy=execution.strategy,
+        chains,
         release_gradients=execution.release_gradients,
         has_observables=bool(settings.observables),
     )
+    plan = planned(strategy=execution.strategy)
     # Pilots may find room for momentum, which is a tensor more like w for each chain.
     may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
     largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template
     check_memory(objective, largest, plan)
     identity: dict[str, Any] = {}
     saved = None
-    if keeper is not None:
+    if keeper is not None or team.size > 1:
         identity = {**settings.identity(), **objective.identity()}
         identity["warm_start"] = None if start is None else arrays_identity(start)
+        team.agree(identity | _more_identity(objective, loss_fn, keeper))
+    if keeper is not None:
         saved = keeper.load(identity)
     nbeta = settings.nbeta_for(objective.source.num_samples)
     with threads(plan.num_threads):
         at_reference = reference_losses(objective, nbeta, settings.seed)
+    # Other processors may round otherwise; what moves λ̂ by a thousandth, or less than its error, is no difference.
+    is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
+    error = at_reference.stderr if math.isfinite(at_reference.stderr) else 0.0
+    atol, rtol = max(1e-3 / nbeta, 6 * error), 1e-2 if is_coarse else 1e-4
+    team.agree_on_number("the loss at w*", at_reference.mean, atol=atol, rtol=rtol)
+    if at_reference.pairing == "draws" and plan.strategy == "cuda-graph":  # it can't stop at draws
+        why = "the minibatches of draws are evaluated at w* too"
+        if plan.is_given:
+            raise ValueError(f'strategy="cuda-graph" is not possible here: {why}; use Execution(strategy="batched")')
+        plan = planned(failed={"cuda-graph": why})
     return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
 
 
+def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: Checkpoint | None) -> dict[str, Any]:
+    """What processes compare beyond what names a run in its checkpoint."""
+    tensors = objective.reference.values()
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in tensors})
+    inner = loss_fn
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    return {
+        "params": f"{len(tensors)} tensors, {objective.num_parameters} elements, {', '.join(dtypes)}",
+        "loss_fn": None if inner is None else getattr(inner, "__qualname__", type(inner).__qualname__),
+        "checkpoint": "none" if keeper is None else "given",
+        "torch's version": torch.__version__.partition("+")[0],
+    }
+
+
 def _objective(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, device: torch.device
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
 ) -> Objective:
     """Model, loss and data on their device, tried once; seeds torch's generator."""
-    execution, template = settings.execution, settings.template
+    execution, template, device = settings.execution, settings.template, surroundings.device
     source = make_source(
         data,
         settings.batch_size,
@@ -342,7 +395,7 @@ def _objective(
         whole=template.kind == "metropolis",
     )
     settings.nbeta_for(source.num_samples)
-    torch.manual_seed(settings.seed)
+    surroundings.generators.seed(settings.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
         objective = Objective(
             model,
@@ -352,6 +405,8 @@ def _objective(
             params=settings.params,
             autocast=execution.autocast,
             microbatch_size=execution.microbatch_size,
+            generators=surroundings.generators,
+            max_checks=int(_CHECKS_SHARE * _FORWARD_PASSES * settings.num_chains * settings.schedule.num_steps),
         )
     if template.kind == "metropolis":
         _check_exact(template, objective, execution)
@@ -412,9 +467,9 @@ def choose(prepared: Prepared) -> Chosen:
     settings, team = prepared.settings, prepared.surroundings.team
     with threads(prepared.plan.num_threads):
         if prepared.saved is not None and prepared.keeper is not None:
-            chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses.mean)
+            chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses)
         else:
-            with _PilotMonitor(settings.progress is True and team.rank == 0) as monitor:
+            with _PilotMonitor(settings.progress is True and team.rank == 0, team) as monitor:
                 chosen = choose_settings(
                     settings,
                     prepared.objective,
@@ -424,12 +479,12 @@ def choose(prepared: Prepared) -> Chosen:
                     monitor=monitor,
                 )
     # One process's numbers for all: another number of threads may round differently.
-    return team.gather(chosen)[0]  # type: ignore[no-any-return]
+    return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
 
 
-def _chosen_before(saved: Saved, keeper: Checkpoint, init_loss: float) -> Chosen:
-    chosen = Chosen(**saved.chosen)
-    if abs(chosen.init_loss - init_loss) > 1e-5 * abs(init_loss):
+def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
+    chosen, init_loss = Chosen(**saved.chosen), at_reference.mean
+    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr):
         raise ValueError(
             f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
             f"{init_loss:.6g}. Other data or another loss_fn?"
@@ -440,8 +495,8 @@ def _chosen_before(saved: Saved, keeper: Checkpoint, init_loss: float) -> Chosen
 class _PilotMonitor(Monitor):
     """Shows the progress of the pilot chains; it leaves when they are done."""
 
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown, self._done = is_shown, 0
+    def __init__(self, is_shown: bool, team: Team) -> None:
+        self._is_shown, self._team, self._done = is_shown, team, 0
         self._progress: Progress | None = None
 
     def __enter__(self) -> _PilotMonitor:
@@ -452,6 +507,7 @@ class _PilotMonitor(Monitor):
             self._progress.close()
 
     def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
+        self._team.check()
         if self._is_shown and self._progress is None:  # short pilots show nothing
             self._progress = make_progress(True, None, "calibration", stays=False)
         if self._progress is not None:
@@ -494,7 +550,7 @@ class Sampled:
 def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     """Run the chains, those of this process, and gather what all processes have done."""
     settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
-    team, saved = prepared.surroundings.team, prepared.saved
+    team, saved, at_reference = prepared.surroundings.team, prepared.saved, prepared.reference_losses
     sampler, schedule = _completed(settings, chosen)
     spec = RunSpec(
         objective,
@@ -503,22 +559,27 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         prepared.plan,
         settings.seed,
         observables=dict(settings.observables or {}),
-        control_variate=None
-        if chosen.unpaired_reason
-        else prepared.reference_losses.control_variate(objective.source, chosen.init_loss),
+        control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
+        evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
         keep_ends=settings.keep_ends,
     )
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
-    with _RunMonitor(prepared, chosen, schedule, chains) as monitor, stopped_by_sigint() as stop:
+    # When another process fails this one stops too, with a snapshot of its own chains; `gather` says why.
+    with (
+        _RunMonitor(prepared, chosen, schedule, chains) as monitor,
+        prepared.surroundings.interrupts.stopping() as stop,
+        team.stopping(stop),
+    ):
         resumed = saved.traces if saved is not None else ()
         run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
         # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
-        runs = team.gather(([dataclasses.replace(t, state=None) for t in run.traces], run.interrupted))
-        traces = [t for found, _ in runs for t in found]
-        interrupted = any(stopped for _, stopped in runs)
+        mine = [dataclasses.replace(t, state=None) for t in run.traces]
+        runs = team.gather(([t.to_arrays() for t in mine], run.interrupted)) if team.size > 1 else []
+        traces = [Traces.from_arrays(*t) for found, _ in runs for t in found] if runs else mine
+        interrupted = run.interrupted or any(stopped for _, stopped in runs)
         if keeper is not None and team.rank == 0 and not interrupted:
             keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces))
         problems = team.gather("" if keeper is None else keeper.problem)
@@ -555,6 +616,9 @@ class _RunMonitor(Monitor):
             steps = slice(self._schedule.num_burnin, t.step)
             if t.step > steps.start:
                 rows = _corrected(t, chosen, steps)
+                if REFERENCE_LOSS in t.steps:
+                    rows = rows - np.nan_to_num(t.steps[REFERENCE_LOSS][:, steps], nan=chosen.init_loss)
+                    rows += chosen.init_loss
                 means += [float(row.mean()) for row in rows if np.isfinite(row).all()]
         return chosen.nbeta * (float(np.mean(means)) - chosen.init_loss) if means else math.nan
 
@@ -605,7 +669,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
             "num_parameters": objective.num_parameters,
-            "control_variate": not chosen.unpaired_reason,
+            "control_variate": prepared.reference_losses.pairing != "none",
             "device": str(objective.device),
             "seed": settings.seed,
             "training_mode": prepared.model.training,
@@ -617,10 +681,12 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         observables=traces.draws,
         steps_done=sampled.steps_done if sampled.interrupted else None,
     )
+    result, init_loss_stderr = _with_reference(result, chosen, objective)
     saved = prepared.saved
     result.diagnostics.update(
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
         unpaired_reason=chosen.unpaired_reason,
+        paired_with=prepared.reference_losses.pairing,
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=sampled.seconds_of_setup,
@@ -633,8 +699,23 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
-    examine(result, _facts(prepared, chosen, sampler, sampled))
+    examine(result, _facts(prepared, sampler, sampled, init_loss_stderr))
     return result
+
+
+def _with_reference(result: LLCResult, chosen: Chosen, objective: Objective) -> tuple[LLCResult, float]:
+    """The result with L(w*), and the error of L(w*) that is part of λ̂'s.
+
+    Where draws were evaluated at w* too, L(w*) is the mean of that over the draws that λ̂ is the mean of. Its error is
+    then no part of λ̂'s, but for rounding.
+    """
+    reference = result.traces.get(REFERENCE_LOSS)
+    if reference is None:
+        return result, chosen.init_loss_stderr
+    at_draws = reference[result.kept_chains, result.schedule.draws][:, : result.kept_draws.shape[1]]
+    init_loss = float(at_draws.mean()) if at_draws.size else chosen.init_loss
+    rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps * abs(init_loss)
+    return dataclasses.replace(result, init_loss=init_loss), rounding
 
 
 def _steps_of(saved: Saved) -> int:
@@ -652,14 +733,19 @@ def _adapted_lr(result: LLCResult) -> float:
     return math.exp(float(np.log(last).mean())) if last else float(result.settings["lr"])
 
 
-def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled) -> Facts:
-    objective, options = prepared.objective, vars(sampler)
+def _facts(prepared: Prepared, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
+    objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
     adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
     return Facts(
         step_checks=sampled.traces.checks,
         reference_norm=_norm(objective),
-        init_loss_stderr=chosen.init_loss_stderr,
-        random_modules=_random_modules(prepared.model),
+        init_loss_stderr=init_loss_stderr,
+        random_modules=_random_modules(objective),
+        batch_statistics=_batch_statistics(prepared.model),
+        not_sampled=objective.not_sampled,
+        writes_parameters=objective.trial.writes_parameters,
+        data_notes=_data_notes(objective),
+        standing=None if at_reference.is_still else at_reference.standing,
         unused_parameters=list(objective.trial.unused),
         data_truncated=isinstance(objective.source, LoaderSource) and objective.source.truncated,
         checkpoint_problem=sampled.problem,
@@ -683,9 +769,31 @@ def _norm(objective: Objective) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(w)) for w in moving))
 
 
-def _random_modules(model: nn.Module) -> list[str]:
+def _random_modules(objective: Objective) -> list[str]:
     """Modules in training mode that make the loss depend on dropout or batch statistics."""
-    return [name for name, module in model.named_modules() if module.training and isinstance(module, RANDOM_MODULES)]
+    training = [(name, module) for name, module in objective.model.named_modules() if module.training]
+    found = [name for name, module in training if normalizes_batches(module)]
+    if objective.trial.is_random and training:
+        found += [name for name, module in training if drops(module)] or ["it draws random numbers"]
+    return found
+
+
+def _data_notes(objective: Objective) -> dict[str, str]:
+    """What is to be said of the data, by code."""
+    notes = dict(objective.source.sampling.notes)
+    if not objective.trial.is_reproducible:
+        notes.setdefault(
+            "irreproducible",
+            "The loss is another one each time it is evaluated, though all random generators are in the same state (a "
+            "clock, a counter, state of the model's own?), so equal seeds do not give equal results.",
+        )
+    return notes
+
+
+def _batch_statistics(model: nn.Module) -> list[str]:
+    """Modules in evaluation mode that use the statistics of the minibatch, having no others."""
+    modules = ((name, module) for name, module in model.named_modules() if not module.training)
+    return [name for name, module in modules if normalizes_batches(module) and module.running_mean is None]
 
 
 # ---- devices -----------------------------------------------------------------------------------------------

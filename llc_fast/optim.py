@@ -44,7 +44,7 @@ from llc_fast.kernels.sharding import (
 )
 from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
 from llc_fast.support.arguments import check_number
-from llc_fast.support.torch_private import hooks_after_gradient, is_observed
+from llc_fast.support.torch_private import accumulation_hooks, is_observed
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -1012,7 +1012,7 @@ class _Released:
 
     def __call__(self, p: Tensor) -> None:
         if (optimizer := self._optimizer()) is not None:
-            for hook in hooks_after_gradient(p):
+            for hook in list((accumulation_hooks(p) or {}).values()):
                 if isinstance(hook, _Released) and hook._optimizer() not in (None, optimizer):
                     raise RuntimeError(
                         f"parameter {self._k} is moved by two optimizers with release_gradients, and one would free "

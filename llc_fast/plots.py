@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llc_fast.result import LLCResult
+from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
 OKABE_ITO = {
@@ -49,6 +51,20 @@ def picture_endings() -> list[str]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     return sorted(require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes())
+
+
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that its file's ending says; PNG, with the ending added, if there is none.
+
+    Raises:
+        ValueError: matplotlib does not know the ending.
+        OSError: it can't be written.
+    """
+    ending = os.path.splitext(os.fspath(path))[1].lstrip(".").lower()
+    file = io.BytesIO()  # drawn before any file is made
+    figure.savefig(file, format=ending or "png", dpi=150)
+    with atomic_write(path if ending else f"{os.fspath(path)}.png") as target:
+        target.write(file.getvalue())
 
 
 # ---- onto axes ---------------------------------------------------------------------------------------------
@@ -107,7 +123,7 @@ def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, An
 def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
     """nβ·(L − L(w*)) along every chain: it rises from zero, and should be flat before the draws begin."""
     width = max(1, result.loss_trace.shape[1] // 200)
-    for row in result.nbeta * (result.loss_trace - result.init_loss):
+    for row in result.excess_trace:
         axes.plot(*_smooth(row, width), lw=0.9, alpha=0.8)
     if result.schedule.num_burnin:
         axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)

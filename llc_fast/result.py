@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from llc_fast.schedule import Schedule
 from llc_fast.stats.errors import StandardError, standard_error
+from llc_fast.support.arrays import read_arrays, write_arrays
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
-_FORMAT = 4
+_FORMAT = 5
+_READABLE = (4, 5)
+"""4 has the names of arrays as they are, which did not come back for all names."""
 _SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
 """Traces that ArviZ has a name for."""
 
@@ -56,8 +58,9 @@ class LLCResult:
     Attributes:
         loss_trace: loss of every step, burn-in included, float64 ``[chain, step]``: the minibatch's, L_B(w_t), or with
             ``settings["control_variate"]`` L_B(w_t) − L_B(w*) + L(w*), which has the same expectation and less noise;
+            (where ``traces["reference_loss"]`` has L_B(w*), less a part of it at most);
             with ``settings["bias_correction"]`` less `bias_trace`/nβ. NaN from the step on at which a chain diverged.
-        init_loss: L(w*) over the whole data set.
+        init_loss: L(w*), the average of what minibatches lose at w*: over all data, or over the draws' minibatches.
         nbeta: nβ.
         schedule: which steps are draws.
         settings: everything that was used, chosen values included.
@@ -77,7 +80,8 @@ class LLCResult:
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
-            ``"acceptance"`` (probability) and ``"lr"`` of Metropolis-adjusted samplers.
+            ``"acceptance"`` (probability) and ``"lr"`` of Metropolis-adjusted samplers; ``"reference_loss"``, what the
+            minibatches of draws lose at w*, where a minibatch's loss is not the mean of what its samples lose.
         ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, with ``keep_ends=True``: the
             starting points of ``estimate_llc(warm_start=…)``.
     """
@@ -110,7 +114,14 @@ class LLCResult:
     @property
     def llc_trace(self) -> NDArray[np.float64]:
         """nβ·(L − L(w*)) of every draw, ``[chain, draw]``; the mean of a row is that chain's λ̂."""
-        trace: NDArray[np.float64] = self.nbeta * (self.loss_trace[:, self.schedule.draws] - self.init_loss)
+        return self.excess_trace[:, self.schedule.draws]
+
+    @property
+    def excess_trace(self) -> NDArray[np.float64]:
+        """nβ·(L − L(w*)) of every step, ``[chain, step]``; L(w*) is that of the same minibatch where it is known."""
+        reference = self.traces.get("reference_loss")
+        at_reference = self.init_loss if reference is None else np.where(np.isnan(reference), self.init_loss, reference)
+        trace: NDArray[np.float64] = self.nbeta * (self.loss_trace - at_reference)
         return trace
 
     @property
@@ -256,12 +267,14 @@ class LLCResult:
 
         Raises:
             ModuleNotFoundError: Matplotlib is not installed (``pip install "llc_fast[plot]"``).
+            ValueError: Matplotlib does not know the ending of `path`.
+            OSError: it can't be written, as :meth:`save`.
         """
-        from llc_fast.plots import plot_result
+        from llc_fast.plots import plot_result, write_figure
 
         figure = plot_result(self)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            write_figure(figure, path)
         return figure
 
     # ---- for other programs ------------------------------------------------------------------------------------
@@ -324,7 +337,7 @@ class LLCResult:
         burnin = {name: values[chains, : self.schedule.num_burnin] for name, values in traces.items()}
         observables = {name: values[chains, :count] for name, values in self.observables.items()}
         warmup = {
-            "warmup_posterior": {"llc": self.nbeta * (burnin["loss"] - self.init_loss)},
+            "warmup_posterior": {"llc": self.excess_trace[chains, : self.schedule.num_burnin]},
             "warmup_sample_stats": burnin,
             "save_warmup": True,
         }
@@ -337,7 +350,12 @@ class LLCResult:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one."""
+        """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one.
+
+        Raises:
+            TypeError: something in it only a pickle could hold: settings that are no JSON, arrays of objects.
+            OSError: the file can't be written, or `path` is a folder, a device, a pipe or a socket.
+        """
         meta = {
             "format": _FORMAT,
             "init_loss": self.init_loss,
@@ -350,8 +368,8 @@ class LLCResult:
         }
         named = {"trace.": self.traces, "observable.": self.observables, "end.": self.ends or {}}
         arrays = {prefix + name: values for prefix, group in named.items() for name, values in group.items()}
-        with atomic_write(Path(path)) as file:
-            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+        with atomic_write(path) as file:
+            write_arrays(file, meta, {"loss_trace": self.loss_trace, **arrays})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LLCResult:
@@ -361,15 +379,14 @@ class LLCResult:
             ValueError: the file is not such a file, or is damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                loss_trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
-                traces, observables, ends = (
-                    {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
-                    for prefix in ("trace.", "observable.", "end.")
-                )
-            if meta.pop("format") == _FORMAT:
+            meta, arrays = read_arrays(path)
+            traces, observables, ends = (
+                {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+                for prefix in ("trace.", "observable.", "end.")
+            )
+            if meta.pop("format") in _READABLE:
                 return cls(
-                    loss_trace=loss_trace,
+                    loss_trace=arrays["loss_trace"],
                     schedule=Schedule(**meta.pop("schedule")),
                     warnings=[Warning(*warning) for warning in meta.pop("warnings", [])],
                     observables=observables,
@@ -377,7 +394,7 @@ class LLCResult:
                     ends=ends or None,
                     **meta,
                 )
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is not a file that LLCResult.save wrote, or is damaged") from error

@@ -13,6 +13,8 @@ Arrays = dict[str, NDArray[Any]]
 
 LOSS = "loss"
 """The name of the trace that every chain has; the others are those that the sampler's transitions return."""
+REFERENCE_LOSS = "reference_loss"
+"""The name of the trace of what the minibatches of draws lose at w*, where they are evaluated there."""
 
 
 @dataclass

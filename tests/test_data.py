@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -185,17 +188,17 @@ def test_loaders_decide(kind: str) -> None:
 
 
 def test_what_loaders_tell_about_themselves() -> None:
-    """n and the batch size are a DataLoader's, and None where nothing tells them."""
+    """n is counted where nothing tells it; the batch size is a DataLoader's."""
     source = make_source(LOADERS["DataLoader"](), None, CPU)
     assert (source.num_samples, source.batch_size) == (N, 5)
     source = make_source(_Batches(), None, CPU)
-    assert (source.num_samples, source.batch_size) == (None, None)
+    assert (source.num_samples, source.batch_size) == (N, None)
 
 
 def test_data_loader_over_a_stream() -> None:
-    """A DataLoader over an IterableDataset works though neither knows its length."""
+    """A DataLoader over an IterableDataset works though neither knows its length: n is counted."""
     source = make_source(DataLoader(_Stream(), batch_size=5), None, CPU)
-    assert (source.num_samples, source.batch_size) == (None, 5)
+    assert (source.num_samples, source.batch_size) == (N, 5)
 
 
 def test_shuffling_loader_follows_the_seed() -> None:
@@ -373,6 +376,185 @@ def test_exhausted_iterator() -> None:
         next(batches)
 
 
+# --- Data that may be meant in two ways ---------------------------------------------------------------------
+
+
+def _token_batches() -> list[dict[str, Tensor]]:
+    return [{"ids": torch.zeros(8, 5).long(), "mask": torch.ones(8, 5)} for _ in range(3)]
+
+
+BATCHES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "list(loader)": (lambda: list(DataLoader(_MapStyle(), batch_size=5)), True),
+    "tuple(loader)": (lambda: tuple(DataLoader(_MapStyle(), batch_size=5)), True),
+    "deque": (lambda: deque(DataLoader(_MapStyle(), batch_size=5)), True),
+    "tuples": (lambda: [tuple(b) for b in DataLoader(_MapStyle(), batch_size=5)], True),
+    "arrays": (lambda: [(np.zeros((5, 2)), np.zeros(5)) for _ in range(4)], True),
+    "one batch": (lambda: [_tensors()], True),
+    "dictionaries": (_token_batches, False),
+    "with texts": (lambda: [b | {"text": ["a"] * 8} for b in _token_batches()], False),
+    "single tensors": (lambda: [torch.zeros(8, 2)] * 4, False),
+    "many single tensors": (lambda: (torch.zeros(8, 2),) * 12, False),
+    "sequences with labels": (lambda: [(torch.zeros(t).long(), torch.zeros(t).long()) for t in (3, 7, 5)], True),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_what_may_be_batches_or_samples_is_refused(kind: str) -> None:
+    """The error names both readings, with n of each, and what to pass for them."""
+    make, pairs = BATCHES[kind]
+    with pytest.raises(ValueError, match=r"data is ambiguous.*batch_size=None") as caught:
+        make_source(make(), None, CPU, pairs=pairs)
+    assert re.search("If they are (samples|columns)", str(caught.value))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BATCHES if kind != "one batch"])
+def test_the_remedy_for_batches_counts_their_samples(kind: str) -> None:
+    make, pairs = BATCHES[kind]
+    items = make()
+    source = make_source(DataLoader(items, batch_size=None, shuffle=True), None, CPU, pairs=pairs)
+    assert source.num_samples == sum(len(t[-1] if isinstance(t, (list, tuple)) else t) for t in map(_rows, items))
+    assert source.sampling.order == "shuffled"
+
+
+def _rows(item: Any) -> Any:
+    return item["mask"] if isinstance(item, dict) else item
+
+
+@pytest.mark.parametrize(
+    ("data", "pairs"),
+    [
+        (list(zip(*_tensors(), strict=True)), True),
+        ([(x, 3) for x in _tensors()[0]], True),
+        ([(torch.zeros(3, 8, 8), torch.zeros(8, 8))] * 5, True),
+        ([(torch.zeros(4), torch.zeros(1))] * 5, True),
+        ([(torch.zeros(1), torch.zeros(1))] * 5, True),
+        ([{"x": torch.zeros(3), "y": torch.tensor(1)}] * 5, False),
+        ([torch.zeros(5, 2), torch.zeros(5)], False),
+        ((torch.zeros(5, 2), torch.zeros(5, 2)), False),
+        ([torch.zeros(5, 2), torch.zeros(5, 2)], True),
+    ],
+)
+def test_what_is_clearly_samples_or_columns(data: Any, pairs: bool) -> None:
+    """Zero-dimensional leaves and lengths that differ within an item are those of samples."""
+    n = len(data[0]) if isinstance(data[0], Tensor) else len(data)
+    assert make_source(data, None, CPU, pairs=pairs).num_samples == n
+
+
+def test_sequences_of_different_lengths() -> None:
+    with pytest.raises(ValueError, match=r"number of samples: \[3, 7, 5\].*batch_size=None.*pads"):
+        make_source([torch.zeros(t) for t in (3, 7, 5)], None, CPU, pairs=False)
+
+
+def test_data_sets_that_give_whole_batches() -> None:
+    """As Keras's sequences: a batch size of their own, and items of that size."""
+
+    class Sequence:
+        batch_size = 5
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, k: int) -> tuple[Tensor, ...]:
+            return tuple(t[5 * k : 5 * k + 5] for t in _tensors())
+
+    with pytest.raises(ValueError, match="data is ambiguous"):
+        make_source(Sequence(), None, CPU)
+    loader = DataLoader(Sequence(), batch_size=None)  # type: ignore[arg-type]
+    assert make_source(loader, None, CPU).num_samples == 20
+
+
+class _HasBatch(_MapStyle):
+    """Something else that is called `batch`."""
+
+    batch: Any = 32
+
+
+class _LikeHuggingFace:
+    """The methods of datasets.Dataset that matter here."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, key: int | str) -> Any:
+        x, y = _tensors()
+        return {"x": x[key], "y": y[key]} if isinstance(key, int) else {"x": x, "y": y}[key]
+
+    def __getitems__(self, keys: list[int]) -> list[Any]:
+        return [self[key] for key in keys]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[k] for k in range(N))
+
+    def batch(self, batch_size: int, drop_last_batch: bool = False) -> Any:
+        raise AssertionError("this is for something else")
+
+
+def test_another_batch() -> None:
+    """An attribute of that name, or a method of another library's, is not ours."""
+    assert make_source(_HasBatch(), 5, CPU).num_samples == N
+    source = make_source(_LikeHuggingFace(), 5, CPU, pairs=False)
+    batch = next(iter(source.minibatches(0)))
+    assert torch.equal(batch["x"][:, 0], -batch["y"]) and source.num_samples == N
+
+    class Ours(_MapStyle):
+        def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+            return self._x[indices], self._y[indices] + 100
+
+    assert float(next(iter(make_source(Ours(), 5, CPU).minibatches(0)))[1].min()) > 50
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_Stream(), "IterableDataset.*DataLoader"),
+        ([_MapStyle(), _MapStyle()], "2 data sets or loaders"),
+        ([DataLoader(_MapStyle())], "1 data sets or loaders"),
+        (type("DataFrame", (), {"iloc": 0, "__len__": lambda _: 3, "__getitem__": lambda _, k: k})(), "pandas"),
+    ],
+    ids=["stream", "data sets", "loaders", "frame"],
+)
+def test_what_only_looks_like_data(data: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make_source(data, None, CPU)
+
+
+def test_samples_that_cannot_be_collated() -> None:
+    class Objects(_MapStyle):
+        def __getitem__(self, index: int) -> Any:
+            return object(), 1
+
+    with pytest.raises(TypeError, match=r"data has samples that can't be collated.*collate_fn"):
+        make_source(Objects(), None, CPU)
+
+
+def test_what_data_in_memory_say_of_themselves() -> None:
+    """Shuffled by epochs; what fills no minibatch can be had apart."""
+    source = make_source(_tensors(), 5, CPU)
+    sampling = source.sampling
+    assert (sampling.order, sampling.num_samples, sampling.num_batches, sampling.tail) == ("shuffled", N, 4, 3)
+    assert not sampling.reads_randomly and sampling.is_reproducible and sampling.full_is_exact and not sampling.notes
+    pieces, rest = list(source.full(tail=False)), list(source.tail())
+    assert [size for _, size in pieces] == [5] * 4 and [size for _, size in rest] == [3]
+    assert sorted(itertools.chain(*(_samples(b) for b, _ in pieces + rest))) == list(range(N))
+
+
+def test_reading_leaves_generators_as_they_were() -> None:
+    """While a data set is looked at, and while it is read."""
+
+    class Draws(_MapStyle):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            torch.rand(2), np.random.rand(), random.random()
+            return super().__getitem__(index)
+
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    source = make_source(Draws(), 5, CPU)
+    assert source.sampling.reads_randomly and source.sampling.is_reproducible
+    _take(source, 3)
+    list(source.full())
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
 # --- Data that need care ------------------------------------------------------------------------------------
 
 
@@ -410,12 +592,13 @@ def test_data_without_a_length_that_end() -> None:
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_loaders_that_drop_their_last_batch(shuffle: bool) -> None:
-    """drop_last is for minibatches: L(w*) is over the whole data set all the same."""
+    """L(w*) is over what chains see: all samples if the loader shuffles, otherwise those of its full batches."""
     loader = DataLoader(TensorDataset(*samples()), batch_size=7, drop_last=True, shuffle=shuffle)
     sizes = []
     result = estimate(mlp(), loader, observables={"size": lambda draw: sizes.append(len(draw.batch[0])) or 0})
-    assert result.init_loss == pytest.approx(estimate(mlp()).init_loss, rel=1e-12)
-    assert set(sizes) == {7}
+    x, y = (t[: None if shuffle else NUM_SAMPLES // 7 * 7] for t in samples())
+    assert result.init_loss == pytest.approx(float(F.mse_loss(mlp()(x), y).detach()), rel=1e-12)
+    assert set(sizes) == {7} and result.settings["num_samples"] == len(x)
 
 
 def test_loaders_that_drop_their_last_batch_keep_to_their_sampler() -> None:

@@ -49,7 +49,7 @@ class CapturedStep:
 
         def body() -> None:
             evaluation = gradient.evaluate(feed(0, self._step))
-            values = {LOSS: paired(evaluation.loss, control_variate, feed)}
+            values = {LOSS: paired(evaluation.loss, control_variate, feed, 0)}
             grads[:] = gradient.gradients()
             state.move(grads, 0, self._step)
             values |= state.info()

@@ -20,7 +20,7 @@ from llc_fast.chains.step_checks import StepChecks, check_steps
 from llc_fast.data import Batch, map_tensors, mix
 from llc_fast.gradients.minibatches import Feed, paired
 from llc_fast.gradients.plan import Plan
-from llc_fast.gradients.strategies import Transition, is_refusal, make_gradient
+from llc_fast.gradients.strategies import Gradient, Transition, is_refusal, make_gradient
 from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.objective.objective import Evaluation, Objective
 from llc_fast.samplers.base import Sampler
@@ -29,7 +29,8 @@ from llc_fast.samplers.state import ChainState
 from llc_fast.schedule import Schedule
 from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.support.errors import first_line
-from llc_fast.traces import LOSS, Traces
+from llc_fast.support.randomness import decode, encode
+from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
 DIVERGED_AFTER = 64
 """Steps at most until it is noticed that all chains of a group have diverged."""
@@ -48,6 +49,7 @@ class RunSpec:
         seed: of noise, batch order and whatever the model itself draws.
         observables: functions of every draw, by name.
         control_variate: subtracted from the loss of every minibatch before it is recorded; None: nothing.
+        evaluates_reference: whether the minibatches of draws are evaluated at w* too.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         keep_ends: whether traces say where the chains stopped.
         is_pilot: whether these are pilot chains, for :func:`llc_fast.chains.run.after_each_step`.
@@ -60,6 +62,7 @@ class RunSpec:
     seed: int
     observables: Mapping[str, Observable] = field(default_factory=dict)
     control_variate: ControlVariate | None = None
+    evaluates_reference: bool = False
     start: Mapping[str, NDArray[Any]] | None = None
     keep_ends: bool = False
     is_pilot: bool = False
@@ -67,7 +70,8 @@ class RunSpec:
     def blank_traces(self, chains: range) -> Traces:
         """Of chains that have done nothing."""
         table = len(check_steps(self.schedule)[0]), len(COLUMNS)
-        return Traces.blank(chains, self.schedule.num_steps, self.sampler.traces, table)
+        names = (*self.sampler.traces, REFERENCE_LOSS) if self.evaluates_reference else self.sampler.traces
+        return Traces.blank(chains, self.schedule.num_steps, names, table)
 
 
 class RefusedError(Exception):
@@ -102,7 +106,7 @@ class Group:
         objective, sampler, first, start = spec.objective, spec.sampler, traces.first_chain, traces.step
         self._spec, self.traces, self._observables, self._model = spec, traces, observables, model
         self.state = state or ChainState(objective.reference, objective.masks, sampler, len(traces.chains))
-        torch.manual_seed(mix(spec.seed, first))  # what a model with dropout draws from
+        objective.generators.seed(mix(spec.seed, first))  # what a model with dropout draws from
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self.state.start(first, spec.seed)
@@ -116,12 +120,11 @@ class Group:
         checks = StepChecks(
             objective, sampler, spec.plan, spec.schedule, self.state, gradient, self._feed, spec.seed, traces
         )
-        # The user's code runs in one thread at a time; a recording is none of it.
+        # The user's code runs in one thread at a time, backward too; a recording is none of it.
         guard = model if self.note else contextlib.nullcontext()
         transition: Transition = gradient
-        move_guard: AbstractContextManager[object] = contextlib.nullcontext()
-        if isinstance(sampler, MetropolisSampler):  # it evaluates the model where the chain may go
-            transition, move_guard = Metropolis(sampler, self.state, gradient, self._feed), guard
+        if isinstance(sampler, MetropolisSampler):
+            transition = Metropolis(sampler, self.state, gradient, self._feed)
         on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
         self._on_device = on_device
         self._step: Callable[[int], None]
@@ -133,7 +136,8 @@ class Group:
                 )
         else:
             observe = self._observe if observables else None
-            parts = (transition, self._feed, checks, spec.control_variate, observe, guard, move_guard)
+            at_draws = _AtDraws(spec, gradient) if spec.evaluates_reference else None
+            parts = (transition, self._feed, checks, spec.control_variate, at_draws, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
         traces.state = None  # only now: nothing above may lose it
 
@@ -218,18 +222,14 @@ class Group:
         if trial.writes_buffers:  # as bytes: NumPy does not have all of their dtypes
             tensors |= {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in self._buffers.items()}
         if trial.is_random or not self._feed.is_pure:
-            rows, device = len(self.traces.chains), self._spec.objective.device
-            tensors["generator"] = torch.get_rng_state().repeat(rows, 1)
-            if device.type == "cuda":
-                tensors["cuda_generator"] = torch.cuda.get_rng_state(device).repeat(rows, 1)
+            generators = self._spec.objective.generators
+            tensors["generators"] = encode(generators.states()).repeat(len(self.traces.chains), 1)
         return tensors
 
     def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         tensors = {k: torch.from_numpy(np.array(a)) for k, a in arrays.items()}
-        if "generator" in tensors:
-            torch.set_rng_state(tensors.pop("generator")[0])
-        if "cuda_generator" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("cuda_generator")[0], self._spec.objective.device)
+        if "generators" in tensors:
+            self._spec.objective.generators.restore(decode(tensors.pop("generators")[0]))
         for name in [k for k in tensors if k.startswith("buffer.")]:
             buffer = self._buffers[name.removeprefix("buffer.")]
             buffer.copy_(tensors.pop(name)[0].view(buffer.dtype).view(buffer.shape))
@@ -251,6 +251,28 @@ class _OnDevice:
 # ---- the heart of the loop: one step, chosen once ----------------------------------------------------------
 
 
+class _AtDraws:
+    """The losses at w* of the minibatches of draws, with the random numbers that the chains are about to draw.
+
+    Args:
+        spec: of the run.
+        gradient: evaluates.
+    """
+
+    def __init__(self, spec: RunSpec, gradient: Gradient) -> None:
+        self._draw_at, self._gradient = spec.schedule.draw_at, gradient
+        self._generators = spec.objective.generators if spec.objective.trial.is_random else None
+
+    def __call__(self, step: int, batch: Batch) -> Tensor | None:
+        """Before the chains' own evaluation; None where there is no draw."""
+        if self._draw_at(step) is None:
+            return None
+        if self._generators is None:
+            return self._gradient.at_reference(batch)
+        with self._generators.kept():
+            return self._gradient.at_reference(batch)
+
+
 class HostStep:
     """A step of chains on the CPU; its numbers are written by NumPy, in a fraction of torch's time for one number.
 
@@ -260,8 +282,9 @@ class HostStep:
         feed: minibatches.
         checks: made on the way.
         control_variate: subtracted from losses; None: nothing.
+        at_draws: evaluates the minibatches of draws at w*; None: that is not needed.
         observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
-        guard, move_guard: entered while the model is evaluated, and while the chains move.
+        guard: entered while the model is evaluated and differentiated.
     """
 
     def __init__(
@@ -271,17 +294,19 @@ class HostStep:
         feed: Feed,
         checks: StepChecks,
         control_variate: ControlVariate | None,
+        at_draws: _AtDraws | None,
         observe: Callable[[int, Evaluation, Batch], None] | None,
         guard: AbstractContextManager[object],
-        move_guard: AbstractContextManager[object],
     ) -> None:
-        self._loss, self._info = steps[LOSS], [(name, a) for name, a in steps.items() if name != LOSS]
+        self._loss, self._reference = steps[LOSS], steps.get(REFERENCE_LOSS)
+        self._info = [(name, a) for name, a in steps.items() if name not in (LOSS, REFERENCE_LOSS)]
         self._transition, self._feed, self._checks, self._observe = transition, feed, checks, observe
-        self._control_variate, self._guard, self._move_guard = control_variate, guard, move_guard
+        self._control_variate, self._at_draws, self._guard = control_variate, at_draws, guard
         self._prepare()
 
     def _prepare(self) -> None:
-        if self._control_variate is not None:
+        self._indices: NDArray[np.int64] | None = None
+        if self._control_variate is not None and self._control_variate.by_sample:
             self._indices = self._feed.indices.numpy()
 
     def __call__(self, step: int) -> None:
@@ -290,18 +315,24 @@ class HostStep:
             with self._guard:
                 self._checks.take(step, batch)
         with self._guard:
+            at_reference = None if self._at_draws is None else self._at_draws(step, batch)
             evaluation = self._transition.evaluate(batch)
-        self._record_loss(step, evaluation.loss)
+        self._record(self._loss, step, evaluation.loss)
+        if at_reference is not None:
+            self._record(self._reference, step, at_reference)
         if self._observe is not None:
             self._observe(step, evaluation, batch)
-        with self._move_guard:
+        with self._guard:
             info = self._transition.move(step)
         for name, rows in self._info:
             rows[:, step] = info[name]
 
-    def _record_loss(self, step: int, loss: Tensor) -> None:
+    def _record(self, trace: Any, step: int, loss: Tensor) -> None:
         value = (loss if loss.dtype in _NUMPY_HAS else loss.double()).numpy()
-        self._loss[:, step] = value if self._control_variate is None else value - self._control_variate(self._indices)
+        if self._control_variate is not None:
+            own = self._control_variate
+            value = value - (own.at(step) if self._indices is None else own(self._indices))
+        trace[:, step] = value
 
 
 class DeviceStep(HostStep):
@@ -310,8 +341,8 @@ class DeviceStep(HostStep):
     def _prepare(self) -> None:
         pass
 
-    def _record_loss(self, step: int, loss: Tensor) -> None:
-        self._loss[:, step].copy_(paired(loss, self._control_variate, self._feed))
+    def _record(self, trace: Any, step: int, loss: Tensor) -> None:
+        trace[:, step].copy_(paired(loss, self._control_variate, self._feed, step))
 
 
 def _row(batch: Batch, row: int) -> Batch:

@@ -18,7 +18,7 @@ from llc_fast.chains.group import Group, RefusedError, RunSpec
 from llc_fast.gradients.plan import STRATEGIES, Plan, make_plan
 from llc_fast.gradients.replay import NotReplayableError
 from llc_fast.samplers.state import ChainState
-from llc_fast.support.runtime import threads
+from llc_fast.support.runtime import CallersSettings, threads
 from llc_fast.traces import Traces
 
 
@@ -110,14 +110,13 @@ def run_chains(
         resumed: traces of earlier runs, one for each chain in any grouping.
         monitor: what progress and snapshots are reported to.
         stop: ends the run after the present step, with what there is, once it is set; see
-            :func:`llc_fast.support.runtime.stopped_by_sigint`.
+            :class:`llc_fast.support.runtime.Interrupts`.
 
     Raises:
         ValueError: the strategy that the user named is not possible.
     """
     monitor, stop = monitor or Monitor(), stop or threading.Event()
-    cuda = [spec.objective.device] if spec.objective.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with spec.objective.generators.kept(), torch.enable_grad():
         driver = _Driver.with_first_group(spec, chains, resumed, monitor, stop)
         with threads(driver.spec.plan.num_threads):
             driver.run()
@@ -211,7 +210,8 @@ class _Driver:
     def _work_side_by_side(self) -> None:
         # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.
         with ThreadPoolExecutor(self._workers, thread_name_prefix="llc_fast") as pool:
-            futures = {pool.submit(self._enter) for _ in range(self._workers)}
+            caller = CallersSettings()
+            futures = {pool.submit(caller.run, self._enter) for _ in range(self._workers)}
             try:
                 while futures:
                     done, futures = wait(futures, timeout=self._monitor.interval)

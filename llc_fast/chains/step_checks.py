@@ -183,14 +183,7 @@ class StepChecks:
         if not self._objective.trial.is_random:
             yield lambda: None
             return
-        device = self._objective.device
-        cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            before, on_device = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
-
-            def again() -> None:
-                torch.set_rng_state(before)
-                for d, generator in zip(cuda, on_device, strict=True):
-                    torch.cuda.set_rng_state(generator, d)
-
-            yield again
+        generators = self._objective.generators
+        with generators.kept():
+            before = generators.states()
+            yield lambda: generators.restore(before)

@@ -33,7 +33,8 @@ class Feed:
         if self.is_shared:
             self._batch = self._source.gather(self._indices[0])
             return
-        flat = self._source.gather(self._source.sample_indices(self._key._replace(step=start), self._indices))
+        key = self._key._replace(step=start)
+        flat = self._source.gather(self._source.sample_indices(key, self._indices), key=key)
         self._flat = leaves(flat)
         shape = (num_chains, -1) if num_chains > 1 else (-1,)
         self._batch = map_tensors(lambda t: t.view(*shape, *t.shape[1:]), flat)
@@ -61,11 +62,15 @@ class Feed:
             batch = self._batch
             if not self.is_shared:
                 assert isinstance(self._source, IndexedSource)
-                indices = self._source.sample_indices(self._key._replace(step=step), self._indices, device_step)
-                self._source.gather(indices, out=self._flat)
+                key = self._key._replace(step=step)
+                self._source.gather(self._source.sample_indices(key, self._indices, device_step), self._flat, key)
         return copy.deepcopy(batch) if self._copies else batch
 
 
-def paired(loss: Tensor, control_variate: ControlVariate | None, feed: Feed) -> Tensor:
-    """The loss of a minibatch less what it loses at w*."""
-    return loss if control_variate is None else loss - control_variate.on_device(feed.indices).to(loss.device)
+def paired(loss: Tensor, control_variate: ControlVariate | None, feed: Feed, step: int) -> Tensor:
+    """The loss of a minibatch less what it loses at w*, on the device where it is."""
+    if control_variate is None:
+        return loss
+    if not control_variate.by_sample:
+        return loss - control_variate.at(step)
+    return loss - control_variate.on_device(feed.indices).to(loss.device)

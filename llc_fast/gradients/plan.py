@@ -82,9 +82,13 @@ def _one_by_one_because(objective: Objective, sampler: Sampler) -> str:
     if not trial.has_tensor_batches:
         return "batches hold more than tensors"
     if trial.is_random:
-        return "the model draws random numbers"
+        return "the model draws random numbers" if trial.is_reproducible else "the loss changes from call to call"
     if trial.writes_buffers or trial.writes_batch:
         return "the model writes to its buffers or its input"
+    if trial.functional_problem:
+        return trial.functional_problem
+    if trial.has_hooks:
+        return "hooks see what modules compute"
     if objective.microbatch_size is not None:
         return "microbatches are for models that fill the memory"
     if sampler.adapts_on_host(vars(sampler)):
@@ -96,7 +100,8 @@ def can_be_replayed(objective: Objective) -> bool:
     """Whether minibatches stay in one place and the model is a function of its parameters and its input alone."""
     source, trial = objective.source, objective.trial
     stays = isinstance(source, IndexedSource) and source.is_thread_safe and trial.has_tensor_batches
-    return stays and not (trial.is_random or trial.writes_buffers or trial.writes_batch)
+    writes = trial.writes_buffers or trial.writes_batch or trial.writes_parameters
+    return stays and not (trial.is_random or writes or trial.has_hooks)
 
 
 def _batched(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
@@ -107,6 +112,8 @@ def _batched(objective: Objective, sampler: Sampler, has_observables: bool) -> s
 def _compiled(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
     if objective.trial.writes_buffers:
         return 'the model writes to its buffers; use Execution(strategy="sequential")'
+    if objective.trial.functional_problem:
+        return f'{objective.trial.functional_problem}; use Execution(strategy="sequential")'
     if objective.microbatch_size is not None:
         return 'it takes minibatches as a whole; use Execution(strategy="sequential")'
     return ""
@@ -218,8 +225,11 @@ def _releases(objective: Objective, sampler: Sampler, strategy: str, wanted: boo
         ValueError: it is wanted and can't be.
     """
     needs_whole = sampler.needs_whole_step(vars(sampler))
-    possible = not needs_whole and not STRATEGIES[strategy].keeps_gradients
+    in_parts = objective.trial.is_reentrant  # a gradient may come in several
+    possible = not needs_whole and not in_parts and not STRATEGIES[strategy].keeps_gradients
     if wanted and not possible:
         why = f"sampler={sampler.name!r} needs the whole gradient" if needs_whole else f"strategy={strategy!r} keeps it"
+        if in_parts:
+            why = "the model recomputes activations with use_reentrant=True: set it to False"
         raise ValueError(f"release_gradients=True is not possible: {why}")
     return possible and (objective.num_parameters > LARGE_MODEL if wanted is None else wanted)

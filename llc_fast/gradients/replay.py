@@ -9,7 +9,7 @@ a CUDA graph is on a GPU. Views need no replay at all, since their memory stays 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -42,8 +42,9 @@ class NotReplayableError(Exception):
 
 
 class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
+    def __init__(self, aliases: Mapping[int, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._aliases = aliases
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,8 +64,18 @@ class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
             raise NotReplayableError(f"it draws random numbers ({op})")
         if any(t.layout != torch.strided for t in _tensors((args, kwargs, out))):
             raise NotReplayableError(f"it works on tensors that are not dense ({op})")
+        if self._aliases:
+            args, kwargs = self._fixed(args), self._fixed(kwargs)
         self.calls.append((op, args, kwargs, out))
         return out
+
+    def _fixed(self, value: Any) -> Any:
+        """The same arguments, with memory that stays in the place of tensors that hold it for a while only."""
+        if isinstance(value, Tensor):
+            return self._aliases.get(id(value), value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._fixed, value))
+        return {k: self._fixed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class _ReadRefuser(TorchFunctionMode):
@@ -86,8 +97,8 @@ class Recording(Generic[T]):
             was given.
     """
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        recorder = _Recorder()
+    def __init__(self, function: Callable[[], T], aliases: Mapping[int, Tensor] | None = None) -> None:
+        recorder = _Recorder(aliases or {})
         with recorder, _ReadRefuser():
             self.result: T = function()
         made: set[int] = set()  # storages that the function itself allocates

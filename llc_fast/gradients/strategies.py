@@ -16,7 +16,7 @@ from llc_fast.data import Batch, map_tensors
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
 from llc_fast.gradients.replay import NotReplayableError, Recording
-from llc_fast.objective.objective import Evaluation, Objective, backward, leaves_of
+from llc_fast.objective.objective import Evaluation, Objective, leaves_of
 from llc_fast.samplers.state import ChainState
 
 Info = Mapping[str, Any]
@@ -45,40 +45,65 @@ class Gradient(Transition, Protocol):
         """
         ...
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        """What the minibatches lose at w*, evaluated as for the chains, ``[num_chains]``."""
+        ...
+
 
 class EagerGradient:
     """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
 
     def __init__(self, objective: Objective, state: ChainState, buffers: dict[str, Tensor], release: bool) -> None:
         self._objective, self._state, self._buffers, self._release = objective, state, buffers, release
-        self._params = leaves_of(state.single())
+        self._params = state.single()
+        self._last = torch.empty(0)
+        self._targets = dict(zip(objective.reference, objective.targets, strict=True))
+
+    @property
+    def aliases(self) -> dict[int, Tensor]:
+        """The chain's memory by the identity of the parameter that stands for it."""
+        return {id(p): self._params[name] for name, p in self._targets.items()}
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        pieces = self._objective.pieces(batch)
+        objective = self._objective
+        pieces = objective.pieces(batch)
         losses, samples = [], []
-        for k, (piece, share) in enumerate(pieces):
-            evaluation = self._objective.evaluate(self._params, piece, self._buffers, share)
-            self._last = evaluation.loss
-            if k + 1 < len(pieces):
-                self._last.backward()  # type: ignore[no-untyped-call]
-            losses.append(self._last.detach())
-            samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
-        self._accumulates = len(pieces) > 1
+        self._partial: list[Tensor] | None = None
+        with objective.holding(self._params, self._buffers):
+            for k, (piece, share) in enumerate(pieces):
+                evaluation = objective.loss(piece, share)
+                self._last = evaluation.loss
+                if k + 1 < len(pieces):
+                    self._add(objective.gradients(self._last))
+                losses.append(self._last.detach())
+                samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
         loss = torch.stack(losses).sum(dtype=torch.float64) if len(losses) > 1 else losses[0]
         return Evaluation(loss.reshape(1), torch.cat(samples)[None] if samples else None)
 
+    @torch.no_grad()
+    def _add(self, grads: list[Tensor]) -> None:
+        """Gradients of microbatches add up."""
+        if self._partial is None:
+            self._partial = grads
+        else:
+            for total, grad in zip(self._partial, grads, strict=True):
+                total += grad
+
     def gradients(self) -> list[Tensor]:
-        params = list(self._params.values())
-        if not self._accumulates:
-            return list(torch.autograd.grad(self._last, params, materialize_grads=True))
-        self._last.backward()  # type: ignore[no-untyped-call]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        for p in params:
-            p.grad = None
-        return grads
+        with self._objective.holding(self._params, self._buffers):  # backward looks at parameters, too
+            grads = self._objective.gradients(self._last)
+        if self._partial is None:
+            return grads
+        self._add(grads)
+        return self._partial
+
+    def at_reference(self, batch: Batch) -> Tensor:
+        objective = self._objective
+        with torch.enable_grad():  # the function that chains evaluate
+            return objective.minibatch_loss(objective.reference, batch, objective.fresh_buffers()).reshape(1)
 
     def move(self, step: int) -> Info:
-        if not self._release:
+        if not self._release or self._partial is not None:
             self._state.move(self.gradients(), step)
             return self._state.info()
         waiting = set(self._params)
@@ -88,9 +113,10 @@ class EagerGradient:
             waiting.discard(name)
             self._state.move_one(name, grad, step)
             # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
-            torch.autograd.graph.increment_version(self._params[name])
+            torch.autograd.graph.increment_version(self._targets[name])
 
-        backward(self._last, self._params, take)
+        with self._objective.holding(self._params, self._buffers):
+            self._objective.consume_gradients(self._last, take)
         for name in waiting:  # what the loss did not use still feels noise and localization
             self._state.move_one(name, torch.zeros_like(self._params[name]), step)
         return self._state.info()
@@ -113,14 +139,18 @@ class BatchedGradient:
 
         def value(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
             with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
-                loss, samples = objective.evaluate(params, batch, buffers)
+                loss, samples = objective.functional(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 
         self._has_samples = objective.per_sample
         function: Callable[..., tuple[Tensor, Tensor]] = value
+        self._at_reference = function
         if state.num_chains > 1:
-            function = vmap(value, in_dims=(0, None if shared_batch else 0))
+            batches = None if shared_batch else 0
+            function = vmap(value, in_dims=(0, batches))
+            self._at_reference = vmap(value, in_dims=(None, batches), out_dims=None if shared_batch else 0)
         self._function = torch.compile(function, dynamic=False) if compiled else function
+        self._reference = objective.reference
         self._ones: Tensor | None = None
 
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -129,6 +159,10 @@ class BatchedGradient:
             self._ones = torch.ones_like(self._losses)
         losses, chains = self._losses.detach(), self._state.num_chains
         return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
+
+    @torch.no_grad()  # what torch.func evaluates is the same function without gradients, or it would not be batched
+    def at_reference(self, batch: Batch) -> Tensor:
+        return self._at_reference(self._reference, batch)[0].expand(self._state.num_chains)
 
     def gradients(self) -> list[Tensor]:
         params = list(self._params.values())
@@ -139,10 +173,10 @@ class BatchedGradient:
         return self._state.info()
 
 
-def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
-    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
+def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor], rounding: float = 0.0) -> None:
+    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding: their dtype's, or more."""
     for ours, theirs in zip(replayed, fresh, strict=True):
-        rounding = torch.finfo(theirs.dtype).eps
+        rounding = max(rounding, torch.finfo(theirs.dtype).eps)
         slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
         if not torch.allclose(ours, theirs.detach(), rtol=max(1e-3, 4 * rounding), atol=slack, equal_nan=True):
             raise NotReplayableError("a replay differs from the model")
@@ -155,13 +189,18 @@ class ReplayedGradient:
         NotReplayableError: the model can't be recorded, or a replay does not give what it should.
     """
 
-    def __init__(self, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int) -> None:
+    def __init__(
+        self, objective: Objective, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int
+    ) -> None:
+        self._objective, self._inner = objective, inner
+        self._reference: Recording[Tensor] | bool | None = None
         batch = feed(step)
 
         def both() -> tuple[Evaluation, list[Tensor]]:
             return inner.evaluate(batch), inner.gradients()
 
-        self._recording, self._state = Recording(both), state
+        aliases = inner.aliases if isinstance(inner, EagerGradient) else {}
+        self._recording, self._state = Recording(both, aliases), state
         self._evaluation: Evaluation = self._recording.result[0]
         self._grads: list[Tensor] = self._recording.result[1]
         self._check(both, feed, step)
@@ -185,6 +224,25 @@ class ReplayedGradient:
     def gradients(self) -> list[Tensor]:
         return self._grads
 
+    def at_reference(self, batch: Batch) -> Tensor:
+        if self._reference is None:
+            self._reference = self._record_reference(batch)
+        if isinstance(self._reference, Recording):
+            self._reference.replay()
+            return self._reference.result
+        return self._inner.at_reference(batch)
+
+    def _record_reference(self, batch: Batch) -> Recording[Tensor] | bool:
+        """The evaluation at w*, recorded; False if that is not what the model itself gives."""
+        aliases = {id(p): w for p, w in zip(self._objective.targets, self._objective.reference.values(), strict=True)}
+        try:
+            recording = Recording(lambda: self._inner.at_reference(batch), aliases)
+            recording.replay()
+            check_replay([recording.result], [self._inner.at_reference(batch)])
+        except (NotReplayableError, RuntimeError):
+            return False
+        return recording
+
     def move(self, step: int) -> Info:
         self._state.move(self._grads, step)
         return self._state.info()
@@ -200,14 +258,38 @@ def make_gradient(
     else:
         inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
     note = ""
+    if isinstance(inner, BatchedGradient) and not objective.trial.is_random:
+        _check_batched(inner, objective, state, feed, step)
     if plan.replay:
         try:
-            return ReplayedGradient(inner, state, feed, step), ""
+            return ReplayedGradient(objective, inner, state, feed, step), ""
         except NotReplayableError as error:
             note = str(error)
-    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
-        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
     return inner, note
+
+
+def _check_batched(inner: BatchedGradient, objective: Objective, state: ChainState, feed: Feed, step: int) -> None:
+    """Raise NotReplayableError unless a chain gets the gradient that plain autograd gives it by itself.
+
+    What can't be batched has to show now, too, while there is a way back.
+    """
+    batch = feed(step)
+    alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
+    with state.displaced():
+        loss = inner.evaluate(batch).loss[0]
+        grads = inner.gradients()
+        if state.num_chains > 1:
+            grads = [grad[0] for grad in grads]
+        single, expected = state.single(), dict[str, Tensor]()
+        objective.gradient_at(single, alone, lambda name, grad: expected.update({name: grad.clone()}))
+        expected_loss = objective.minibatch_loss(single, alone, objective.fresh_buffers())
+    zeros = {name: torch.zeros_like(p) for name, p in single.items()}
+    try:
+        rounding = 0.0 if objective.is_precise else 16 * torch.finfo(torch.bfloat16).eps
+        check_replay([loss, *grads], [expected_loss, *(zeros | expected).values()], rounding)
+    except NotReplayableError:
+        raise NotReplayableError("chains get other gradients in a batch than one by one") from None
+    feed(step)
 
 
 _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")
@@ -231,7 +313,7 @@ def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainS
     batch = feed(step)
     alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
     try:
-        objective.evaluate(leaves_of(state.single()), alone, objective.fresh_buffers())
+        objective.evaluate(state.single(), alone, objective.fresh_buffers())
     except Exception:
         return False
     return True

@@ -1,20 +1,35 @@
-"""The control variate of minibatch losses: what the same minibatch loses at w*."""
+"""Losses at w*: L(w*) as the average that chains see, and the control variate of their minibatches."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llc_fast.data import Batch, DataSource, IndexedSource, map_tensors, split_batch
+from llc_fast.data import (
+    Batch,
+    IndexedSource,
+    batch_length,
+    leaves,
+    map_tensors,
+    split_batch,
+)
 from llc_fast.kernels.step import NoiseKey
-from llc_fast.objective.objective import Objective, widened
-from llc_fast.support.errors import first_line
+from llc_fast.objective.objective import Objective, checked_init_loss, widened
+
+Losses = NDArray[np.float64]
+Pairing = Literal["samples", "passes", "draws", "none"]
+"""What stands against the loss of a chain's minibatch: the mean of what its samples lose at w*; what the minibatch at
+the same place of every pass loses; what an evaluation of the minibatch at w* finds, at draws; nothing."""
 
 _CHECKED_BATCHES = 8
 _SLACK = 1e-3
@@ -23,32 +38,50 @@ _NEGLIGIBLE = 1e-3
 """A difference of λ̂ that does not matter."""
 _MAX_SAMPLES = 2**27
 """A gibibyte of losses."""
+_PRELIMINARY_BATCHES = 32
+"""Minibatches whose mean is L(w*) until the draws have given a better one."""
+_STANDING_BATCHES, _STANDING_ERRORS = 16, 7.0
+"""Minibatches at w* that a chain standing still would see, and the standard errors that their λ̂ may be from 0: by
+chance once in 10⁵ runs, with so few."""
 
 
 class ControlVariate:
-    """b_B = L_B(w*) − L(w*) of any minibatch B, from the loss at w* of every sample: a gather and a sum.
+    """b_B = L_B(w*) − L(w*) of any minibatch B.
 
-    A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero:
-    each sample is equally likely to be in the minibatch of a step. What the two share is gone: how hard the samples of
-    the minibatch are.
+    A chain's loss less this, L_B(w_t) − L_B(w*) + L(w*), has the expectation of L_B(w_t), since b_B has that of zero.
+    What the two share is gone: how hard the samples of the minibatch are.
 
     Args:
-        sample_losses: of every sample at w*, float64 ``[n]``.
-        init_loss: L(w*).
-        batch_size: samples in a minibatch.
+        deviations: of minibatches that are known by their samples, what each sample adds to b_B, float64 ``[n]``; of
+            minibatches that are known by their place in a pass, b_B itself, ``[num_batches]``.
+        by_sample: which of these.
     """
 
-    def __init__(self, sample_losses: NDArray[np.float64], init_loss: float, batch_size: int) -> None:
-        self._deviations = (sample_losses - init_loss) / batch_size
+    def __init__(self, deviations: Losses, *, by_sample: bool) -> None:
+        self._deviations, self.by_sample = deviations, by_sample
         self._tensor: Tensor | None = None
 
-    def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    @classmethod
+    def of_samples(cls, losses: Losses, init_loss: float, batch_size: int) -> ControlVariate:
+        """From the loss of every sample at w*, ``[n]``: a gather and a sum."""
+        return cls((losses - init_loss) / batch_size, by_sample=True)
+
+    @classmethod
+    def of_passes(cls, losses: Losses, init_loss: float) -> ControlVariate:
+        """From the loss at w* of every minibatch of a pass that is always the same, ``[num_batches]``."""
+        return cls(losses - init_loss, by_sample=False)
+
+    def __call__(self, indices: NDArray[np.int64]) -> Losses:
         """b_B ``[chain]`` of minibatches given by the indices of their samples, ``[chain, batch_size]``."""
-        values: NDArray[np.float64] = np.add.reduce(self._deviations.take(indices), axis=1)
+        values: Losses = np.add.reduce(self._deviations.take(indices), axis=1)
         return values
 
+    def at(self, step: int) -> float:
+        """b_B of the minibatch of a step, by its place in the pass."""
+        return float(self._deviations[step % len(self._deviations)])
+
     def on_device(self, indices: Tensor) -> Tensor:
-        """The same where the indices are."""
+        """b_B ``[chain]`` by the indices of samples, where these are."""
         if self._tensor is None or self._tensor.device != indices.device:
             self._tensor = torch.from_numpy(self._deviations).to(indices.device)
         return self._tensor.take(indices).sum(1)
@@ -59,30 +92,55 @@ class ReferenceLosses:
     """The losses at w*.
 
     Attributes:
-        mean: L(w*), over the whole data set.
-        stderr: of the mean: rounding, and where the data had no end, the spread of what was seen of them.
-        samples: of every sample, float64 ``[n]``; None if they can't be had.
-        unpaired_reason: why the chains' losses are not paired with those of the same minibatches at w*; empty if they
-            are.
+        mean: L(w*), the average of what minibatches lose at w*; of draws that are evaluated at w* themselves, over a
+            few minibatches, and λ̂ does not depend on it.
+        stderr: of the mean.
+        pairing: what the chains' losses are paired with.
+        unpaired_reason: why they are not; empty if they are.
+        losses: at w*, of every sample or of every minibatch of a pass, float64; None where they are not needed.
+        slope: of draws that are evaluated at w*: what a minibatch loses over the mean of what its samples lose by
+            themselves, both less their mean; it takes a part of the noise out of L(w*).
+        standing: λ̂ of a chain that stands still, by a few minibatches at w*, and its standard error.
     """
 
     mean: float
     stderr: float
-    samples: NDArray[np.float64] | None
-    unpaired_reason: str
+    pairing: Pairing
+    unpaired_reason: str = ""
+    losses: Losses | None = None
+    slope: float = 0.0
+    standing: tuple[float, float] = (0.0, 0.0)
 
-    def control_variate(self, source: DataSource, init_loss: float) -> ControlVariate | None:
-        """That of the minibatches of `source`, about `init_loss`; None where chains are not paired."""
-        if self.samples is None or self.unpaired_reason:
+    @property
+    def is_still(self) -> bool:
+        """Whether a chain that stands still has λ̂ = 0, within its error."""
+        value, error = self.standing
+        return abs(value) <= _STANDING_ERRORS * error + _NEGLIGIBLE
+
+    def control_variate(self, batch_size: int | None, init_loss: float) -> ControlVariate | None:
+        """That of minibatches about `init_loss`; None where there is none.
+
+        Where draws are evaluated at w*, it is that of what this finds, not of what the chains find.
+        """
+        if self.losses is None or self.pairing == "none":
             return None
-        return ControlVariate(self.samples, init_loss, source.batch_size or 1)
+        if self.pairing == "passes":
+            return ControlVariate.of_passes(self.losses, init_loss)
+        if self.pairing == "draws":
+            deviations = self.slope * (self.losses - self.losses.mean())
+            return ControlVariate.of_samples(deviations, 0.0, batch_size or 1)
+        return ControlVariate.of_samples(self.losses, init_loss, batch_size or 1)
 
 
 def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> ReferenceLosses:
-    """L(w*), and the loss of every sample at w*, where a minibatch's loss is the mean of its samples' losses.
+    """L(w*), and what the chains' losses can be paired with.
 
-    It takes one pass over the data either way. Whether the means agree is checked on a few minibatches before: a loss
-    weighted by tokens, batch statistics and augmentation show there.
+    L(w*) and the chains' losses are the same average of the same function. Where a minibatch's loss is the mean of what
+    its samples lose, and a pass has every sample, L(w*) is exact. Where every pass has the same minibatches, it is
+    their mean. Otherwise (losses weighted by tokens, over pairs, of batch statistics, random ones, random data) every
+    draw's minibatch is evaluated at w* too, with the same random numbers, and L(w*) drops out of λ̂.
+
+    It takes one pass over the data, or a few minibatches.
 
     Args:
         objective: the model, its loss and data.
@@ -92,76 +150,204 @@ def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> Refer
     Raises:
         ValueError: L(w*) is not finite, or the data give no sample.
     """
-    samples, unpaired_reason = None, _why_not(objective)
-    if not unpaired_reason:
+    found = _Reference(objective, nbeta, seed).find()
+    checked_init_loss(found.mean)
+    return found
+
+
+class _Reference:
+    def __init__(self, objective: Objective, nbeta: float, seed: int) -> None:
+        self._objective, self._source = objective, objective.source
+        self._nbeta, self._seed = nbeta, seed
+        self._rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps
+
+    def find(self) -> ReferenceLosses:
+        source, trial = self._source, self._objective.trial
+        sampling = source.sampling
+        is_function = not (trial.is_random or trial.writes_buffers or trial.writes_parameters)
+        if is_function and not sampling.reads_randomly and sampling.is_reproducible:
+            if isinstance(source, IndexedSource) and source.is_full_batch:
+                return self._of_full_batch()
+            if isinstance(source, IndexedSource):
+                found = self._of_samples(source)
+            elif sampling.order == "fixed":
+                found = self._of_passes()
+            else:
+                found = None
+            if found is None and sampling.full_is_exact:
+                found = self._of_everything()
+            if found is not None:
+                return found
+        return self._of_draws()
+
+    def _of_full_batch(self) -> ReferenceLosses:
+        """The only minibatch, as chains evaluate it."""
+        batch = next(iter(self._source.minibatches(self._seed)))
+        with self._objective.at_reference():
+            mean = self._loss(batch)
+        reason = "a minibatch is the whole data set"
+        return ReferenceLosses(mean, self._rounding * abs(mean), "none", reason)
+
+    def _of_samples(self, source: IndexedSource) -> ReferenceLosses | None:
+        """By the loss of every sample; None if a minibatch's loss is not the mean of these, or they can't be had."""
+        objective = self._objective
+        if not objective.trial.has_tensor_batches or (source.num_samples or 0) > _MAX_SAMPLES:
+            return None
         try:
             # Where torch would go through the samples one by one it warns; too slow for a whole data set.
-            with torch.no_grad(), warnings.catch_warnings():
+            with objective.at_reference(), warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*performance drop")
-                if _are_means(objective, nbeta, seed):
-                    samples = np.concatenate([_sample_losses(objective, b) for b, _ in objective.source.full()])
-                else:
-                    unpaired_reason = _NOT_THE_MEAN
-        except Exception as error:
-            unpaired_reason = f"the loss of single samples can't be had: {first_line(error)}"
-    if samples is None or not np.isfinite(samples).all():
-        return ReferenceLosses(*objective.full_loss(), None, unpaired_reason or "the loss at w* is not finite")
-    if nbeta * _spread(objective, samples) < _NEGLIGIBLE:
-        unpaired_reason = "the loss at w* is the same on all minibatches, or nearly"
-    mean, rounding = float(samples.mean()), 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps
-    return ReferenceLosses(mean, rounding * abs(mean), samples, unpaired_reason)
+                are_means = self._are_means(source)
+                samples = np.concatenate([_sample_losses(objective, b) for b, _ in source.full()])
+        except Exception:
+            return None
+        if not np.isfinite(samples).all():
+            return None
+        if not are_means:
+            return self._of_draws(source, samples)
+        mean = float(samples.mean())
+        error = self._rounding * abs(mean)
+        if self._nbeta * self._spread(samples) < _NEGLIGIBLE:
+            return ReferenceLosses(mean, error, "none", _SAME_EVERYWHERE)
+        variate = ControlVariate.of_samples(samples, mean, source.batch_size or 1)
+        standing = self._standing(
+            lambda step, loss: loss - float(variate(self._indices(source, step))[0]) - mean, error
+        )
+        return ReferenceLosses(mean, error, "samples", losses=samples, standing=standing)
 
+    def _indices(self, source: IndexedSource, step: int) -> NDArray[np.int64]:
+        key = NoiseKey(self._seed, step=step, chain=_NO_CHAIN)
+        found: NDArray[np.int64] = source.sample_indices(key, source.index_buffer(1)).cpu().numpy()
+        return found
 
-_NOT_THE_MEAN = (
-    "a minibatch's loss is not the mean of what its samples lose by themselves (batch statistics, a loss weighted by "
-    "tokens, augmentation)"
-)
+    def _of_passes(self) -> ReferenceLosses:
+        """By the minibatches of a pass, which are those of all passes."""
+        with self._objective.at_reference():
+            losses = np.array([self._loss(batch) for batch, _ in self._source.full()])
+        mean = float(losses.mean()) if len(losses) else math.nan
+        error = self._rounding * abs(mean)
+        if self._nbeta * float(losses.std()) < _NEGLIGIBLE:
+            return ReferenceLosses(mean, error, "none", _SAME_EVERYWHERE)
+        standing = self._standing(lambda step, loss: loss - losses[step % len(losses)], error)
+        return ReferenceLosses(mean, error, "passes", losses=losses, standing=standing)
 
+    def _of_everything(self) -> ReferenceLosses | None:
+        """By a pass that has every sample; None if a minibatch's loss is not the mean of what its samples lose."""
+        objective = self._objective
+        try:
+            with objective.at_reference():
+                if not self._mixes():
+                    return None
+                mean, error = objective.full_loss()
+        except Exception:  # a model for batches of one size can't take those of a whole pass
+            return None
+        standing = self._standing(lambda step, loss: loss - mean, error)
+        source = "a loader does not say which samples it gives"
+        if isinstance(self._source, IndexedSource):
+            source = "the loss of single samples can't be had"
+        return ReferenceLosses(mean, error, "none", source, standing=standing)
 
-def _why_not(objective: Objective) -> str:
-    """What is known to stand in the way before anything is computed."""
-    source = objective.source
-    if not isinstance(source, IndexedSource):
-        return "a loader does not say which samples it gives"
-    if source.is_full_batch:
-        return "a minibatch is the whole data set"
-    if not objective.trial.has_tensor_batches:
-        return "batches hold more than tensors"
-    if objective.trial.is_random:
-        return "the model draws random numbers"
-    if objective.trial.writes_buffers:
-        return "the model writes to its buffers"
-    if (source.num_samples or 0) > _MAX_SAMPLES:
-        return f"more than {_MAX_SAMPLES} samples"
-    return ""
+    def _of_draws(self, source: IndexedSource | None = None, samples: Losses | None = None) -> ReferenceLosses:
+        """By the draws themselves; L(w*) over a few minibatches until these are made.
 
+        What samples lose by themselves, where it is known, takes a part of the noise out of L(w*).
+        """
+        found = np.array(list(self._at_reference(_PRELIMINARY_BATCHES)))
+        losses, slope = found[:, 1], 0.0
+        spread = float(losses.std(ddof=1)) if len(losses) > 1 else 0.0
+        if source is not None and samples is not None:
+            variate = ControlVariate.of_samples(samples, float(samples.mean()), source.batch_size or 1)
+            own = np.array([float(variate(self._indices(source, int(step)))[0]) for step in found[:, 0]])
+            slope = float(np.cov(own, losses)[0, 1] / own.var(ddof=1)) if own.any() else 0.0
+            losses = losses - slope * own
+        mean, rest = float(losses.mean()), float(losses.std(ddof=1)) if len(losses) > 1 else 0.0
+        error = math.hypot(self._rounding * abs(mean), rest / math.sqrt(len(losses)))
+        if self._nbeta * spread < _NEGLIGIBLE:
+            return ReferenceLosses(mean, error, "none", _SAME_EVERYWHERE)
+        return ReferenceLosses(mean, error, "draws", losses=samples, slope=slope)
 
-def _are_means(objective: Objective, nbeta: float, seed: int) -> bool:
-    """Whether minibatches lose at w* what their samples lose on average, evaluated with those of other minibatches."""
-    source, exact = objective.source, objective.in_full_precision()
-    assert isinstance(source, IndexedSource)
+    # ---- evaluations -------------------------------------------------------------------------------------------
 
-    def gather(indices: Tensor) -> Batch:
-        return map_tensors(widened, source.gather(indices))
+    def _loss(self, batch: Batch) -> float:
+        objective = self._objective
+        return float(objective.minibatch_loss(objective.reference, batch, objective.fresh_buffers()))
 
-    rows = [
-        source.sample_indices(NoiseKey(seed, step=step), source.index_buffer(1))[0] for step in range(_CHECKED_BATCHES)
-    ]
-    mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
-    samples = np.concatenate([_sample_losses(exact, gather(indices)) for indices in mixed.reshape(len(rows), -1)])
-    for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
-        pieces, buffers = exact.pieces(gather(indices)), exact.fresh_buffers()
-        loss = torch.stack([exact.evaluate(exact.reference, b, buffers, share).loss for b, share in pieces]).sum()
-        slack = _SLACK * _spread(objective, own) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(own).mean())
-        if not abs(float(loss) - own.mean()) <= slack + _NEGLIGIBLE / nbeta:
+    def _at_reference(self, count: int) -> Iterator[tuple[int, float]]:
+        """Steps and losses at w* of minibatches like those of chains, as a chain evaluates them."""
+        batches = self._source.minibatches(self._seed, _NO_CHAIN)
+        with torch.enable_grad():
+            for step, batch in enumerate(itertools.islice(batches, count)):
+                yield step, self._loss(batch)
+
+    def _standing(self, residual: Callable[[int, float], float], rounding: float) -> tuple[float, float]:
+        """λ̂ of a chain that stands still and its error, from what minibatches lose beyond what they should."""
+        values = np.array([residual(step, loss) for step, loss in self._at_reference(_STANDING_BATCHES)])
+        error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return self._nbeta * float(values.mean()), self._nbeta * math.hypot(error, 4 * rounding)
+
+    def _spread(self, samples: Losses) -> float:
+        return float(samples.std()) / math.sqrt(self._source.batch_size or 1)
+
+    # ---- whether a minibatch's loss is a mean ------------------------------------------------------------------
+
+    def _are_means(self, source: IndexedSource) -> bool:
+        """Whether minibatches lose at w* what their samples lose on average, each among those of other minibatches."""
+        exact = self._objective.in_full_precision()
+
+        def gather(indices: Tensor) -> Batch:
+            return map_tensors(widened, source.gather(indices))
+
+        keys = [NoiseKey(self._seed, step=step) for step in range(_CHECKED_BATCHES)]
+        rows = [source.sample_indices(key, source.index_buffer(1))[0] for key in keys]
+        mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
+        samples = np.concatenate([_sample_losses(exact, gather(indices)) for indices in mixed.reshape(len(rows), -1)])
+        for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
+            with torch.enable_grad():  # as chains do
+                loss = exact.minibatch_loss(exact.reference, gather(indices), exact.fresh_buffers())
+            slack = _SLACK * self._spread(own) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(own).mean())
+            if not abs(float(loss) - own.mean()) <= slack + _NEGLIGIBLE / self._nbeta:
+                return False
+        return True
+
+    def _mixes(self) -> bool:
+        """Whether two minibatches lose as much when they have exchanged half of their samples: so it is with means."""
+        batches = list(itertools.islice(self._source.minibatches(self._seed, _NO_CHAIN), _CHECKED_BATCHES))
+        if all(batch_length(batch) == 1 for batch in batches):
+            return True
+        pairs = [(a, b) for a, b in zip(batches[::2], batches[1::2], strict=False) if _can_exchange(a, b)]
+        if not pairs:
             return False
-    return True
+        with torch.enable_grad():
+            before = np.array([[self._loss(batch) for batch in pair] for pair in pairs])
+            after = np.array([[self._loss(batch) for batch in _exchanged(*pair)] for pair in pairs])
+        rounding = 16 * self._rounding * np.abs(before).max()
+        slack = _SLACK * float(before.std()) + rounding + _NEGLIGIBLE / self._nbeta
+        return bool((np.abs(before.sum(1) - after.sum(1)) <= slack).all())
 
 
-def _sample_losses(objective: Objective, batch: Batch) -> NDArray[np.float64]:
+_SAME_EVERYWHERE = "the loss at w* is the same on all minibatches, or nearly"
+_NO_CHAIN = 2**31
+"""The chain whose minibatches are looked at before there are chains."""
+
+
+def _can_exchange(a: Batch, b: Batch) -> bool:
+    length = batch_length(a)
+    if length < 2 or not all(isinstance(t, Tensor) and t.ndim and len(t) == length for t in (*leaves(a), *leaves(b))):
+        return False
+    return all(s.shape == t.shape for s, t in zip(leaves(a), leaves(b), strict=True))
+
+
+def _exchanged(a: Batch, b: Batch) -> tuple[Batch, Batch]:
+    half = batch_length(a) // 2
+
+    def joined(first: Batch, second: Batch) -> Batch:
+        others = iter(leaves(second))
+        return map_tensors(lambda t: torch.cat([t[:half], next(others)[half:]]), first)
+
+    return joined(copy.copy(a), b), joined(copy.copy(b), a)
+
+
+def _sample_losses(objective: Objective, batch: Batch) -> Losses:
     pieces = split_batch(batch, objective.microbatch_size)
-    return np.concatenate([objective.sample_losses(piece).to("cpu", torch.float64).numpy() for piece, _ in pieces])
-
-
-def _spread(objective: Objective, samples: NDArray[np.float64]) -> float:
-    return float(samples.std()) / math.sqrt(objective.source.batch_size or 1)
+    losses = [objective.sample_losses(piece).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces]
+    return np.concatenate(losses)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llc_fast.objective.objective import Objective, leaves_of
+from llc_fast.objective.objective import Objective
 
 PILOT_BATCHES = 20
 
@@ -19,7 +19,7 @@ def pilot_metric(objective: Objective, options: Mapping[str, Any], *, seed: int 
     """The preconditioner p of an adaptive sampler near w*: 1/(√V + eps), V the mean of g² over a few minibatches."""
     squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in objective.reference.items()}
     gradient = {name: torch.zeros_like(v) for name, v in squares.items()}
-    params = leaves_of(objective.reference)
+    params = objective.reference
     for batch in itertools.islice(objective.source.minibatches(seed), PILOT_BATCHES):
         # Microbatches add up, so the square has to wait for the last.
         objective.gradient_at(params, batch, lambda name, grad: gradient[name].add_(grad))
@@ -61,7 +61,6 @@ def top_curvature(
     for name, mask in objective.masks.items():
         roots[name] = roots[name] * mask  # elements that can't move have no curvature
     displaced = {name: p.clone() for name, p in reference.items()}
-    params = leaves_of(displaced)
     vector = {
         name: torch.randn(p.shape, generator=generator).to(p.device, p.dtype if p.dtype == torch.float64 else None)
         for name, p in reference.items()
@@ -80,10 +79,10 @@ def top_curvature(
         for name, v in vector.items():
             displaced[name].copy_(reference[name] + (v * (delta / length)).to(reference[name].dtype))
             v.zero_()
-        objective.gradient_at(params, batch, lambda name, grad: vector[name].add_(grad))
+        objective.gradient_at(displaced, batch, lambda name, grad: vector[name].add_(grad))
         for name, w in displaced.items():  # to the other side of w*
             w.neg_().add_(reference[name], alpha=2)
-        objective.gradient_at(params, batch, lambda name, grad: vector[name].sub_(grad))
+        objective.gradient_at(displaced, batch, lambda name, grad: vector[name].sub_(grad))
         for name, v in vector.items():
             v.mul_(roots[name] * (length / curvature / (2 * delta)))
         curvature = norm()

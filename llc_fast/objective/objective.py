@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +26,14 @@ from llc_fast.data import (
 )
 from llc_fast.kernels.native import check_tensor
 from llc_fast.kernels.sharding import is_dtensor
-from llc_fast.objective.flops import FlopCounter
+from llc_fast.objective.borrowed import BorrowedModel
 from llc_fast.objective.selection import select
+from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
-from llc_fast.support.torch_private import version_of
+from llc_fast.support.randomness import Generators
 
+_COPIED_PARAMETERS = 10_000_000
+"""Parameters up to which w* is copied."""
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(output, target)`` or ``loss_fn(model, batch)``: the mean loss of a batch, or one loss for each sample."""
 
@@ -96,33 +99,11 @@ def _batch_of_one(sample: Batch) -> Batch:
     return map_tensors(lambda t: t[None], sample)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What one forward and backward pass at w* was measured to be; strategies are chosen by it.
-
-    Attributes:
-        flops: floating-point operations of one gradient, counted; infinite if they can't be (a compiled model).
-        activation_bytes: what autograd keeps of one forward pass.
-        unused: names of parameters that the loss does not depend on.
-        has_tensor_batches: whether a batch holds nothing but tensors.
-        is_random: whether the loss draws random numbers (dropout).
-        writes_buffers, writes_batch: whether a forward pass changes the model's buffers, or its input.
-    """
-
-    flops: float
-    activation_bytes: int
-    unused: tuple[str, ...]
-    has_tensor_batches: bool
-    is_random: bool
-    writes_buffers: bool
-    writes_batch: bool
-
-
 class Objective:
     """p(w) ∝ exp(−nβ·L(w) − γ/2·‖w − w*‖²), with w* the model's parameters, which are never written to.
 
-    Chains evaluate the model with their own parameters through ``torch.func.functional_call``: the model keeps
-    w*, so that w* is in memory once.
+    A chain's parameters stand in for the model's own while the model is evaluated and differentiated, see
+    :class:`llc_fast.objective.borrowed.BorrowedModel`.
 
     Args:
         model: the trained model, in the mode (train or eval) it is to be judged in.
@@ -132,17 +113,20 @@ class Objective:
         params: which parameters to sample; None: all that require a gradient. See :func:`select`.
         autocast: dtype of the forward pass under ``torch.autocast``; None: no autocast.
         microbatch_size: samples that pass the model at a time; None: the whole minibatch.
+        generators: those that model, loss and data draw from; None: the global ones and those that they hold.
+        max_checks: evaluations to spend on comparing gradients with differences of the loss.
 
     Attributes:
         reference: w* by name, of the parameters that are sampled.
         frozen: the other parameters by name.
         masks: for those of which only a part is sampled, True where an element may move.
+        not_sampled: elements that were taken out because the loss depends on them and they get no gradient, by name.
         per_sample: whether the loss function gives one loss for each sample.
         trial: what one gradient at w* was measured to be.
 
     Raises:
         TypeError, ValueError: nothing to sample, unknown names, unsupported tensors, a loss that is not a finite
-            scalar or does not depend on the parameters.
+            scalar, does not depend on the parameters, or has gradients that are not its own.
     """
 
     def __init__(
@@ -155,6 +139,8 @@ class Objective:
         params: Any = None,
         autocast: torch.dtype | None = None,
         microbatch_size: int | None = None,
+        generators: Generators | None = None,
+        max_checks: int = MIN_CHECKS,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -162,8 +148,10 @@ class Objective:
             raise TypeError(f"loss_fn must be callable as loss_fn(output, target), got {type(loss_fn).__name__}")
         self.model, self.source, self.device = model, source, device
         self.microbatch_size, self._autocast = microbatch_size, autocast
+        self.generators = generators or Generators(device, [model, loss_fn])
         self._module = _Evaluated(model, loss_fn)
-        named = dict(model.named_parameters())  # tied parameters once
+        self._borrowed = BorrowedModel(model)
+        named = self._borrowed.parameters  # tied parameters once
         sampled = select(model, params)
         for name, p in named.items():
             if is_dtensor(p.data):
@@ -177,11 +165,43 @@ class Objective:
         if len(dtypes := {named[name].dtype for name in sampled}) > 1:
             found = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
+        _check_apart({name: named[name] for name in sampled})
         self.reference = {name: named[name].detach().to(device) for name in sampled}
+        if sum(p.numel() for p in self.reference.values()) <= _COPIED_PARAMETERS:
+            # w* of its own, whatever forward writes to its parameters; a large model is copied only if it does.
+            self.reference = {name: p.clone() for name, p in self.reference.items()}
         self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
         self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
+        self._fixed = {name: t for name, t in self.frozen.items() if _is_elsewhere(t, named[name])}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
-        self.trial = self._try()
+        self._swaps_buffers = True
+        self.per_sample = False
+        self.not_sampled: dict[str, int] = {}
+        self.trial = try_out(self, max_checks)
+        if self.trial.writes_parameters:
+            self.reference = {name: p.clone() for name, p in self.reference.items()}
+        moved = any(map(_is_elsewhere, self._buffers.values(), model.buffers()))
+        self._swaps_buffers = moved or self.trial.writes_buffers
+
+    @property
+    def borrowed(self) -> BorrowedModel:
+        """The user's model while it is used."""
+        return self._borrowed
+
+    @property
+    def uses_own_loss(self) -> bool:
+        """Whether the model returns its own loss."""
+        return self._module.uses_own_loss
+
+    @property
+    def takes_model(self) -> bool:
+        """Whether the loss function is called as ``loss_fn(model, batch)``."""
+        return self._module._takes_model
+
+    def freeze(self, name: str) -> None:
+        """Leave a parameter at w* instead of sampling it."""
+        self.frozen[name] = self.reference.pop(name)
+        self.masks.pop(name, None)
 
     @property
     def num_parameters(self) -> int:
@@ -198,24 +218,95 @@ class Objective:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
         return {name: b.clone() for name, b in self._buffers.items()}
 
+    def holding(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inside ``with`` the model's parameters hold these tensors' values: for :meth:`loss` and its gradients."""
+        return self._borrowed.holding(params, self._fixed, buffers if self._swaps_buffers else {})
+
+    @property
+    def targets(self) -> list[nn.Parameter]:
+        """What gradients are taken with respect to inside :meth:`holding`: the model's own parameters."""
+        return [self._borrowed.parameters[name] for name in self.reference]
+
+    def loss(self, batch: Batch, share: float = 1.0) -> Evaluation:
+        """The loss of one batch inside :meth:`holding`, times `share`, which makes it part of a larger batch's."""
+        with self._precision():
+            loss = self._module(batch)
+        return self._reduced(loss, share)
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Those of :meth:`loss` with respect to :attr:`targets`, in the same :meth:`holding` or another like it."""
+        targets = self.targets
+        if not self.trial.is_reentrant:
+            return list(torch.autograd.grad(loss, targets, materialize_grads=True))
+        with _leaves_kept(loss, targets):
+            loss.backward()  # type: ignore[no-untyped-call]
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in targets]
+
+    def consume_gradients(self, loss: Tensor, take: Callable[[str, Tensor], object], *, plain: bool = False) -> None:
+        """The gradients of :meth:`loss`, each handed to `take` with its name, and freed, as soon as it is complete.
+
+        Inside :meth:`holding`. `plain` is for recomputed activations of the reentrant kind, which need a backward pass
+        that is told nothing; a gradient may then come in several parts.
+        """
+        targets = dict(zip(self.reference, self.targets, strict=True))
+
+        def receive(name: str) -> Callable[[Tensor], None]:
+            def hook(p: Tensor) -> None:
+                grad, p.grad = p.grad, None
+                assert grad is not None
+                take(name, grad)
+
+            return hook
+
+        handles = [
+            p.register_post_accumulate_grad_hook(receive(name))  # type: ignore[no-untyped-call]
+            for name, p in targets.items()
+        ]
+        try:
+            if plain:
+                with _leaves_kept(loss, list(targets.values())):
+                    loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                loss.backward(inputs=list(targets.values()))  # type: ignore[no-untyped-call]
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def evaluate(
         self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor], share: float = 1.0
     ) -> Evaluation:
-        """The loss of one batch at the given parameters, times `share`, which makes it part of a larger batch's."""
+        """The loss of one batch at the given parameters, for its value."""
+        with self.holding(params, buffers):
+            return self.loss(batch, share)
+
+    def functional(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Evaluation:
+        """The loss of one batch as a function of the parameters, for ``torch.func``; the model keeps w*."""
         named = (*params.items(), *self.frozen.items(), *buffers.items())
         with self._precision():
             loss = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch,))
+        return self._reduced(loss, 1.0)
+
+    def _reduced(self, loss: Tensor, share: float) -> Evaluation:
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
+
+    def at_reference(self) -> contextlib.AbstractContextManager[object]:
+        """The grad mode in which a loss at w* is the same function as in a chain, at the least memory."""
+        return torch.no_grad() if self.trial.is_same_without_grad else torch.enable_grad()
 
     def in_full_precision(self) -> Objective:
         """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
         exact = copy.copy(self)
         exact._autocast = None
+        tensors = self.reference, self.frozen, self._buffers
+        if all(widened(t) is t for named in tensors for t in named.values()):
+            return exact
         exact.reference, exact.frozen, exact._buffers = (
-            {name: widened(t) for name, t in tensors.items()}
-            for tensors in (self.reference, self.frozen, self._buffers)
+            {name: widened(t) for name, t in named.items()} for named in tensors
         )
+        exact._fixed, exact._swaps_buffers = exact.frozen, True
         return exact
 
     def sample_losses(self, batch: Batch) -> Tensor:
@@ -225,9 +316,8 @@ class Objective:
             samples = self.evaluate(self.reference, batch, buffers).samples
             assert samples is not None
             return samples
-        named = (*self.reference.items(), *self.frozen.items(), *buffers.items())
-        with self._precision():
-            losses: Tensor = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch, True))
+        with self.holding(self.reference, buffers), self._precision():
+            losses: Tensor = self._module(batch, True)
         if losses.shape != (batch_length(batch),):
             raise ValueError(f"losses of single samples have shape {tuple(losses.shape[1:])}")
         return losses
@@ -239,47 +329,44 @@ class Objective:
         return [(piece, size / length) for piece, size in pieces]
 
     def full_loss(self) -> tuple[float, float]:
-        """L(w*), the mean over the whole data set, accumulated in float64, and its error.
-
-        Each piece's loss is rounded in the model's precision. Where the data had no end, and only their first batches
-        were taken, the standard error over these batches comes on top.
+        """L(w*), the mean over the whole data set, accumulated in float64, and the rounding error of its pieces.
 
         Raises:
             ValueError: it is not finite, or the data give no sample.
         """
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        pieces: list[tuple[Tensor, int]] = []
-        buffers = self.fresh_buffers()
-        with torch.no_grad():
-            for batch, _ in self.source.full():
-                for piece, size in split_batch(batch, self.microbatch_size):
-                    loss = self.evaluate(self.reference, piece, buffers).loss
+        total, count, precision = torch.zeros((), dtype=torch.float64, device=self.device), 0.0, 0.0
+        buffers, size_at_most = self.fresh_buffers(), self.microbatch_size
+        if size_at_most is None and not self.trial.is_same_without_grad:
+            size_at_most = self.source.batch_size  # a graph is kept of each
+        with self.at_reference():
+            for batch, weight in self.source.full():
+                pieces = split_batch(batch, size_at_most)
+                each = weight / sum(size for _, size in pieces)  # of one sample
+                for piece, size in pieces:
+                    loss = self.evaluate(self.reference, piece, buffers).loss.detach()
                     precision = torch.finfo(loss.dtype).eps
-                    pieces.append((loss.to(torch.float64), size))
-                    total += pieces[-1][0] * size
-                    count += size
+                    total += loss.to(torch.float64) * size * each
+                count += weight
         if count == 0:
             raise ValueError("data is empty: it has no samples")
-        value = float(total) / count
-        if not math.isfinite(value):
-            raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
-        sampled = 0.0
-        if getattr(self.source, "truncated", False) and len(pieces) > 1:
-            shares = torch.tensor([size / count for _, size in pieces], dtype=torch.float64)
-            deviations = torch.stack([loss for loss, _ in pieces]).cpu() - value
-            sampled = float((shares * deviations).square().sum() * len(pieces) / (len(pieces) - 1))
-        return value, math.hypot(0.5 * precision * value, math.sqrt(sampled))
+        mean = float(total) / count
+        return checked_init_loss(mean), 0.5 * precision * abs(mean)
+
+    def minibatch_loss(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a minibatch for its value, in microbatches as a chain takes them."""
+        pieces = self.pieces(copy.deepcopy(batch) if self.trial.writes_batch else batch)
+        losses = [self.evaluate(params, piece, buffers, share).loss.detach() for piece, share in pieces]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(dtype=torch.float64)
 
     def gradient_at(self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]) -> None:
         """The gradient of a batch's loss, each parameter's handed to `take` and freed as soon as it is complete.
 
-        `params` are leaves (see :func:`leaves_of`). With microbatches `take` is called for each: gradients add up.
+        With microbatches `take` is called for each: gradients add up.
         """
         buffers = self.fresh_buffers()
-        for piece, share in self.pieces(copy.deepcopy(batch) if self.trial.writes_batch else batch):
-            with torch.enable_grad():
-                evaluation = self.evaluate(params, piece, buffers, share)
-            backward(evaluation.loss, params, take)
+        with torch.enable_grad(), self.holding(params, buffers):
+            for piece, share in self.pieces(copy.deepcopy(batch) if self.trial.writes_batch else batch):
+                self.consume_gradients(self.loss(piece, share).loss, take, plain=self.trial.is_reentrant)
 
     def identity(self) -> dict[str, Any]:
         """What names model and data: the values of w*, of what is not sampled, of buffers and masks, and the data."""
@@ -296,97 +383,55 @@ class Objective:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)
 
-    def _try(self) -> Trial:
-        """One forward and backward pass at w*: does the loss make sense, and what does a gradient cost?"""
-        batch = next(iter(self.source.minibatches(seed=0)))
-        if self._module.uses_own_loss and not isinstance(batch, Mapping):
-            raise TypeError(
-                "loss_fn must be callable as loss_fn(output, target), got None, which is for models that return their "
-                f"own loss from batches that are dictionaries; these are {type(batch).__name__}"
-            )
-        piece, size = split_batch(batch, self.microbatch_size)[0]
-        kept = copy.deepcopy(piece)
-        params, buffers = leaves_of(self.reference), self.fresh_buffers()
-        watched = [*(t for t in leaves(piece) if isinstance(t, Tensor)), *buffers.values()]
-        versions, generator = [version_of(t) for t in watched], torch.get_rng_state()
-        cuda_generator = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.empty(0)
-        self.per_sample = False
-        saved = _SavedBytes(exclude=[*self.reference.values(), *self.frozen.values(), *watched])
-        # A compiled model does not run under a dispatch mode.
-        compiled = any(type(m).__name__ == "OptimizedModule" for m in self.model.modules())
-        counter = FlopCounter()  # type: ignore[no-untyped-call]
-        with contextlib.nullcontext() if compiled else counter:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
-                loss = self._first_loss(params, piece, buffers)
-                self._check_value(loss, size)
-                mean = loss.mean()
-            used: set[str] = set()
-            backward(mean, params, lambda name, _: used.add(name))
-        if not used:
-            raise ValueError("the loss does not depend on the parameters to sample (it has no gradient)")
-        changed = [version_of(t) != v for t, v in zip(watched, versions, strict=True)]
-        is_random = not torch.equal(generator, torch.get_rng_state()) or (
-            self.device.type == "cuda" and not torch.equal(cuda_generator, torch.cuda.get_rng_state(self.device))
-        )
-        if not self.per_sample:
-            self._check_mean(loss, kept)
-        return Trial(
-            flops=math.inf if compiled else counter.flops * -(-batch_length(batch) // size),
-            activation_bytes=saved.total,
-            unused=tuple(name for name in self.reference if name not in used),
-            has_tensor_batches=all(isinstance(t, Tensor) and t.ndim for t in leaves(batch)),
-            is_random=is_random,
-            writes_buffers=any(changed[len(changed) - len(buffers) :]),
-            writes_batch=any(changed[: len(changed) - len(buffers)]),
-        )
 
-    def _first_loss(self, params: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
-        """The first call of the user's functions; what goes wrong may be how they are called."""
-        try:
-            return self.evaluate(params, batch, buffers).loss
-        except Exception as error:
-            if hasattr(error, "add_note"):
-                called = "loss_fn(model, batch)" if self._module._takes_model else "loss_fn(model(*inputs), target)"
-                error.add_note(
-                    f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
-                    "whose first parameter is called `model` gets (model, batch), any other (output, target)"
-                )
-            raise
+def checked_init_loss(value: float) -> float:
+    """L(w*), or a ValueError if it is not finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
+    return value
 
-    def _check_value(self, loss: object, size: int) -> None:
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
-        self.per_sample = loss.ndim == 1 and len(loss) == size
-        if loss.ndim != 0 and not self.per_sample:
+
+def _is_elsewhere(moved: Tensor, own: Tensor) -> bool:
+    return moved.device != own.device
+
+
+def _check_apart(parameters: Mapping[str, Tensor]) -> None:
+    """Raise unless no two parameters share memory: chains would move them apart."""
+    found: list[tuple[int, int, str]] = []
+    for name, p in parameters.items():
+        if p.numel() and p.data_ptr():
+            span = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+            found.append((p.data_ptr(), p.data_ptr() + span * p.element_size(), name))
+    found.sort()
+    for (_, end, first), (start, _, second) in itertools.pairwise(found):
+        if start < end:
             raise ValueError(
-                f"loss_fn must return a scalar, or one loss for each of {size} samples, got shape "
-                f"{tuple(loss.shape)}: use reduction='mean'"
-            )
-        if not torch.isfinite(loss).all():
-            raise ValueError(f"loss_fn returned {float(loss.detach().mean())} at w*: check the model and the data")
-        if not loss.requires_grad:
-            raise ValueError(
-                "the loss does not depend on the parameters to sample (it has no gradient): does the model or "
-                "loss_fn use .detach(), torch.no_grad() or .item()?"
+                f"parameters {first!r} and {second!r} are different Parameters on the same memory, which a chain would "
+                "move apart: tie them by assigning one Parameter object to both, or select one with params="
             )
 
-    def _check_mean(self, loss: Tensor, batch: Batch) -> None:
-        """A loss that is a sum over the batch would make λ̂ wrong by the batch size; a mean ignores repetition."""
-        tensors, length = leaves(batch), batch_length(batch)
-        value = abs(float(loss.detach()))
-        if value == 0 or not all(isinstance(t, Tensor) and t.ndim and len(t) == length for t in tensors):
-            return
-        twice = map_tensors(lambda t: torch.cat([t, t]), batch)
-        with torch.no_grad():
-            again = float(self.evaluate(self.reference, copy.deepcopy(batch), self.fresh_buffers()).loss)
-            if abs(abs(again) - value) > 1e-3 * value:
-                return  # a random loss: two values say nothing
-            repeated = abs(float(self.evaluate(self.reference, twice, self.fresh_buffers()).loss))
-        if repeated > 1.8 * value:
-            raise ValueError(
-                "loss_fn sums over the batch (repeating a batch doubles it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
-                "use reduction='mean'"
-            )
+
+@contextlib.contextmanager
+def _leaves_kept(loss: Tensor, targets: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients of leaves of a graph other than the targets are as before after a plain backward pass."""
+    mine = set(map(id, targets))
+    others, seen, waiting = [], set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in mine:
+            others.append((leaf, leaf.grad))
+        waiting += [following for following, _ in node.next_functions]
+    for leaf, _ in others:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, grad in others:
+            leaf.grad = grad
 
 
 def widened(t: Tensor) -> Tensor:
@@ -405,46 +450,7 @@ def data_identity(source: DataSource) -> dict[str, Any]:
     return identity
 
 
-class _SavedBytes:
-    """Counts the memory that autograd keeps for the backward pass."""
-
-    def __init__(self, exclude: Sequence[Tensor]) -> None:
-        self._seen = {t.untyped_storage().data_ptr() for t in exclude if t.layout == torch.strided}
-        self.total = 0
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided:  # a sparse matrix has no storage of its own
-            return tensor
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-
 def leaves_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same memory as tensors that gradients are taken with respect to, each with a version counter of its own."""
     # `.data`, because detach() would share the counter, and moving one tensor would make autograd distrust all.
     return {name: t.data.requires_grad_() for name, t in tensors.items()}
-
-
-def backward(loss: Tensor, params: Mapping[str, Tensor], take: Callable[[str, Tensor], object]) -> None:
-    """The gradients of `loss`, each handed to `take` with its name, and freed, as soon as it is complete."""
-
-    def receive(name: str) -> Callable[[Tensor], None]:
-        def hook(p: Tensor) -> None:
-            grad, p.grad = p.grad, None
-            assert grad is not None
-            take(name, grad)
-
-        return hook
-
-    handles = [
-        p.register_post_accumulate_grad_hook(receive(name))  # type: ignore[no-untyped-call]
-        for name, p in params.items()
-    ]
-    try:
-        loss.backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()

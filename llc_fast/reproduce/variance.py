@@ -177,7 +177,7 @@ def sample(
     chains, draws = settings.chains, settings.draws
     noise, order = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     nbeta, reference_losses = problem.nbeta, problem.sample_losses()
-    control_variate = ControlVariate(reference_losses, float(reference_losses.mean()), BATCH)
+    control_variate = ControlVariate.of_samples(reference_losses, float(reference_losses.mean()), BATCH)
     reference = {k: p.detach() for k, p in problem.model.named_parameters()}
     params = {k: p.repeat(chains, *[1] * p.ndim) for k, p in reference.items()}
 

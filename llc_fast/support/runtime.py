@@ -1,15 +1,21 @@
-"""Settings of the process while a run lasts: threads, Ctrl-C, the C library's allocator."""
+"""The process while a run lasts: threads and their settings, Ctrl-C, whose turn it is, the C library's allocator."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -23,27 +29,118 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Interrupts:
+    """What Ctrl-C does while a run lasts, in the main thread of a program that has no other plans for it.
+
+    It raises KeyboardInterrupt once. What puts things back afterwards is not interrupted again: frames of the functions
+    in `protected`, and whatever they call, run to their end before it is raised.
+
+    Args:
+        protected: functions that must not be interrupted.
+    """
+
+    def __init__(self, *protected: Callable[..., Any]) -> None:
+        self._protected = {function.__code__ for function in protected}
+        self._stop: threading.Event | None = None
+        self._has_raised = self.is_pending = False
+        self._is_installed = False
+
+    def __enter__(self) -> Interrupts:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._is_installed = True
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[threading.Event]:
+        """An event that the first SIGINT (Ctrl-C) sets; the second raises KeyboardInterrupt, as usual."""
+        self._stop = threading.Event()
+        try:
+            yield self._stop
+        finally:
+            self._stop = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the first SIGINT has come while there was something to stop."""
+        return self._stop is not None and self._stop.is_set()
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._stop is not None and not self._stop.is_set():
+            self._stop.set()
+            return
+        if self._has_raised:
+            return
+        while frame is not None:
+            if frame.f_code in self._protected:
+                self.is_pending = True
+                return
+            frame = frame.f_back
+        self._has_raised = True
+        raise KeyboardInterrupt
+
+
+# ---- one run at a time ------------------------------------------------------------------------------------------
+
+_turn = threading.Lock()
+_has_turn: contextvars.ContextVar[bool] = contextvars.ContextVar("llc_fast_has_turn", default=False)
+
+
+def _forget_turn() -> None:
+    """In a forked process nobody is left to give back what another thread had."""
+    global _turn
+    _turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_turn)
+
+
 @contextlib.contextmanager
-def stopped_by_sigint() -> Iterator[threading.Event]:
-    """An event that the first SIGINT (Ctrl-C) sets; the second raises KeyboardInterrupt, as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals belong to the main thread
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield stop  # somebody else takes care of Ctrl-C
-        return
+def one_at_a_time() -> Iterator[None]:
+    """Wait until no other thread is inside; one that is inside may enter again, in threads of its context too.
 
-    def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.set()
+    A run writes to the model's parameters, and draws from generators that belong to the whole process.
+    """
+    if _has_turn.get():
+        yield
+        return
+    with _turn:
+        token = _has_turn.set(True)
+        try:
+            yield
+        finally:
+            _has_turn.reset(token)
 
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+class CallersSettings:
+    """What torch keeps for each thread, as it is in the thread that makes this: for threads that work for it."""
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        ]
+        self._caches = torch.is_autocast_cache_enabled()
+        self._device = torch.get_default_device()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function with these settings."""
+        return self._context.copy().run(self._call, function, args)
+
+    def _call(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self._autocast:
+                if enabled:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._caches))
+            if self._device != torch.get_default_device():
+                stack.enter_context(self._device)
+            return function(*args)
 
 
 _M_MMAP_THRESHOLD, _LARGE, _USUAL = -3, 2**20, 32 * 2**20

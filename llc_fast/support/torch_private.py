@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, IterableDataset
 
 _aten = torch.ops.aten
 
@@ -18,8 +26,6 @@ CPU_ATTENTION_COUNTED_AS = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
 """Attention on a CPU, which torch's table of floating-point operations leaves out, by its like in that table."""
-RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-"""The classes of modules whose output in training mode depends on random numbers or on the rest of the batch."""
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -84,6 +90,40 @@ def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return check
 
 
+def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
+    """What runs as soon as the gradient of a leaf has been accumulated; None if nothing ever did."""
+    return tensor._post_accumulate_grad_hooks
+
+
+def normalizes_batches(module: nn.Module) -> bool:
+    """Whether the output of a module in training mode depends on the rest of the batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module of torch's draws random numbers in training mode."""
+    if isinstance(module, nn.RNNBase):
+        return bool(module.dropout > 0 and module.num_layers > 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) and bool(getattr(module, "p", 1.0) > 0)
+
+
+def has_user_hooks(model: nn.Module) -> bool:
+    """Whether somebody's hooks see or change what the modules or parameters of a model compute.
+
+    The hooks by which torch itself normalizes weights are functions of the parameters, and do not count.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    everywhere = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    if any(everywhere):
+        return True
+    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+        return True
+    return any(p._backward_hooks for p in model.parameters())
+
+
 def has_onednn_linear() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -94,11 +134,6 @@ def onednn_linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def hooks_after_gradient(tensor: Tensor) -> Sequence[Any]:
-    """The hooks that run in a backward pass as soon as a tensor's gradient is complete."""
-    return list((getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values())
-
-
 def is_observed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether hooks see the optimizer's steps, its own or those for all optimizers, or a profiler runs."""
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
@@ -106,3 +141,42 @@ def is_observed(optimizer: torch.optim.Optimizer) -> bool:
     if torch.compiler.is_compiling():  # it can't look at the profiler
         return False
     return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks or _profiler_enabled())
+
+
+def iterates_as_torch_does(loader: object) -> bool:
+    """Whether a loader reads its data set in the order of its samplers: a DataLoader that keeps torch's iteration."""
+    if not isinstance(loader, DataLoader):
+        return False
+    kind: Any = type(loader)
+    return (
+        kind.__iter__ is DataLoader.__iter__
+        and kind._get_iterator is DataLoader._get_iterator
+        and kind._index_sampler is DataLoader._index_sampler
+    )
+
+
+def index_sampler_of(loader: DataLoader[Any]) -> Any:
+    """What says which samples come next: lists of indices for batches, or single indices of items that are batches."""
+    return None if isinstance(loader.dataset, IterableDataset) else loader._index_sampler
+
+
+def end_workers(iterator: Any) -> None:
+    """End the workers of a loader's iterator, even if a traceback still holds it."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def workers_of(loader: Any) -> Any:
+    """The iterator that keeps a loader's workers from pass to pass; None: there is none."""
+    return loader._iterator
+
+
+def copy_of_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """The same loader, with workers of its own and some attributes changed.
+
+    A shallow copy keeps everything (collate_fn, worker_init_fn, generator, what a subclass adds) without a call of the
+    constructor, whose arguments a subclass may have changed.
+    """
+    copied = copy.copy(loader)
+    vars(copied).update({"_iterator": None, "in_order": True}, **changes)
+    return copied

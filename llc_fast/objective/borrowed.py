@@ -1,0 +1,191 @@
+"""The user's model on loan: its parameters hold a chain's values for a while, and everything is put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llc_fast.kernels.sharding import is_dtensor
+from llc_fast.support.torch_private import accumulation_hooks, version_of
+
+_CONTAINERS = (list, dict, set)
+
+
+class BorrowedModel:
+    """A model whose own ``Parameter`` objects are given the memory of a chain as their data.
+
+    So whatever looks at them sees the chain's values: forward, activations that are recomputed during backward, a
+    custom backward that reads ``module.weight``, a list of parameters that the loss function keeps. Autograd, too,
+    looks at a parameter again during backward: it must be inside :meth:`holding`, as forward is.
+
+    Args:
+        model: the user's.
+
+    Attributes:
+        parameters: its parameters by name, tied ones once.
+        buffers: its buffers by name.
+        wrote_parameters, wrote_buffers: names of those that some forward pass has written to so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.buffers: dict[str, Tensor] = dict(model.named_buffers())
+        self.wrote_parameters: set[str] = set()
+        self.wrote_buffers: set[str] = set()
+        self._own = {name: p.data for name, p in self.parameters.items() if not is_dtensor(p)}
+        self._own_buffers = {name: b.data for name, b in self.buffers.items()}
+        names = {id(b): name for name, b in self.buffers.items()}
+        self._places = [
+            (module, key, names[id(b)])
+            for module in model.modules()
+            for key, b in module._buffers.items()
+            if b is not None and id(b) in names
+        ]
+
+    @contextlib.contextmanager
+    def holding(
+        self, values: Mapping[str, Tensor], fixed: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Parameters and buffers with the data of these tensors; what forward writes goes to their memory.
+
+        Gradients that the parameters had are out of sight meanwhile.
+
+        Args:
+            values: what gradients are taken with respect to; the parameters themselves are the leaves.
+            fixed: other parameters that live elsewhere than the model's own, on another device, say.
+            buffers: a chain's own; those that are left out stay the model's.
+        """
+        grads, flags, hooks = [], [], []
+        parameters = self.parameters
+        try:
+            for name in self._own:
+                p = parameters[name]
+                if p.requires_grad is not (name in values):
+                    flags.append(p)
+                    p.requires_grad_(name in values)
+                if p.grad is not None:
+                    grads.append((p, p.grad))
+                    p.grad = None
+                if found := accumulation_hooks(p):  # an optimizer that steps during backward must not see the chain's
+                    hooks.append((found, dict(found)))
+                    found.clear()
+            for given in (values, fixed):
+                for name, value in given.items():
+                    parameters[name].data = value
+            for name, value in buffers.items():
+                self.buffers[name].data = value
+            yield
+        finally:
+            for given in (values, fixed):
+                for name, value in given.items():
+                    p = parameters[name]
+                    if p.data_ptr() != value.data_ptr():  # forward set .data
+                        self._keep(p, value, self.wrote_parameters, name)
+                    p.data = self._own[name]
+            if buffers:
+                self._put_buffers_back(buffers)
+            for p in flags:
+                p.requires_grad_(not p.requires_grad)
+            for p in (parameters[name] for name in values):
+                if p.grad is not None:
+                    p.grad = None
+            for p, grad in grads:
+                p.grad = grad
+            for found, content in hooks:
+                found.update(content)
+
+    def versions(self) -> dict[str, int]:
+        """How often each parameter and buffer has been written to in place, by name."""
+        return {name: version_of(t) for tensors in (self.parameters, self.buffers) for name, t in tensors.items()}
+
+    def _put_buffers_back(self, buffers: Mapping[str, Tensor]) -> None:
+        for module, key, name in self._places:
+            b, found = self.buffers[name], module._buffers.get(key)
+            if found is not b:  # forward assigned another tensor
+                if found is not None and name in buffers:
+                    self._keep(found, buffers[name], self.wrote_buffers, name)
+                module._buffers[key] = b
+        for name, value in buffers.items():
+            b = self.buffers[name]
+            if b.layout is torch.strided and b.data_ptr() != value.data_ptr():
+                self._keep(b, value, self.wrote_buffers, name)
+            b.data = self._own_buffers[name]
+
+    def _keep(self, found: Tensor, value: Tensor, wrote: set[str], name: str) -> None:
+        wrote.add(name)
+        if found.shape == value.shape:
+            value.detach().copy_(found.detach())
+
+
+# ---- what a run may leave behind on modules ---------------------------------------------------------------------
+
+
+class ModelSnapshot:
+    """What a model is made of, apart from the values of its tensors, to be put back after a run.
+
+    Forward passes write attributes (the weight that weight_norm computes, counters, caches), and an interrupt may come
+    in the middle of anything. Attributes that are lists, dictionaries or sets are restored with their content, tensors
+    that are plain attributes with their values.
+
+    Args:
+        model: the user's; anything else that is no module, such as nothing, has nothing to be put back.
+    """
+
+    def __init__(self, model: object) -> None:
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._modules = [(vars(m), dict(vars(m))) for m in modules]
+        self._content: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        for m in modules:
+            for value in vars(m).values():
+                self._remember(value, depth=0)
+        tensors: list[Tensor] = []
+        for m in modules:
+            tensors += [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        unique = {id(t): t for t in tensors}.values()
+        self._held = [(t, t.data, t.requires_grad, t.grad if t.is_leaf else None) for t in unique if not is_dtensor(t)]
+
+    def _remember(self, value: Any, depth: int) -> None:
+        if type(value) is Tensor and not value.requires_grad:
+            self._tensors.append((value, version_of(value), value.clone()))
+        elif isinstance(value, _CONTAINERS) and depth < 4:
+            copied: Any = value.copy()
+            self._content.append((value, copied))
+            for entry in list(value.values()) if isinstance(value, dict) else list(value):
+                if not isinstance(entry, nn.Parameter):
+                    self._remember(entry, depth + 1)
+
+    def restore(self) -> None:
+        """Put everything back; may be called twice."""
+        for attributes, before in self._modules:
+            if attributes.keys() != before.keys() or any(attributes[k] is not v for k, v in before.items()):
+                attributes.clear()
+                attributes.update(before)
+        for container, content in self._content:
+            if isinstance(container, list):
+                if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+                    container[:] = content
+            elif isinstance(container, dict):
+                if list(container) != list(content) or any(container[k] is not v for k, v in content.items()):
+                    container.clear()
+                    container.update(content)
+            elif container != content:
+                container.clear()
+                container.update(content)
+        for tensor, data, requires_grad, grad in self._held:
+            if tensor.layout is not torch.strided:
+                continue
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape or tensor.stride() != data.stride():
+                tensor.data = data
+            if tensor.requires_grad is not requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.is_leaf and tensor.grad is not grad:
+                tensor.grad = grad
+        with torch.no_grad():
+            for tensor, version, value in self._tensors:
+                if version_of(tensor) != version:
+                    tensor.copy_(value)

@@ -1,0 +1,375 @@
+"""A first look at the loss: does it make sense, what does a gradient cost, and what does an evaluation depend on?"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
+from llc_fast.objective.differences import compare_with_differences, scales_of
+from llc_fast.objective.flops import FlopCounter
+from llc_fast.support.errors import first_line
+from llc_fast.support.randomness import State, same_states
+from llc_fast.support.torch_private import has_user_hooks, version_of
+
+if TYPE_CHECKING:
+    from llc_fast.objective.objective import Evaluation, Objective
+
+MIN_CHECKS = 48
+"""Evaluations that comparing gradients with differences may take at least, unless each is large."""
+_LARGE_FLOPS, _FEW_CHECKS = 3e9, 6
+_SAME = 1e-4
+"""Relative difference up to which two evaluations of one function agree."""
+_SAME_BITS = 1e-6
+"""The same with and without gradients: what is left is rounding, far below what nβ makes visible."""
+_DISPLACEMENT = 0.05
+"""How far the displaced point is from w*, relative to the size of each parameter."""
+_REPEATS = 4
+"""Evaluations of a random loss whose mean shows whether it is a sum."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a few evaluations at w* and beside it were measured to be; strategies are chosen by it.
+
+    Attributes:
+        flops: floating-point operations of one gradient, counted; infinite if they can't be (a compiled model).
+        activation_bytes: what autograd keeps of one forward pass.
+        unused: names of parameters that the loss does not depend on.
+        has_tensor_batches: whether a batch holds nothing but tensors.
+        is_random: whether the loss is another from evaluation to evaluation (dropout, noise, time, a model with state).
+        is_reproducible: whether it is the same again if all generators are in the same state.
+        writes_buffers, writes_batch, writes_parameters: whether a forward pass changes the model's buffers, its input,
+            or the parameters themselves (``max_norm``, weight clipping).
+        is_reentrant: whether activations are recomputed in a way that needs a plain backward pass.
+        is_same_without_grad: whether the loss is the same function where no gradients are recorded.
+        functional_problem: why the loss is not a function of parameters that torch.func can be given; empty: it is.
+        has_hooks: whether the user's hooks see or change what modules compute.
+        draws_in_training: whether random numbers are drawn and some module is in training mode.
+    """
+
+    flops: float
+    activation_bytes: int
+    unused: tuple[str, ...]
+    has_tensor_batches: bool
+    is_random: bool
+    writes_buffers: bool
+    writes_batch: bool
+    is_reproducible: bool = True
+    writes_parameters: bool = False
+    is_reentrant: bool = False
+    is_same_without_grad: bool = True
+    functional_problem: str = ""
+    has_hooks: bool = False
+    draws_in_training: bool = False
+
+
+def try_out(objective: Objective, max_checks: int) -> Trial:
+    """Evaluate the loss a few times at w* and beside it; generators are left as they were.
+
+    Args:
+        objective: all but its trial is set up; `per_sample`, `masks` and `not_sampled` are completed.
+        max_checks: evaluations to spend on comparing gradients with differences of the loss.
+
+    Raises:
+        TypeError, ValueError: as :class:`llc_fast.objective.objective.Objective`.
+    """
+    with objective.generators.kept():
+        return _Trial(objective).run(max_checks)
+
+
+class _Trial:
+    def __init__(self, objective: Objective) -> None:
+        self._objective, self._generators = objective, objective.generators
+        self._batch = next(iter(objective.source.minibatches(seed=0)))
+        if objective.uses_own_loss and not isinstance(self._batch, Mapping):
+            raise TypeError(
+                "loss_fn must be callable as loss_fn(output, target), got None, which is for models that return their "
+                f"own loss from batches that are dictionaries; these are {type(self._batch).__name__}"
+            )
+        self._piece, self._size = split_batch(self._batch, objective.microbatch_size)[0]
+        self._start: State = self._generators.states()
+        self._borrowed = objective.borrowed
+
+    def run(self, max_checks: int) -> Trial:
+        objective = self._objective
+        here = {name: p.clone() for name, p in objective.reference.items()}
+        first = self._first(here)
+        drew = not same_states(self._start, self._generators.states())
+        value = first.value
+        again = self._value(here)
+        is_reproducible = _agree(again, value, _SAME)
+        self._generators.seed(_OTHER_SEED)
+        with torch.enable_grad():
+            other = self._value(here, restart=False)
+        is_random = drew or not is_reproducible or not _agree(other, value, _SAME)
+        with torch.no_grad():
+            is_same_without_grad = is_random or _agree(self._value(here), value, _SAME_BITS)
+        del here
+        elsewhere = self._displaced()
+        problem = "it writes to its parameters" if first.writes_parameters else self._functional_problem(elsewhere)
+        self._refuse_sum(elsewhere, is_random)
+        trial = Trial(
+            flops=first.flops,
+            activation_bytes=first.activation_bytes,
+            unused=first.unused,
+            has_tensor_batches=all(isinstance(t, Tensor) and t.ndim for t in leaves(self._batch)),
+            is_random=is_random,
+            writes_buffers=first.writes_buffers,
+            writes_batch=first.writes_batch,
+            is_reproducible=is_reproducible,
+            writes_parameters=first.writes_parameters,
+            is_reentrant=first.is_reentrant,
+            is_same_without_grad=is_same_without_grad,
+            functional_problem=problem,
+            has_hooks=has_user_hooks(objective.model),
+            draws_in_training=is_random and any(m.training for m in objective.model.modules()),
+        )
+        objective.trial = trial
+        if is_reproducible and not first.writes_parameters:
+            few = _FEW_CHECKS if first.flops > _LARGE_FLOPS else MIN_CHECKS
+            self._compare(elsewhere, max(max_checks, few))
+        return trial
+
+    # ---- the first evaluation ----------------------------------------------------------------------------------
+
+    def _first(self, params: dict[str, Tensor]) -> _First:
+        """Loss and gradient at w*, counted, checked and watched."""
+        try:
+            return self._gradient(params, plain=False)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+        return self._gradient(params, plain=True)
+
+    def _gradient(self, params: dict[str, Tensor], plain: bool) -> _First:
+        objective, borrowed = self._objective, self._borrowed
+        self._generators.restore(self._start)
+        piece, buffers = copy.deepcopy(self._piece), objective.fresh_buffers()
+        inputs = [t for t in leaves(piece) if isinstance(t, Tensor)]
+        saved = _SavedBytes(exclude=[*params.values(), *objective.frozen.values(), *inputs, *buffers.values()])
+        # A compiled model does not run under a dispatch mode.
+        compiled = any(type(m).__name__ == "OptimizedModule" for m in objective.model.modules())
+        counter = FlopCounter()  # type: ignore[no-untyped-call]
+        used: set[str] = set()
+        not_finite: set[str] = set()
+
+        def take(name: str, grad: Tensor) -> None:
+            used.add(name)
+            if not torch.isfinite(grad).all():
+                not_finite.add(name)
+
+        with torch.enable_grad(), objective.holding(params, buffers):
+            before = [version_of(t) for t in inputs]
+            versions = borrowed.versions()
+            with contextlib.nullcontext() if compiled else counter:
+                with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+                    loss = self._loss(piece)
+                    self._check_value(loss, batch_length(piece))
+                wrote = {name for name, version in borrowed.versions().items() if version != versions[name]}
+                objective.consume_gradients(loss.mean(), take, plain=plain)
+            writes_batch = any(version_of(t) != version for t, version in zip(inputs, before, strict=True))
+        if not used:
+            raise ValueError("the loss does not depend on the parameters to sample (it has no gradient)")
+        if not_finite:
+            raise ValueError(
+                f"the gradient of the loss at w* is not finite, in {_some(sorted(not_finite))}, though the loss is "
+                f"({float(loss.detach().mean()):g}): the loss has no derivative there (sqrt or a norm at 0, a division "
+                "by 0, log 0?). Add a small constant under the root, or use a loss that is smooth at w*"
+            )
+        return _First(
+            value=float(loss.detach().double().mean()),
+            flops=math.inf if compiled else counter.flops * -(-batch_length(self._batch) // self._size),
+            activation_bytes=saved.total,
+            unused=tuple(name for name in objective.reference if name not in used),
+            writes_buffers=bool(borrowed.wrote_buffers or wrote & borrowed.buffers.keys()),
+            writes_parameters=bool(borrowed.wrote_parameters or wrote & borrowed.parameters.keys()),
+            writes_batch=writes_batch,
+            is_reentrant=plain,
+        )
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The first call of the user's functions; what goes wrong may be how they are called."""
+        objective = self._objective
+        try:
+            return objective.loss(batch).loss
+        except Exception as error:
+            if hasattr(error, "add_note"):
+                called = "loss_fn(model, batch)" if objective.takes_model else "loss_fn(model(*inputs), target)"
+                error.add_note(
+                    f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
+                    "whose first parameter is called `model` gets (model, batch), any other (output, target)"
+                )
+            raise
+
+    def _check_value(self, loss: object, size: int) -> None:
+        objective = self._objective
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
+        objective.per_sample = loss.ndim == 1 and len(loss) == size
+        if loss.ndim != 0 and not objective.per_sample:
+            raise ValueError(
+                f"loss_fn must return a scalar, or one loss for each of {size} samples, got shape "
+                f"{tuple(loss.shape)}: use reduction='mean'"
+            )
+        if not torch.isfinite(loss).all():
+            raise ValueError(f"loss_fn returned {float(loss.detach().mean())} at w*: check the model and the data")
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the parameters to sample (it has no gradient): does the model or "
+                "loss_fn use .detach(), torch.no_grad() or .item()?"
+            )
+
+    # ---- further evaluations -----------------------------------------------------------------------------------
+
+    def _value(self, params: Mapping[str, Tensor], batch: Batch | None = None, *, restart: bool = True) -> float:
+        """The loss of a batch, this one if none is given, from the same states of all generators if `restart`."""
+        if restart:
+            self._generators.restore(self._start)
+        batch = copy.deepcopy(self._piece if batch is None else batch)
+        return _number(self._objective.evaluate(params, batch, self._objective.fresh_buffers()))
+
+    @torch.no_grad()
+    def _displaced(self) -> dict[str, Tensor]:
+        """A point beside w*: at w* itself a gradient may be nothing, and a loss too."""
+        reference = self._objective.reference
+        generator = torch.Generator().manual_seed(_OTHER_SEED)
+        scales = scales_of(reference)
+        found = {}
+        for name, p in reference.items():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
+            if (mask := self._objective.masks.get(name)) is not None:
+                noise *= mask
+            found[name] = noise.mul_(_DISPLACEMENT * scales[name]).add_(p)
+        return found
+
+    def _functional_problem(self, params: Mapping[str, Tensor]) -> str:
+        """Why the loss is no function of the parameters that torch.func hands to the model; empty if it is one."""
+        objective = self._objective
+        expected = self._value(params)
+        self._generators.restore(self._start)
+        try:
+            found = _number(objective.functional(params, copy.deepcopy(self._piece), objective.fresh_buffers()))
+        except Exception as error:
+            return f"torch.func can't evaluate it: {first_line(error)}"
+        if _agree(found, expected, _SAME) or not math.isfinite(expected):
+            return ""
+        return "the loss reads parameters past the modules that hold them"
+
+    def _refuse_sum(self, params: Mapping[str, Tensor], is_random: bool) -> None:
+        """A loss that is a sum over the batch would make λ̂ wrong by the batch size.
+
+        Halves of a batch add up to it, and a batch that is repeated doubles it; a loss over pairs may do one of the
+        two. Models for batches of one size take neither, and nothing is known of them.
+        """
+        if self._objective.per_sample:
+            return
+        tensors, length = leaves(self._piece), batch_length(self._piece)
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == length for t in tensors):
+            return
+        half = length // 2
+        parts = [map_tensors(lambda t: t[:half], self._piece), map_tensors(lambda t: t[half:], self._piece)]
+        twice = [map_tensors(lambda t: torch.cat([t, t]), self._piece)]
+        # The ratio is 1 for a sum; for a mean it is 2 and 1/2.
+        slack = 0.25 if is_random else 1e-3
+        looks = []
+        for others, factor in ((parts, 1.0), (twice, 0.5)):
+            with contextlib.suppress(Exception):  # a model for other batches than these
+                if half or others is twice:
+                    repeats = range(_REPEATS if is_random else 1)
+                    ratios = [factor * self._over_whole(params, others, k) for k in repeats]
+                    looks.append(abs(sum(ratios) / len(ratios) - 1) < slack)
+        if looks and all(looks):
+            raise ValueError(
+                "loss_fn sums over the batch (halves of a batch add up to it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
+                "use reduction='mean'"
+            )
+
+    def _over_whole(self, params: Mapping[str, Tensor], others: Sequence[Batch], k: int) -> float:
+        """The losses of other batches, added up, over that of this one."""
+        self._generators.seed(_OTHER_SEED + k)
+        whole = self._value(params, restart=False)
+        found = sum(self._value(params, other, restart=False) for other in others) / whole
+        if not math.isfinite(found):
+            raise ValueError("nothing to compare with")
+        return found
+
+    def _compare(self, params: dict[str, Tensor], max_checks: int) -> None:
+        """Compare gradients with differences; take elements out that have none though the loss depends on them."""
+        objective = self._objective
+        found = compare_with_differences(
+            objective, self._piece, params, lambda: self._generators.restore(self._start), max_checks
+        )
+        if found.wrong:
+            hooks = ", hooks" if has_user_hooks(objective.model) else ""
+            raise ValueError(
+                f"the gradient of the loss with respect to {_some(found.wrong)} is not its derivative: differences of "
+                f"the loss beside w* disagree with it (straight-through estimators, detached parts{hooks}, "
+                "scale_grad_by_freq, a custom backward?). Chains would sample something else than this loss: use the "
+                "true gradient, or leave these parameters out with params="
+            )
+        for name, elements in found.without_gradient.items():
+            kept = ~elements & objective.masks.get(name, torch.ones_like(elements))
+            objective.not_sampled[name] = int(elements.sum())
+            if kept.any():
+                objective.masks[name] = kept
+            else:
+                objective.freeze(name)
+        if not objective.reference:
+            raise ValueError(
+                "the loss depends on the parameters to sample, but none of them has a gradient: does the model or "
+                "loss_fn use .detach(), torch.no_grad() or .item()?"
+            )
+
+
+@dataclass(frozen=True)
+class _First:
+    """What the first evaluation was measured to be; see :class:`Trial`."""
+
+    value: float
+    flops: float
+    activation_bytes: int
+    unused: tuple[str, ...]
+    writes_buffers: bool
+    writes_parameters: bool
+    writes_batch: bool
+    is_reentrant: bool
+
+
+_OTHER_SEED = 0x5EED
+
+
+def _number(evaluation: Evaluation) -> float:
+    return float(evaluation.loss.detach().double())
+
+
+def _agree(a: float, b: float, slack: float) -> bool:
+    return abs(a - b) <= slack * max(abs(a), abs(b)) or (math.isnan(a) and math.isnan(b))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+class _SavedBytes:
+    """Counts the memory that autograd keeps for the backward pass."""
+
+    def __init__(self, exclude: Sequence[Tensor]) -> None:
+        self._seen = {t.untyped_storage().data_ptr() for t in exclude if t.layout == torch.strided}
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:  # a sparse matrix has no storage of its own
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
