@@ -22,7 +22,7 @@ print("done")
 
 
 def test_it_is_the_module_that_was_asked_for() -> None:
-    assert IS_SANITIZED == (os.environ.get("LLC_FAST_SANITIZE") == "1")
+    assert (os.environ.get("LLC_FAST_SANITIZE") == "1") == IS_SANITIZED
 
 
 @pytest.mark.skipif(not IS_SANITIZED, reason="the module was built without sanitizers")
