@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +28,10 @@ def test_it_is_the_module_that_was_asked_for() -> None:
 
 @pytest.mark.skipif(not IS_SANITIZED, reason="the module was built without sanitizers")
 @pytest.mark.parametrize(("room", "is_caught"), [(100, False), (99, True)])
-def test_a_deliberate_error_is_caught(room: int, is_caught: bool) -> None:
+def test_a_deliberate_error_is_caught(room: int, is_caught: bool, tmp_path: Path) -> None:
     """A hundred numbers written into a place for ninety-nine."""
-    done = subprocess.run(
-        [sys.executable, "-c", _TOO_LONG.format(room=room)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", _TOO_LONG.format(room=room)]
+    # In a folder without a package of ours in it.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ("heap-buffer-overflow" in done.stderr) == is_caught, done.stderr
     assert (done.returncode != 0) == is_caught and ("done" in done.stdout) != is_caught
