@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -257,9 +258,12 @@ def make_gradient(
         inner = EagerGradient(objective, state, buffers, plan.release)
     else:
         inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    # What can't be batched, or goes wrong, has to show while there is a way back.
+    if isinstance(inner, BatchedGradient) and feed.is_addressable and not _changes(objective):
+        _check_against_the_model(inner, objective, state, feed, step)
+    elif isinstance(inner, BatchedGradient) and plan.strategy == "batched":
+        inner.evaluate(feed(step))
     note = ""
-    if isinstance(inner, BatchedGradient) and not objective.trial.is_random:
-        _check_batched(inner, objective, state, feed, step)
     if plan.replay:
         try:
             return ReplayedGradient(objective, inner, state, feed, step), ""
@@ -268,28 +272,59 @@ def make_gradient(
     return inner, note
 
 
-def _check_batched(inner: BatchedGradient, objective: Objective, state: ChainState, feed: Feed, step: int) -> None:
-    """Raise NotReplayableError unless a chain gets the gradient that plain autograd gives it by itself.
+_DISPLACED, _WRONG, _WRONG_IF_ROUNDED = (0.3, 0.2, 0.5), 2e-3, 0.1
+"""Distances from w*, relative to its size, at which gradients are compared, and the relative difference that is too
+large at all of them; the latter also where something is computed in less than float32."""
 
-    What can't be batched has to show now, too, while there is a way back.
+
+class WrongGradientError(Exception):
+    """What a strategy gives is not the gradient of the model."""
+
+
+@torch.no_grad()
+def _check_against_the_model(
+    inner: BatchedGradient, objective: Objective, state: ChainState, feed: Feed, step: int
+) -> None:
+    """The first chain's gradient must be that of ordinary autograd with the chain's parameters in the model.
+
+    A backward pass that looks at the model's own parameters, as a custom one or recomputed activations do, finds w*
+    there: chains in one batch are given to the model as arguments, and these are gone by then.
+
+    Raises:
+        WrongGradientError: it is another.
     """
-    batch = feed(step)
+    batch, size = feed(step), state.w.square().mean().sqrt()
     alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
-    with state.displaced():
-        loss = inner.evaluate(batch).loss[0]
-        grads = inner.gradients()
-        if state.num_chains > 1:
-            grads = [grad[0] for grad in grads]
-        single, expected = state.single(), dict[str, Tensor]()
-        objective.gradient_at(single, alone, lambda name, grad: expected.update({name: grad.clone()}))
-        expected_loss = objective.minibatch_loss(single, alone, objective.fresh_buffers())
-    zeros = {name: torch.zeros_like(p) for name, p in single.items()}
-    try:
-        rounding = 0.0 if objective.is_precise else 16 * torch.finfo(torch.bfloat16).eps
-        check_replay([loss, *grads], [expected_loss, *(zeros | expected).values()], rounding)
-    except NotReplayableError:
-        raise NotReplayableError("chains get other gradients in a batch than one by one") from None
-    feed(step)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(state.w.shape, generator=generator, dtype=torch.float32).to(state.w) * size
+    for distance in _DISPLACED:
+        with state.at(state.w + distance * noise), torch.enable_grad():
+            losses = inner.evaluate(batch).loss
+            found = inner.gradients()
+            with objective.holding(state.single(), objective.fresh_buffers()):
+                loss = objective.loss(alone).loss
+                expected = objective.gradients(loss)
+        own = [g if state.num_chains == 1 else g[0] for g in found]
+        off = max(_difference(own, expected), _difference([losses[0]], [loss]))
+        if not off > (_WRONG if objective.is_precise else _WRONG_IF_ROUNDED):  # equal, or not finite
+            return
+    raise WrongGradientError(
+        f"chains get other gradients in a batch than one by one, {off:.0%} off (a custom backward that reads the "
+        "module's parameters, or activations that are recomputed?)"
+    )
+
+
+def _changes(objective: Objective) -> bool:
+    """Whether one evaluation says nothing of the next."""
+    trial = objective.trial
+    return trial.is_random or trial.writes_batch or trial.writes_buffers
+
+
+def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """‖a − b‖ / ‖b‖"""
+    off = sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
+    size = sum(float(y.double().square().sum()) for y in b)
+    return math.sqrt(off / size) if size else math.inf if off else 0.0
 
 
 _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")
@@ -302,6 +337,8 @@ def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainS
     vmap does not know. A bug of the model is none of these. An operation of torch that fails in a batch without a word
     of vmap is vmap's fault if one chain alone, on its own minibatch, passes it.
     """
+    if isinstance(error, WrongGradientError):
+        return True
     if not STRATEGIES[plan.strategy].may_refuse:
         return False
     if isinstance(error, (NotReplayableError, torch.cuda.OutOfMemoryError)):

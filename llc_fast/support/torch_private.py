@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,22 @@ def same_layouts(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """
     check: Callable[..., bool] = _layouts_of(tensors).check
     return check
+
+
+def graph_of(loss: Tensor) -> Iterator[Any]:
+    """The nodes of the graph that leads to a tensor."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
+def has_own_backward(loss: Tensor) -> bool:
+    """Whether the graph of a loss has an ``autograd.Function`` written in Python."""
+    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in graph_of(loss))
 
 
 def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
