@@ -157,8 +157,8 @@ def as_tensors(batch: Batch) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same on a device."""
-    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+    """The same on a device, and part of no graph: targets may be outputs of a teacher."""
+    return map_tensors(lambda t: t.detach().to(device, non_blocking=True), batch)
 
 
 def structure(batch: Batch) -> object:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from llc_fast.chains.group import DIVERGED_AFTER, RunSpec
@@ -23,7 +22,7 @@ from llc_fast.chains.run import Monitor, run_chains
 from llc_fast.data import mix
 from llc_fast.gradients.plan import Plan, make_plan
 from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
-from llc_fast.objective.curvature import pilot_metric, top_curvature
+from llc_fast.objective.curvature import in_float32, pilot_metric, top_curvature
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
@@ -162,7 +161,7 @@ def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STI
     elif sampler.metric == "given":
         given = vars(sampler)["preconditioner"]
         metric = {name: given[name] if isinstance(given, Mapping) else given for name in objective.reference}
-    largest = 1.0 if metric is None else max(float(torch.as_tensor(p).max()) for p in metric.values())
+    largest = 1.0 if metric is None else max(float(in_float32(p).max()) for p in metric.values())
     assert sampler.nbeta is not None and sampler.localization is not None
     stiffest = sampler.nbeta * top_curvature(objective, metric=metric, seed=seed) + sampler.localization * largest
     stiffest *= 1 + lag

@@ -21,7 +21,7 @@ from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_setting
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
-from llc_fast.chains.processes import default_device, join
+from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
 from llc_fast.data import LoaderSource, make_source
@@ -146,8 +146,10 @@ def estimate_llc(
         llc_fast.chains.processes.ProcessFailedError: another process of a distributed run failed or died.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
-    settings = with_old_keywords(given, old, "estimate_llc")
-    with _Surroundings(settings, model, data, loss_fn) as surroundings:
+    with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
+        settings = with_old_keywords(given, old, "estimate_llc")
+        surroundings = _Surroundings(settings, model, data, loss_fn)
+    with surroundings:
         prepared = prepare(settings, model, data, loss_fn, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
@@ -250,12 +252,12 @@ class _Surroundings:
         self.started = time.perf_counter()
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
-        self.team = join(False if alone else settings.execution.distributed)
         self.generators = Generators(self.device, [model, loss_fn, data])
         self.interrupts = Interrupts(_Surroundings.__exit__)
         self._model = model
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
+        self.team = join(False if alone else settings.execution.distributed)  # last: now nothing fails before it works
 
     def __enter__(self) -> _Surroundings:
         try:
@@ -340,19 +342,41 @@ def prepare(
     check_memory(objective, largest, plan)
     identity: dict[str, Any] = {}
     saved = None
-    if keeper is not None:
+    if keeper is not None or team.size > 1:
         identity = {**settings.identity(), **objective.identity()}
         identity["warm_start"] = None if start is None else arrays_identity(start)
+        team.agree(identity | _more_identity(objective, loss_fn, keeper))
+    if keeper is not None:
         saved = keeper.load(identity)
     nbeta = settings.nbeta_for(objective.source.num_samples)
     with threads(plan.num_threads):
         at_reference = reference_losses(objective, nbeta, settings.seed)
+    # Other processors may round otherwise; what moves λ̂ by a thousandth, or less than its error, is no difference.
+    is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
+    error = at_reference.stderr if math.isfinite(at_reference.stderr) else 0.0
+    atol, rtol = max(1e-3 / nbeta, 6 * error), 1e-2 if is_coarse else 1e-4
+    team.agree_on_number("the loss at w*", at_reference.mean, atol=atol, rtol=rtol)
     if at_reference.pairing == "draws" and plan.strategy == "cuda-graph":  # it can't stop at draws
         why = "the minibatches of draws are evaluated at w* too"
         if plan.is_given:
             raise ValueError(f'strategy="cuda-graph" is not possible here: {why}; use Execution(strategy="batched")')
         plan = planned(failed={"cuda-graph": why})
     return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
+
+
+def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: Checkpoint | None) -> dict[str, Any]:
+    """What processes compare beyond what names a run in its checkpoint."""
+    tensors = objective.reference.values()
+    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in tensors})
+    inner = loss_fn
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    return {
+        "params": f"{len(tensors)} tensors, {objective.num_parameters} elements, {', '.join(dtypes)}",
+        "loss_fn": None if inner is None else getattr(inner, "__qualname__", type(inner).__qualname__),
+        "checkpoint": "none" if keeper is None else "given",
+        "torch's version": torch.__version__.partition("+")[0],
+    }
 
 
 def _objective(
@@ -445,7 +469,7 @@ def choose(prepared: Prepared) -> Chosen:
         if prepared.saved is not None and prepared.keeper is not None:
             chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses)
         else:
-            with _PilotMonitor(settings.progress is True and team.rank == 0) as monitor:
+            with _PilotMonitor(settings.progress is True and team.rank == 0, team) as monitor:
                 chosen = choose_settings(
                     settings,
                     prepared.objective,
@@ -455,7 +479,7 @@ def choose(prepared: Prepared) -> Chosen:
                     monitor=monitor,
                 )
     # One process's numbers for all: another number of threads may round differently.
-    return team.gather(chosen)[0]  # type: ignore[no-any-return]
+    return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
 
 
 def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
@@ -471,8 +495,8 @@ def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLoss
 class _PilotMonitor(Monitor):
     """Shows the progress of the pilot chains; it leaves when they are done."""
 
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown, self._done = is_shown, 0
+    def __init__(self, is_shown: bool, team: Team) -> None:
+        self._is_shown, self._team, self._done = is_shown, team, 0
         self._progress: Progress | None = None
 
     def __enter__(self) -> _PilotMonitor:
@@ -483,6 +507,7 @@ class _PilotMonitor(Monitor):
             self._progress.close()
 
     def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
+        self._team.check()
         if self._is_shown and self._progress is None:  # short pilots show nothing
             self._progress = make_progress(True, None, "calibration", stays=False)
         if self._progress is not None:
@@ -542,16 +567,19 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
+    # When another process fails this one stops too, with a snapshot of its own chains; `gather` says why.
     with (
         _RunMonitor(prepared, chosen, schedule, chains) as monitor,
         prepared.surroundings.interrupts.stopping() as stop,
+        team.stopping(stop),
     ):
         resumed = saved.traces if saved is not None else ()
         run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
         # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
-        runs = team.gather(([dataclasses.replace(t, state=None) for t in run.traces], run.interrupted))
-        traces = [t for found, _ in runs for t in found]
-        interrupted = any(stopped for _, stopped in runs)
+        mine = [dataclasses.replace(t, state=None) for t in run.traces]
+        runs = team.gather(([t.to_arrays() for t in mine], run.interrupted)) if team.size > 1 else []
+        traces = [Traces.from_arrays(*t) for found, _ in runs for t in found] if runs else mine
+        interrupted = run.interrupted or any(stopped for _, stopped in runs)
         if keeper is not None and team.rank == 0 and not interrupted:
             keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces))
         problems = team.gather("" if keeper is None else keeper.problem)
@@ -641,7 +669,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
             "num_parameters": objective.num_parameters,
-            "control_variate": prepared.reference_losses.pairing != "none",
+            "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),
             "seed": settings.seed,
             "training_mode": prepared.model.training,
@@ -719,7 +747,6 @@ def _facts(prepared: Prepared, sampler: Sampler, sampled: Sampled, init_loss_std
         data_notes=_data_notes(objective),
         standing=None if at_reference.is_still else at_reference.standing,
         unused_parameters=list(objective.trial.unused),
-        data_truncated=isinstance(objective.source, LoaderSource) and objective.source.truncated,
         checkpoint_problem=sampled.problem,
         resumable=prepared.keeper is not None,
         target_acceptance=options["target_acceptance"] if adapts else None,

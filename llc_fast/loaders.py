@@ -98,8 +98,6 @@ class LoaderSource:
         self._generators = Generators(device, [loader])
         self._is_plain = iterates_as_torch_does(loader)
         self.batch_size: int | None = getattr(loader, "batch_size", None)
-        self.truncated = False
-        """Whether the last pass over everything stopped at `max_batches`."""
 
     # ---- what it gives -------------------------------------------------------------------------------------
 
@@ -248,18 +246,14 @@ class LoaderSource:
             self._end(loader)
 
     def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
-        self.truncated = False
         first, count = None, 0
         for count, (raw, size) in enumerate(self._pieces(tail, seed), 1):
             if count > self._limit:
-                self.truncated = True
                 return
             batch = self._ready(raw)
             first = first or structure(batch)
             _check_structure(first, batch, count)
             yield batch, size
-        found = vars(self).get("_first_pass")
-        self.truncated = found is not None and not found.has_end
         if count == 0 or _is_iterator(self._loader):
             raise ValueError(_EXHAUSTED)
 

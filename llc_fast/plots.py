@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llc_fast.result import LLCResult
+from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
 OKABE_ITO = {
@@ -49,6 +51,20 @@ def picture_endings() -> list[str]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     return sorted(require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes())
+
+
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that its file's ending says; PNG, with the ending added, if there is none.
+
+    Raises:
+        ValueError: matplotlib does not know the ending.
+        OSError: it can't be written.
+    """
+    ending = os.path.splitext(os.fspath(path))[1].lstrip(".").lower()
+    file = io.BytesIO()  # drawn before any file is made
+    figure.savefig(file, format=ending or "png", dpi=150)
+    with atomic_write(path if ending else f"{os.fspath(path)}.png") as target:
+        target.write(file.getvalue())
 
 
 # ---- onto axes ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -19,10 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from llc_fast.schedule import Schedule
 from llc_fast.stats.errors import StandardError, standard_error
+from llc_fast.support.arrays import read_arrays, write_arrays
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
-_FORMAT = 4
+_FORMAT = 5
+_READABLE = (4, 5)
+"""4 has the names of arrays as they are, which did not come back for all names."""
 _SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
 """Traces that ArviZ has a name for."""
 
@@ -71,8 +73,9 @@ class LLCResult:
             ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``, ``init_loss_stderr``,
             ``init_loss_sensitivity`` (its share of λ̂). Of the bias trace: ``bias_share`` (the share of step-size and
             gradient-noise bias in the mean of nβ·(L − L(w*)), before it is subtracted, if it is). Of step checks:
-            ``acceptance`` (of a Metropolis–Hastings test, MALA), ``gradient_noise_share``, ``relaxations`` (of the
-            stiff directions, among a chain's draws), ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
+            ``acceptance`` (of a Metropolis–Hastings test, MALA), ``gradient_noise_share``, ``gradient_error`` (of what
+            the loss rises by along steps), ``relaxations`` (of the stiff directions, among a chain's draws),
+            ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
             w), ``chains_left``; and ``chains_diverged``. Their meaning is in ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
@@ -265,12 +268,14 @@ class LLCResult:
 
         Raises:
             ModuleNotFoundError: Matplotlib is not installed (``pip install "llc_fast[plot]"``).
+            ValueError: Matplotlib does not know the ending of `path`.
+            OSError: it can't be written, as :meth:`save`.
         """
-        from llc_fast.plots import plot_result
+        from llc_fast.plots import plot_result, write_figure
 
         figure = plot_result(self)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            write_figure(figure, path)
         return figure
 
     # ---- for other programs ------------------------------------------------------------------------------------
@@ -346,7 +351,12 @@ class LLCResult:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one."""
+        """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one.
+
+        Raises:
+            TypeError: something in it only a pickle could hold: settings that are no JSON, arrays of objects.
+            OSError: the file can't be written, or `path` is a folder, a device, a pipe or a socket.
+        """
         meta = {
             "format": _FORMAT,
             "init_loss": self.init_loss,
@@ -359,8 +369,8 @@ class LLCResult:
         }
         named = {"trace.": self.traces, "observable.": self.observables, "end.": self.ends or {}}
         arrays = {prefix + name: values for prefix, group in named.items() for name, values in group.items()}
-        with atomic_write(Path(path)) as file:
-            np.savez(file, loss_trace=self.loss_trace, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+        with atomic_write(path) as file:
+            write_arrays(file, meta, {"loss_trace": self.loss_trace, **arrays})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LLCResult:
@@ -370,15 +380,14 @@ class LLCResult:
             ValueError: the file is not such a file, or is damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                loss_trace, meta = file["loss_trace"], json.loads(str(file["meta"]))
-                traces, observables, ends = (
-                    {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
-                    for prefix in ("trace.", "observable.", "end.")
-                )
-            if meta.pop("format") == _FORMAT:
+            meta, arrays = read_arrays(path)
+            traces, observables, ends = (
+                {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+                for prefix in ("trace.", "observable.", "end.")
+            )
+            if meta.pop("format") in _READABLE:
                 return cls(
-                    loss_trace=loss_trace,
+                    loss_trace=arrays["loss_trace"],
                     schedule=Schedule(**meta.pop("schedule")),
                     warnings=[Warning(*warning) for warning in meta.pop("warnings", [])],
                     observables=observables,
@@ -386,7 +395,7 @@ class LLCResult:
                     ends=ends or None,
                     **meta,
                 )
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is not a file that LLCResult.save wrote, or is damaged") from error

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import xarray
 from llc_fast.estimate import estimate_llc
 from llc_fast.objective.objective import LossFunction
+from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult
 from llc_fast.settings import DEFAULT_NUM_DRAWS
@@ -84,25 +85,30 @@ def sweep_checkpoints(
 
     Raises:
         TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no state dicts of this model, or
-            not as many as labels.
+            not as many as labels, or that share the memory of what is sampled (``model.state_dict()`` does not copy).
+            All of them are looked at before the first estimate.
         FileNotFoundError: a checkpoint's file.
         ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
     """
     require("xarray", "xarray")  # before the work
     names = _checked(model, checkpoints, labels, dim, settings)
-    checkpoints = _apart_from(model, checkpoints)
     burnin = num_draws if num_burnin is None else num_burnin
-    kept = None if folder is None else Path(folder)
+    # Absolute: the program may change its folder while it sweeps.
+    kept = None if folder is None else Path(folder).absolute()
+    states = [c if isinstance(c, Mapping) else Path(os.fsdecode(c)).absolute() for c in checkpoints]
+    _check_states(model, states)
+    _check_memory_apart(model, states, settings.get("params"))
+    states = _apart_from(model, states)
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
     before = copy.deepcopy(model.state_dict())
     results: list[LLCResult] = []
     previous: LLCResult | None = None
-    shown = make_progress(progress, len(checkpoints), "LLC", unit="checkpoint")
+    shown = make_progress(progress, len(states), "LLC", unit="checkpoint")
     try:
-        for k, checkpoint in enumerate(checkpoints):
+        for k, checkpoint in enumerate(states):
             shown.title = f"LLC at {names[k]}"
-            model.load_state_dict(_loaded(checkpoint, k))
+            _load_into(model, checkpoint, k)
 
             def report(steps: int, total: int, llc: float, k: int = k) -> None:
                 shown.update(k + steps / total, llc)
@@ -200,41 +206,185 @@ def _checked(
         raise ValueError(f"dim={dim!r} is the name of something else in the data set: call it otherwise")
     if labels is not None and not all(isinstance(label, (str, numbers.Real, np.generic)) for label in labels):
         raise TypeError(f"labels must be numbers or strings, got {list(labels)!r:.80}")
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     for k, checkpoint in enumerate(checkpoints):
+        if isinstance(checkpoint, nn.Module):
+            raise TypeError(
+                f"checkpoints[{k}] must be a state dict or a file of one, got the module {type(checkpoint).__name__}: "
+                "pass copy.deepcopy(module.state_dict()), taken when the module was what you want to keep"
+            )
         if isinstance(checkpoint, Mapping):
-            given = {name: tuple(t.shape) for name, t in checkpoint.items() if isinstance(t, torch.Tensor)}
-            wrong = next((n for n in {**wanted, **given} if wanted.get(n) != given.get(n)), None)
-            if wrong is not None:
-                raise ValueError(
-                    f"checkpoints[{k}] is no state dict of this model: {wrong!r} has shape {given.get(wrong)} there, "
-                    f"{wanted.get(wrong)} in the model"
-                )
-        elif not isinstance(checkpoint, (str, os.PathLike)):
+            continue
+        if not isinstance(checkpoint, (str, os.PathLike)):
             raise TypeError(f"checkpoints[{k}] must be a state dict or a file of one, got {type(checkpoint).__name__}")
-        elif not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"checkpoints[{k}]={os.fspath(checkpoint)!r} does not exist")
+        if not Path(os.fsdecode(checkpoint)).is_file():
+            what = "is no file" if os.path.lexists(checkpoint) else "does not exist"
+            raise FileNotFoundError(f"checkpoints[{k}]={os.fspath(checkpoint)!r} {what}")
     return list(range(len(checkpoints))) if labels is None else list(labels)
 
 
-def _apart_from(model: nn.Module, checkpoints: Sequence[Any]) -> list[Any]:
-    """The checkpoints; ``model.state_dict()`` itself, which changes when another one is loaded, as a copy."""
-    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values() if isinstance(t, torch.Tensor)}
+def _check_states(model: nn.Module, checkpoints: Sequence[Mapping[str, Any] | Path]) -> None:
+    """Look at all state dicts before the first estimate, at those in files without reading their values.
+
+    Raises:
+        ValueError: one is not of this model; says what to pass instead where that can be told.
+    """
+    wanted = model.state_dict()
+    for k, checkpoint in enumerate(checkpoints):
+        state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint, k, mapped=True)
+        if wrong := _difference(state, wanted):
+            said = f"checkpoints[{k}]" if isinstance(checkpoint, Mapping) else f"checkpoints[{k}]={str(checkpoint)!r}"
+            raise ValueError(f"{said} is no state dict of this model: {wrong}{_remedy(state, wanted, checkpoint)}")
+
+
+def _difference(state: Any, wanted: Mapping[str, Any]) -> str:
+    """What is wrong with a state dict, in words; empty if it is the model's."""
+    if not isinstance(state, Mapping):
+        return f"it is of type {type(state).__name__}"
+    missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]  # older torch had none
+    if missing:
+        return f"it has no {missing[0]!r}{_and_more(missing)}"
+    if more := [n for n in state if n not in wanted]:
+        return f"the model has no {more[0]!r}{_and_more(more)}"
+    for name, theirs in state.items():
+        ours = wanted[name]
+        if isinstance(ours, Tensor) != isinstance(theirs, Tensor):
+            return f"{name!r} is of type {type(theirs).__name__} there, {type(ours).__name__} in the model"
+        if not isinstance(ours, Tensor):
+            continue
+        if ours.shape != theirs.shape:
+            return f"{name!r} has shape {tuple(theirs.shape)} there, {tuple(ours.shape)} in the model"
+        if _kind(ours) != _kind(theirs):
+            return f"{name!r} has dtype {theirs.dtype} there, {ours.dtype} in the model"
+    return ""
+
+
+def _and_more(names: Sequence[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _kind(tensor: Tensor) -> str:
+    """Kinds of numbers that can't be converted into each other; floating-point types can."""
+    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+_WRAPPERS = {
+    ("module",): "torch.nn.DataParallel or DistributedDataParallel",
+    ("_orig_mod",): "torch.compile",
+    ("module", "_orig_mod"): "DistributedDataParallel with torch.compile",
+    ("_fsdp_wrapped_module",): "FSDP",
+    ("model",): "a module that holds it",
+    ("net",): "a module that holds it",
+}
+"""Parts of names that are added to those of a model, and by what."""
+
+
+def _renamed(state: Mapping[Any, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """The same without these parts of the names."""
+    return {".".join(p for p in str(name).split(".") if p not in parts): t for name, t in state.items()}
+
+
+def _remedy(state: Any, wanted: Mapping[str, Any], checkpoint: Mapping[str, Any] | Path) -> str:
+    """What to pass instead, if that can be told."""
+    if not isinstance(state, Mapping):
+        return ". Pass a dictionary of tensors by name, such as model.state_dict()"
+    source = "the dictionary" if isinstance(checkpoint, Mapping) else "torch.load(path)"
+    entries: list[tuple[str, Any]] = [("", state)]
+    entries += [(f"[{key!r}]", entry) for key, entry in state.items() if isinstance(entry, Mapping)]
+    for place, entry in entries:
+        if place and not _difference(entry, wanted):
+            return f". Its entry {place[1:-1]} is one: pass {source}{place}"
+        for parts, wrapper in _WRAPPERS.items():
+            if not _difference(_renamed(entry, parts), wanted):
+                stripped = "name" + "".join(f".replace('{part}.', '')" for part in parts)
+                return (
+                    f". The names have the part '{'.'.join(parts)}.' that {wrapper} adds: pass "
+                    f"{{{stripped}: t for name, t in {source}{place}.items()}}"
+                )
+    for parts, wrapper in _WRAPPERS.items():
+        if not _difference(state, _renamed(wanted, parts)):
+            return (
+                f". The model's names have the part '{'.'.join(parts)}.' that {wrapper} adds: pass the model inside it"
+            )
+    return ". Pass what model.state_dict() of the same architecture returned"
+
+
+def _check_memory_apart(model: nn.Module, checkpoints: Sequence[Any], params: Any) -> None:
+    """Refuse state dicts that share what is sampled: all of them hold the values of the last.
+
+    ``model.state_dict()`` and its shallow copies hold the model's own tensors, which training goes on to change. What
+    is not sampled may be the same in all checkpoints, and its memory too.
+
+    Raises:
+        ValueError: the values of two of them are in the same memory.
+    """
+    sampled, first = list(select(model, params)), dict[tuple[str, int, torch.device], int]()
+    for k, checkpoint in enumerate(checkpoints):
+        if not isinstance(checkpoint, Mapping):
+            continue
+        for name in sampled:
+            place = _place(checkpoint.get(name))
+            if place is None:
+                continue
+            other = first.setdefault((name, *place), k)
+            if other != k:
+                raise ValueError(
+                    f"checkpoints[{other}] and checkpoints[{k}] share the memory of {name!r}, so that both hold the "
+                    "values that were written last: model.state_dict() does not copy. Keep "
+                    "copy.deepcopy(model.state_dict()) of each step, or save it to a file. If the parameter was frozen "
+                    "in training, call requires_grad_(False) on it or leave it out of params="
+                )
+
+
+def _place(tensor: Any) -> tuple[int, torch.device] | None:
+    """Where a tensor's values are; None if it has none, or not in one piece of memory."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
+        return None
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a tensor of tensors
+        return None
+    return (address, tensor.device) if address else None
+
+
+def _apart_from(model: nn.Module, checkpoints: Sequence[Mapping[str, Any] | Path]) -> list[Mapping[str, Any] | Path]:
+    """The checkpoints; one in the model's own memory, which changes when another one is loaded, as a copy."""
+    own = {_storage(t) for t in model.state_dict().values()} - {None}
 
     def is_live(checkpoint: Any) -> bool:
-        tensors = checkpoint.values() if isinstance(checkpoint, Mapping) else ()
-        return any(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in own for t in tensors)
+        return isinstance(checkpoint, Mapping) and any(_storage(t) in own for t in checkpoint.values())
 
     return [copy.deepcopy(c) if is_live(c) else c for c in checkpoints]
 
 
-def _loaded(checkpoint: Mapping[str, Any] | str | os.PathLike[str], k: int) -> Mapping[str, Any]:
-    if isinstance(checkpoint, Mapping):
-        return checkpoint
+def _storage(tensor: Any) -> int | None:
+    return None if _place(tensor) is None else int(tensor.untyped_storage().data_ptr())
+
+
+def _read(path: Path, k: int, *, mapped: bool = False) -> Any:
+    """What a file holds; with `mapped` its values stay in the file.
+
+    Raises:
+        ValueError: torch can't read it.
+    """
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        loaded: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if mapped:
+            try:
+                return torch.load(path, mmap=True, **options)
+            except RuntimeError:  # a file of torch before 1.6, or none at all
+                return torch.load(path, **options)
+        return torch.load(path, **options)
     except Exception as error:  # of whatever kind torch raises for files that are none of its own
+        said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"checkpoints[{k}]={os.fspath(checkpoint)!r} can't be read by torch.load(weights_only=True): {error}"
+            f"checkpoints[{k}]={str(path)!r} can't be read by torch.load(weights_only=True): {said[0]} Save "
+            "model.state_dict() with torch.save"
         ) from error
-    return loaded
+
+
+def _load_into(model: nn.Module, checkpoint: Mapping[str, Any] | Path, k: int) -> None:
+    state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint, k)
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # of whatever kind: modules may load themselves
+        raise ValueError(f"checkpoints[{k}] can't be loaded into the model: {error}") from error

@@ -252,6 +252,39 @@ def test_numbers_survive_exactly(tmp_path: Path) -> None:
     assert loaded.settings == {"lr": 0.1 + 0.2, "tiny": 5e-324, "box": math.inf}
 
 
+@pytest.mark.parametrize("group", ["observables", "traces", "ends"])
+def test_any_name_survives(tmp_path: Path, group: str) -> None:
+    """Names that an archive takes for each other, and those of the file's own parts."""
+    names = ["a", "a.npy", "loss_trace", "meta", "names", "file", "trace.a", "", "a/b", "../a", "λ̂", "a\0", "%41;"]
+    values = {name: np.full((2, 3), float(k)) for k, name in enumerate(names)}
+    dataclasses.replace(_result([[1.0, 2.0, 3.0]] * 2), **{group: values}).save(tmp_path / "r")
+    found = getattr(LLCResult.load(tmp_path / "r"), group)
+    assert {name: a.mean() for name, a in found.items()} == {name: float(k) for k, name in enumerate(names)}
+
+
+def test_objects_can_not_be_saved(tmp_path: Path) -> None:
+    """What could only be pickled is an error at saving, not at loading."""
+    result = dataclasses.replace(_rich(), observables={"o": np.array([[{}]])})
+    with pytest.raises(TypeError, match=r"observable\.o holds Python objects"):
+        result.save(tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_written_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With .png where there is no ending, links and permissions kept, and nothing where the ending is unknown."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "there").write_text("")
+    (tmp_path / "there").chmod(0o600)
+    (tmp_path / "link.png").symlink_to("there")
+    for name in ("a", "b.PNG", "c.svg", "d.pdf", "link.png"):
+        _rich().plot(tmp_path / name)
+    with pytest.raises(ValueError, match="xyz"):
+        _rich().plot(tmp_path / "e.xyz")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.PNG", "c.svg", "d.pdf", "link.png", "there"}
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "there").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "there").read_bytes().startswith(b"\x89PNG")
+
+
 def test_saving_replaces(tmp_path: Path) -> None:
     """Saving over an older result replaces it."""
     path = tmp_path / "result.npz"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from closed_forms import DATA, Quadratic, run
-from runs import arguments, assert_same, codes, data, estimate, interrupted_after, mlp, mse, no_step
+from runs import arguments, assert_same, codes, data, estimate, initialized, interrupted_after, mlp, mse, no_step
 from torch import Tensor, nn
 
 import llc_fast
@@ -371,9 +372,9 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
             _sweep(checkpoints)
     with pytest.raises(ValueError, match="checkpoints is empty"):
         _sweep([])
-    with pytest.raises(ValueError, match=r"checkpoints\[1\] is no state dict of this model: '0.weight' has shape None"):
+    with pytest.raises(ValueError, match=r"checkpoints\[1\] is no state dict of this model: it has no '0.weight'"):
         _sweep([state, other])
-    with pytest.raises(TypeError, match=r"checkpoints\[0\] must be a state dict or a file of one, got Linear"):
+    with pytest.raises(TypeError, match=r"checkpoints\[0\] must be a state dict .*, got the module Linear.*deepcopy"):
         _sweep([nn.Linear(3, 1)])
     with pytest.raises(FileNotFoundError, match=r"checkpoints\[0\]=.*nowhere.pt"):
         _sweep([tmp_path / "nowhere.pt"])
@@ -388,6 +389,158 @@ def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
         _sweep(labels=[(0, 1), (0, 2), (0, 3)])
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         _sweep(model=lambda x: x)
+
+
+# ---- state dicts as others keep them -----------------------------------------------------------------------
+
+
+def _live(model: nn.Module, how: str) -> dict[str, Any]:
+    """A state dict that was not copied, or not wholly."""
+    state = dict(model.state_dict())
+    if how == "partly":
+        return {name: t.clone() if name != "2.weight" else t for name, t in state.items()}
+    if how == "as NumPy's":
+        return {name: torch.from_numpy(t.numpy()) for name, t in state.items()}
+    if how == "detached and moved to where they are":
+        return {name: t.detach().to("cpu").float() for name, t in state.items()}
+    return state if how == "shallow" else model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "how", ["itself", "shallow", "partly", "as NumPy's", "detached and moved to where they are", "one object"]
+)
+def test_states_in_the_same_memory_are_refused(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """states.append(model.state_dict()) keeps the last state under each index: told, with the indices, before work."""
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    model = mlp()
+    states: list[Any] = [copy.deepcopy(model.state_dict())]
+    one = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        states.append(one if how == "one object" else _live(model, how))
+        with torch.no_grad():
+            model[0].weight.add_(0.1)  # type: ignore[operator,union-attr]
+    with pytest.raises(ValueError, match=r"^checkpoints\[1\] and checkpoints\[2\] share the memory of .*deepcopy"):
+        _sweep(states, model=mlp())
+
+
+def test_what_is_not_sampled_may_be_shared() -> None:
+    """Frozen layers and buffers are the same in all checkpoints, and may be in the same memory."""
+    states = _states()
+    shared = states[0]["0.weight"]
+    for state in states:
+        state["0.weight"] = shared
+    with pytest.raises(ValueError, match=r"share the memory of '0.weight'.*frozen"):
+        _sweep(states)
+    frozen = mlp()
+    frozen[0].weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+    found = _sweep(states, model=frozen, warm=False)
+    again = _sweep([copy.deepcopy(state) for state in states], model=frozen, warm=False)
+    np.testing.assert_array_equal(found.llc_mean, again.llc_mean)
+    assert _sweep(states, params=["0.bias", "2.*"]).sizes["checkpoint"] == 3
+    bowls = [{"w": torch.full((3,), float(k)), "center": torch.full((3,), 2.0)} for k in range(2)]
+    curvature = torch.ones(3)
+    options: dict[str, Any] = {"nbeta": 10.0, "lr": 1e-3, "num_draws": 8, "num_chains": 2, "progress": False}
+    llc_fast.sweep_checkpoints(
+        _Bowl(torch.ones(3)), [b | {"curvature": curvature} for b in bowls], DATA, lambda output, _: output, **options
+    )
+
+
+def test_parts_of_one_block_are_not_the_same_memory() -> None:
+    """States may be views of one large tensor, each of its own part."""
+    sizes = [t.numel() for t in mlp().state_dict().values()]
+    block = torch.stack([torch.cat([t.flatten() for t in state.values()]) for state in _states()])
+    shapes = {name: t.shape for name, t in mlp().state_dict().items()}
+    states = [
+        {name: t.view(shape) for (name, shape), t in zip(shapes.items(), row.split(sizes), strict=True)}
+        for row in block
+    ]
+    np.testing.assert_array_equal(_sweep(states, warm=False).llc_mean, _sweep(warm=False).llc_mean)
+
+
+def _state() -> dict[str, Tensor]:
+    return mlp(seed=1).state_dict()
+
+
+_WRONG: dict[str, tuple[Any, str]] = {
+    "nested": ({"model": _state(), "optimizer": {"state": {}}, "step": 3}, r"pass {}\['model'\]"),
+    "nested as state_dict": ({"epoch": 1, "state_dict": _state()}, r"pass {}\['state_dict'\]"),
+    "module": ({f"module.{k}": t for k, t in _state().items()}, r"DataParallel.*name.replace\('module.', ''\)"),
+    "_orig_mod": ({f"_orig_mod.{k}": t for k, t in _state().items()}, r"torch.compile.*replace\('_orig_mod.', ''\)"),
+    "both": ({f"module._orig_mod.{k}": t for k, t in _state().items()}, r"replace\('module.', ''\).replace\('_orig"),
+    "within": ({k.replace(".", "._orig_mod."): t for k, t in _state().items()}, r"torch.compile"),
+    "nested module": ({"model": {f"module.{k}": t for k, t in _state().items()}}, r"in {}\['model'\].items\(\)"),
+    "a name less": ({k: t for k, t in _state().items() if k != "2.bias"}, r"it has no '2.bias'"),
+    "a name more": ({**_state(), "3.bias": torch.zeros(1)}, r"the model has no '3.bias'"),
+    "another shape": ({**_state(), "2.bias": torch.zeros(2)}, r"'2.bias' has shape \(2,\) there, \(1,\) in the model"),
+    "integers": ({**_state(), "2.bias": torch.zeros(1, dtype=torch.int64)}, r"has dtype torch.int64 there"),
+    "complex": ({**_state(), "2.bias": torch.zeros(1, dtype=torch.complex64)}, r"has dtype torch.complex64 there"),
+    "no tensor": ({**_state(), "2.bias": [0.0]}, r"'2.bias' is of type list there"),
+    "numbers for names": (dict(enumerate(_state().values())), r"it has no '0.weight' \(and 3 more\)"),
+}
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("name", _WRONG)
+def test_other_state_dicts_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, in_file: bool
+) -> None:
+    """By their index, with the way to make them right where there is one; the last of many files too."""
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    state, words = _WRONG[name]
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    source = r"torch.load\(path\)" if in_file else "the dictionary"
+    if in_file:
+        torch.save(state, tmp_path / "wrong.pt")
+        state = tmp_path / "wrong.pt"
+    with pytest.raises(ValueError, match=r"^checkpoints\[3\].* is no state dict of this model") as caught:
+        _sweep([*_states(), state], model=model)
+    assert re.search(words.replace("{}", source), str(caught.value)), caught.value
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+_UNREADABLE: dict[str, Any] = {
+    "text": lambda path: path.write_text("hello"),
+    "empty": lambda path: path.write_bytes(b""),
+    "a module": lambda path: torch.save(mlp(), path),
+    "cut": lambda path: (torch.save(_state(), path), path.write_bytes(path.read_bytes()[:-40])),
+    "a list": lambda path: torch.save(list(_state().values()), path),
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+}
+
+
+@pytest.mark.parametrize("kind", _UNREADABLE)
+def test_files_that_hold_none_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    _UNREADABLE[kind](tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.*wrong.pt'.*state_dict\(\)"):
+        _sweep([*_states(), tmp_path / "wrong.pt"])
+    with pytest.raises(FileNotFoundError, match=r"checkpoints\[3\]=.* is no file"):
+        _sweep([*_states(), tmp_path])
+
+
+def test_what_torch_loads_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of torch's old format, of other floating-point types, and batch norm without its counter; after a change of
+    folder too."""
+    monkeypatch.chdir(tmp_path)
+    model = initialized(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))).eval()
+    states = [copy.deepcopy(initialized(model, seed=k).state_dict()) for k in range(3)]
+    torch.save(states[0], "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({name: t.double() if t.is_floating_point() else t for name, t in states[1].items()}, "double.pt")
+    without = {name: t for name, t in states[2].items() if not name.endswith("num_batches_tracked")}
+    expected = _sweep(states, model=model, warm=False)
+    (tmp_path / "elsewhere").mkdir()
+
+    def observe(draw: Any) -> float:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        return 0.0
+
+    options: dict[str, Any] = {"model": model, "warm": False, "folder": "kept", "observables": {"o": observe}}
+    found = _sweep(["old.pt", Path("double.pt"), without], **options)
+    np.testing.assert_array_equal(found.llc_mean, expected.llc_mean)
+    assert len(list((tmp_path / "kept").iterdir())) == 3 and not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_progress_over_all_checkpoints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llc_fast.support.files import atomic_write, remove_partial
+from llc_fast.support.arrays import read_arrays, read_meta, write_arrays
+from llc_fast.support.files import atomic_write, output_path, remove_partial
 from llc_fast.traces import Traces
 
-_FORMAT = 4
+_FORMAT = 5
 INTERVAL = 60.0
 """Seconds between snapshots."""
+_MAX_RANKS = 4096
+"""Processes whose leavings are looked for."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +41,30 @@ class Saved:
 class Checkpoint:
     """The checkpoint of a run at `path`; each of several processes writes to a file of its own, ``path.rank<rank>``.
 
+    The path is made absolute here: the program may change its folder while it runs.
+
     Args:
         path: of the file.
         rank: of this process; None: the only one.
         interval: seconds between snapshots.
 
     Raises:
-        ValueError: the folder does not exist, or `path` is one.
+        TypeError: `path` is no path.
+        ValueError: the folder does not exist, or something that is no file has the name.
         PermissionError: the folder can't be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, rank: int | None = None, interval: float = INTERVAL) -> None:
-        self.path, self._interval, self._written = Path(path), interval, time.monotonic()
+        self.path, self._interval, self._written = output_path("checkpoint", path), interval, time.monotonic()
+        self._durations: deque[float] = deque(maxlen=2)  # of the last writes
         # Not to `path`, which holds the chains of all: it must last until they are all done, or written elsewhere.
-        self._file = self.path if rank is None else self.path.with_name(f"{self.path.name}.rank{rank}")
+        self._file = self.path if rank is None else _rank_file(self.path, rank)
         self.problem = ""
         """Why the last snapshot could not be written; the one before is still there."""
-        folder = self.path.absolute().parent
-        if not folder.is_dir():
-            raise ValueError(f"checkpoint={str(path)!r}: the folder {folder} does not exist")
-        if self.path.is_dir():
-            raise ValueError(f"checkpoint={str(path)!r} is a folder: give the name of a file")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"checkpoint={str(path)!r}: no permission to write to the folder {folder}")
-        for file in (self._file,) if rank else (self._file, self.path, *self._rank_files()):
-            remove_partial(file)
+        if self._file != self.path:
+            output_path("checkpoint", self._file)
+        if not rank:
+            remove_partial(self.path, *(_rank_file(self.path, other) for other in range(_MAX_RANKS)))
 
     def load(self, identity: Mapping[str, Any]) -> Saved | None:
         """What this run, in whatever processes, has saved; None if nothing.
@@ -73,8 +74,8 @@ class Checkpoint:
         """
         found = []
         for path in (self.path, *self._rank_files()):
-            if path.exists():
-                found.append(read(path))
+            if path.is_file():
+                found.append(read(path, self.path))
                 compare(path, found[-1].identity, identity)
         if not found:
             return None
@@ -82,7 +83,10 @@ class Checkpoint:
 
     @property
     def is_due(self) -> bool:
-        return time.monotonic() - self._written >= self._interval
+        # Writing takes no more than a twentieth of the time, however large the chains. Of the last two writes the
+        # faster one counts: a disk that hung once is no reason to keep less.
+        pause = max(self._interval, 20 * min(self._durations, default=0.0))
+        return time.monotonic() - self._written >= pause
 
     def save(self, saved: Saved) -> None:
         """Replace the file; a failure leaves the old one and is reported in :attr:`problem`."""
@@ -92,9 +96,8 @@ class Checkpoint:
             self.problem = ""
         except OSError as error:
             self.problem = f"{error.strerror or error} ({self._file})"
-        # Writing takes no more than a twentieth of the time, however large the chains.
-        self._interval = max(self._interval, 20 * (time.monotonic() - started))
         self._written = time.monotonic()
+        self._durations.append(self._written - started)
 
     def merge(self, saved: Saved) -> None:
         """Replace the files of all processes by one."""
@@ -103,10 +106,33 @@ class Checkpoint:
             self.save(saved)
         if not self.problem:
             for other in self._rank_files():
-                other.unlink(missing_ok=True)
+                if _is_part_of(other, saved.identity):  # a file of the user's may have come to be called so
+                    other.unlink(missing_ok=True)
 
     def _rank_files(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*[0-9]"))
+        ours = re.compile(re.escape(self.path.name) + r"\.rank(0|[1-9][0-9]*)", re.ASCII)
+        try:
+            names = [name for name in os.listdir(self.path.parent) if ours.fullmatch(name)]
+        except OSError:  # a folder that may be written to but not listed
+            names = []
+        return sorted(path for name in names if (path := self.path.with_name(name)).is_file())
+
+
+def _rank_file(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.name}.rank{rank}")
+
+
+def _is_part_of(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a file is a checkpoint of this run."""
+    try:
+        meta = read_meta(path)
+        return bool(path.is_file() and meta["format"] == _FORMAT and meta["identity"] == _as_json(identity))
+    except Exception:  # of whatever kind: it is something else
+        return False
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def write(path: Path, saved: Saved) -> None:
@@ -122,21 +148,23 @@ def write(path: Path, saved: Saved) -> None:
         arrays |= {f"{k}/{name}": a for name, a in named.items()}
     meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
     with atomic_write(path) as file:
-        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        write_arrays(file, meta, arrays)
 
 
-def read(path: Path) -> Saved:
+def read(path: Path, checkpoint: Path | None = None) -> Saved:
     """Read what :func:`write` wrote.
+
+    Args:
+        path: of the file.
+        checkpoint: what the user gave, if this is the file of one of several processes beside it.
 
     Raises:
         ValueError: the file is no checkpoint, or is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            groups = meta["groups"]
-            is_current = meta["format"] == _FORMAT
-            arrays = {name: file[name] for name in file.files if name != "meta"} if is_current else {}
+        meta, arrays = read_arrays(path)
+        groups = meta["groups"]
+        is_current = meta["format"] == _FORMAT
         traces = []
         for k, numbers in enumerate(groups if is_current else []):
             mine = {name.removeprefix(f"{k}/"): a for name, a in arrays.items() if name.startswith(f"{k}/")}
@@ -146,10 +174,18 @@ def read(path: Path) -> Saved:
     except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:
+        if checkpoint not in (None, path):
+            raise ValueError(
+                f"checkpoint={str(checkpoint)!r} can't be used: beside it, {path.name} has the name of a process's "
+                "part of the checkpoint, but is none, or is damaged. Give another path, or move that file away"
+            ) from error
         raise ValueError(
-            f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: delete it to start again"
+            f"checkpoint={str(path)!r} is not a checkpoint of llc_fast, or is damaged: give another path, or move the "
+            "file away to start again"
         ) from error
-    raise ValueError(f"checkpoint={str(path)!r} was written by another version of llc_fast: delete it")
+    raise ValueError(
+        f"checkpoint={str(path)!r} was written by another version of llc_fast: give another path, or delete the file"
+    )
 
 
 def compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -69,7 +69,10 @@ class Observables:
             ValueError: an observable returned another shape than before.
         """
         for name, function in self._functions.items():
-            value = torch.as_tensor(function(draw)).detach().to("cpu", torch.float64).numpy()
+            found = function(draw)
+            if not isinstance(found, Tensor):  # a number keeps its digits, whatever torch's default dtype is
+                found = torch.as_tensor(found, dtype=torch.float64)
+            value = found.detach().to("cpu", torch.float64).numpy()
             shape = self._shapes.setdefault(name, value.shape)
             if value.shape != shape:
                 raise ValueError(

@@ -17,6 +17,7 @@ from llc_fast.chains.draw import Observables
 from llc_fast.chains.group import Group, RefusedError, RunSpec
 from llc_fast.gradients.plan import STRATEGIES, Plan, make_plan
 from llc_fast.gradients.replay import NotReplayableError
+from llc_fast.gradients.strategies import WrongGradientError
 from llc_fast.samplers.state import ChainState
 from llc_fast.support.runtime import CallersSettings, threads
 from llc_fast.traces import Traces
@@ -179,9 +180,10 @@ class _Driver:
             except RefusedError as error:
                 plan, cause = spec.plan, error.__cause__
                 assert cause is not None
-                if plan.is_given and isinstance(cause, NotReplayableError):
+                if plan.is_given and isinstance(cause, (NotReplayableError, WrongGradientError)):
+                    other = "batched" if isinstance(cause, NotReplayableError) else "sequential"
                     raise ValueError(
-                        f'strategy="{plan.strategy}" is not possible here: {error}; use Execution(strategy="batched")'
+                        f'strategy="{plan.strategy}" is not possible here: {error}; use Execution(strategy="{other}")'
                     ) from cause
                 if plan.is_given:
                     raise cause from None

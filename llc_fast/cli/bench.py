@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llc_fast.cli.options import JsonPath, write_json
+from llc_fast.cli.options import JsonPath, write_all, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,7 @@ def bench(
             f"{row['sampler']:>20} {row['ns_per_parameter']:>13.3f} {row['bytes_moved']:>19g} {row['gb_per_s']:>7.1f} "
             f"{row['share_of_copy']:>13.0%}"
         )
-    if json_path is not None:
-        write_json(json_path, rows)
+    write_all([("numbers", json_path, lambda path: write_json(path, rows))])
 
 
 COMMANDS = (bench,)

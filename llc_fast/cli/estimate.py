@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
+import importlib.util
 import math
+import os
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from llc_fast.cli.options import JsonPath, PlotPath, Progress, Seed, writable, write_json
+from llc_fast.cli.options import (
+    JsonPath,
+    PlotPath,
+    Progress,
+    Seed,
+    check_different,
+    writable,
+    write_all,
+    write_json,
+)
 
 
 def estimate(
@@ -43,6 +59,9 @@ def estimate(
         def problem():
             return model, (x, y), torch.nn.functional.mse_loss
     """
+    paths = {"--checkpoint": checkpoint, "--save": save, "--json": json_path, "--plot": plot_path}
+    place = Path(problem.rpartition(":")[0])
+    check_different({"PROBLEM": place if place.is_file() else None} | paths)
     from llc_fast.estimate import estimate_llc
 
     model, data, loss_fn = problem_of(problem)
@@ -65,26 +84,29 @@ def estimate(
         progress=progress,
     )
     typer.echo(result.summary())
-    if save is not None:
-        result.save(save)
-        typer.echo(f"result written to {save}")
-    if json_path is not None:
-        low, high = result.interval()
-        numbers = {
-            "llc_mean": result.llc_mean,
-            "llc_stderr": result.llc_stderr,
-            "interval": [low, high],
-            "llc_per_chain": result.llc_per_chain.tolist(),
-            "init_loss": result.init_loss,
-            "nbeta": result.nbeta,
-            "settings": result.settings,
-            "diagnostics": result.diagnostics,
-            "warnings": result.warnings,
-        }
-        write_json(json_path, numbers)
-    if plot_path is not None:
-        result.plot(plot_path)
-        typer.echo(f"picture written to {plot_path}")
+    low, high = result.interval()
+    numbers = {
+        "llc_mean": result.llc_mean,
+        "llc_stderr": result.llc_stderr,
+        "interval": [low, high],
+        "llc_per_chain": result.llc_per_chain.tolist(),
+        "init_loss": result.init_loss,
+        "nbeta": result.nbeta,
+        "settings": result.settings,
+        "diagnostics": result.diagnostics,
+        "warnings": result.warnings,
+    }
+
+    def draw(path: Path) -> None:
+        result.plot(path)
+
+    write_all(
+        [
+            ("result", save, result.save),
+            ("numbers", json_path, lambda path: write_json(path, numbers)),
+            ("picture", plot_path, draw),
+        ]
+    )
     if math.isnan(result.llc_mean):
         raise typer.Exit(1)
 
@@ -93,33 +115,74 @@ COMMANDS = (estimate,)
 
 
 def problem_of(where: str) -> Any:
-    """(model, data, loss_fn) from FILE.py:FUNCTION or package.module:FUNCTION."""
-    import importlib
-    import importlib.util
-    import sys
+    """(model, data, loss_fn) from FILE.py:FUNCTION or package.module:FUNCTION.
 
+    The file sees what it would see if it were run as ``python FILE.py``, but for its ``__name__``: its folder comes
+    first in ``sys.path``, and ``sys.argv`` is its own path alone. `sys.argv` is put back; `sys.path` is not, since a
+    model may import something late.
+    """
     place, colon, name = where.rpartition(":")
     if not colon or not place or not name:
         raise typer.BadParameter(f"{where!r} is not FILE.py:FUNCTION", param_hint="PROBLEM")
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise typer.BadParameter(f"there is no file {place}", param_hint="PROBLEM")
-        sys.path.insert(0, str(path.resolve().parent))  # as if the file had been run
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        module = importlib.import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise typer.BadParameter(f"{place} has no function {name!r}", param_hint="PROBLEM")
-    found = function()
+    path = Path(place)
+    is_file = place.endswith(".py") or path.is_file()
+    if is_file and not path.is_file():
+        raise typer.BadParameter(f"there is no file {place}", param_hint="PROBLEM")
+    before = sys.argv
+    sys.argv = [place]
+    try:
+        module = _imported_file(path) if is_file else _imported(place)
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise typer.BadParameter(f"{place} has no function {name!r}", param_hint="PROBLEM")
+        found = function()
+    finally:
+        sys.argv = before
     if not isinstance(found, tuple) or len(found) != 3:
         raise typer.BadParameter(
-            f"{name}() must return (model, data, loss_fn), got {type(found).__name__}", param_hint="PROBLEM"
+            f"{name}() must return (model, data, loss_fn), got {_described(found)}", param_hint="PROBLEM"
         )
     return found
+
+
+def _described(found: Any) -> str:
+    return f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
+
+
+def _imported_file(path: Path) -> ModuleType:
+    # Under a name that nobody else has: a file may be called random.py, and others go on to need the module `random`,
+    # also those that import it late, which would find the file once its folder comes first.
+    with contextlib.suppress(Exception):
+        found = importlib.util.find_spec(path.stem)
+        if found is not None and found.origin is not None and not _is_same(found.origin, path):
+            importlib.import_module(path.stem)
+    name = "llc_fast_problem_" + re.sub(r"\W", "_", path.stem)
+    sys.path.insert(0, str(path.resolve().parent))
+    loader = importlib.machinery.SourceFileLoader(name, str(path.absolute()))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # data classes and pickles look there
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_same(origin: str, path: Path) -> bool:
+    try:
+        return os.path.samefile(origin, path)
+    except OSError:  # "built-in"
+        return False
+
+
+def _imported(place: str) -> ModuleType:
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            raise typer.BadParameter(f"there is no module {error.name}", param_hint="PROBLEM") from None
+        raise

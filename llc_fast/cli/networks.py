@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llc_fast.cli.options import JsonPath, PlotPath, Progress, write_json
+from llc_fast.cli.options import JsonPath, PlotPath, Progress, check_different, write_all, write_json
 
 if TYPE_CHECKING:
     from llc_fast.result import LLCResult
@@ -26,6 +26,7 @@ def demo(
     progress: Progress = True,
 ) -> None:
     """Estimate deep linear networks whose learning coefficient is known, and draw the comparison."""
+    check_different({"--json": json_path, "--plot": plot_path})
     typer.echo(
         "The learning coefficient λ says how fast the volume of almost-as-good parameters grows around a trained\n"
         "network: the smaller λ, the simpler the solution. For deep linear networks theory gives λ exactly, so they\n"
@@ -53,6 +54,7 @@ def dln(
     """Estimate deep linear networks of one of the classes of Furman & Lau 2024, calibrated or with its settings."""
     from llc_fast.problems.deep_linear import SIZE_CLASSES
 
+    check_different({"--json": json_path, "--plot": plot_path})
     if size not in SIZE_CLASSES:
         raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZE_CLASSES)}", param_hint="--size")
     plan = [(size, seed + k) for k in range(networks)]
@@ -144,10 +146,9 @@ def _run_networks(
 def _write(
     rows: list[dict[str, Any]], result: LLCResult | None, json_path: Path | None, plot_path: Path | None
 ) -> None:
-    if json_path is not None:
-        write_json(json_path, rows)
-    if plot_path is not None:
-        from llc_fast.plots import plot_known
+    def draw(path: Path) -> None:
+        from llc_fast.plots import plot_known, write_figure
 
-        plot_known(rows, result).savefig(plot_path, dpi=150)
-        typer.echo(f"picture written to {plot_path}")
+        write_figure(plot_known(rows, result), path)
+
+    write_all([("numbers", json_path, lambda path: write_json(path, rows)), ("picture", plot_path, draw)])

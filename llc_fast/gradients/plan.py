@@ -87,6 +87,8 @@ def _one_by_one_because(objective: Objective, sampler: Sampler) -> str:
         return "the model writes to its buffers or its input"
     if trial.functional_problem:
         return trial.functional_problem
+    if trial.changes_itself:
+        return "the model changes attributes of its modules"
     if trial.has_hooks:
         return "hooks see what modules compute"
     if objective.microbatch_size is not None:
@@ -101,7 +103,7 @@ def can_be_replayed(objective: Objective) -> bool:
     source, trial = objective.source, objective.trial
     stays = isinstance(source, IndexedSource) and source.is_thread_safe and trial.has_tensor_batches
     writes = trial.writes_buffers or trial.writes_batch or trial.writes_parameters
-    return stays and not (trial.is_random or writes or trial.has_hooks)
+    return stays and not (trial.is_random or writes or trial.has_hooks or trial.changes_itself)
 
 
 def _batched(objective: Objective, sampler: Sampler, has_observables: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -174,12 +175,12 @@ class BatchedGradient:
         return self._state.info()
 
 
-def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> None:
-    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding."""
+def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor], rounding: float = 0.0) -> None:
+    """Raise NotReplayableError unless a replay gave what the model itself does, to rounding: their dtype's, or more."""
     for ours, theirs in zip(replayed, fresh, strict=True):
         if not theirs.numel():
             continue
-        rounding = torch.finfo(theirs.dtype).eps
+        rounding = max(rounding, torch.finfo(theirs.dtype).eps)
         slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
         if not torch.allclose(ours, theirs.detach(), rtol=max(1e-3, 4 * rounding), atol=slack, equal_nan=True):
             raise NotReplayableError("a replay differs from the model")
@@ -260,15 +261,73 @@ def make_gradient(
         inner = EagerGradient(objective, state, buffers, plan.release)
     else:
         inner = BatchedGradient(objective, state, buffers, feed.is_shared, plan.strategy == "compiled")
+    # What can't be batched, or goes wrong, has to show while there is a way back.
+    if isinstance(inner, BatchedGradient) and feed.is_addressable and not _changes(objective):
+        _check_against_the_model(inner, objective, state, feed, step)
+    elif isinstance(inner, BatchedGradient) and plan.strategy == "batched":
+        inner.evaluate(feed(step))
     note = ""
     if plan.replay:
         try:
             return ReplayedGradient(objective, inner, state, feed, step), ""
         except NotReplayableError as error:
             note = str(error)
-    if plan.strategy == "batched" and isinstance(inner, BatchedGradient):
-        inner.evaluate(feed(step))  # what can't be batched has to show while there is a way back
     return inner, note
+
+
+_DISPLACED, _WRONG, _WRONG_IF_ROUNDED = (0.3, 0.2, 0.5), 2e-3, 0.1
+"""Distances from w*, relative to its size, at which gradients are compared, and the relative difference that is too
+large at all of them; the latter also where something is computed in less than float32."""
+
+
+class WrongGradientError(Exception):
+    """What a strategy gives is not the gradient of the model."""
+
+
+@torch.no_grad()
+def _check_against_the_model(
+    inner: BatchedGradient, objective: Objective, state: ChainState, feed: Feed, step: int
+) -> None:
+    """The first chain's gradient must be that of ordinary autograd with the chain's parameters in the model.
+
+    A backward pass that looks at the model's own parameters, as a custom one or recomputed activations do, finds w*
+    there: chains in one batch are given to the model as arguments, and these are gone by then.
+
+    Raises:
+        WrongGradientError: it is another.
+    """
+    batch, size = feed(step), state.w.square().mean().sqrt()
+    alone = batch if feed.is_shared or state.num_chains == 1 else map_tensors(lambda t: t[0], batch)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(state.w.shape, generator=generator, dtype=torch.float32).to(state.w) * size
+    for distance in _DISPLACED:
+        with state.at(state.w + distance * noise), torch.enable_grad():
+            losses = inner.evaluate(batch).loss
+            found = inner.gradients()
+            with objective.holding(state.single(), objective.fresh_buffers()):
+                loss = objective.loss(alone).loss
+                expected = objective.gradients(loss)
+        own = [g if state.num_chains == 1 else g[0] for g in found]
+        off = max(_difference(own, expected), _difference([losses[0]], [loss]))
+        if not off > (_WRONG if objective.is_precise else _WRONG_IF_ROUNDED):  # equal, or not finite
+            return
+    raise WrongGradientError(
+        f"chains get other gradients in a batch than one by one, {off:.0%} off (a custom backward that reads the "
+        "module's parameters, or activations that are recomputed?)"
+    )
+
+
+def _changes(objective: Objective) -> bool:
+    """Whether one evaluation says nothing of the next."""
+    trial = objective.trial
+    return trial.is_random or trial.writes_batch or trial.writes_buffers
+
+
+def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """‖a − b‖ / ‖b‖"""
+    off = sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
+    size = sum(float(y.double().square().sum()) for y in b)
+    return math.sqrt(off / size) if size else math.inf if off else 0.0
 
 
 _SPEAKS_OF_BATCHING = re.compile(r"vmap|functorch|[Bb]atching rule|BatchedTensor")
@@ -281,6 +340,8 @@ def is_refusal(error: Exception, plan: Plan, objective: Objective, state: ChainS
     vmap does not know. A bug of the model is none of these. An operation of torch that fails in a batch without a word
     of vmap is vmap's fault if one chain alone, on its own minibatch, passes it.
     """
+    if isinstance(error, WrongGradientError):
+        return True
     if not STRATEGIES[plan.strategy].may_refuse:
         return False
     if isinstance(error, (NotReplayableError, torch.cuda.OutOfMemoryError)):

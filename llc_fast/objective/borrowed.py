@@ -121,6 +121,24 @@ class BorrowedModel:
             value.detach().copy_(found.detach())
 
 
+def plain_attributes(model: nn.Module) -> list[dict[str, Any]]:
+    """The attributes of all modules that say how often they were called: numbers, texts, and how long containers are.
+
+    Hooks and submodules do not count, nor what is no attribute of Python's (a scripted module's).
+    """
+    return [
+        {name: v if isinstance(v, _PLAIN) else len(v) for name, v in vars(m).items() if name[:1] != "_" and _counts(v)}
+        for m in model.modules()
+    ]
+
+
+_PLAIN = (bool, int, float, str, bytes, complex)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, (*_PLAIN, *_CONTAINERS))
+
+
 # ---- what a run may leave behind on modules ---------------------------------------------------------------------
 
 

@@ -57,12 +57,14 @@ def top_curvature(
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in reference.values())
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
     given = {name: 1.0 if metric is None else metric[name] for name in reference}
-    roots = {name: torch.as_tensor(given[name], device=p.device).sqrt() for name, p in reference.items()}
+    roots = {name: in_float32(given[name]).to(p.device).sqrt() for name, p in reference.items()}
     for name, mask in objective.masks.items():
         roots[name] = roots[name] * mask  # elements that can't move have no curvature
     displaced = {name: p.clone() for name, p in reference.items()}
     vector = {
-        name: torch.randn(p.shape, generator=generator).to(p.device, p.dtype if p.dtype == torch.float64 else None)
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float32).to(
+            p.device, torch.float64 if p.dtype == torch.float64 else torch.float32
+        )
         for name, p in reference.items()
     }
 
@@ -87,3 +89,8 @@ def top_curvature(
             v.mul_(roots[name] * (length / curvature / (2 * delta)))
         curvature = norm()
     return curvature
+
+
+def in_float32(value: Any) -> Tensor:
+    """A tensor as it is; a number as float32, whatever torch's default dtype is."""
+    return torch.as_tensor(value, dtype=torch.float32 if isinstance(value, (int, float)) else None)

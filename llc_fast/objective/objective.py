@@ -31,6 +31,7 @@ from llc_fast.objective.selection import select
 from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
 from llc_fast.support.randomness import Generators
+from llc_fast.support.torch_private import graph_of
 
 _COPIED_PARAMETERS = 10_000_000
 """Parameters up to which w* is copied."""
@@ -242,7 +243,10 @@ class Objective:
             return list(torch.autograd.grad(loss, targets, materialize_grads=True))
         with _leaves_kept(loss, targets):
             loss.backward()  # type: ignore[no-untyped-call]
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in targets]
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in targets]
+        for p in targets:  # the next one must not be added to it
+            p.grad = None
+        return found
 
     def consume_gradients(self, loss: Tensor, take: Callable[[str, Tensor], object], *, plain: bool = False) -> None:
         """The gradients of :meth:`loss`, each handed to `take` with its name, and freed, as soon as it is complete.
@@ -289,6 +293,8 @@ class Objective:
         return self._reduced(loss, 1.0)
 
     def _reduced(self, loss: Tensor, share: float) -> Evaluation:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
 
@@ -298,13 +304,17 @@ class Objective:
 
     def in_full_precision(self) -> Objective:
         """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
+        return self.in_precision(widened)
+
+    def in_precision(self, cast: Callable[[Tensor], Tensor]) -> Objective:
+        """The same without autocast, and with the model's tensors as `cast` gives them."""
         exact = copy.copy(self)
         exact._autocast = None
         tensors = self.reference, self.frozen, self._buffers
-        if all(widened(t) is t for named in tensors for t in named.values()):
+        if all(cast(t) is t for named in tensors for t in named.values()):
             return exact
         exact.reference, exact.frozen, exact._buffers = (
-            {name: widened(t) for name, t in named.items()} for named in tensors
+            {name: cast(t) for name, t in named.items()} for named in tensors
         )
         exact._fixed, exact._swaps_buffers = exact.frozen, True
         return exact
@@ -415,16 +425,8 @@ def _check_apart(parameters: Mapping[str, Tensor]) -> None:
 def _leaves_kept(loss: Tensor, targets: Sequence[Tensor]) -> Iterator[None]:
     """Gradients of leaves of a graph other than the targets are as before after a plain backward pass."""
     mine = set(map(id, targets))
-    others, seen, waiting = [], set[Any](), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in mine:
-            others.append((leaf, leaf.grad))
-        waiting += [following for following, _ in node.next_functions]
+    leaves = (getattr(node, "variable", None) for node in graph_of(loss))
+    others = [(leaf, leaf.grad) for leaf in leaves if leaf is not None and id(leaf) not in mine]
     for leaf, _ in others:
         leaf.grad = None
     try:

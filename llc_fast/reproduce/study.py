@@ -63,8 +63,13 @@ class Study:
     @staticmethod
     def forget(folder: Path) -> None:
         """Delete what an earlier study has left in this folder; a folder without a study is left alone."""
-        if (folder / "data.json").exists():
-            (folder / "data.json").unlink()
+        file = folder / "data.json"
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return
+        if isinstance(found, dict) and {"experiment", "llc_fast", "tables"} <= found.keys():  # not any data.json
+            file.unlink()
             shutil.rmtree(folder / "work", ignore_errors=True)
 
     # ---- what experiments call -----------------------------------------------------------------------------

@@ -118,7 +118,9 @@ class ChainState:
         """
         rows = self._rows(dtype or self.w.dtype)
         for k, value in enumerate(values):
-            self._view(rows, k).copy_(torch.as_tensor(value))
+            self._view(rows, k).copy_(
+                torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+            )
         return rows
 
     def distances(self) -> list[float]:

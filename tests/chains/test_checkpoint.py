@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same, codes, data, estimate, happened, initialized, interrupted_after, mlp, mse, no_step
+from runs import Script, assert_same, codes, data, estimate, happened, initialized, interrupted_after, mlp, mse, no_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -25,6 +27,7 @@ from llc_fast.chains.run import Monitor, after_each_step
 from llc_fast.data import IndexedSource
 from llc_fast.objective.objective import data_identity
 from llc_fast.result import LLCResult
+from llc_fast.support.files import atomic_write, partial_name
 from llc_fast.support.fingerprint import digest
 from llc_fast.traces import Traces
 
@@ -56,6 +59,7 @@ def _first_layer(draw: Draw) -> Tensor:
 _OBSERVABLES: dict[str, Any] = {
     "weights": _first_layer,
     "λ̂ of the batch / 1": lambda draw: draw.loss,
+    "weights.npy": lambda draw: draw.loss + 1,  # an archive takes it for the first
     "samples": lambda draw: draw.sample_losses,
     "inputs": lambda draw: draw.batch[0].sum(),
 }
@@ -415,7 +419,7 @@ def test_truncated_files_are_refused(stopped: Path) -> None:
     content = stopped.read_bytes()
     for length in [*range(0, len(content), 37), *range(len(content) - 30, len(content))]:
         stopped.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"run' is not a checkpoint of llc_fast, or is damaged: delete it"):
+        with pytest.raises(ValueError, match=r"run' is not a checkpoint of llc_fast, or is damaged: give another"):
             read(stopped)
     stopped.write_bytes(content)
     assert not _resume(stopped).is_partial
@@ -502,6 +506,101 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(stopped: Path, monkey
     monkeypatch.setattr("numpy.load", refuse)
     with pytest.raises(PermissionError, match="run"):
         _resume(stopped)
+
+
+# --- Kills --------------------------------------------------------------------------------------------------
+
+_KILLS = """
+import random
+import numpy as np
+from llc_fast.chains.checkpoint import read
+from processes import free_port
+from pathlib import Path
+
+size, kills, which = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+llc_fast.chains.run.Monitor.interval = 0.001
+options = dict(num_chains=4, num_draws=150, num_burnin=50, strategy=which,
+    observables={"weight": lambda draw: (time.sleep(0.0005), draw.params["0.weight"])[1]})
+
+fsync = os.fsync
+
+def slow_disk(file):
+    time.sleep(0.003)  # so that many are killed while they write
+    fsync(file)
+
+def work(rank, port, name):
+    os.fsync = slow_disk
+    try:
+        if size > 1:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        result = runs.estimate(**options, checkpoint=name, checkpoint_interval=0)
+        if rank == 0:
+            result.save(f"{name}.result")
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+def start(name):
+    port, pids = free_port(), []
+    for rank in range(size):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            work(rank, port, name)
+    return pids
+
+def ends(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+runs.estimate(**options | {"num_draws": 8, "num_burnin": 4})  # imports what is imported late, once for all
+random.seed(0)
+killed = resumed = left = run = 0
+began = time.monotonic()
+assert ends(start("alone")) == [0] * size
+usual = time.monotonic() - began
+while killed < kills:
+    name, run, attempts = f"run{run}.npz", run + 1, 0
+    while True:
+        attempts += 1
+        pids = start(name)
+        # At any moment: while it starts, reads the file, samples, writes, or ends.
+        time.sleep(random.uniform(0.0, 0.8 * usual))
+        for pid in random.sample(pids, size):
+            os.kill(pid, signal.SIGKILL)
+        codes = ends(pids)
+        killed += -signal.SIGKILL in codes
+        left += any(entry.startswith(".llc_fast-") for entry in os.listdir("."))
+        for entry in os.listdir("."):
+            if entry.startswith(name) and not entry.endswith("result"):
+                resumed += sum(t.step for t in read(Path(entry)).traces) > 0  # whole at any moment
+        if all(code == 0 for code in codes) or killed >= kills:
+            break
+    assert ends(start(name)) == [0] * size
+    assert sorted(e for e in os.listdir(".") if e.startswith((name, "."))) == [name, f"{name}.result"]
+print("killed", killed, "times in", run, "runs;", left, "left something;", resumed, "readable", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "kills"), [(1, 100), (2, 40)])
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+def test_a_hundred_kills(tmp_path: Path, size: int, kills: int, strategy: str) -> None:
+    """Killed a hundred times, at moments that nobody chose, a run resumes each time, ends with the bits of one that was
+    left alone, and leaves nothing behind."""
+    code, output, errors = Script(_KILLS, tmp_path, size, kills, strategy).finish()
+    assert code == 0, output + errors
+    found = re.search(r"killed (\d+) times in (\d+) runs; (\d+) left something; (\d+) readable", output)
+    assert found is not None and int(found[1]) >= kills and int(found[4]) > kills / 4, output
+    observables: dict[str, Any] = {"weight": _first_layer}
+    options: dict[str, Any] = {"num_chains": 4, "num_draws": 150, "num_burnin": 50, "strategy": strategy}
+    expected = estimate(**options, observables=observables)
+    for run in range(int(found[2])):
+        result = LLCResult.load(tmp_path / f"run{run}.npz.result")
+        if strategy == "batched" and size > 1:  # other groups of chains: the same to rounding
+            np.testing.assert_allclose(result.loss_trace, expected.loss_trace, rtol=1e-4)
+        else:
+            assert_same(result, expected)
 
 
 # --- Other runs ---------------------------------------------------------------------------------------------
@@ -758,15 +857,109 @@ def test_intervals_are_checked(tmp_path: Path, value: Any) -> None:
 
 
 def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
-    """Partial files of this checkpoint, of any process, and no others."""
-    for name in ("run", "run [1]"):
-        others = [f".{name}.b.4711.partial", f".{name}x.4711.partial", ".other.4711.partial", f"{name}.4711.partial"]
-        for left in (f".{name}.4711.partial", f".{name}.1.partial", *others):
+    """Partial files of this checkpoint, of any process, and none that somebody else may have called so."""
+    for name in ("run", "run [1]", "r" * 255):
+        target = tmp_path / name
+        others = [".run.4711.partial", ".run.1.partial", ".llc_fast-0123456789abcdef-0123456789abcdef.partial"]
+        others += [partial_name(tmp_path / f"x{name}"), f"{partial_name(target)}.bak", f"x{partial_name(target)}"]
+        for left in (partial_name(target), partial_name(tmp_path / f"{name}.rank17"), *others):
             (tmp_path / left).write_bytes(b"half")
-        estimate(checkpoint=tmp_path / name)
+        estimate(checkpoint=target)
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, *others])
         for path in tmp_path.iterdir():
             path.unlink()
+
+
+def test_partial_files_in_use_are_left(tmp_path: Path) -> None:
+    """Another process may be writing to the same checkpoint."""
+    with atomic_write(tmp_path / "run") as file:
+        file.write(b"by another")
+        (left,) = tmp_path.iterdir()
+        estimate(checkpoint=tmp_path / "run")
+        assert left.exists()
+    assert (tmp_path / "run").read_bytes() == b"by another"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+_NOT_OURS = ["run.rank_of_matrices_2", "run.ranking1", "run.rank01", "run.rank-1", "run.rank1.bak", "run.rank²"]
+
+
+def test_files_of_the_user_stay(tmp_path: Path) -> None:
+    """Whatever is called like the checkpoint and something more, there before the run or come while it lasts."""
+    for name in _NOT_OURS:
+        (tmp_path / name).write_text("mine")
+
+    def observe(draw: Draw) -> float:
+        (tmp_path / "run.rank3").write_text("mine")
+        (tmp_path / "run.rank4").mkdir(exist_ok=True)
+        return 0.0
+
+    estimate(checkpoint=tmp_path / "run", observables={"o": observe})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*_NOT_OURS, "run", "run.rank3", "run.rank4"])
+    assert all((tmp_path / name).read_text() == "mine" for name in (*_NOT_OURS, "run.rank3"))
+
+
+@pytest.mark.parametrize("content", ["text", "a result", "another run"])
+def test_a_file_of_the_user_with_the_name_of_a_part_is_refused(tmp_path: Path, content: str) -> None:
+    """A run of several processes would write there; the user hears of it, and the file stays as it is."""
+    part = tmp_path / "run.rank1"
+    {
+        "text": lambda: part.write_text("mine"),
+        "a result": lambda: estimate().save(part),
+        "another run": lambda: estimate(seed=5, checkpoint=part),
+    }[content]()
+    before = part.read_bytes()
+    with no_step(), pytest.raises(ValueError, match=r"^checkpoint=") as caught:
+        estimate(checkpoint=tmp_path / "run")
+    assert "run.rank1" in str(caught.value) and "another path" in str(caught.value)
+    assert part.read_bytes() == before
+
+
+def test_the_path_is_that_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that changes its folder while it runs still has one checkpoint, where it began."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(Monitor, "interval", 0)
+
+    def observe(draw: Draw) -> float:
+        os.chdir(tmp_path / "elsewhere")
+        return 0.0
+
+    estimate(checkpoint="run", checkpoint_interval=0, observables={"o": observe})
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["elsewhere", "run"]
+
+
+def test_a_checkpoint_at_a_link_or_with_permissions_keeps_them(tmp_path: Path) -> None:
+    """The link leads to the checkpoint, and what was private stays so."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").symlink_to("there/file")
+    expected = estimate()
+    with interrupted_after(4):
+        estimate(checkpoint=tmp_path / "run")
+    (tmp_path / "there" / "file").chmod(0o600)
+    assert_same(estimate(checkpoint=tmp_path / "run"), expected)
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "there" / "file").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "link to a device", "link in a circle", "a long name", "a NUL"])
+def test_what_is_no_file_is_refused_before_any_work(tmp_path: Path, kind: str) -> None:
+    """Reading a pipe would wait for ever, and a device would be replaced by a file."""
+    path, model = tmp_path / "run", mlp()
+    model.forward = _never  # type: ignore[method-assign]
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "link to a device":
+        path.symlink_to("/dev/null")
+    elif kind == "link in a circle":
+        path.symlink_to("run")
+    else:
+        path = tmp_path / ("r" * 256 if kind == "a long name" else "r\0")
+    with pytest.raises(ValueError, match=r"^checkpoint="):
+        estimate(model=model, checkpoint=path)
+    with pytest.raises(TypeError, match="checkpoint must be the path of a file, got int"):
+        estimate(model=model, checkpoint=3)
 
 
 def test_runs_without_checkpoints_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -777,24 +970,42 @@ def test_runs_without_checkpoints_write_nothing(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_snapshots_take_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that takes a second to write is written every twenty seconds, however short the interval."""
-    clock = [0.0]
+def _keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: float) -> tuple[Checkpoint, list[float]]:
+    """A checkpoint, and a list of the time now and the seconds that a write takes."""
+    clock = [0.0, 1.0]
     monkeypatch.setattr("llc_fast.chains.checkpoint.time.monotonic", lambda: clock[0])
 
     def slow(*_: Any) -> None:
-        clock[0] += 1.0
+        clock[0] += clock[1]
 
     monkeypatch.setattr("llc_fast.chains.checkpoint.write", slow)
-    keeper = Checkpoint(tmp_path / "run", interval=0.5)
+    return Checkpoint(tmp_path / "run", interval=interval), clock
+
+
+def test_snapshots_take_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that takes a second to write is written every twenty seconds, however short the interval."""
+    keeper, clock = _keeper(tmp_path, monkeypatch, 0.5)
     assert not keeper.is_due
     clock[0] += 0.5
     assert keeper.is_due
-    keeper.save(_saved())
-    clock[0] += 19.9
-    assert not keeper.is_due
-    clock[0] += 0.2
-    assert keeper.is_due
+    for _ in range(3):
+        keeper.save(_saved())
+        clock[0] += 19.9
+        assert not keeper.is_due
+        clock[0] += 0.2
+        assert keeper.is_due
+
+
+def test_one_slow_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that hung once: the interval is what it was, at once if there were fast writes before, or after one."""
+    keeper, clock = _keeper(tmp_path, monkeypatch, 1.0)
+    for duration, pause in ((60.0, 1200.0), (0.01, 1.0), (60.0, 1.0), (0.01, 1.0), (60.0, 1.0), (60.0, 1200.0)):
+        clock[1] = duration
+        keeper.save(_saved())
+        clock[0] += pause - 0.1
+        assert not keeper.is_due
+        clock[0] += 0.2
+        assert keeper.is_due
 
 
 def test_the_loss_function_is_used_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

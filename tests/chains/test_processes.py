@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from llc_fast.chains import processes
+from llc_fast.chains.checkpoint import read
 from llc_fast.chains.draw import Draw
 from llc_fast.chains.processes import ProcessFailedError, Team
 from llc_fast.result import LLCResult
@@ -145,49 +149,110 @@ def test_a_group_of_the_users_own(tmp_path: Path) -> None:
 # --- Failures -----------------------------------------------------------------------------------------------
 
 _FAILING = """
-how, who = sys.argv[1], int(sys.argv[2])
+how, who, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+llc_fast.chains.processes.PATIENCE = 60.0  # it must not matter
+
+def leave():
+    open("when", "w").write(repr(time.time()))
+    if how == "raises":
+        raise ValueError("half-way")
+    if how == "stops the interpreter":
+        sys.exit("half-way")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def fails(draw):
+    if where == "while all sample":
+        time.sleep(0.02)
     if rank == who and draw.draw == 3:
-        if how == "raises":
-            raise ValueError("half-way")
-        os.kill(os.getpid(), signal.SIGKILL)
+        if where == "while all wait":
+            time.sleep(0.5)
+        leave()
     return 0.0
 
+def fails_early(output, target):
+    if where == "in the pilots" and rank == who and os.path.exists("pilots"):
+        time.sleep(0.3)
+        leave()
+    return torch.nn.functional.mse_loss(output, target)
+
+def begun(taken):
+    if where == "in the pilots" and taken.is_pilot:
+        open("pilots", "w").close()
+        time.sleep(0.01)
+
+options = dict(lr=None, num_draws=2000, num_burnin=2000, loss_fn=fails_early) if where == "in the pilots" else {}
+if where == "while all sample":
+    options = dict(num_draws=3000)
 try:
-    runs.estimate(num_chains=3, strategy="sequential", observables={"fails": fails}, checkpoint="run")
+    with llc_fast.chains.run.after_each_step(begun):
+        runs.estimate(**{"num_chains": 3, "strategy": "sequential", "observables": {"fails": fails},
+            "checkpoint": "run", "checkpoint_interval": 1e6} | options)
 except llc_fast.chains.processes.ProcessFailedError as error:
+    late = time.time() - float(open("when").read())
+    assert late < 3.0, late
     print(error)
-    time.sleep(1.0)  # rank 0 holds the store
-except ValueError:
-    time.sleep(1.0)
-    raise
 """
 
 
-@pytest.mark.parametrize(("size", "who"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.slow)])
-def test_a_process_that_raises(tmp_path: Path, size: int, who: int) -> None:
-    """The error comes out where it happened, and the others say which process and why."""
-    for rank, (code, output, errors) in enumerate(launch(tmp_path, _FAILING, size, "raises", who)):
+@pytest.mark.parametrize(
+    ("size", "who", "how", "where"),
+    [
+        (2, 0, "raises", "while all wait"),
+        (3, 1, "raises", "while all sample"),
+        (2, 0, "raises", "while all sample"),
+        pytest.param(3, 2, "raises", "in the pilots", marks=pytest.mark.slow),
+        pytest.param(2, 0, "raises", "in the pilots", marks=pytest.mark.slow),
+        (3, 1, "is killed", "while all sample"),
+        (2, 0, "is killed", "while all sample"),
+        pytest.param(3, 1, "is killed", "while all wait", marks=pytest.mark.slow),
+        pytest.param(2, 0, "is killed", "while all wait", marks=pytest.mark.slow),
+        pytest.param(3, 1, "is killed", "in the pilots", marks=pytest.mark.slow),
+        pytest.param(2, 1, "stops the interpreter", "while all sample", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_is_heard_of_at_once(tmp_path: Path, size: int, who: int, how: str, where: str) -> None:
+    """The error comes out where it happened; the others stop within seconds, say which process and why, and keep what
+    they have done, wherever they are themselves. Neither a minute nor the end of their own chains is waited for."""
+    for rank, (code, output, errors) in enumerate(launch(tmp_path, _FAILING, size, how, who, where)):
         if rank == who:
-            assert code == 1 and "ValueError: half-way" in errors
-        else:
-            assert code == 0, errors
+            assert code == (-signal.SIGKILL if how == "is killed" else 1), errors
+            continue
+        assert code == 0, errors
+        if how == "raises":
             assert output.strip() == f"rank {who} failed: ValueError: half-way"
-
-
-@pytest.mark.parametrize(("size", "who"), [(3, 1), (2, 0)])
-def test_a_process_that_is_killed(tmp_path: Path, size: int, who: int) -> None:
-    """Nobody waits for the dead for longer than `PATIENCE`, be it the one that holds the store."""
-    for rank, (code, output, errors) in enumerate(launch(tmp_path, _FAILING, size, "killed", who)):
-        if rank == who:
-            assert code == -signal.SIGKILL
+        elif how == "stops the interpreter":
+            assert output.strip() == f"rank {who} failed: SystemExit: half-way"
         elif who == 0:
-            assert code == 0, errors
             assert output.strip() == "rank 0, which holds the results, is gone: its own output says why"
         else:
-            assert code == 0, errors
-            assert f"rank {who} has not been heard of for 3 s" in output and "checkpoint=" in output
+            assert f"rank {who} died without a word" in output and "checkpoint=" in output
+        if where == "while all sample":  # what it has done since the last snapshot is not lost
+            assert read(tmp_path / f"run.rank{rank}").traces[0].step > 0
+
+
+_EARLY = """
+import contextlib
+llc_fast.chains.processes.PATIENCE = 60.0
+for options in (dict(lr=-1.0), dict(params="nowhere"), dict(device="nonsense"), dict(model=3)):
+    began = time.monotonic()
+    try:
+        runs.estimate(num_chains=2, **options if rank == 1 else {})
+    except Exception as error:
+        print(type(error).__name__, error)
+    assert time.monotonic() - began < 5.0
+runs.estimate(num_chains=2, strategy="sequential").save(f"result.{rank}")
+"""
+
+
+def test_errors_before_all_have_met_are_heard_of_too(tmp_path: Path) -> None:
+    """One process was given a wrong argument: the others hear of it, and all are in step in the next estimate."""
+    results = launch(tmp_path, _EARLY, 3)
+    all_well(results)
+    (first, second, third) = (output.splitlines() for _, output, _ in results)
+    assert len(second) == 4 and first == third == [
+        f"ProcessFailedError rank 1 failed: {line.replace(' ', ': ', 1)}" for line in second
+    ]
+    assert_same(LLCResult.load(tmp_path / "result.0"), estimate(num_chains=2, strategy="sequential"))
 
 
 _STOPPED = """
@@ -286,26 +351,321 @@ def test_resumed_by_another_number_of_processes(tmp_path: Path, monkeypatch: pyt
         assert [p.name for p in folder.glob("run*")] == ["run"]
 
 
+# --- Agreement ----------------------------------------------------------------------------------------------
+
+_DIFFERENCES = """
+other = rank == size - 1
+x, y = runs.data()
+dropped = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+
+def versions(**changed):
+    return mock.patch.multiple(llc_fast, **changed) if other else contextlib.nullcontext()
+
+import contextlib
+from unittest import mock
+from llc_fast.samplers import RMSpropSGLDSampler
+nothing = contextlib.nullcontext()
+cases = {
+    "seed": dict(seed=3 if other else 0),
+    "nbeta": dict(nbeta=7.0 if other else None),
+    "lr": dict(lr=2e-3 if other else 1e-3),
+    "localization": dict(localization=2.0 if other else 1.0),
+    "num_chains": dict(num_chains=5 if other else 4),
+    "schedule": dict(num_draws=9 if other else 8),
+    "batch_size": dict(batch_size=9 if other else 10),
+    "sampler": dict(sampler="sghmc" if other else "sgld"),
+    "eps": dict(sampler=RMSpropSGLDSampler(eps=1e-3 if other else 1e-4)),
+    "observables": dict(observables={"weight": weight} if other else {}),
+    "keep_ends": dict(keep_ends=other),
+    "bias_correction": dict(bias_correction=other),
+    "strategy": dict(strategy="sequential" if other else "batched"),
+    "autocast": dict(autocast=torch.bfloat16 if other else None),
+    "microbatch_size": dict(microbatch_size=5 if other else None),
+    "model": dict(model=runs.mlp(seed=8 if other else 7)),
+    "params": dict(params="0.*" if other else None),
+    "params, dtype": dict(model=runs.mlp(torch.float64 if other else torch.float32),
+        data=runs.data(dtype=torch.float64 if other else torch.float32)),
+    "frozen parameters and buffers": dict(params="0.*", model=runs.initialized(runs.mlp(), 8 if other else 7)),
+    "data": dict(data=(x, y + 3.0 * other)),
+    "num_samples": dict(data=runs.data(39 if other else 40), nbeta=5.0),
+    "loss_fn": dict(loss_fn=torch.nn.functional.l1_loss if other else torch.nn.functional.mse_loss),
+    "the loss at w*": dict(loss_fn=lambda output, target: (2.0 if other else 1.0) * (output - target).square().mean()),
+    "warm_start": dict(warm_start=runs.estimate(distributed=False, keep_ends=True, seed=int(other), num_chains=4)),
+    "checkpoint": dict(checkpoint="run" if other else None),
+}
+for name, options in cases.items():
+    with versions(__version__="0.0") if name == "version" else nothing:
+        try:
+            runs.estimate(**{"num_chains": 4} | options)
+        except ValueError as error:
+            print(f"{name}: {error}")
+        else:
+            print(f"{name}: no error")
+for what in ("llc_fast", "torch"):
+    with mock.patch.object(llc_fast if what == "llc_fast" else torch, "__version__", "0.0" if other else "9.9"):
+        try:
+            runs.estimate()
+        except ValueError as error:
+            print(f"version of {what}: {error}")
+runs.estimate(num_chains=4, strategy="sequential").save(f"result.{rank}")  # and all is well again
+"""
+
+
+def test_processes_that_were_given_different_things_are_refused(tmp_path: Path) -> None:
+    """In all of them, with the same words, which name the difference; and before any chain takes a step."""
+    results = launch(tmp_path, _DIFFERENCES, 3)
+    all_well(results)
+    lines = [output.splitlines() for _, output, _ in results]
+    for first, *others in zip(*lines, strict=True):
+        name, _, text = first.partition(": ")
+        assert "differ" in text and "rank 2" in text, first
+        if name.startswith("version"):
+            assert "version" in text and name.split()[-1] in text and "9.9" in text and "0.0" in text, first
+        else:
+            assert others == [first, first], (first, others)
+            assert name.partition(",")[0] in text, first
+    assert len(lines[0]) == 27
+    assert_same(LLCResult.load(tmp_path / "result.2"), estimate(num_chains=4, strategy="sequential"))
+
+
+# --- The store ----------------------------------------------------------------------------------------------
+
+_LISTENING = """
+import urllib.parse, warnings
+warnings.simplefilter("error")
+ours = set()
+def see(draw):
+    if rank == 0:
+        inodes = set()
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                inodes.add(os.readlink(f"/proc/self/fd/{fd}"))
+            except OSError:  # that of listdir itself
+                pass
+        for line in [*open("/proc/self/net/tcp"), *open("/proc/self/net/tcp6")]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                ours.add(fields[1].partition(":")[0])
+    return 0.0
+if sys.argv[1] == "group":
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/rendezvous", rank=rank, world_size=size)
+    del os.environ["MASTER_ADDR"]
+runs.estimate(observables={"see": see}, num_chains=2)
+print(*ours)
+"""
+
+
+@pytest.mark.parametrize("how", ["launcher", "group"])
+def test_the_store_listens_where_the_rendezvous_is(tmp_path: Path, how: str) -> None:
+    """At 127.0.0.1 for processes that meet there, and not on all addresses of the machine."""
+    results = launch(tmp_path, _LISTENING, 2, how)
+    all_well(results)
+    found = set(results[0][1].split())
+    assert "0100007F" in found and not found & {"00000000", "0" * 32}
+
+
+def test_a_foreign_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address that is not this machine's, a port that is taken, and a name that is nobody's."""
+    with pytest.warns(UserWarning, match="MASTER_ADDR='192.0.2.1' is no address of this machine"):
+        processes._listener("192.0.2.1", 0).close()
+    taken = processes._listener("127.0.0.1", 0)
+    with pytest.raises(ValueError, match=rf"^MASTER_PORT={taken.getsockname()[1]}: rank 0 can't listen"):
+        processes._listener("127.0.0.1", taken.getsockname()[1])
+    taken.close()
+    with pytest.raises(ValueError, match=r"MASTER_ADDR=.no such machine\.invalid. is the name of no machine"):
+        processes._listener("no such machine.invalid", 0)
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+def _garbage(store: Any, stop: threading.Event) -> None:
+    """Overwrite all that can be guessed, and much that can't, as long as it lasts."""
+    evil, k = pickle.dumps(_Evil()), 0
+    while not stop.wait(0.01):
+        k += 1
+        keys = ["session", f"value/{k % 5}/1", f"value/{k % 5}/1/0", "alarm/1", "pulse/1", "answer/1", "start"]
+        for key in keys:
+            store.set(key, evil)
+        store.add("alarms", 1)
+
+
+def test_a_third_process_that_writes_to_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it writes is never unpickled, believed or taken for a result, and the run ends as it would have."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(team: Team) -> Any:
+        with team.working():
+            return [team.gather(team.rank + k) for k in range(3)]
+
+    assert _teams(2, work, beside=_garbage) == [[[0, 1], [1, 2], [2, 3]]] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_third_process_that_knows_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that reads the store, and writes where a result belongs: nothing of it is used, and the error says so."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(team: Team) -> Any:
+        with team.working():
+            if team.rank == 1:
+                raw, key = team._store.raw, f"{team._session}/value/1/1"  # type: ignore[union-attr]
+                raw.set(f"{key}/0", pickle.dumps(_Evil()))
+                raw.set(key, "1")
+                raw.add(f"{team._session}/alarms", 1000)
+                raw.set(f"{team._session}/alarm/1", pickle.dumps(_Evil()))
+                time.sleep(1.0)
+                return None
+            return team.gather(team.rank)
+
+    first, _ = _teams(2, work)
+    assert isinstance(first, ProcessFailedError) and "was not written by a process of this run" in str(first)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_secrets_are_refused() -> None:
+    """By both, in words."""
+
+    def work(team: Team) -> Any:
+        with team.working():
+            return team.gather(1)
+
+    processes_patience = processes.PATIENCE
+    processes.PATIENCE = 1.0
+    try:
+        found = _teams(2, work, secrets=[b"one", b"another"])
+    finally:
+        processes.PATIENCE = processes_patience
+    for error in found:
+        assert isinstance(error, ProcessFailedError) and "LLC_FAST_SECRET" in str(error)
+
+
+def test_what_an_earlier_run_left_is_not_read() -> None:
+    """A store that outlives processes, with the same names and the same secret: alarms, results and answers of then."""
+    server = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+
+    def fail(team: Team) -> Any:
+        with team.working():
+            team.gather(f"old {team.rank}")
+            raise ValueError("of then")
+
+    def work(team: Team) -> Any:
+        time.sleep(0.3 * (1 - team.rank))  # who comes first finds only what is old
+        with team.working():
+            return team.gather(f"new {team.rank}")
+
+    _teams(2, fail, server=server)
+    for _ in range(3):
+        assert _teams(2, work, server=server) == [["new 0", "new 1"]] * 2
+
+
+def test_results_do_not_stay_in_the_store() -> None:
+    """Rounds of large values: the store, which is in rank 0's memory, frees them."""
+    server = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    counts = []
+
+    def work(team: Team) -> Any:
+        with team.working():
+            for _ in range(5):
+                team.gather(np.zeros(2**20))
+                team.gather(None)
+                if team.rank == 0:
+                    counts.append(server.num_keys())
+
+    _teams(2, work, server=server)
+    assert counts[-1] - counts[0] <= 4 * 6 + 10  # the small keys
+
+
+# --- The secret ---------------------------------------------------------------------------------------------
+
+
+def test_the_secret_of_a_user_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever comes first, and read by all; in a folder and a file that nobody else can read."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with ThreadPoolExecutor(16) as pool:
+        found = set(pool.map(lambda _: processes._secret_of_user(), range(64)))
+    assert len(found) == 1 and len(found.pop()) == 32
+    (folder,) = tmp_path.iterdir()
+    assert [p.name for p in folder.iterdir()] == ["secret"]
+    assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "secret").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("how", ["a folder of others", "a link", "a readable file", "a linked file", "no place"])
+def test_a_secret_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = tmp_path / f"llc_fast-{os.geteuid()}"
+    if how == "a folder of others":
+        folder.mkdir(0o755)
+    elif how == "a link":
+        (tmp_path / "elsewhere").mkdir(0o700)
+        folder.symlink_to("elsewhere")
+    elif how != "no place":
+        processes._secret_of_user()
+        (folder / "secret").chmod(0o644)
+        if how == "a linked file":
+            (folder / "secret").rename(folder / "other")
+            (folder / "secret").symlink_to("other")
+    if how == "no place":
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(PermissionError, match=r"^the secret .*LLC_FAST_SECRET"):
+        processes._secret_of_user()
+
+
+def test_where_the_secret_is_from(monkeypatch: pytest.MonkeyPatch, no_launcher: None) -> None:
+    """What the user gives; of this user on one machine; else only what the launcher says, with a warning."""
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    mine = processes._secret_of_user()
+    assert processes._secret_of_launcher(1, 2, "127.0.0.1") == mine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes._secret_of_launcher(1, 2, "192.0.2.1") == mine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.warns(UserWarning, match="share no secret.*LLC_FAST_SECRET"):
+        first = processes._secret_of_launcher(0, 2, "192.0.2.1")
+    assert processes._secret_of_launcher(1, 2, "192.0.2.7") == first != mine
+    monkeypatch.setenv("LLC_FAST_SECRET", "of the user")
+    assert processes._secret_of_launcher(0, 2, "192.0.2.1") == b"of the user"
+
+
 # --- Teams --------------------------------------------------------------------------------------------------
 
 
-def _teams(size: int, work: Callable[[Team], Any]) -> list[Any]:
+def _teams(
+    size: int,
+    work: Callable[[Team], Any],
+    *,
+    secrets: list[bytes] | None = None,
+    server: TCPStore | None = None,
+    beside: Callable[[Any, threading.Event], None] | None = None,
+) -> list[Any]:
     """`work` in `size` teams in threads; what each returned or raised."""
-    store, found = TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False), [None] * size
+    store = TCPStore("127.0.0.1", 0, size, True, wait_for_workers=False) if server is None else server
+    found, stop = [None] * size, threading.Event()
 
     def run(rank: int) -> None:
         client = TCPStore("127.0.0.1", store.port, size, False)
         try:
-            found[rank] = work(Team(rank, size, PrefixStore("test", client)))
+            secret = b"secret" if secrets is None else secrets[rank]
+            found[rank] = work(Team(rank, size, PrefixStore("test", client), secret))
         except BaseException as error:
             found[rank] = error  # type: ignore[call-overload]
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    if beside is not None:
+        third = PrefixStore("test", TCPStore("127.0.0.1", store.port, size, False))
+        other = threading.Thread(target=beside, args=(third, stop), daemon=True)
+        other.start()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(TIMEOUT)
         assert not thread.is_alive(), "a process hangs"
+    stop.set()
+    if beside is not None:
+        other.join()
     return found
 
 
@@ -383,25 +743,7 @@ def test_the_silent_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
             return team.gather(team.rank)
 
     error, _ = _teams(2, work)
-    assert isinstance(error, ProcessFailedError) and "rank 1 has not been heard of for 0 s" in str(error)
-
-
-def test_what_a_restart_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun keeps its store when it starts all processes again: the failure before is none of theirs."""
-    store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
-    monkeypatch.setattr(processes, "_store", lambda rank, size: store)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    found = []
-    for attempt in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        monkeypatch.setattr(processes, "_counter", 0)
-        team = processes.join(None)
-        with pytest.raises(RuntimeError, match="of this attempt"), team.working():
-            found.append(team._store.check(["failed/0"]))  # type: ignore[union-attr]
-            raise RuntimeError("of this attempt")
-        assert team._store.check(["failed/0"])  # type: ignore[union-attr]
-    assert found == [False, False]
+    assert isinstance(error, ProcessFailedError) and "rank 1 has not been heard of for 2 s" in str(error)
 
 
 # --- Joining ------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +90,159 @@ def test_what_is_no_problem_is_refused(problem_file: Path, where: str, said: str
     done = invoke("estimate", where.format(file=problem_file))
     assert done.exit_code == 2
     assert said.replace(" ", "") in re.sub(r"[\s│]", "", printed(done))
+
+
+# ---- files as people write them ----------------------------------------------------------------------------
+
+_SEES = """
+import argparse, dataclasses, pickle, sys
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--epochs", type=int, default=3)
+epochs = parser.parse_args().epochs
+import beside_it
+import torch
+
+@dataclasses.dataclass
+class Data:
+    "Of this very module."
+    x: int
+
+assert pickle.loads(pickle.dumps(Data(3))) == Data(3)
+assert __name__ != "__main__" and Path(__file__).is_absolute()
+assert sys.path[0] == str(Path(__file__).parent)
+
+def problem():
+    assert parser.parse_args().epochs == epochs == 3
+    seen = Path(beside_it.__file__).with_name("seen")
+    seen.write_text(" ".join(sys.argv))
+    torch.manual_seed(0)
+    x = torch.randn(200, 3)
+    return torch.nn.Linear(3, 1), (x, x.sum(1, keepdim=True)), torch.nn.functional.mse_loss
+"""
+
+
+@pytest.mark.parametrize("name", ["random.py", "statistics.py", "numbers.py", "my problem.py", "a.b.py", "problem.txt"])
+def test_a_file_sees_what_it_would_see_if_it_were_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its own path as the only argument, its folder first in sys.path, modules beside it; and whatever it is called,
+    the module of that name in Python's library is still the one that others import."""
+    stem = Path(name).stem
+    library = sys.modules.get(stem)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("sys.argv", before := ["llc-fast", "estimate", "--lr", "1"])
+    Path(name).write_text(_SEES)
+    Path("beside_it.py").write_text("")
+    monkeypatch.delitem(sys.modules, "beside_it", raising=False)
+    problem_of(f"{name}:problem")
+    assert sys.argv is before
+    assert Path("seen").read_text() == name
+    assert library is None or importlib.import_module(stem) is library
+    assert not {p.name for p in tmp_path.iterdir()} - {name, "beside_it.py", "seen", "__pycache__"}
+
+
+@pytest.mark.parametrize("code", ["raise KeyError('weights')", "import sys; sys.argv.append('x'); 1 / 0", "def f(:"])
+def test_arguments_come_back_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr("sys.argv", before := ["llc-fast", "estimate"])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "fails.py").write_text(code)
+    with pytest.raises((KeyError, ZeroDivisionError, SyntaxError)):
+        problem_of(f"{tmp_path / 'fails.py'}:problem")
+    assert sys.argv is before and before == ["llc-fast", "estimate"]
+
+
+def test_a_module_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's mistake in one place, and a traceback where the module itself imports what is not there."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    done = invoke("estimate", "no.such.module:problem")
+    assert done.exit_code == 2 and "there is no module no" in printed(done)
+
+
+def test_the_program_itself(tmp_path: Path) -> None:
+    """In a process of its own, with a file that parses arguments, is called like a module and changes its folder."""
+    (tmp_path / "random.py").write_text(_SEES + "\nimport os\nos.chdir('elsewhere')\n")
+    (tmp_path / "beside_it.py").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    script = f"import sys; sys.path.insert(0, {str(Path(llc_fast.__file__).parents[1])!r}); sys.argv[0] = 'llc-fast'; "
+    script += "from llc_fast.cli.app import main; main()"
+    options = ["--lr", "1e-3", *SHORT, "--json", "out.json", "--save", "out.npz", "--checkpoint", "run"]
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", script]
+    done = subprocess.run(
+        [*command, "estimate", "random.py:problem", *options], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert {"out.json", "out.npz", "run"} <= {p.name for p in tmp_path.iterdir()}
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+# ---- output files ------------------------------------------------------------------------------------------
+
+_OPTIONS = ["--json", "--save", "--plot", "--checkpoint"]
+
+
+@pytest.mark.parametrize("option", _OPTIONS)
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device", "no folder", "a long name", "a circle"])
+def test_output_files_are_tried_before_the_run(tmp_path: Path, problem_file: Path, option: str, kind: str) -> None:
+    """What can't be written to is a usage error, before the user's file is even read; nothing is made or lost."""
+    pytest.importorskip("matplotlib")
+    problem_file.write_text("raise AssertionError('the file was imported')")
+    path = tmp_path / "out.png"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/null")
+    elif kind == "a circle":
+        path.symlink_to("out.png")
+    else:
+        path = tmp_path / ("x" * 252 + ".png" if kind == "a long name" else "nowhere/out.png")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    done = invoke("estimate", f"{problem_file}:problem", option, str(path))
+    assert done.exit_code == 2, done.output
+    assert option in printed(done)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", _OPTIONS)
+def test_old_files_stay_until_there_are_new_ones(tmp_path: Path, problem_file: Path, option: str) -> None:
+    """Trying a path does not empty the file that is there."""
+    pytest.importorskip("matplotlib")
+    problem_file.write_text("def problem(): raise KeyError('weights')")
+    path = tmp_path / "out.png"
+    path.write_text("old")
+    assert invoke("estimate", f"{problem_file}:problem", option, str(path)).exit_code == 1
+    assert path.read_text() == "old" and {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
+        "out.png",
+        problem_file.name,
+    }
+
+
+def test_two_outputs_in_one_file_are_refused(tmp_path: Path, problem_file: Path) -> None:
+    """One would overwrite the other, or the user's own program."""
+    problem, path = f"{problem_file}:problem", str(tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    for given in (["--json", path, "--save", path], ["--checkpoint", str(tmp_path / "link"), "--save", path]):
+        done = invoke("estimate", problem, *given)
+        assert done.exit_code == 2 and "is the file of" in printed(done)
+    done = invoke("estimate", problem, "--save", str(problem_file))
+    assert done.exit_code == 2 and "is the file of PROBLEM too" in printed(done)
+    assert problem_file.read_text() == PROBLEM
+
+
+def test_one_output_that_fails_does_not_lose_the_others(
+    tmp_path: Path, problem_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that became full during the run: a line for what could not be written, and exit status 1."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llc_fast.result.LLCResult.save", full)
+    options = ["--lr", "1e-4", "--save", str(tmp_path / "out.npz"), "--json", str(tmp_path / "out.json")]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options)
+    assert done.exit_code == 1 and "λ̂ =" in done.output
+    assert re.search(r"result could not be written to .*out.npz: No space left on device", printed(done))
+    assert json.loads((tmp_path / "out.json").read_text())["llc_mean"]

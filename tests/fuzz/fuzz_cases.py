@@ -67,6 +67,10 @@ _MODES = {"steps": 5, "still": 2.5, "repeat": 1.5, "resume": 1, "free": 1.2, "cl
 _STILL = 1e-14
 
 
+_ERRORS = os.fdopen(os.dup(2), "w")
+"""Standard error, whatever takes its place for a while."""
+
+
 class Failure(AssertionError):
     """What is not as it should be."""
 
@@ -271,7 +275,7 @@ def run_case(seed: int) -> Outcome:
     """Draw and run a case; nothing is raised but KeyboardInterrupt."""
     started, outcome = time.perf_counter(), Outcome(seed)
     case: Case | None = None
-    faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
+    faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=_ERRORS)
     try:
         case = draw_case(seed)
         _Run(case, outcome).run()
@@ -347,6 +351,8 @@ class _Run:
                 built = self._case.problem.make(self._case.dtype)
                 data = self._case.given.data
                 batch = _cut(data, slice(0, 4)) if isinstance(data, (tuple, dict)) else None
+                if batch is None and self._case.given.has_workers:
+                    data = data.dataset
                 if batch is None and not self._case.given.is_once:
                     batch = next(iter(torch.utils.data.DataLoader(data, 4) if hasattr(data, "__getitem__") else data))
                 built.value(batch).backward()  # type: ignore[no-untyped-call]
@@ -987,6 +993,7 @@ def _closed(case: Case, outcome: Outcome) -> None:
 def _work(seeds: range, pipe: Any) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as usual on Linux
     for seed in seeds:
         pipe.send(seed)
         pipe.send(run_case(seed))

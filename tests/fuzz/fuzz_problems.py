@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -493,6 +494,8 @@ def draw_problem(seed: int) -> Problem:
         traits.discard("sum")
     is_training = c.chance(0.5) if kind.training is None else kind.training
     freezes, weights_seed = c.chance(0.12), c.integer(0, 10**6)
+    if freezes:
+        traits.discard("stuck")
     own_form = c.among(["dictionary", "object"])
     form = "pair"
     if loss == "own" or (loss in ("with model", "contrast") and c.chance(0.5)):
@@ -500,7 +503,8 @@ def draw_problem(seed: int) -> Problem:
     scale = c.among([0.3, 0.7])
 
     def make(dtype: torch.dtype) -> Built:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is deprecated, and used all the same
             torch.manual_seed(weights_seed)
             model = kind.make(d, k, hidden).double()
             teacher = nn.Sequential(nn.Linear(d, k), nn.Tanh()).double().eval()
@@ -767,7 +771,8 @@ def draw_data(seed: int, problem: Problem, dtype: torch.dtype, *, is_whole: bool
         held = [generator] if generator is not None else []
         return given(loader, n, is_augmented=True, generators=held)
     if name == "stream":
-        return given(DataLoader(Stream(rows), **last), n - tail, order="fixed")
+        # How many there are shows only if chains are long enough.
+        return given(DataLoader(Stream(rows), **last), None, order="fixed")
     pieces = [torch.arange(n)[k : k + size] for k in range(0, n - tail, size)]
     batches = [_cut(columns, form, p) for p in pieces]
     lengths = torch.tensor([len(p) for p in pieces], dtype=torch.float64)

@@ -187,7 +187,7 @@ def test_still_chains(name: str) -> None:
 def test_pairing_leaves_rounding(name: str) -> None:
     """Where chains are paired at all, nothing but rounding is left of λ̂; a shuffled loader's chains are not paired."""
     result = _still(name)
-    if result.settings["control_variate"]:
+    if result.diagnostics["paired_with"] != "none":
         assert abs(result.llc_mean) < 1e-3
     else:
         assert name in ("shuffled loader", "shuffled loader without its tail", "weighted loader")

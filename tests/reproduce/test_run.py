@@ -81,12 +81,17 @@ def test_another_scale_needs_a_restart(tmp_path: Path, toy: Any) -> None:
     assert invoke(*command, "--scale", "paper", "--restart").exit_code == 0
 
 
-def test_restart_removes_nothing_else(tmp_path: Path, toy: Any) -> None:
-    """A folder of the user's that holds no study stays as it is."""
+@pytest.mark.parametrize("data", [None, "{}", '{"tables": 3}', "[1]", "no JSON"])
+def test_restart_removes_nothing_else(tmp_path: Path, toy: Any, data: str | None) -> None:
+    """A folder of the user's that holds no study stays as it is, also if there is a data.json in it."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("x")
+    if data is not None:
+        (tmp_path / "data.json").write_text(data)
     invoke("reproduce", "toy", "--output", str(tmp_path), "--restart")
     assert (tmp_path / "work" / "thesis.tex").exists()
+    if data is not None:
+        assert (tmp_path / "data.json").read_text() == data
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, toy: Any) -> None:

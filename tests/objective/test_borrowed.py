@@ -1,0 +1,304 @@
+"""What is the user's stays as it was, whatever a run does and however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import random
+import signal
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import llc_fast
+from llc_fast.chains.run import StepTaken, after_each_step
+
+mse = nn.functional.mse_loss
+
+
+class Counting(nn.Module):
+    """Writes to everything that it can: buffers, attributes, containers, its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.spectral_norm(nn.Linear(3, 4))
+        self.norm, self.out = nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.calls, self.seen, self.cache = 0, list[Any](), dict[str, Tensor]()
+        self.scratch = torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = self.norm(self.inner(x)).tanh()
+        self.seen.append(h)
+        self.cache["h"] = h
+        with torch.no_grad():
+            self.scratch.add_(1)
+        self.last = h
+        return self.out(h)
+
+
+class Clipping(nn.Linear):
+    """Max-norm in forward, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Replacing(nn.Linear):
+    """Max-norm in forward, by other data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.clamp(-0.1, 0.1)
+        return super().forward(x)
+
+
+def _norm(kind: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(kind(nn.Linear(3, 4), **options), nn.Tanh(), nn.Linear(4, 1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": runs.mlp,
+    "dropout": lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1)),
+    "counting": Counting,
+    "clipping": lambda: nn.Sequential(Clipping(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+    "replacing": lambda: nn.Sequential(Replacing(3, 4), nn.Tanh(), nn.Linear(4, 1)),
+    "max_norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), _Lookup()),
+    "weight_norm": _norm(nn.utils.weight_norm),
+    "parametrized": _norm(nn.utils.parametrizations.weight_norm),
+    "spectral, parametrized": _norm(nn.utils.parametrizations.spectral_norm),
+    "orthogonal": lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), nn.Linear(3, 1)),
+    "scripted": lambda: torch.jit.script(runs.mlp()),
+}
+
+
+class _Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 1, max_norm=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table((x[:, 0] > 0).long())
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """All that a user could see of a model and its process, by identity where that counts."""
+    found: dict[str, Any] = {
+        "generators": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
+        "handler": signal.getsignal(signal.SIGINT),
+        "threads": torch.get_num_threads(),
+        "modes": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")),
+    }
+    for path, m in model.named_modules():
+        attributes = dict(vars(m))
+        found[f"{path} attributes"] = {k: id(v) for k, v in attributes.items()}
+        found[f"{path} numbers"] = {k: v for k, v in attributes.items() if isinstance(v, (int, float, bool, str))}
+        found[f"{path} contents"] = {
+            k: [(i, id(e)) for i, e in enumerate(v.values() if isinstance(v, dict) else v)]
+            for k, v in attributes.items()
+            if isinstance(v, (dict, list))
+        }
+        found[f"{path} tensors"] = {k: v.detach().tolist() for k, v in attributes.items() if isinstance(v, Tensor)}
+        for name, t in (*m._parameters.items(), *m._buffers.items()):
+            if t is not None:
+                grad = None if not t.is_leaf or t.grad is None else (id(t.grad), t.grad.tolist())
+                here = id(t) if not isinstance(m, torch.jit.ScriptModule) else None
+                found[f"{path}.{name}"] = (here, t.data_ptr(), t.detach().tolist(), t.requires_grad, grad)
+    return found
+
+
+def _prepared(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    with torch.no_grad():
+        model(runs.data()[0])
+    return model
+
+
+def _assert_as_before(model: nn.Module, before: dict[str, Any]) -> None:
+    after = _state(model)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key] == value, key
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lr": None}, {"strategy": "sequential"}, {"release_gradients": True}], ids=str
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_is_as_before(name: str, options: dict[str, Any]) -> None:
+    model = _prepared(name)
+    before = _state(model)
+    runs.estimate(model=model, num_draws=20, **options)
+    _assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_is_as_before_an_exception(name: str) -> None:
+    """Raised at the k-th call of the loss, for k up to the end of the run."""
+    model = _prepared(name)
+    before = _state(model)
+    for last in (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 45, 60, 90):
+        calls = iter(range(last))
+
+        def loss_fn(out: Tensor, y: Tensor, calls: Iterator[int] = calls) -> Tensor:
+            if next(calls, None) is None:
+                raise ZeroDivisionError
+            return mse(out, y)
+
+        with contextlib.suppress(ZeroDivisionError, ValueError):
+            runs.estimate(model=model, loss_fn=loss_fn, strategy="sequential")
+        _assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", ["mlp", "dropout", "parametrized", "spectral, parametrized", "clipping"])
+def test_a_model_can_be_copied_and_saved_afterwards(name: str) -> None:
+    model = _prepared(name)
+    runs.estimate(model=model)
+    copy.deepcopy(model)
+    if "param" not in name:  # torch does not pickle parametrized modules
+        torch.save(model, io.BytesIO())
+    model.zero_grad()
+    mse(model(runs.data()[0]), runs.data()[1]).backward()
+
+
+def test_gradients_of_others_stay() -> None:
+    """Of a teacher that the loss holds, and of the model's own parameters if it holds a list of them."""
+    teacher, model = nn.Linear(1, 1), runs.mlp()
+    own = list(model.parameters())
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        return mse(out, teacher(y)) + 1e-3 * sum(p.square().sum() for p in own)
+
+    runs.estimate(model=model, loss_fn=loss_fn)
+    assert all(p.grad is None for p in (*teacher.parameters(), *own))
+
+
+def test_the_loss_sees_the_chain_in_a_list_of_parameters() -> None:
+    """A penalty over parameters that the loss keeps is that of the chain: λ̂ has a closed form without data."""
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    own = list(model.parameters())
+    x, y = torch.zeros(400, 3), torch.zeros(400, 1)
+    result = llc_fast.estimate_llc(
+        model,
+        (x, y),
+        lambda out, y: mse(out, y) + 0.5 * sum(p.square().sum() for p in own),
+        nbeta=100.0,
+        num_draws=3000,
+        num_burnin=500,
+        localization=0.0,
+        progress=False,
+    )
+    assert abs(result.llc_mean - 1.5) < 5 * result.llc_stderr + 0.02  # nβ·E‖w‖²/2 of a Gaussian with precision nβ
+
+
+@pytest.mark.parametrize("kind", [Clipping, Replacing])
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_projected_chain_has_the_loss_of_its_parameters(kind: type[nn.Linear], is_recorded: bool) -> None:
+    """A forward pass that writes to its parameters: what observables see is what the loss was computed from."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = nn.Sequential(kind(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    model.load_state_dict(plain.state_dict())
+    before = [p.tolist() for p in model.parameters()]
+    off = list[float]()
+
+    def observe(draw: llc_fast.Draw) -> float:
+        params = dict(draw.params)
+        loss = mse(functional_call(plain, params, (draw.batch[0],)), draw.batch[1])
+        off.append(abs(float(draw.loss - loss)))
+        return float(params["0.weight"].abs().max())
+
+    loss = mse if is_recorded else lambda out, y: mse(out, y) + 0 * float(out.detach().sum())
+    result = runs.estimate(model=model, loss_fn=loss, strategy="sequential", num_draws=100, observables={"n": observe})
+    assert max(off) < 1e-6
+    assert float(result.observables["n"].max()) <= 0.1 + 1e-7
+    assert [p.tolist() for p in model.parameters()] == before
+
+
+def test_a_nested_estimate_does_not_wait_for_itself() -> None:
+    model, inner = runs.mlp(), runs.mlp(seed=3)
+    alone = runs.estimate(model=inner).llc_mean
+
+    def observe(draw: llc_fast.Draw) -> float:
+        return runs.estimate(model=inner).llc_mean
+
+    for options in ({"strategy": "sequential"}, {}, {"loss_fn": lambda o, y: mse(o, y) + 0 * float(o.detach().sum())}):
+        result = runs.estimate(model=model, num_draws=2, observables={"inner": observe}, **options)
+        assert np.all(result.observables["inner"] == alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("name", ["mlp", "dropout", "counting", "clipping", "weight_norm"])
+def test_ctrl_c_at_random_moments(name: str, times: int) -> None:
+    """In preparation, pilot chains or sampling, and again a moment later: everything is as before."""
+    moments, model, raised = random.Random(1), _prepared(name), 0
+    with _default_handler():
+        before = _state(model)
+        for _ in range(100):
+            with _alarms(moments.uniform(1e-3, 0.3), times):
+                try:
+                    runs.estimate(model=model, lr=None, num_draws=200, num_burnin=50)
+                except KeyboardInterrupt:
+                    raised += 1
+            _assert_as_before(model, before)
+    assert raised > 10
+
+
+@contextlib.contextmanager
+def _alarms(seconds: float, times: int) -> Iterator[None]:
+    """SIGINT after some seconds, a few times in short succession, as long as the run lasts."""
+    left, code = [times], llc_fast.estimate_llc.__code__  # imported here
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        if left[0] > 0 and frame is not None:
+            left[0] -= 1
+            signal.raise_signal(signal.SIGINT)
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5e-4)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ctrl_c_in_a_pilot(name: str) -> None:
+    model = _prepared(name)
+    steps = iter(range(5))
+
+    def interrupt(taken: StepTaken) -> None:
+        if taken.is_pilot and next(steps, None) is None:
+            signal.raise_signal(signal.SIGINT)
+
+    with _default_handler():
+        before = _state(model)
+        with pytest.raises(KeyboardInterrupt), after_each_step(interrupt):
+            runs.estimate(model=model, lr=None, num_draws=1000, num_burnin=1000, strategy="sequential")
+        _assert_as_before(model, before)
+
+
+@contextlib.contextmanager
+def _default_handler() -> Iterator[None]:
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
