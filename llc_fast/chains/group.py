@@ -213,7 +213,12 @@ class Group:
     def finish(self) -> ChainState:
         """Complete the traces, and give the memory to whoever comes next."""
         self._complete(self.report(), copy=False)
+        self.close()
         return self.state
+
+    def close(self) -> None:
+        """There is no further step, after an error either."""
+        self._feed.close()
 
     def _complete(self, traces: Traces, copy: bool) -> None:
         """Add where the chains are, or, if they are done and it was asked, where they ended."""

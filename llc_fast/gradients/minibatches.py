@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from torch import Tensor
 
@@ -54,6 +54,11 @@ class Feed:
     def is_addressable(self) -> bool:
         """Whether the minibatch of any step can be had at any time, without a trace."""
         return self._iterator is None and self.is_pure
+
+    def close(self) -> None:
+        """There is no further minibatch: a loader's workers end now, not when somebody collects garbage."""
+        if isinstance(self._iterator, Generator):
+            self._iterator.close()
 
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""

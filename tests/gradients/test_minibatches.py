@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import multiprocessing
 import random
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from regression import NUM_SAMPLES, estimate, mlp, samples
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from llc_fast import Draw
 
@@ -39,3 +42,26 @@ def test_the_whole_of_augmented_data_is_read_anew_at_every_step(strategy: str) -
     again = estimate(mlp(), _Augmented(), batch_size=NUM_SAMPLES, **options)
     assert (again.observables["x"] == result.observables["x"]).all()
     assert (again.loss_trace == result.loss_trace).all()
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("last", [1, 100])
+def test_workers_end_with_the_run(last: int) -> None:
+    """At once, whether it ends well or with an error, though chains and observables know each other."""
+
+    def observe(draw: Draw) -> float:
+        if draw.draw == last:
+            raise _StopError
+        return 0.0
+
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8, num_workers=1, multiprocessing_context="fork")
+    gc.disable()
+    try:
+        with contextlib.suppress(_StopError):
+            estimate(mlp(), loader, observables={"none": observe}, num_draws=3, num_chains=1)
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
