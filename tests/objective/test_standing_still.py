@@ -294,7 +294,7 @@ def test_reference_loss_of_a_fixed_loader_counts_minibatches_equally() -> None:
 
 
 class _Shuffled:
-    """Items, such as batches, that stay together, in another order in each pass; the last one is smaller than the others."""
+    """Items, such as batches that stay together, in another order in each pass."""
 
     def __init__(self, items: list[Any]) -> None:
         self._items = items
