@@ -130,6 +130,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Any]] = {
     "contrastive": (lambda: nn.Linear(4, 3), lambda: (_pairs()[0], _numbers(N, 4, seed=2)), _contrastive),
     "class weights": (_mlp, _pairs, _class_weights),
     "batch statistics": (lambda: _mlp(nn.BatchNorm1d(6)).train(), _pairs, F.mse_loss),
+    "power iterations": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 1)),
+        _pairs,
+        F.mse_loss,
+    ),
     "batch statistics in eval mode": (
         lambda: _mlp(nn.BatchNorm1d(6, track_running_stats=False)).eval(),
         _pairs,
@@ -286,6 +291,46 @@ def test_reference_loss_of_a_fixed_loader_counts_minibatches_equally() -> None:
     result = _still("fixed loader")
     assert result.init_loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert result.diagnostics["paired_with"] == "passes"
+
+
+class _Shuffled:
+    """Items, such as batches that stay together, in another order in each pass."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Any:
+        return iter(random.sample(self._items, len(self._items)))
+
+
+def _lists(sizes: list[int]) -> Any:
+    """A sampler of the user's that gives lists of indices, in another order in each pass."""
+    parts = [part.tolist() for part in torch.arange(sum(sizes)).split(sizes)]
+    return _Shuffled(parts)
+
+
+@pytest.mark.parametrize("form", ["iterable", "items", "sampler"])
+def test_reference_loss_of_shuffled_minibatches_of_two_sizes(form: str) -> None:
+    """Minibatches that stay together count equally, whatever the number of their samples."""
+    sizes = [6] * 5 + [2]
+    x, y = torch.zeros(32, 1), torch.tensor([[1.0]] * 30 + [[5.0]] * 2)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    data: Any = {
+        "iterable": _Shuffled(batches),
+        "items": DataLoader(batches, batch_size=None, shuffle=True),  # type: ignore[arg-type]
+        "sampler": DataLoader(TensorDataset(x, y), batch_sampler=_lists(sizes)),
+    }[form]
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.bias.zero_()
+    result = llc_fast.estimate_llc(
+        model, data, F.mse_loss, lr=1e-14, num_draws=200, num_burnin=0, num_chains=2, progress=False
+    )
+    assert result.init_loss == pytest.approx((5 * 1 + 25) / 6, rel=0.1)
+    assert result.llc_mean == pytest.approx(0, abs=1e-3)
 
 
 def test_estimates_of_pairs_are_those_of_their_own_loss() -> None:
