@@ -2,9 +2,9 @@
 
     python benchmarks/speed/start_checks.py [--json PATH]
 
-A default run takes 16,000 gradients. The checks are the evaluations at w* and beside it that say whether the loss can be
-trusted: is it random, is it a sum, are gradients its derivatives, and has a chain that stands still λ̂ = 0? The pass over
-the data that L(w*) takes is not one of them.
+A default run takes 16,000 gradients. The checks are the evaluations at w* and beside it that say whether the loss can
+be trusted: is it random, is it a sum, are gradients its derivatives, and has a chain that stands still λ̂ = 0? The pass
+over the data that L(w*) takes is not one of them.
 """
 
 from __future__ import annotations

@@ -799,7 +799,7 @@ class _Twin:
     # ---- minibatches ---------------------------------------------------------------------------------------------
 
     def _check_batches(self) -> None:
-        """Every row is a sample with its own target; none comes twice, unless minibatches are drawn with replacement."""
+        """Every row is a sample with its own target; none comes twice, unless they are drawn with replacement."""
         given, columns = self._case.given, self._case.problem.columns
         if given.is_augmented:
             self._check_augmentation()
