@@ -76,7 +76,8 @@ KNOWN = {
     r"(noise of|dropout|layer drop)(.|\n)*sums over the batch": "a random loss that is a mean is taken for a sum",
     r"padding_idx is sampled": "the first minibatch has no padding, so nobody sees that its row gets no gradient",
     r"max_norm(.|\n)*frozen part(.|\n)*changed: .*embedding.weight": "max_norm writes to a frozen embedding",
-    r"hooks(.|\n)*loss samples(.|\n)*only one element tensors": "the second look at a backward pass of one's own",
+    r"loss samples(.|\n)*only one element tensors": "the second look at a backward pass of one's own",
+    r"loss sum(.|\n)*bfloat16(.|\n)*not refused": "sums are not seen in bfloat16",
     r"loss samples(.|\n)*bfloat16(.|\n)*said to be irreproducible": "bfloat16 losses are averaged in two ways",
 }
 """Failures that wait to be mended: patterns of case and failure, and what is wrong."""
@@ -745,7 +746,8 @@ class _Twin:
         self._case, self._recorder, self._result = case, recorder, result
         self._execution = case.options.get("execution") or Execution()
         self._is_low = case.dtype == torch.bfloat16
-        self._dtype = case.dtype if self._is_low else torch.float64
+        is_rounded = self._is_low or self._execution.autocast is not None
+        self._dtype = case.dtype if is_rounded else torch.float64
         self._twin = case.problem.make(self._dtype)
         self._user = built
         for mine, theirs in zip([self._twin.model, *self._twin.others], [built.model, *built.others], strict=True):
@@ -799,7 +801,7 @@ class _Twin:
     # ---- minibatches ---------------------------------------------------------------------------------------------
 
     def _check_batches(self) -> None:
-        """Every row is a sample with its own target; none comes twice, unless they are drawn with replacement."""
+        """Every row is a sample with its own target; none comes twice, unless there is replacement."""
         given, columns = self._case.given, self._case.problem.columns
         if given.is_augmented:
             self._check_augmentation()
@@ -860,7 +862,8 @@ class _Twin:
         total = 0.0
         for start in range(0, length, size):
             piece = _map(torch.clone, _cut(batch, slice(start, start + size)))
-            loss = self._twin.value(piece) * (_length(piece) / length)
+            with torch.autocast("cpu", self._execution.autocast, enabled=self._execution.autocast is not None):
+                loss = self._twin.value(piece) * (_length(piece) / length)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
