@@ -8,7 +8,7 @@ EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*') llc_fast/py.typed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-all lint format clean
+.PHONY: help demo test test-gpu test-all fuzz sanitize lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,22 @@ test-gpu: $(VENV)/.installed-test ## Run the tests of the CUDA path: on a GPU, o
 
 test-all: $(VENV)/.installed-test ## Install, then run all tests
 	$(BIN)/pytest
+
+FUZZ ?= 10000
+fuzz: $(VENV)/.installed-test ## Run FUZZ=10000 random examples of optimizers, and a fifth of it of estimates
+	LLC_FAST_FUZZ=$(FUZZ) $(BIN)/pytest tests/fuzz
+
+# Beside .venv's own build, which stays as it is. The sanitizers' libraries must come before all others of the process;
+# and Python must ask malloc for every object, so that its own errors are seen too.
+SANITIZED := $(CURDIR)/build/sanitized
+sanitize: $(VENV)/.installed-test ## Test the native module under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf $(SANITIZED) build/lib*
+	LLC_FAST_SANITIZE=1 LLC_FAST_CUDA=0 $(BIN)/pip install --quiet --no-deps --target $(SANITIZED) .
+	libraries="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"; \
+	LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	LLC_FAST_SANITIZE=1 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -m "not slow" $(SANITIZE)
+# Without sharded models and torch.compile, whose processes and compiler take minutes like this.
+SANITIZE ?= --ignore=tests/kernels/test_sharding.py --ignore=tests/kernels/test_operator.py tests/kernels tests/test_optim.py tests/test_optim_faults.py tests/fuzz/test_fuzz_optimizers.py
 
 lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check

@@ -37,6 +37,11 @@ X86_ISAS = {
         "-mprefer-vector-width=512",
     ],
 }
+# They override some of CXX_FLAGS. Any error ends the process. GCC's headers of AVX-512 look uninitialized to it here.
+SANITIZER_FLAGS = [
+    *("-O1", "-g1", "-UNDEBUG", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", "-Wno-maybe-uninitialized"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLLC_SANITIZED"),
+]
 NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DNDEBUG", "--threads=2"),
     *("--fmad=false", "-Xptxas=-v"),
@@ -165,6 +170,14 @@ def gencode(arch: str) -> str:
     return f"-gencode=arch=compute_{number},code={code}"
 
 
+def choose_sanitizers() -> list[str]:
+    """The flags of LLC_FAST_SANITIZE=1, for a module that stops at the first error in memory or arithmetic."""
+    mode = os.environ.get("LLC_FAST_SANITIZE") or "0"
+    if mode not in ("0", "1"):
+        raise OptionError(f"LLC_FAST_SANITIZE={mode!r} is not understood: set it to 1, or to 0 (the default)")
+    return SANITIZER_FLAGS if mode == "1" else []
+
+
 # ---- List what to compile ----------------------------------------------------------------------------------
 
 
@@ -268,20 +281,23 @@ class NinjaBuild(build_ext):
         uses_openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"
         no_openmp = complaint([*cxx, "-fopenmp", *cxxflags, *ldflags], uses_openmp)
         cuda, why_no_cuda = choose_cuda()
+        sanitizers = choose_sanitizers()
         print(f"llc_fast: instruction sets {['baseline', *isas]}")
         print(f"llc_fast: {'no OpenMP: ' + no_openmp if no_openmp else 'OpenMP'}")
         print(f"llc_fast: {f'CUDA {cuda.version} for {cuda.archs}' if cuda else 'no CUDA: ' + why_no_cuda}")
 
         module = Path(self.get_ext_fullpath(ext.name))
         # Not setuptools' build_temp: for an editable install that is a new folder every time.
-        folder = Path("build", f"native-{sysconfig.get_config_var('SOABI')}")
+        folder = Path("build", f"native-{sysconfig.get_config_var('SOABI')}{'-sanitized' if sanitizers else ''}")
         on_mac = sys.platform == "darwin"
         variables = {
             "builddir": [str(folder)],
             "cxx": cxx,
-            "cxxflags": [*CXX_FLAGS, macro("LLC_NO_OPENMP") if no_openmp else "-fopenmp", *cxxflags],
-            "ldflags": ["-bundle", "-undefined", "dynamic_lookup"] if on_mac else ["-shared", "-Wl,-s"],
+            "cxxflags": [*CXX_FLAGS, macro("LLC_NO_OPENMP") if no_openmp else "-fopenmp", *sanitizers, *cxxflags],
+            "ldflags": ["-bundle", "-undefined", "dynamic_lookup"] if on_mac else ["-shared"],
         }
+        if not (on_mac or sanitizers):
+            variables["ldflags"].append("-Wl,-s")  # no symbols, which a sanitizer's report needs
         if cuda:
             variables["nvcc"], variables["nvccflags"] = [cuda.nvcc], NVCC_FLAGS
             variables["ldflags"] += [*cuda.library_flags, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

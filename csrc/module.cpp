@@ -25,13 +25,6 @@ DType dtype_named(const std::string& name) {
     throw std::invalid_argument("dtype must be float32 or float64, not " + name);
 }
 
-llc::Low low_named(const std::string& name) {
-    if (name.empty()) return llc::Low::none;
-    if (name == "bfloat16") return llc::Low::bfloat16;
-    if (name == "float16") return llc::Low::float16;
-    throw std::invalid_argument("low precision must be bfloat16, float16 or empty, not " + name);
-}
-
 #ifndef LLC_WITH_CUDA
 [[noreturn]] void no_cuda() {
     throw std::runtime_error("llc_fast was built without CUDA: " LLC_NO_CUDA_REASON);
@@ -56,25 +49,36 @@ class Unlocked {
     std::optional<py::gil_scoped_release> released_;
 };
 
-using ScalarArray = std::array<double, sizeof(llc::Scalars) / sizeof(double)>;
+// pybind11's own conversion to an array takes five times as long, and this runs at every step.
+llc::Scalars scalars_of(const py::tuple& numbers) {
+    std::array<double, sizeof(llc::Scalars) / sizeof(double)> fields;
+    if (numbers.size() != fields.size()) throw std::invalid_argument("scalars must have the fields of StepScalars");
+    for (size_t k = 0; k < fields.size(); ++k) {
+        fields[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), Py_ssize_t(k)));
+        if (fields[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
+    }
+    llc::Scalars scalars;
+    std::memcpy(&scalars, fields.data(), sizeof(scalars));
+    return scalars;
+}
 
 // `segments`: address of a table of llc::Segment, in the memory of the device that runs the step. `scalars`: the fields
-// of llc::Scalars, in their order.
+// of llc::Scalars, in their order. `rule`, `dtype` and `low`: places in the lists of interface().
 // `stream`: a cudaStream_t, or None to run on the CPU.
-void step(int rule, const std::string& dtype, const std::string& low, uintptr_t segments, int64_t num_segments,
-          int64_t begin, int64_t end, int64_t num_chains, const ScalarArray& scalars, uint64_t seed,
-          uint64_t step_index, uint32_t chain, std::optional<uintptr_t> thermostat, llc::SumSet wanted,
-          std::optional<uintptr_t> sums, std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
+void step(int rule, int dtype, int low, int64_t num_segments, int64_t begin, int64_t end, int64_t num_chains,
+          uintptr_t segments, const py::tuple& scalars, uint64_t seed, uint64_t step_index, uint32_t chain,
+          std::optional<uintptr_t> thermostat, llc::SumSet wanted, std::optional<uintptr_t> sums,
+          std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
           std::optional<uintptr_t> device_step, int num_threads, std::optional<uintptr_t> stream) {
     llc::Step request{};
     request.rule = llc::Rule(rule);
-    request.dtype = dtype_named(dtype);
-    request.low = low_named(low);
+    request.dtype = DType(dtype);
+    request.low = llc::Low(low);
     request.segments = reinterpret_cast<const llc::Segment*>(segments);
     request.num_segments = num_segments;
     request.begin = begin, request.end = end;
     request.num_chains = num_chains;
-    std::memcpy(&request.scalars, scalars.data(), sizeof(scalars));
+    request.scalars = scalars_of(scalars);
     request.key = {seed, step_index, chain, 0};
     request.thermostat = pointer<const double>(thermostat);
     request.wanted = sums ? wanted : 0;
@@ -211,7 +215,12 @@ py::dict interface() {
 #define LLC_APPEND(type, name) rules.append(name);
     LLC_RULES(LLC_APPEND)
 #undef LLC_APPEND
+    // In the order of DType and Low.
+    py::list dtypes, low;
+    for (const char* name : {"float32", "float64"}) dtypes.append(name);
+    for (const char* name : {"", "bfloat16", "float16"}) low.append(name);
     py::dict d;
+    d["dtypes"] = dtypes, d["low"] = low;
     d["Segment"] = segment_layout(), d["Scalars"] = scalars_layout(), d["sums"] = sums, d["rules"] = rules;
     return d;
 }
@@ -229,6 +238,9 @@ py::dict info() {
     d["openmp"] = false;
 #else
     d["openmp"] = true;
+#endif
+#ifdef LLC_SANITIZED
+    d["sanitized"] = true;
 #endif
 #ifdef LLC_WITH_CUDA
     d["cuda"] = LLC_CUDA_VERSION;

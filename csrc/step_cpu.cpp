@@ -295,6 +295,7 @@ void step(const Step& s, int num_threads) {
 
 template <class T>
 void write_normals(const Normals& request) {
+    if (request.length == 0) return;  // `out` may be null then
     alignas(64) T z[kBlock];
     const int64_t end = request.begin + request.length;
     for (int64_t block = request.begin / kBlock; block * kBlock < end; ++block) {

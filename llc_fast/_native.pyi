@@ -2,13 +2,13 @@ from typing import Any
 
 def step(
     rule: int,
-    dtype: str,
-    low: str,
-    segments: int,
+    dtype: int,
+    low: int,
     num_segments: int,
     begin: int,
     end: int,
     num_chains: int,
+    segments: int,
     scalars: tuple[float, ...],
     seed: int,
     step_index: int,

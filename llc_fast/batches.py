@@ -37,8 +37,9 @@ class Sampling:
             False where that can't be told apart from sampling.
         is_reproducible: whether equal seeds give equal minibatches.
         full_is_exact: whether the mean loss over :meth:`DataSource.full` is the expectation of the loss of minibatches,
-            not an estimate from one pass of many: with a fixed or shuffled order, and where torch's own samplers draw
-            from samples, and with weights, that are known.
+            not an estimate from one pass of many: with a fixed or shuffled order, unless shuffled minibatches of
+            different sizes may stay together, and where torch's own samplers draw from samples, and with weights, that
+            are known.
         notes: what the user should know.
     """
 

@@ -14,10 +14,10 @@ dropped            a loader never gives the samples at the end of the data set
 num-samples        n may be meant to be another number
 irreproducible     the data are others in every run, whatever the seed
 standing-still     a chain that stands still would not have λ̂ = 0
+gradient           the gradient is not the derivative of the loss where the chains are
 diverged           the loss of some chains became non-finite
 partial            the run was interrupted
 checkpoint         the checkpoint could not be written
-truncated          the data has no length, so L(w*) is the loss over a part of it
 acceptance         a Metropolis-adjusted chain accepts too few proposals
 adaptation         the acceptance of Metropolis-adjusted chains is far from the one that their step size was adapted to
 bias               the bias that was subtracted from λ̂ is too large to be subtracted safely
@@ -68,7 +68,7 @@ class Facts:
     Attributes:
         step_checks: of all chains, ``[chain, check, column]``, see :data:`llc_fast.stats.step_checks.COLUMNS`.
         reference_norm: ‖w*‖ over the parameters that are sampled.
-        init_loss_stderr: of L(w*): rounding, and sampling where it is the mean over a part of the data.
+        init_loss_stderr: what L(w*) adds to the standard error of λ̂, over nβ: rounding.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
         euclidean: whether the sampler's metric is 1.
         target_acceptance: of Metropolis-adjusted chains that adapted their step size; None of all others.
@@ -80,7 +80,6 @@ class Facts:
         data_notes: what is to be said of the data, by code, see :class:`llc_fast.batches.Sampling`.
         standing: λ̂ of a chain that stands still, where it is not 0, and its standard error; None: it is 0.
         unused_parameters: names of sampled parameters that the loss does not depend on.
-        data_truncated: whether L(w*) was computed on a part of the data only, as it has no length.
         checkpoint_problem: why the checkpoint could not be written; empty: it could.
         resumable: whether there is a checkpoint that an interrupted run can be resumed from.
     """
@@ -98,7 +97,6 @@ class Facts:
     data_notes: Mapping[str, str] = field(default_factory=dict)
     standing: tuple[float, float] | None = None
     unused_parameters: Sequence[str] = ()
-    data_truncated: bool = False
     checkpoint_problem: str = ""
     resumable: bool = False
 
@@ -154,6 +152,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         "acceptance": seen.acceptance,
         "gradient_noise_share": seen.gradient_noise_share,
         "relaxations": seen.relaxation_rate * steps,
+        "gradient_error": seen.gradient_error,
         "distance_over_prior": norm**2 * localization / num_parameters,
         "distance_over_reference": norm / facts.reference_norm if facts.reference_norm else math.nan,
         "distance_growth": seen.distance_growth,
@@ -361,6 +360,24 @@ def _standing_still(case: _Case) -> str | None:
     )
 
 
+MAX_GRADIENT_ERROR = 0.5
+"""Of the change of the loss along a step, what gradients at both ends may leave unexplained: anharmonic wells and kinks
+leave up to a fifth at the largest step sizes, a gradient of another place or of a part of the loss leaves all of it."""
+
+
+@_check("gradient", min_draws=0)
+def _gradient(case: _Case) -> str | None:
+    error = case["gradient_error"]
+    if not (error > MAX_GRADIENT_ERROR and not case["bias_share"] > MAX_SUBTRACTED_BIAS):
+        return None
+    return (
+        f"Along the steps of chains the loss changes otherwise than its gradients say, by {error:.0%} (maximum "
+        f"{MAX_GRADIENT_ERROR:.0%}): the gradient is not the derivative of the loss (hooks, clipping, a custom "
+        "backward, a loss with jumps?), or the step size is far too large. Use the true gradient, or "
+        f"lr={case.lr / 10:.2g}."
+    )
+
+
 @_check("diverged", min_draws=0)
 def _diverged(case: _Case) -> str | None:
     count, chains = len(case.result.diverged_chains), len(case.result.loss_trace)
@@ -390,16 +407,6 @@ def _checkpoint(case: _Case) -> str | None:
     return (
         f"The checkpoint could not be written ({case.facts.checkpoint_problem}): the last good one was kept, and what "
         "came after is lost if the process ends. Free space there, or use another path."
-    )
-
-
-@_check("truncated", min_draws=0)
-def _truncated(case: _Case) -> str | None:
-    if not case.facts.data_truncated:
-        return None
-    return (
-        f"data has no length, so L(w*) was computed on its first {case.result.schedule.num_steps} batches only. "
-        "Pass tensors or a loader with a length."
     )
 
 

@@ -98,8 +98,6 @@ class LoaderSource:
         self._generators = Generators(device, [loader])
         self._is_plain = iterates_as_torch_does(loader)
         self.batch_size: int | None = getattr(loader, "batch_size", None)
-        self.truncated = False
-        """Whether the last pass over everything stopped at `max_batches`."""
 
     # ---- what it gives -------------------------------------------------------------------------------------
 
@@ -120,9 +118,18 @@ class LoaderSource:
         if _is_iterator(self._loader):
             return Sampling("drawn", None, None, is_reproducible=False, full_is_exact=False, notes=(_ITERATOR,))
         found = self._measured() if self._order is None else self._structural(self._order)
-        is_exact = found.order != "drawn" or self._population is not None
+        is_exact = not self._weighs_batches(found) if found.order != "drawn" else self._population is not None
         notes = found.notes if found.is_reproducible else (*found.notes, IRREPRODUCIBLE)
         return dataclasses.replace(found, notes=notes, full_is_exact=is_exact)
+
+    def _weighs_batches(self, found: Sampling) -> bool:
+        """Whether minibatches of different sizes may stay together from pass to pass: then their samples do not count
+        alike, since minibatches do."""
+        if found.order != "shuffled":
+            return False
+        if self._order is not None and self._order.batches_are_lists:
+            return self._order.sizes_differ
+        return len(set(self._first_pass.lengths)) > 1
 
     @functools.cached_property
     def _order(self) -> IndexOrder | None:
@@ -239,18 +246,14 @@ class LoaderSource:
             self._end(loader)
 
     def full(self, *, tail: bool = True, seed: int = 0) -> Iterator[tuple[Batch, float]]:
-        self.truncated = False
         first, count = None, 0
         for count, (raw, size) in enumerate(self._pieces(tail, seed), 1):
             if count > self._limit:
-                self.truncated = True
                 return
             batch = self._ready(raw)
             first = first or structure(batch)
             _check_structure(first, batch, count)
             yield batch, size
-        found = vars(self).get("_first_pass")
-        self.truncated = found is not None and not found.has_end
         if count == 0 or _is_iterator(self._loader):
             raise ValueError(_EXHAUSTED)
 
@@ -436,6 +439,7 @@ class IndexOrder:
         has_end: whether a pass ends.
         batches_are_lists: whether a minibatch is named by the list of its samples; if not, it is one item of the data
             set, and `num_samples` is open.
+        sizes_differ: whether a sampler of the user's puts together minibatches of different sizes.
         weights: of all samples from 0 on, if each place of a minibatch is drawn with these relative probabilities.
     """
 
@@ -445,6 +449,7 @@ class IndexOrder:
     tail: int = 0
     has_end: bool = True
     batches_are_lists: bool = True
+    sizes_differ: bool = False
     is_reproducible: bool = True
     weights: Tensor | None = None
     notes: tuple[Note, ...] = ()
@@ -482,7 +487,13 @@ def index_order(sampler: Any, dataset: object, generators: Generators) -> IndexO
     # What a pass of items holds is counted later, and so is what was said of their number.
     notes = tuple(note for note in notes if note[0] != "num-samples")
     return IndexOrder(
-        found.order, None, found.length, 0, found.length is not None, False, found.is_reproducible, notes=notes
+        found.order,
+        None,
+        found.length,
+        has_end=found.length is not None,
+        batches_are_lists=False,
+        is_reproducible=found.is_reproducible,
+        notes=notes,
     )
 
 
@@ -519,7 +530,14 @@ def _of_lists(found: _Indices) -> IndexOrder:
     if found.length is None:
         return IndexOrder("drawn", None, None, has_end=False, is_reproducible=found.is_reproducible, notes=found.notes)
     notes = (*found.notes, _unshuffled(None)) if found.order == "fixed" and found.length > 1 else found.notes
-    return IndexOrder(found.order, found.distinct, found.length, is_reproducible=found.is_reproducible, notes=notes)
+    return IndexOrder(
+        found.order,
+        found.distinct,
+        found.length,
+        sizes_differ=len({len(indices) for indices in found.first}) > 1,
+        is_reproducible=found.is_reproducible,
+        notes=notes,
+    )
 
 
 def _of_passes(sampler: Iterable[Any], size: int | None, generators: Generators) -> _Indices:

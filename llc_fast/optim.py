@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -16,11 +18,14 @@ from torch import Tensor
 
 import llc_fast.kernels.operator  # noqa: F401  registers torch.ops.llc_fast.step
 from llc_fast import samplers
+from llc_fast.kernels.memory import check_memory
 from llc_fast.kernels.native import (
     NUM_STATES,
     NUM_SUMS,
+    Gradients,
     Segment,
     SegmentTable,
+    check_mask,
     check_tensor,
     is_low_precision,
     mark_written,
@@ -38,7 +43,8 @@ from llc_fast.kernels.sharding import (
     whole_of,
 )
 from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
-from llc_fast.support.torch_private import is_observed
+from llc_fast.support.arguments import check_number
+from llc_fast.support.torch_private import accumulation_hooks, is_observed
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -47,6 +53,7 @@ _REPORTED_SUMS = ("grad", "distance", "weight", "noise")
 """The kernel sums that the norms in `_SUMMED` are made of."""
 _SUMMED = ("noise_norm", "grad_norm", "weight_norm", "distance", "localization_loss")
 _TENSORS = ("noise", "dws")
+_NEED_REFERENCE = frozenset({"distance", "localization_loss"})
 METRICS = (*_TENSORS, *_SUMMED)
 """What an optimizer can report of its last step, by devinterp's names."""
 _DOC = """
@@ -79,6 +86,14 @@ Raises:
 # ---- one parameter group ---------------------------------------------------------------------------------------
 
 
+_key_of = functools.partial(tuple.__new__, NoiseKey)  # in half the time of NoiseKey(…)
+_Prepared: TypeAlias = tuple[
+    Sequence[int], list[Tensor], int, list[Tensor], StepScalars, "list[_Table]", list[Gradients]
+]
+"""A step that is checked and can be taken: the numbers of the parameters that have a gradient, themselves, the step
+count, their gradients, the scalars, the tables, and the gradients of each table."""
+
+
 class _Stepper:
     """Steps one parameter group, and keeps what need not be made again at every step.
 
@@ -90,56 +105,70 @@ class _Stepper:
         index: of the group.
         is_sharded: whether parameters are DTensors.
         is_capturable: whether step count and scalars are on the GPU, where a captured graph reads them.
+        has_thermostat: whether the rule reads one, which the group keeps.
     """
 
-    def __init__(self, sampler: type[samplers.Sampler], index: int, *, is_sharded: bool, is_capturable: bool) -> None:
+    def __init__(
+        self,
+        sampler: type[samplers.Sampler],
+        index: int,
+        *,
+        is_sharded: bool,
+        is_capturable: bool,
+        has_thermostat: bool,
+    ) -> None:
         self._sampler, self._index = sampler, index
         self._is_sharded, self._is_capturable = is_sharded, is_capturable
+        self._has_thermostat = has_thermostat
         self._numbers = operator.itemgetter(*(f.name for f in fields(sampler) if f.name != "preconditioner"))
         self._scalars: tuple[tuple[Any, ...], StepScalars] | None = None
         self._device_scalars: tuple[StepScalars, Tensor] | None = None
+        self._seed: object = None  # the last one that was checked
+        self._step: tuple[Tensor | None, np.ndarray] = (None, np.array(0))  # the count's tensor, and its memory
         self._layouts: dict[int | None, _Layout] = {}  # of the whole group, and of parameters that are moved alone
 
     def step(self, group: Group, state: State, report: _Report) -> Tensor | None:
         """One step; the sums that it leaves behind, if anybody wants them."""
-        step = 0 if self._is_capturable else int(group["step"])
-        sums = self._move(group, state, step, report)
-        if self._is_capturable:
-            group["step"] += 1
-        else:
-            # A new tensor, because a state_dict taken before must not move on; this is the fastest way to make one.
-            group["step"] = torch.from_numpy(np.array(step + 1))
-        return sums
+        return self.take(group, state, report, self.prepare(group, state))
 
-    def _move(self, group: Group, state: State, step: int, report: _Report) -> Tensor | None:
+    def prepare(self, group: Group, state: State) -> _Prepared:
+        """Check all that a step reads and writes; nothing moves.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it can't be taken.
+        """
+        step = 0 if self._is_capturable else self._count(group)
         live, params, grads = _gradients(group["params"])
+        scalars = self.scalars(group)
         if not live:
+            return live, params, step, grads, scalars, [], []
+        if self._is_sharded:
+            grads = [local_gradient(p, grad) for p, grad in zip(params, grads, strict=True)]
+        tables, gradients = self._tables(None, group, state, live, params, grads)
+        return live, params, step, grads, scalars, tables, gradients
+
+    def take(self, group: Group, state: State, report: _Report, prepared: _Prepared) -> Tensor | None:
+        """Take a step that was prepared; the sums that it leaves behind, if anybody wants them."""
+        live, params, step, grads, scalars, tables, gradients = prepared
+        sums = None
+        if not live:
+            self._end(group, step)
             return None
-        scalars, sums = self.scalars(group), None
         if feedback := self._sampler.feedback_sums(group):
             masks = [_entry(group["optimize_over"], k) for k in live]
             with torch.no_grad():  # of gradients that have a graph themselves
                 scalars = self._sampler.adapted(scalars, group, group, step, grads, masks)
         if report.wanted:
             report.keep_tensors(self._index, group, state, live)
-        device_scalars = self._scalars_on_device(scalars, params[0].device) if self._is_capturable else None
-        if self._is_sharded:
-            grads = [local_gradient(p, grad) for p, grad in zip(params, grads, strict=True)]
-        wanted = feedback + report.sums
-        for position, table, axes in self._tables(None, group, state, live, params):
-            part = None
+        thermostat, part, device_scalars, device_step = group.get("thermostat"), None, None, None
+        if self._is_capturable:
+            device_scalars, device_step = self._scalars_on_device(scalars, params[0].device), group["step"]
+        wanted, key = feedback + report.sums, _key_of((group["seed"], step, 0, 0))
+        mark_written(params)
+        for (_, table, axes), dense in zip(tables, gradients):  # noqa: B905  one for each; this runs at every step
             if wanted:
                 part = torch.zeros(1, NUM_SUMS, dtype=torch.float64, device=params[0].device)
-            table.step(
-                [grads[j] for j in position],
-                scalars,
-                NoiseKey(group["seed"], step),
-                thermostat=group.get("thermostat"),
-                sums=part,
-                wanted=wanted,
-                device_scalars=device_scalars,
-                device_step=group["step"] if self._is_capturable else None,
-            )
+            table.run(dense, scalars, key, thermostat, part, wanted, device_scalars, device_step)
             if not table.is_sent:
                 raise RuntimeError(
                     "gradients were moved since the last step, and their addresses can't be sent to the GPU while a "
@@ -149,20 +178,36 @@ class _Stepper:
                 for mesh, axis in axes:
                     torch.distributed.all_reduce(part, group=mesh.get_group(axis))
                 sums = part if sums is None else sums + part
-        mark_written(params)
         if feedback:
             assert sums is not None
             self._sampler.follow(scalars, group, step, sums, _count(group, live))
+        self._end(group, step)
         return sums
+
+    def _end(self, group: Group, step: int) -> None:
+        if self._is_capturable:
+            group["step"] += 1
+            return
+        # Written in place if the tensor is ours: its memory is NumPy's, where a number is written fast.
+        tensor, number = self._step
+        if group["step"] is not tensor:  # loaded, given by the user, or taken by a state_dict
+            number = np.array(step)
+            group["step"] = tensor = torch.from_numpy(number)
+            self._step = tensor, number
+        number[()] = step + 1
 
     def step_one(self, group: Group, state: State, k: int) -> None:
         """Move one parameter, whose gradient is complete, and free the gradient."""
         p: Tensor = group["params"][k]
-        grad = p.grad
-        assert grad is not None  # the hook runs right after it was accumulated
-        [(_, table, _)] = self._tables(k, group, state, [k], [p])
-        table.step([local_gradient(p, grad)], self.scalars(group), NoiseKey(group["seed"], int(group["step"])))
+        if p.grad is None:
+            raise RuntimeError(
+                f"the gradient of parameter {k} was freed before this optimizer could move the parameter: another one "
+                "with release_gradients, or a hook, did so. Delete that one"
+            )
+        scalars, key = self.scalars(group), NoiseKey(group["seed"], self._count(group))
+        [(_, table, _)], [gradients] = self._tables(k, group, state, [k], [p], [local_gradient(p, p.grad)])
         mark_written([p])  # the backward pass still runs: whoever needs the old values must hear of it
+        table.run(gradients, scalars, key)
         p.grad = None
 
     def can_be_compiled(self, group: Group) -> bool:
@@ -175,11 +220,26 @@ class _Stepper:
         """The group's scalars, made and checked again only when one of its numbers has changed."""
         numbers = self._numbers(group)
         cached = self._scalars
-        if cached is None or cached[0] != numbers:
-            cached = (numbers, self._sampler.scalars(group))
+        if cached is None or _differ(cached[0], numbers):
+            cached = (numbers, _checked_scalars(self._sampler, group))
             if _is_constant(numbers):
                 self._scalars = cached
         return cached[1]
+
+    def _count(self, group: Group) -> int:
+        """The group's step count, which is checked with its seed.
+
+        Raises:
+            TypeError, ValueError: not integers in their range.
+        """
+        if group["seed"] is not self._seed:
+            _check_seed(group["seed"])
+            self._seed = group["seed"]
+        try:
+            step = group["step"].item()
+        except (AttributeError, RuntimeError, ValueError):  # not one number in a tensor or an array
+            return _step_count(group["step"])
+        return step if type(step) is int and 0 <= step < _MOST_STEPS else _step_count(step)
 
     def refresh_scalars(self, group: Group) -> None:
         """Hand the group's present hyperparameters to the next replay of a captured graph."""
@@ -197,27 +257,62 @@ class _Stepper:
         return cached[1]
 
     def _tables(
-        self, slot: int | None, group: Group, state: State, live: list[int], params: list[Tensor]
-    ) -> list[_Table]:
-        """Tables of `params`, numbers `live` of the group; new ones if anything that they are built from is new."""
-        addresses, objects = _built_from(self._sampler, group, state, params, self._is_sharded)
+        self,
+        slot: int | None,
+        group: Group,
+        state: State,
+        live: Sequence[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+    ) -> tuple[list[_Table], list[Gradients]]:
+        """Tables of `params`, numbers `live` of the group, and the gradients of each, checked.
+
+        The tables are new ones if anything that they are built from is new or has changed.
+        """
+        facts, objects = _built_from(self._sampler, group, state, params, self._is_sharded)
         kept = self._layouts.get(slot)
-        if not (
+        if (
             kept is not None
-            and addresses == kept.addresses
+            and facts == kept.facts
             and len(objects) == len(kept.objects)
             and all(map(operator.is_, objects, kept.objects))
+            and (checked := self._checked(kept.tables, group, grads)) is not None
         ):
-            segments = _segments(self._sampler, group, state, live, self._is_sharded)
-            buckets: dict[tuple[torch.dtype, Axes], list[int]] = defaultdict(list)
-            for j, p in enumerate(params):
-                buckets[p.dtype, sharded_axes(p)].append(j)
-            tables = [
-                _Table(position, SegmentTable(self._sampler.rule(), [segments[j] for j in position]), axes)
-                for (_, axes), position in buckets.items()
-            ]
-            kept = self._layouts[slot] = _Layout(addresses, objects, tables)
-        return kept.tables
+            return kept.tables, checked
+        _check_offset(group["offset"])
+        _check_entries(group)
+        for k, p in zip(live, params, strict=True):
+            check_tensor(f"parameter {k}", p)
+            _check_kept(self._sampler, f"parameter {k}", p, state[p])
+            _follow_dtype(p, state[p])
+        _, objects = _built_from(self._sampler, group, state, params, self._is_sharded)  # some may be new
+        segments = _segments(self._sampler, group, state, live, self._is_sharded)
+        buckets: dict[tuple[torch.dtype, Axes], list[int]] = defaultdict(list)
+        for j, p in enumerate(params):
+            buckets[p.dtype, sharded_axes(p)].append(j)
+        tables = [
+            _Table(position, SegmentTable(self._sampler.rule(), [segments[j] for j in position]), axes)
+            for (_, axes), position in buckets.items()
+        ]
+        self._layouts[slot] = _Layout(facts, objects, tables)
+        checked = self._checked(tables, group, grads)
+        assert checked is not None  # nothing has run since
+        return tables, checked
+
+    def _checked(self, tables: list[_Table], group: Group, grads: list[Tensor]) -> list[Gradients] | None:
+        """The gradients of each table, checked; None if a table's tensors have changed."""
+        found = []
+        for position, table, _ in tables:
+            if self._has_thermostat or self._is_capturable:
+                thermostat = group.get("thermostat")
+                if self._has_thermostat and thermostat is None:
+                    raise ValueError("the group has no thermostat: load a state_dict of this optimizer")
+                table.check_cells(thermostat, None, None, group["step"] if self._is_capturable else None)
+            gradients = table.checked(grads if len(tables) == 1 else [grads[j] for j in position])
+            if gradients is None:
+                return None
+            found.append(gradients)
+        return found
 
 
 class _Table(NamedTuple):
@@ -237,35 +332,90 @@ class _Table(NamedTuple):
 class _Layout(NamedTuple):
     """A table for each dtype and way to shard, and what they were built from.
 
-    The tables keep the memory alive that the addresses are of, so an equal address is the same memory.
+    The objects are compared by identity. Whether they still are what they were, the tables know.
     """
 
-    addresses: list[int]
+    facts: tuple[object, ...]
     objects: list[Any]
     tables: list[_Table]
 
 
 def _built_from(
     sampler: type[samplers.Sampler], group: Group, state: State, params: list[Tensor], is_sharded: bool
-) -> tuple[list[int], list[Any]]:
-    """What a table of `params` is built from: their addresses, and the objects that belong to them.
+) -> tuple[tuple[object, ...], list[Any]]:
+    """What a table of `params` is built from: facts, and the objects that belong to them.
 
-    This runs at every step, and is most of what an optimizer does in a small one.
+    This runs at every step, and is a good part of what an optimizer does in a small one.
     """
     masks, metric = group["optimize_over"], group.get("preconditioner")
     objects = [masks, metric, *params]
-    if isinstance(masks, (list, tuple)):
+    if masks is not None and isinstance(masks, (list, tuple)):
         objects += masks
-    if isinstance(metric, (list, tuple)):
+    if metric is not None and isinstance(metric, (list, tuple)):
         objects += metric
     for p in params:
         objects += state[p].values()
-    parts = map(local_part, params) if is_sharded else params
-    return [sampler.needs_reference(group), *map(Tensor.data_ptr, parts)], objects
+    if is_sharded:
+        objects += list(map(local_part, filter(is_dtensor, objects)))
+    return (sampler.needs_reference(group), group["offset"]), objects
+
+
+def _check_kept(
+    sampler: type[samplers.Sampler], name: str, p: Tensor, kept: dict[str, Any], needs_reference: bool = False
+) -> None:
+    """Check what is kept for a parameter: all that the rule needs, each like the parameter but for its precision.
+
+    Raises:
+        ValueError: something is missing or of another shape or device.
+        TypeError: something is not a floating-point tensor.
+    """
+    states = [f"state{j}" for j in range(NUM_STATES[sampler.rule()])]
+    if missing := [key for key in (*states, *(["initial_param"] if needs_reference else [])) if key not in kept]:
+        raise ValueError(
+            f"the optimizer's state of {name} has no {', '.join(missing)}: it is of another sampler or was changed. "
+            "Load a state_dict of this optimizer"
+        )
+    for key in ("master", "initial_param", *states):
+        if key not in kept:
+            continue
+        found = kept[key]
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            what = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"{key} of {name} must be a floating-point tensor, got {what}")
+        if found.shape != p.shape or found.device != p.device:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(found.shape)} on {found.device}, the parameter {tuple(p.shape)} on "
+                f"{p.device}: construct the optimizer when the model has its shape and device, or load a state_dict "
+                "that fits"
+            )
+        if not is_dtensor(found):
+            check_memory(f"{key} of {name}", found)
+
+
+@torch.no_grad()
+def _follow_dtype(p: Tensor, kept: dict[str, Any]) -> None:
+    """Bring what is kept for a parameter to the precision that it has now: its model may have been converted.
+
+    A bfloat16 or float16 parameter gets its float32 chain, which goes on from its values. A parameter that was one is
+    the chain itself now: where it still is the rounded copy, it gets the chain's unrounded value.
+    """
+    if is_low_precision(p):
+        if "master" not in kept:
+            kept["master"] = p.detach().float().contiguous()
+        wide = torch.float32
+    else:
+        wide = p.dtype
+        if (master := kept.pop("master", None)) is not None:
+            master = master.to(wide)
+            is_copy = (p == master.bfloat16().to(wide)) | (p == master.half().to(wide))
+            p.copy_(torch.where(is_copy, master, p))
+    for name, value in kept.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != wide:
+            kept[name] = value.to(wide)
 
 
 def _segments(
-    sampler: type[samplers.Sampler], group: Group, state: State, live: list[int], is_sharded: bool = False
+    sampler: type[samplers.Sampler], group: Group, state: State, live: Sequence[int], is_sharded: bool = False
 ) -> list[Segment]:
     """The parameters `live` with all that belongs to them.
 
@@ -282,13 +432,13 @@ def _segments(
                 "construct the optimizer with it"
             )
         segment = Segment(
-            w=kept.get("master", p.detach()),
+            w=kept.get("master", p),  # the very tensors, not detached: tables look at them at every step
             offset=offsets[k],
             reference=kept.get("initial_param"),
             mask=_entry(group["optimize_over"], k),
             state=[kept[f"state{j}"] for j in range(NUM_STATES[sampler.rule()])],
             preconditioner=_entry(group.get("preconditioner", 1.0), k),
-            copy=p.detach() if "master" in kept else None,
+            copy=p if "master" in kept else None,
         )
         segments.append(local_segment(f"parameter {k}", p, segment) if is_sharded else segment)
     return segments
@@ -327,14 +477,65 @@ def _step_compiled(sampler: type[samplers.Sampler], group: Group, state: State) 
     group["step"] = group["step"] + 1
 
 
-def _gradients(params: list[Tensor]) -> tuple[list[int], list[Tensor], list[Tensor]]:
+def _gradients(params: list[Tensor]) -> tuple[Sequence[int], list[Tensor], list[Tensor]]:
     """The parameters that have a gradient: by number, themselves, and those gradients."""
-    live, grads = [], []
-    for k, p in enumerate(params):
-        if (grad := p.grad) is not None:
-            live.append(k)
-            grads.append(grad)
-    return live, params if len(live) == len(params) else [params[k] for k in live], grads
+    grads = [p.grad for p in params]
+    live = [k for k, grad in enumerate(grads) if grad is not None]
+    if len(live) == len(params):
+        return live, params, grads  # type: ignore[return-value]
+    return live, [params[k] for k in live], [grads[k] for k in live]  # type: ignore[misc]
+
+
+_MOST_STEPS = 2**40  # as many as a NoiseKey can name
+
+
+def _step_count(value: Any) -> int:
+    """A step count that is not an int: as loaded from a state_dict, perhaps with every tensor cast to another dtype.
+
+    Raises:
+        TypeError, ValueError: not an integer in its range.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)) or value != value // 1:
+        raise TypeError(
+            f"step must be an integer, or a tensor that holds one, got {value!r}: it counts the steps taken"
+        )
+    if not 0 <= value < _MOST_STEPS:
+        raise ValueError(f"step must be between 0 and 2**40 - 1, got {value}: it counts the steps taken")
+    return int(value)
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or None, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
+
+
+def _check_offset(offset: object) -> None:
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"offset must be an int, got {offset!r}: it says where in the noise the group's elements begin")
+    if not 0 <= offset < 2**48:
+        raise ValueError(
+            f"offset must be between 0 and 2**48 - 1, got {offset}: it says where in the noise the group's elements "
+            "begin"
+        )
+
+
+def _checked_scalars(sampler: type[samplers.Sampler], group: Group) -> StepScalars:
+    """A group's scalars.
+
+    Raises:
+        TypeError, ValueError: a number is none, not finite or out of range; the message names it.
+    """
+    # A scheduler may set lr to 0, which is no step size to construct a sampler with.
+    options = {f.name: group[f.name] for f in fields(sampler) if f.name != "preconditioner"}  # no number
+    for name in ("lr", "nbeta"):
+        if options[name] is not None and check_number(name, options[name], minimum=0) == 0:
+            options[name] = 1.0
+    sampler(**options)
+    return sampler.scalars(group)
 
 
 def _offsets(group: Group) -> list[int]:
@@ -346,15 +547,38 @@ def _offsets(group: Group) -> list[int]:
     return offsets
 
 
-def _count(group: Group, live: list[int]) -> int:
+def _count(group: Group, live: Sequence[int]) -> int:
     """Elements that may move, on all ranks."""
     masks = ((group["params"][k], _entry(group["optimize_over"], k)) for k in live)
     return sum(p.numel() if m is None else int(whole_of(m.expand(p.shape).sum())) for p, m in masks)
 
 
+def _differ(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    """Whether numbers have changed; whatever is no number counts as a change."""
+    try:
+        return before != now
+    except RuntimeError:  # a tensor of several elements
+        return True
+
+
 def _is_constant(value: Any) -> bool:
     """Whether it can't change in place, as a tensor or a list could."""
     return all(map(_is_constant, value)) if isinstance(value, tuple) else isinstance(value, (int, float, type(None)))
+
+
+def _check_entries(group: Group) -> None:
+    """Raise TypeError or ValueError unless masks and preconditioners suit a group's parameters."""
+    params: list[Tensor] = group["params"]
+    for name in ("optimize_over", "preconditioner"):
+        given = group.get(name)
+        if isinstance(given, (list, tuple)) and len(given) != len(params):
+            raise ValueError(f"{name} holds {len(given)} entries for {len(params)} parameters: give one for each")
+        for entry in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(entry, Tensor) and not is_dtensor(entry):
+                check_memory(name, entry)  # before anybody looks at values
+    for k in range(len(params)):
+        if (mask := _entry(group["optimize_over"], k)) is not None:
+            check_mask("optimize_over", mask)
 
 
 def _entry(value: Any, k: int) -> Any:
@@ -377,7 +601,7 @@ class _Report:
         self.values = {"noise": defaultdict(list), "dws": []}
 
     @torch.no_grad()
-    def keep_tensors(self, index: int, group: Group, state: State, live: list[int]) -> None:
+    def keep_tensors(self, index: int, group: Group, state: State, live: Sequence[int]) -> None:
         """The noise and the drift of the step to come, remade outside the kernel for callbacks that want tensors."""
         if self.wanted.isdisjoint(_TENSORS):
             return
@@ -506,10 +730,40 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _stepper(self, index: int, group: Group) -> _Stepper:
         is_sharded = any(map(is_dtensor, group["params"]))
-        return _Stepper(self.sampler, index, is_sharded=is_sharded, is_capturable=self._capturable)
+        adaptation = self.sampler.initial_adaptation(self.defaults, torch.device("cpu"))
+        return _Stepper(
+            self.sampler,
+            index,
+            is_sharded=is_sharded,
+            is_capturable=self._capturable,
+            has_thermostat="thermostat" in adaptation,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch's optimizers, but with step counts that do not move on with the optimizer."""
+        saved = super().state_dict()
+        for group in self.param_groups:
+            if not self._capturable:
+                group["step"] = torch.tensor(_step_count(group["step"]))
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state_dict of this sampler's optimizer, in the precision and on the device of the parameters.
+
+        Raises:
+            TypeError, ValueError: it is of another sampler, or does not fit the parameters; nothing has changed then.
+        """
+        before = {"state": self.state, "param_groups": self.param_groups}  # torch replaces both
         super().load_state_dict(state_dict)
+        try:
+            self._adopt(state_dict)
+        except BaseException:
+            self.__setstate__(before)
+            raise
+
+    @torch.inference_mode(False)
+    def _adopt(self, state_dict: dict[str, Any]) -> None:
+        """Check what torch has loaded, and restore what it took for something else."""
         # torch casts floating-point state to the parameter's dtype; a float32 chain must not go through bfloat16.
         saved = state_dict["state"]
         ids = (k for group in state_dict["param_groups"] for k in group["params"])
@@ -517,6 +771,30 @@ class LangevinOptimizer(torch.optim.Optimizer):
             if is_low_precision(p):
                 for name, value in saved.get(k, {}).items():
                     self.state[p][name] = value.to(p.device) if isinstance(value, Tensor) else value
+        for index, group in enumerate(self.param_groups):
+            expected = {f.name for f in fields(self.sampler)} | {"optimize_over", "seed", "step", "offset"}
+            if missing := sorted(expected - group.keys()):
+                raise ValueError(
+                    f"state_dict's group {index} has no {', '.join(missing)}: it is of another optimizer than "
+                    f"{type(self).__name__}"
+                )
+            _checked_scalars(self.sampler, group)
+            _check_seed(group["seed"])
+            _check_offset(group["offset"])
+            _check_entries(group)
+            # Tensors of groups stay as they were saved: on another device, or cast with all others.
+            device = next((p.device for p in group["params"]), None)
+            step = torch.tensor(_step_count(group["step"]))
+            group["step"] = step.to(device) if self._capturable else step
+            for name in self.sampler.initial_adaptation(group, torch.device("cpu")):
+                if name not in group:
+                    raise ValueError(f"state_dict's group {index} has no {name}: it is of another optimizer than "
+                                     f"{type(self).__name__}")  # fmt: skip
+                if isinstance(group[name], Tensor):
+                    group[name] = group[name].to(device, torch.float64).clone().contiguous()
+            needs = bool(self.sampler.needs_reference(group) or self._wanted & _NEED_REFERENCE)
+            for k, p in enumerate(group["params"]):
+                _check_kept(self.sampler, f"parameter {k} of group {index}", p, self.state[p], needs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; a group that is refused leaves no trace.
@@ -544,20 +822,18 @@ class LangevinOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: Group) -> None:
         """Raise TypeError or ValueError unless a step can be taken with these options and parameters."""
+        _check_entries(group)
         self.sampler(**{k: v for k, v in group.items() if k in self.sampler.__dataclass_fields__})
         self.sampler.scalars(group)
         params: list[Tensor] = group["params"]
         seed, adapts_on_host = group["seed"], self.sampler.adapts_on_host(group)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int or None, got {seed!r}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}")
-        for name in ("optimize_over", "preconditioner"):
-            given = group.get(name)
-            if isinstance(given, (list, tuple)) and len(given) != len(params):
-                raise ValueError(f"{name} holds {len(given)} entries for {len(params)} parameters: give one for each")
+        _check_seed(seed)
         for k, p in enumerate(params):
             check_tensor(f"parameter {k}", p)
+            if p.is_inference():
+                raise ValueError(
+                    f"parameter {k} is an inference tensor, which can't be moved: clone() it outside of inference_mode"
+                )
             if p.device != params[0].device:
                 raise ValueError(
                     f"parameter {k} is on {p.device}, parameter 0 on {params[0].device}: use a group for each device"
@@ -575,6 +851,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
         if self._capturable and adapts_on_host:
             raise ValueError("relative_eps=True reads a sum back to the host at every step: it can't be capturable")
 
+    @torch.inference_mode(False)  # what is kept will be written to outside of it
     def _prepare(self, group: Group) -> dict[Tensor, dict[str, Any]]:
         """Complete a group by what its steps count and adapt; what is to be kept for each of its parameters."""
         params: list[Tensor] = group["params"]
@@ -583,7 +860,7 @@ class LangevinOptimizer(torch.optim.Optimizer):
             group["step"] = torch.zeros((), dtype=torch.int64, device=params[0].device)
         if params:
             group |= self.sampler.initial_adaptation(group, params[0].device)
-        keeps_reference = self.sampler.needs_reference(group) or self._wanted & {"distance", "localization_loss"}
+        keeps_reference = self.sampler.needs_reference(group) or self._wanted & _NEED_REFERENCE
         states = {}
         for p, offset in zip(params, _offsets(group), strict=True):
             state = {}
@@ -647,16 +924,24 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._wanted:
             self._report.begin()
-        pairs = zip(self.param_groups, self._steppers)  # noqa: B905  as many steppers as groups; this runs at every step
-        sums = [(group, self._step_group(group, stepper)) for group, stepper in pairs]
+        groups, steppers, state, report, sums = self.param_groups, self._steppers, self.state, self._report, []
+        if torch.compiler.is_compiling():
+            for group, stepper in zip(groups, steppers):  # noqa: B905  as many of each; this runs at every step
+                self._step_in_graph(group, stepper)  # without metrics
+        else:
+            prepared = []  # all groups, before one moves: an error leaves the parameters as they are
+            for group, stepper in zip(groups, steppers):  # noqa: B905
+                prepared.append(stepper.prepare(group, state))
+            for group, stepper, ready in zip(groups, steppers, prepared):  # noqa: B905
+                taken = stepper.take(group, state, report, ready)
+                if report.sums:
+                    sums.append((group, taken))
         if self._report.sums:
             self._report.finish(sums)
         return loss
 
-    def _step_group(self, group: Group, stepper: _Stepper) -> Tensor | None:
-        """One step of a group; the sums that it leaves behind, if anybody wants them."""
-        if not torch.compiler.is_compiling():
-            return stepper.step(group, self.state, self._report)
+    def _step_in_graph(self, group: Group, stepper: _Stepper) -> Tensor | None:
+        """One step of a group while torch.compile looks on."""
         if stepper.can_be_compiled(group):
             _step_compiled(self.sampler, group, self.state)
             return None
@@ -676,14 +961,11 @@ class LangevinOptimizer(torch.optim.Optimizer):
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._released(index, k))
+            p.register_post_accumulate_grad_hook(_Released(self, index, k))
             for index, group in enumerate(self.param_groups)
             for k, p in enumerate(group["params"])
             if p.requires_grad
         ]
-
-    def _released(self, index: int, k: int) -> Callable[[Tensor], None]:
-        return lambda _: self._steppers[index].step_one(self.param_groups[index], self.state, k)
 
     # ---- freezing, metrics ---------------------------------------------------------------------------------
 
@@ -719,6 +1001,24 @@ class LangevinOptimizer(torch.optim.Optimizer):
                 return report.values[name]
             raise AttributeError(f"{name} was not measured: pass metrics=[{name!r}] and take a step first")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _Released:
+    """The hook that moves a parameter in the backward pass, as long as its optimizer is there."""
+
+    def __init__(self, optimizer: LangevinOptimizer, index: int, k: int) -> None:
+        # A parameter would otherwise keep alive, and be moved by, an optimizer that nobody has any more.
+        self._optimizer, self._index, self._k = weakref.ref(optimizer), index, k
+
+    def __call__(self, p: Tensor) -> None:
+        if (optimizer := self._optimizer()) is not None:
+            for hook in list((accumulation_hooks(p) or {}).values()):
+                if isinstance(hook, _Released) and hook._optimizer() not in (None, optimizer):
+                    raise RuntimeError(
+                        f"parameter {self._k} is moved by two optimizers with release_gradients, and one would free "
+                        "the gradient before the other has read it: delete one of them"
+                    )
+            optimizer._steppers[self._index].step_one(optimizer.param_groups[self._index], optimizer.state, self._k)
 
 
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(LangevinOptimizer._step)

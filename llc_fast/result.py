@@ -73,8 +73,9 @@ class LLCResult:
             ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``, ``init_loss_stderr``,
             ``init_loss_sensitivity`` (its share of λ̂). Of the bias trace: ``bias_share`` (the share of step-size and
             gradient-noise bias in the mean of nβ·(L − L(w*)), before it is subtracted, if it is). Of step checks:
-            ``acceptance`` (of a Metropolis–Hastings test, MALA), ``gradient_noise_share``, ``relaxations`` (of the
-            stiff directions, among a chain's draws), ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
+            ``acceptance`` (of a Metropolis–Hastings test, MALA), ``gradient_noise_share``, ``gradient_error`` (of what
+            the loss rises by along steps), ``relaxations`` (of the stiff directions, among a chain's draws),
+            ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
             w), ``chains_left``; and ``chains_diverged``. Their meaning is in ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.

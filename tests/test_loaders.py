@@ -414,14 +414,14 @@ def test_streams_without_end() -> None:
     source = _source(DataLoader(Endless(), batch_size=5), max_batches=7)
     assert (source.sampling.order, source.num_samples, source.sampling.num_batches) == ("drawn", None, None)
     assert _codes(source) == ["unshuffled"]
-    assert len(list(source.full())) == 7 and source.truncated
+    assert len(list(source.full())) == 7
     with pytest.raises(ValueError, match="positions"):
         source.sampling.position(3)
 
 
 def test_sampler_without_end() -> None:
     source = _source(DataLoader(_dataset(), batch_size=5, sampler=_Forever()), max_batches=7)
-    assert len(list(source.full())) == 7 and source.truncated
+    assert len(list(source.full())) == 7
 
 
 def test_iterators_are_read_once() -> None:
@@ -431,7 +431,7 @@ def test_iterators_are_read_once() -> None:
     with pytest.raises(ValueError, match="exhausted iterator"):
         list(source.full())
     source = _source(itertools.cycle([tuple(t[:5] for t in _tensors())]), max_batches=10)
-    assert len(list(source.full())) == 10 and source.truncated and len(_take(source, 30)) == 30
+    assert len(list(source.full())) == 10 and len(_take(source, 30)) == 30
 
 
 def test_one_shot_sampler() -> None:

@@ -20,10 +20,15 @@ OF_NO_MODULE = {
     "test_benchmarks.py": "scripts outside of the package",
     "test_devinterp.py": "another package with our optimizers in it",
     "test_docs.py": "README.md and docs/",
+    "test_optim_faults.py": "of optim and kernels.native: what happens to tensors between steps",
+    "fuzz/test_fuzz_estimates.py": "whole estimates of random models, losses and data",
+    "fuzz/test_fuzz_optimizers.py": "of optim: any sequence of calls",
+    "kernels/test_sanitizers.py": "a build of the native module",
     "test_imports.py": "which module may import which",
     "test_package.py": "the package as a whole",
     "kernels/test_native_minibatch.py": "of native and reference: the samples of a minibatch",
     "kernels/test_noise.py": "of native and reference: the normals",
+    "objective/test_standing_still.py": "L(w*) and the chains' losses, over kinds of losses, models and data",
     "samplers/test_samplers.py": "every sampler by the same tests, whichever module it is in",
     "samplers/test_stationary.py": "the law of SGLD's chain in closed form",
 }
@@ -115,10 +120,10 @@ def test_a_broken_submodule_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_tests_are_where_their_module_is() -> None:
-    """tests/a/test_b.py tests llc_fast/a/b.py; a file of another name says above what it tests."""
+    """tests/a/test_b.py tests llc_fast/a/b.py; a file of another name, or in fuzz/, says above what it tests."""
     found = {path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     for path in sorted(found):
-        assert (TOP.parent / path.parent).is_dir(), path
+        assert path.parts[0] == "fuzz" or (TOP.parent / path.parent).is_dir(), path
         module = TOP.parent / path.with_name(path.name.removeprefix("test_"))
         assert module.exists() is (path.as_posix() not in OF_NO_MODULE), path
     assert {Path(name) for name in OF_NO_MODULE} <= found

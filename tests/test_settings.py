@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -301,10 +302,10 @@ def test_loader_with_batch_size() -> None:
 
 
 class _Batches:
-    """An iterable of batches that does not tell n."""
+    """An iterable of batches without an end."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([runs.data()])
+        return itertools.cycle([runs.data()])
 
 
 def test_unknown_number_of_samples() -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/speed/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--device cpu|cuda]
                                           [--json PATH]
+    python benchmarks/speed/bench_step.py --parameters 1000 --tensors 1    what a step costs beside its arithmetic
     pytest benchmarks/speed --benchmark-only [--parameters 1000000 100000000] [--device cpu|cuda]
 
 Both ways time the same steps. As a script, contenders run in turn, round after round, in one process with the same
@@ -133,6 +134,7 @@ def main() -> None:
     rows = [
         {
             "step": name,
+            "µs": 1e6 * median(times),
             "ns per parameter": 1e9 * median(times) / total,
             "bytes": (moved := BYTES.get(name)),
             "GB/s": moved and moved * total / median(times) / 1e9,

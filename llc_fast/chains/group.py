@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -143,9 +144,15 @@ class Group:
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """While the strategy is set up: its refusal of the model becomes a RefusedError, other errors stay."""
+        """While the strategy is set up: its refusal of the model becomes a RefusedError, other errors stay.
+
+        Where vmap would go through the chains one by one it warns: unless it was asked for, others are faster.
+        """
         try:
-            yield
+            with warnings.catch_warnings():
+                if not self._spec.plan.is_given:
+                    warnings.filterwarnings("error", message=".*performance drop")
+                yield
         except Exception as error:
             spec, step = self._spec, self.traces.step
             if is_refusal(error, spec.plan, spec.objective, self.state, self._feed, step):
@@ -206,7 +213,12 @@ class Group:
     def finish(self) -> ChainState:
         """Complete the traces, and give the memory to whoever comes next."""
         self._complete(self.report(), copy=False)
+        self.close()
         return self.state
+
+    def close(self) -> None:
+        """There is no further step, after an error either."""
+        self._feed.close()
 
     def _complete(self, traces: Traces, copy: bool) -> None:
         """Add where the chains are, or, if they are done and it was asked, where they ended."""
@@ -316,12 +328,13 @@ class HostStep:
                 self._checks.take(step, batch)
         with self._guard:
             at_reference = None if self._at_draws is None else self._at_draws(step, batch)
+            seen = batch if self._observe is None else self._feed.untouched(batch)
             evaluation = self._transition.evaluate(batch)
         self._record(self._loss, step, evaluation.loss)
         if at_reference is not None:
             self._record(self._reference, step, at_reference)
         if self._observe is not None:
-            self._observe(step, evaluation, batch)
+            self._observe(step, evaluation, seen)
         with self._guard:
             info = self._transition.move(step)
         for name, rows in self._info:

@@ -201,13 +201,18 @@ class _Driver:
 
     def run(self) -> None:
         """Take all groups to their end, or until somebody stops them; the traces then say where the chains are."""
-        if self._workers <= 1:
-            self._work(alone=True)
-        else:
-            self._work_side_by_side()
-        for slot in self.slots:
-            if slot.group is not None:  # set up, and stopped before its first step
-                slot.group.finish()
+        try:
+            if self._workers <= 1:
+                self._work(alone=True)
+            else:
+                self._work_side_by_side()
+            for slot in self.slots:
+                if slot.group is not None:  # set up, and stopped before its first step
+                    slot.group.finish()
+        finally:
+            for slot in self.slots:
+                if slot.group is not None:
+                    slot.group.close()
 
     def _work_side_by_side(self) -> None:
         # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.

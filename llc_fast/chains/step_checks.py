@@ -89,6 +89,7 @@ class StepChecks:
             or not has_noise
         ):
             self._with_gradients = []
+        self._is_precise = objective.is_precise
         # A proposal that hits a box, or has other noise, is no Langevin proposal; rounded losses can't be compared.
         self._has_acceptance = (
             self._is_langevin
@@ -145,6 +146,11 @@ class StepChecks:
         change = s.nbeta * (new_grad - grad)
         self._write(step, "curvature", move * change)
         self._write(step, "squared_curvature", p * change.square())
+        self._write(step, "work", 0.5 * s.nbeta * move * (grad + new_grad))
+        rise = s.nbeta * (new_loss - loss)
+        resolution = s.nbeta * torch.finfo(w.dtype).eps * loss.abs()
+        rise = torch.where((20 * resolution < rise.abs()) & self._is_precise, rise, torch.nan)
+        self._table[:, self.places[step], COLUMNS.index("rise")] = rise.cpu().numpy()
         if self._has_acceptance:
             # Σ over both ends of the drift; the potentials' difference and the two proposal densities are
             # U(w) − U(w') + Σ ½√(εp)(G + G')ξ − (ε/8)p(G + G')².

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ class Feed:
     """The minibatches of a group of chains, in memory that stays where it is if the data are addressed by index.
 
     Batches have a leading dimension for the chains, except for a single chain, and for a batch that is the whole data
-    set, which all chains share.
+    set and the same each time it is read, which all chains share.
     """
 
     def __init__(self, objective: Objective, seed: int, first_chain: int, num_chains: int, start: int) -> None:
@@ -29,7 +29,8 @@ class Feed:
             self._iterator = self._source.minibatches(seed, first_chain, start)
             return
         self._indices = self._source.index_buffer(num_chains)
-        self.is_shared = self._source.is_full_batch
+        # Reading that draws random numbers gives each chain and step values of its own.
+        self.is_shared = self._source.is_full_batch and self._source.is_thread_safe
         if self.is_shared:
             self._batch = self._source.gather(self._indices[0])
             return
@@ -54,6 +55,11 @@ class Feed:
         """Whether the minibatch of any step can be had at any time, without a trace."""
         return self._iterator is None and self.is_pure
 
+    def close(self) -> None:
+        """There is no further minibatch: a loader's workers end now, not when somebody collects garbage."""
+        if isinstance(self._iterator, Generator):
+            self._iterator.close()
+
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""
         if self._iterator is not None:
@@ -64,6 +70,10 @@ class Feed:
                 assert isinstance(self._source, IndexedSource)
                 key = self._key._replace(step=step)
                 self._source.gather(self._source.sample_indices(key, self._indices, device_step), self._flat, key)
+        return self.untouched(batch)
+
+    def untouched(self, batch: Batch) -> Batch:
+        """The minibatch in memory that a model which writes to its input does not write to."""
         return copy.deepcopy(batch) if self._copies else batch
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from llc_fast import _native
 from llc_fast.kernels import reference
+from llc_fast.kernels.memory import Watch, check_memory, is_plain, overlaps_itself, plain
 from llc_fast.kernels.step import SCALARS, SEGMENT, SUMS, NoiseKey, StepScalars
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -31,9 +34,16 @@ def check_interface(exported: Mapping[str, Any]) -> None:
 
     Args:
         exported: ``_native.interface()``: the layouts of ``Segment`` and ``Scalars`` as ``numpy.dtype`` takes them,
-            the names of the sums and the rules.
+            the names of the sums, the rules and the dtypes, in the order of their numbers.
     """
-    expected = {"Segment": SEGMENT, "Scalars": SCALARS, "sums": list(SUMS), "rules": list(reference.RULES)}
+    expected = {
+        "Segment": SEGMENT,
+        "Scalars": SCALARS,
+        "sums": list(SUMS),
+        "rules": list(reference.RULES),
+        "dtypes": list(_DTYPES.values()),
+        "low": ["", *_LOW.values()],
+    }
     found = dict(exported)
     found |= {name: np.dtype(found[name]) for name in ("Segment", "Scalars") if name in found}
     if different := [name for name, value in expected.items() if found.get(name) != value]:
@@ -86,6 +96,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
     Raises:
         TypeError, ValueError: it is not a dense floating-point tensor that holds data.
+        RuntimeError: its memory was freed.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -96,6 +107,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES and tensor.dtype not in _LOW:
         known = ", ".join(str(d).removeprefix("torch.") for d in (*_DTYPES, *_LOW))
         raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {known}: convert the model")
+    if type(tensor).__name__ != "DTensor":  # whose local part is checked, where it is used
+        check_memory(name, tensor)
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
@@ -146,8 +159,16 @@ class Segment:
         return self.w.numel() // len(self.runs)
 
 
+Gradients: TypeAlias = tuple[Sequence[Tensor], list[int]]
+"""Gradients that were checked, and their addresses."""
+_NO_CELLS: tuple[Tensor | None, ...] = (None, None, None, None)
+
+
 class SegmentTable:
     """The tensors that one step updates, laid out for the native kernel; build once, step many times.
+
+    It keeps addresses, and looks at every step whether they still are those of the tensors: memory that was replaced,
+    moved or given other strides is laid out anew, and memory that was freed is an error.
 
     Args:
         rule: name of the update rule, a key of ``reference.RULES``.
@@ -157,7 +178,8 @@ class SegmentTable:
 
     Raises:
         TypeError, ValueError: integer, complex, sparse or meta tensors, mixed devices or dtypes, shapes that
-            do not match.
+            do not match, parameters that overlap.
+        RuntimeError: memory that was freed.
     """
 
     def __init__(self, rule: str, segments: Sequence[Segment], *, num_chains: int = 1, chain_stride: int = 0) -> None:
@@ -165,43 +187,77 @@ class SegmentTable:
             raise ValueError(f"rule={rule!r} is unknown; choose one of: {', '.join(_RULES)}")
         if not segments:
             raise ValueError("params is empty: nothing to update")
-        for k, segment in enumerate(segments):
-            check_tensor(f"parameter {k}", segment.w)
-        self._order = sorted(range(len(segments)), key=lambda k: segments[k].runs[0])
-        self._segments = [_prepare(segments[k], k, rule) for k in self._order]
         self._rule, self._num_chains, self._chain_stride = rule, num_chains, chain_stride
+        self._given = list(segments)
+        self._reach = (num_chains - 1) * chain_stride
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Build everything from the given tensors as they are now."""
+        given = self._given
+        for k, segment in enumerate(given):
+            check_tensor(f"parameter {k}", segment.w)
+        self._order = sorted(range(len(given)), key=lambda k: given[k].runs[0])
+        self._in_order = self._order == list(range(len(given)))
+        found = [_tensors_of(s) for s in given]
+        for k, tensors in enumerate(found):
+            for name, tensor in tensors:
+                check_memory(f"{name} {k}", tensor)
+        prepared = [_prepare(given[k], k, self._rule) for k in self._order]
+        if self._num_chains > 1:
+            self._check_rows(prepared)
+        # Only plain rows can be segments: anything else that is written is stepped in a contiguous copy.
+        self._moves: list[tuple[Tensor, Tensor]] = []
+        self._segments = [
+            replace(
+                s,
+                w=self._work(s.w),
+                state=[self._work(t) for t in s.state],
+                copy=None if s.copy is None else self._work(s.copy),
+            )
+            for s in prepared
+        ]
         first = self._segments[0]
         self.device, self.dtype = first.w.device, first.w.dtype
         self._on_cpu = self.device.type == "cpu"
         self._grad_dtype = self.dtype if first.copy is None else first.copy.dtype
         self._check_uniform()
-        # Only dense rows can be segments: anything else is stepped in a contiguous copy.
-        self._work = [_dense_like(s.w) for s in self._segments]
-        self._copies = [None if s.copy is None else _dense_like(s.copy) for s in self._segments]
         self._numel = [s.w.numel() for s in self._segments]
-        self._sizes = list(zip(self._order, self._numel, strict=True))
         self._begin = first.runs[0]
         self._end = max(s.runs[-1] + s.run_length for s in self._segments)
-        self._moves = [
-            (work, original)
-            for work, original in (
-                *zip(self._work, [s.w for s in self._segments], strict=True),
-                *zip(self._copies, [s.copy for s in self._segments], strict=True),
-            )
-            if work is not None and original is not None and work is not original
-        ]
         self._native = has_native_backend(self.device.type)
         if self._native:
             self._rows = self._native_rows()
             self._grad_column = self._rows["grad"]  # a view: taken once, because steps write to it
             # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
-            self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(segments) else None
-            self._constants = (_RULES[rule], _DTYPES[self.dtype], _LOW.get(self._grad_dtype, ""))
+            self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(given) else None
+            kinds = list(_DTYPES).index(self.dtype), [self.dtype, *_LOW].index(self._grad_dtype)
+            self._constants = (_RULES[self._rule], *kinds, len(self._rows), self._begin, self._end, self._num_chains)
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
             self._addresses: list[int] = []
             self._is_sent = False  # whether the GPU knows them
             self._scratch: Tensor | None = None
+        self._tensors = [t for tensors in found for _, t in tensors]
+        self._copied = [t for k, s in zip(self._order, self._segments, strict=True) for t in _copied(given[k], s)]
+        self._cells = _NO_CELLS
+        self._watch = Watch(self._tensors, self._copied, self._check_gradient)
+
+    def _work(self, tensor: Tensor) -> Tensor:
+        if is_plain(tensor):
+            return tensor
+        work = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        self._moves.append((work, tensor))
+        return work
+
+    def _check_rows(self, segments: list[Segment]) -> None:
+        """That what is written for all chains lies in equal rows."""
+        for k, s in zip(self._order, segments, strict=True):
+            for tensor in (s.w, *s.state, *(() if s.copy is None else (s.copy,))):
+                if not is_plain(tensor):
+                    raise ValueError(f"parameter {k} of several chains is not contiguous: lay chains out in rows")
+                if tensor.numel():
+                    check_memory(f"a row of parameter {k}", tensor, reach=self._reach)
 
     def _check_uniform(self) -> None:
         for k, segment in zip(self._order, self._segments, strict=True):
@@ -211,6 +267,20 @@ class SegmentTable:
                     f"parameter {k} is {w.dtype} ({grad_dtype} in the model) on {w.device}, others are {self.dtype} "
                     f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
                 )
+        if self._num_chains > 1:
+            return
+        written = [
+            (t.data_ptr(), t.data_ptr() + t.nbytes, k)
+            for k, s in zip(self._order, self._segments, strict=True)
+            for t in (s.w, *s.state, *(() if s.copy is None else (s.copy,)))
+            if t.numel()
+        ]
+        for (_, end, one), (begin, _, other) in itertools.pairwise(sorted(written)):
+            if begin < end:
+                raise ValueError(
+                    f"what a step writes for parameters {one} and {other} shares memory, so that their steps would "
+                    "overwrite each other: give each memory of its own with .clone()"
+                )
 
     def _native_rows(self) -> np.ndarray:
         """The native table: a row for each run of each segment, its `grad` in bytes from where the gradient starts."""
@@ -219,10 +289,8 @@ class SegmentTable:
         rows["offset"] = [s.runs[0] for s in segments]
         rows["length"] = [s.run_length for s in segments]
         rows["stride"] = self._chain_stride
-        rows["w"] = [w.data_ptr() for w in self._work]
-        rows["reference"] = [
-            _address(w if s.reference is None else s.reference) for s, w in zip(segments, self._work, strict=True)
-        ]
+        rows["w"] = [s.w.data_ptr() for s in segments]
+        rows["reference"] = [_address(s.w if s.reference is None else s.reference) for s in segments]
         rows["reference_stride"] = [self._chain_stride if s.reference is None else 0 for s in segments]
         rows["mask"] = [_address(s.mask) for s in segments]
         for j in range(NUM_STATES[self._rule]):
@@ -230,7 +298,7 @@ class SegmentTable:
         given = [s.preconditioner for s in segments]
         rows["preconditioner"] = [_address(p) for p in given]
         rows["preconditioner_scale"] = [1.0 if isinstance(p, Tensor) else p for p in given]
-        rows["copy"] = [_address(copy) for copy in self._copies]
+        rows["copy"] = [_address(s.copy) for s in segments]
         if all(isinstance(s.offset, int) for s in segments):
             return rows
 
@@ -272,10 +340,37 @@ class SegmentTable:
                 kernel runs, instead of those given here: a captured CUDA graph then follows them.
 
         Raises:
-            TypeError, ValueError: a gradient that is sparse, of another dtype, device or size; an unknown sum.
+            TypeError, ValueError: a gradient that is sparse, of another dtype, device or shape; an unknown sum; a
+                thermostat, sums or device scalars of another dtype, device or size.
+            RuntimeError: memory that was freed.
         """
-        gradients = self._gradients(grads)
         wanted = SUMS if wanted is None else wanted
+        cells = self._cells
+        if not (thermostat is cells[0] and sums is cells[1] and device_scalars is cells[2] and device_step is cells[3]):
+            self.check_cells(thermostat, sums, device_scalars, device_step)
+        gradients = self.checked(grads)
+        if gradients is None:
+            self._lay_out()
+            self.check_cells(thermostat, sums, device_scalars, device_step)
+            gradients = self.checked(grads)
+            assert gradients is not None  # nothing has run since
+        self.run(gradients, scalars, key, thermostat, sums, wanted, device_scalars, device_step)
+
+    def run(
+        self,
+        gradients: Gradients,
+        scalars: StepScalars,
+        key: NoiseKey,
+        thermostat: Tensor | None = None,
+        sums: Tensor | None = None,
+        wanted: Sequence[str] = (),
+        device_scalars: Tensor | None = None,
+        device_step: Tensor | None = None,
+    ) -> None:
+        """The second half of :meth:`step`, for whoever has done the first: check_cells and checked.
+
+        Only for memory that was checked after whatever ran last: nothing is checked here.
+        """
         if sums is not None and not wanted:
             sums.zero_()
             sums = None
@@ -284,28 +379,25 @@ class SegmentTable:
         if self._native:
             self._native_step(gradients, scalars, key, thermostat, sums, wanted, device_scalars, device_step)
         else:
-            self._reference_step(gradients, scalars, key, thermostat, sums, wanted)
+            self._reference_step(gradients[0], scalars, key, thermostat, sums, wanted)
         for work, original in self._moves:
             original.copy_(work)
 
-    def _gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients in table order, checked and contiguous."""
-        dense, dtype, device, strided = [], self._grad_dtype, self.device, torch.strided
-        for k, numel in self._sizes:
-            grad = grads[k]
-            # One condition for all that should be so: this is most of what Python does in a small step.
-            if not (
-                grad.dtype is dtype
-                and grad.device == device
-                and grad.layout is strided
-                and ((size := grad.numel()) == numel or size == numel * self._num_chains)
-            ):
-                self._refuse_gradient(k, grad, numel)
-            dense.append(grad if grad.is_contiguous() else grad.contiguous())
-        return dense
+    def checked(self, grads: Sequence[Tensor]) -> Gradients | None:
+        """The gradients in table order, checked and plain, for :meth:`run`; None if the table's tensors have changed.
 
-    def _refuse_gradient(self, k: int, grad: Tensor, numel: int) -> NoReturn:
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`step`.
+        """
+        if len(grads) != len(self._order):
+            raise ValueError(f"grads holds {len(grads)} tensors for {len(self._order)} parameters: give one for each")
+        return self._watch.look(grads if self._in_order else [grads[k] for k in self._order])
+
+    def _check_gradient(self, place: int, grad: Tensor) -> None:
+        k, w = self._order[place], self._segments[place].w
         name = f"the gradient of parameter {k}"
+        if not isinstance(grad, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(grad).__name__}")
         if grad.dtype != self._grad_dtype or grad.device != self.device:
             raise TypeError(
                 f"{name} is {grad.dtype} on {grad.device}, the parameter {self._grad_dtype} on {self.device}"
@@ -315,11 +407,51 @@ class SegmentTable:
                 f"{name} has layout {grad.layout}; only dense gradients can be used: build the embedding with "
                 "sparse=False"
             )
-        raise ValueError(f"{name} has shape {tuple(grad.shape)}: {grad.numel()} elements, not {numel}")
+        if grad.shape != w.shape and grad.shape != (self._num_chains, *w.shape):
+            raise ValueError(
+                f"{name} has shape {tuple(grad.shape)}, the parameter {tuple(w.shape)}: run backward again, or set "
+                "it to None"
+            )
+        check_memory(name, grad)
+
+    def check_cells(
+        self,
+        thermostat: Tensor | None = None,
+        sums: Tensor | None = None,
+        device_scalars: Tensor | None = None,
+        device_step: Tensor | None = None,
+    ) -> None:
+        """Check the small tensors that a step is given beside gradients; :meth:`checked` watches them from then on.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: another dtype, device or size; memory that was freed.
+        """
+        cells = (thermostat, sums, device_scalars, device_step)
+        if all(map(operator.is_, cells, self._cells)):  # of the step before, and watched since
+            return
+        self._cells = _NO_CELLS
+        sizes = (self._num_chains, self._num_chains * NUM_SUMS, len(StepScalars._fields), 1)
+        for name, tensor, size in zip(("thermostat", "sums", "device_scalars", "step"), cells, sizes, strict=True):
+            if tensor is not None:
+                self._check_cell(name, tensor, torch.int64 if name == "step" else torch.float64, size)
+        self._watch = Watch([*self._tensors, *(t for t in cells if t is not None)], self._copied, self._check_gradient)
+        self._cells = cells
+
+    def _check_cell(self, name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype is not dtype or tensor.numel() != numel or tensor.device != self.device:
+            raise TypeError(
+                f"{name} must be {numel} numbers of {dtype} on {self.device}, got {tensor.numel()} of {tensor.dtype} "
+                f"on {tensor.device}"
+            )
+        if not is_plain(tensor):
+            raise TypeError(f"{name} must be contiguous: give it .contiguous()")
+        check_memory(name, tensor)
 
     def _native_step(
         self,
-        grads: list[Tensor],
+        gradients: Gradients,
         scalars: StepScalars,
         key: NoiseKey,
         thermostat: Tensor | None,
@@ -328,7 +460,7 @@ class SegmentTable:
         device_scalars: Tensor | None,
         device_step: Tensor | None,
     ) -> None:
-        addresses = [g.data_ptr() for g in grads]
+        grads, addresses = gradients
         if addresses != self._addresses:
             self._grad_column[:] = self._by_run(addresses)
             if self._grad_shifts is not None:
@@ -337,13 +469,10 @@ class SegmentTable:
                 strides = [0 if g.numel() == n else n for g, n in zip(grads, self._numel, strict=True)]
                 self._rows["grad_stride"] = self._by_run(strides)
             self._addresses, self._is_sent = addresses, False
+        table = self._host_address if self._on_cpu else self._device_address()
         arguments = (
             *self._constants,
-            self._table_address(),
-            len(self._rows),
-            self._begin,
-            self._end,
-            self._num_chains,
+            table,
             scalars,
             key.seed,
             key.step,
@@ -366,9 +495,7 @@ class SegmentTable:
         """A value for each segment as one for each native row."""
         return values if self._grad_shifts is None else np.repeat(values, [len(s.runs) for s in self._segments])
 
-    def _table_address(self) -> int:
-        if self._on_cpu:
-            return self._host_address
+    def _device_address(self) -> int:
         if self._device_rows is None:
             self._device_rows = torch.empty(self._rows.nbytes, dtype=torch.uint8, device=self.device)
         if not self._is_sent and not torch.cuda.is_current_stream_capturing():
@@ -399,7 +526,7 @@ class SegmentTable:
     @torch.no_grad()  # a gradient may have a graph itself
     def _reference_step(
         self,
-        grads: list[Tensor],
+        grads: Sequence[Tensor],
         scalars: StepScalars,
         key: NoiseKey,
         thermostat: Tensor | None,
@@ -409,10 +536,9 @@ class SegmentTable:
         columns = [k for k, name in enumerate(SUMS) if name in wanted]
         if sums is not None:
             sums.zero_()
-        for k, (s, work, copy, grad) in enumerate(zip(self._segments, self._work, self._copies, grads, strict=True)):
-            n = self._numel[k]
+        for s, grad, n in zip(self._segments, grads, self._numel, strict=True):
             for chain in range(self._num_chains):
-                w, *state = (_row_of(t, chain * self._chain_stride, n) for t in (work, *s.state))
+                w, *state = (_row_of(t, chain * self._chain_stride, n) for t in (s.w, *s.state))
                 mask = slice(None) if s.mask is None else s.mask.reshape(-1)
                 noise_key = key._replace(chain=key.chain + chain)
                 z = torch.cat(
@@ -437,8 +563,8 @@ class SegmentTable:
                     row[mask] = new
                 if sums is not None:
                     sums[chain, columns] += terms[columns]
-                if copy is not None:
-                    _row_of(copy, chain * self._chain_stride, n).copy_(w)
+                if s.copy is not None:
+                    _row_of(s.copy, chain * self._chain_stride, n).copy_(w)
 
 
 def _address(value: object) -> int:
@@ -449,13 +575,34 @@ def _row_of(tensor: Tensor, start: int, length: int) -> Tensor:
     return tensor.as_strided((length,), (1,), tensor.storage_offset() + start)
 
 
-def _dense_like(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+def _tensors_of(segment: Segment) -> list[tuple[str, Tensor]]:
+    """All tensors of a segment, and what they are."""
+    named: list[tuple[str, Any]] = [
+        ("parameter", segment.w),
+        ("reference point", segment.reference),
+        ("mask", segment.mask),
+        ("preconditioner", segment.preconditioner),
+        ("low-precision copy", segment.copy),
+        *(("state of parameter", t) for t in segment.state),
+    ]
+    return [(name, t) for name, t in named if isinstance(t, Tensor)]
+
+
+def _copied(given: Segment, prepared: Segment) -> list[Tensor]:
+    """Tensors of which a table reads a copy: what is written to them later does not show there."""
+    pairs = (
+        (given.reference, prepared.reference),
+        (given.mask, prepared.mask),
+        (given.preconditioner, prepared.preconditioner),
+    )
+    return [
+        t for t, read in pairs if isinstance(t, Tensor) and isinstance(read, Tensor) and t.data_ptr() != read.data_ptr()
+    ]
 
 
 def _broadcast(name: str, tensor: Tensor, w: Tensor) -> Tensor:
     try:
-        return tensor.to(w.device).expand(w.shape).contiguous()
+        return plain(tensor.to(w.device).expand(w.shape))
     except RuntimeError as error:
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} does not fit its parameter of shape {tuple(w.shape)}"
@@ -463,13 +610,10 @@ def _broadcast(name: str, tensor: Tensor, w: Tensor) -> Tensor:
 
 
 def _prepare(segment: Segment, k: int, rule: str) -> Segment:
-    """The segment with its tensors checked, broadcast and contiguous."""
-    w, w_star, mask, given = segment.w, segment.reference, segment.mask, segment.preconditioner
+    """The segment with its tensors checked, and what is only read broadcast and plain."""
+    w, w_star, mask, given, copy = segment.w, segment.reference, segment.mask, segment.preconditioner, segment.copy
     if w.dtype not in _DTYPES:
         raise TypeError(f"parameter {k} has dtype {w.dtype}; chains are kept in float32 or float64")
-    for name, tensor in [("parameter", w), ("reference point", w_star), ("mask", mask), ("preconditioner", given)]:
-        if isinstance(tensor, Tensor) and tensor.numel() and not tensor.data_ptr():
-            raise TypeError(f"{name} {k} is a {type(tensor).__name__}, which keeps its data elsewhere")
     if segment.run_length * len(segment.runs) != w.numel():
         raise ValueError(f"parameter {k} has {w.numel()} elements, which are not {len(segment.runs)} equal runs")
     for name, like in [("reference point", w_star), *(("state", t) for t in segment.state)]:
@@ -478,23 +622,40 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
                 f"the {name} of parameter {k} is {like.dtype} {tuple(like.shape)} on {like.device}, the parameter "
                 f"{w.dtype} {tuple(w.shape)} on {w.device}"
             )
+    if copy is not None and (copy.dtype not in _LOW or (copy.shape, copy.device) != (w.shape, w.device)):
+        raise ValueError(
+            f"parameter {k} is {copy.dtype} {tuple(copy.shape)} on {copy.device}, its float32 chain {tuple(w.shape)} "
+            f"on {w.device}: a chain beside the model needs a bfloat16 or float16 parameter of its shape"
+        )
     if len(segment.state) != NUM_STATES[rule]:
         raise ValueError(f"rule {rule!r} keeps {NUM_STATES[rule]} states, parameter {k} has {len(segment.state)}")
+    for written in (w, *segment.state, *(() if copy is None else (copy,))):
+        if overlaps_itself(written):
+            raise ValueError(
+                f"parameter {k}, or what is kept for it, has elements that share memory (shape {tuple(written.shape)}, "
+                f"strides {written.stride()}): give it memory of its own with .clone()"
+            )
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"a mask must be a tensor of dtype torch.bool, got {kind}")
+        check_mask("a mask", mask)
         mask = _broadcast("a mask", mask, w)
     if isinstance(given, Tensor):
         given = _broadcast("a preconditioner", given.detach().to(w.dtype), w)
     return replace(
         segment,
         w=w.detach(),
-        reference=None if w_star is None else w_star.detach().contiguous(),
+        reference=None if w_star is None else plain(w_star.detach()),
         mask=mask,
+        state=[t.detach() for t in segment.state],
         preconditioner=given,
-        copy=None if segment.copy is None else segment.copy.detach(),
+        copy=None if copy is None else copy.detach(),
     )
+
+
+def check_mask(name: str, mask: object) -> None:
+    """Raise TypeError unless this is a boolean tensor."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a tensor of dtype torch.bool, got {kind}: convert it, as with torch.as_tensor")
 
 
 def normals(
@@ -521,6 +682,7 @@ def normals(
     if not has_native_backend(device.type):
         return reference.normals(begin, length, key, dtype=dtype, device=device)
     out = torch.empty(length, dtype=dtype, device=device)
+    check_memory("the noise", out)  # a fake tensor, inside FakeTensorMode
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
         _native.normals(
@@ -547,6 +709,7 @@ def minibatch_indices(num_samples: int, key: NoiseKey, out: Tensor, *, device_st
     if out.dtype != torch.int64 or not out.is_contiguous() or not 1 <= batch_size <= num_samples:
         raise ValueError(f"out must be contiguous int64 [num_chains, batch_size ≤ {num_samples}], got {out.dtype} "
                          f"{tuple(out.shape)}")  # fmt: skip
+    check_memory("out", out)
     if not has_native_backend(out.device.type):
         return out.copy_(reference.minibatch_indices(num_samples, batch_size, num_chains, key))
     stream = torch.cuda.current_stream(out.device).cuda_stream if out.device.type == "cuda" else None

@@ -25,6 +25,7 @@ from llc_fast.data import (
 )
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.objective.objective import Objective, checked_init_loss, widened
+from llc_fast.support.errors import first_line
 
 Losses = NDArray[np.float64]
 Pairing = Literal["samples", "passes", "draws", "none"]
@@ -96,7 +97,7 @@ class ReferenceLosses:
             few minibatches, and λ̂ does not depend on it.
         stderr: of the mean.
         pairing: what the chains' losses are paired with.
-        unpaired_reason: why they are not; empty if they are.
+        unpaired_reason: why there is no control variate; empty if there is.
         losses: at w*, of every sample or of every minibatch of a pass, float64; None where they are not needed.
         slope: of draws that are evaluated at w*: what a minibatch loses over the mean of what its samples lose by
             themselves, both less their mean; it takes a part of the noise out of L(w*).
@@ -159,26 +160,37 @@ class _Reference:
     def __init__(self, objective: Objective, nbeta: float, seed: int) -> None:
         self._objective, self._source = objective, objective.source
         self._nbeta, self._seed = nbeta, seed
+        self._reason = self._why_no_function()
         self._rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps
 
     def find(self) -> ReferenceLosses:
-        source, trial = self._source, self._objective.trial
-        sampling = source.sampling
-        is_function = not (trial.is_random or trial.writes_buffers or trial.writes_parameters)
-        if is_function and not sampling.reads_randomly and sampling.is_reproducible:
+        source = self._source
+        if not self._reason:
             if isinstance(source, IndexedSource) and source.is_full_batch:
                 return self._of_full_batch()
+            found = None
             if isinstance(source, IndexedSource):
                 found = self._of_samples(source)
-            elif sampling.order == "fixed":
+            elif source.sampling.order == "fixed":
                 found = self._of_passes()
             else:
-                found = None
-            if found is None and sampling.full_is_exact:
+                self._reason = "a loader does not say which samples it gives"
+            if found is None and source.sampling.full_is_exact:
                 found = self._of_everything()
             if found is not None:
                 return found
         return self._of_draws()
+
+    def _why_no_function(self) -> str:
+        """Why the loss of a minibatch is no function of its samples; empty if it is one."""
+        trial, sampling = self._objective.trial, self._source.sampling
+        if trial.is_random:
+            return "the model draws random numbers" if trial.is_reproducible else "the loss changes from call to call"
+        if trial.writes_buffers or trial.writes_parameters:
+            return "the model writes to its buffers" if trial.writes_buffers else "the model writes to its parameters"
+        if sampling.reads_randomly or not sampling.is_reproducible:
+            return "the data are other ones each time they are read (augmentation)"
+        return ""
 
     def _of_full_batch(self) -> ReferenceLosses:
         """The only minibatch, as chains evaluate it."""
@@ -191,7 +203,11 @@ class _Reference:
     def _of_samples(self, source: IndexedSource) -> ReferenceLosses | None:
         """By the loss of every sample; None if a minibatch's loss is not the mean of these, or they can't be had."""
         objective = self._objective
-        if not objective.trial.has_tensor_batches or (source.num_samples or 0) > _MAX_SAMPLES:
+        if not objective.trial.has_tensor_batches:
+            self._reason = "batches hold more than tensors"
+            return None
+        if (source.num_samples or 0) > _MAX_SAMPLES:
+            self._reason = f"more than {_MAX_SAMPLES} samples"
             return None
         try:
             # Where torch would go through the samples one by one it warns; too slow for a whole data set.
@@ -199,11 +215,14 @@ class _Reference:
                 warnings.filterwarnings("error", message=".*performance drop")
                 are_means = self._are_means(source)
                 samples = np.concatenate([_sample_losses(objective, b) for b, _ in source.full()])
-        except Exception:
+        except Exception as problem:
+            self._reason = f"the loss of single samples can't be had: {first_line(problem)}"
             return None
         if not np.isfinite(samples).all():
+            self._reason = "the loss of single samples is not finite"
             return None
         if not are_means:
+            self._reason = _NOT_THE_MEAN
             return self._of_draws(source, samples)
         mean = float(samples.mean())
         error = self._rounding * abs(mean)
@@ -237,15 +256,13 @@ class _Reference:
         try:
             with objective.at_reference():
                 if not self._mixes():
+                    self._reason = self._reason or _NOT_THE_MEAN
                     return None
                 mean, error = objective.full_loss()
         except Exception:  # a model for batches of one size can't take those of a whole pass
             return None
         standing = self._standing(lambda step, loss: loss - mean, error)
-        source = "a loader does not say which samples it gives"
-        if isinstance(self._source, IndexedSource):
-            source = "the loss of single samples can't be had"
-        return ReferenceLosses(mean, error, "none", source, standing=standing)
+        return ReferenceLosses(mean, error, "none", self._reason, standing=standing)
 
     def _of_draws(self, source: IndexedSource | None = None, samples: Losses | None = None) -> ReferenceLosses:
         """By the draws themselves; L(w*) over a few minibatches until these are made.
@@ -264,7 +281,7 @@ class _Reference:
         error = math.hypot(self._rounding * abs(mean), rest / math.sqrt(len(losses)))
         if self._nbeta * spread < _NEGLIGIBLE:
             return ReferenceLosses(mean, error, "none", _SAME_EVERYWHERE)
-        return ReferenceLosses(mean, error, "draws", losses=samples, slope=slope)
+        return ReferenceLosses(mean, error, "draws", self._reason, losses=samples, slope=slope)
 
     # ---- evaluations -------------------------------------------------------------------------------------------
 
@@ -325,6 +342,10 @@ class _Reference:
         return bool((np.abs(before.sum(1) - after.sum(1)) <= slack).all())
 
 
+_NOT_THE_MEAN = (
+    "a minibatch's loss is not the mean of what its samples lose by themselves (batch statistics, a loss weighted by "
+    "tokens or over pairs)"
+)
 _SAME_EVERYWHERE = "the loss at w* is the same on all minibatches, or nearly"
 _NO_CHAIN = 2**31
 """The chain whose minibatches are looked at before there are chains."""

@@ -82,7 +82,7 @@ class ChainState:
     def _view(self, rows: Tensor, k: int) -> Tensor:
         """The k-th tensor of all chains, ``[num_chains, *shape]``."""
         p = self._reference[k]
-        return rows[:, self._starts[k] : self._starts[k] + p.numel()].view(-1, *p.shape)
+        return rows[:, self._starts[k] : self._starts[k] + p.numel()].view(len(rows), *p.shape)
 
     # ---- what the model sees -------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class ChainState:
         flat = self._normals(total, step)
         parts = zip(self._offsets, self._reference, strict=True)
         return self.rows_of(
-            [flat[:, start : start + p.numel()].view(-1, *p.shape) for start, p in parts], torch.float64
+            [flat[:, start : start + p.numel()].view(len(flat), *p.shape) for start, p in parts], torch.float64
         )
 
     def numbers(self, step: int, stream: int) -> Tensor:

@@ -8,13 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = ("distance", "log_acceptance", "gradient_noise", "curvature", "squared_curvature")
+COLUMNS = ("distance", "log_acceptance", "gradient_noise", "curvature", "squared_curvature", "rise", "work")
 """What a step check at w measures (G = nβ·g + γ(w − w*) + μ·w, g the gradient on a minibatch, p the preconditioner):
 
 - distance: ‖w − w*‖² over the parameters that are sampled;
 - log_acceptance: the logarithm of the Metropolis–Hastings ratio of one Langevin step, the same minibatch at both ends;
 - gradient_noise: nβ²·Σ p·Var(g) over minibatches;
-- curvature, squared_curvature: d·H·d and Σ p·(H·d)², d that Langevin step and H the Hessian of nβ·L.
+- curvature, squared_curvature: d·H·d and Σ p·(H·d)², d that Langevin step and H the Hessian of nβ·L;
+- rise, work: what nβ·L rises by along d, and the same by the gradients at both ends, nβ·d·(g + g')/2; where rounding
+  does not hide it.
 
 NaN: not measured.
 """
@@ -30,6 +32,8 @@ class StepCheckStatistics(NamedTuple):
             variance (ε/2)²p²nβ²·Var(g) over that of the injected noise, averaged over parameters.
         relaxation_rate: of the stiff directions that make up λ̂, in 1/step: ε/2·(tr(H²)/tr(H) + γ), H the Hessian of
             nβ·L in the sampler's metric.
+        gradient_error: the difference between what the loss rises by along steps and what its gradients say, relative
+            to these, in the root mean square.
         distance: ‖w − w*‖ of each chain at its last step check.
         distance_growth: of the chains' mean ‖w − w*‖² from the first step check to the last, as a factor.
     """
@@ -37,6 +41,7 @@ class StepCheckStatistics(NamedTuple):
     acceptance: float
     gradient_noise_share: float
     relaxation_rate: float
+    gradient_error: float
     distance: list[float]
     distance_growth: float
 
@@ -64,12 +69,14 @@ def step_check_statistics(
     curvature = mean["curvature"]
     distances = columns["distance"]
     done = distances[:, np.isfinite(distances).all(axis=0)] if len(distances) else distances[:, :0]
+    size = _mean(columns["rise"] ** 2 + columns["work"] ** 2) / 2
     last = done[:, -1].tolist() if done.shape[1] else []
     first = float(done[:, 0].mean()) if last else 0.0
     return StepCheckStatistics(
         acceptance=_mean(np.exp(np.minimum(columns["log_acceptance"], 0.0))),
         gradient_noise_share=ratio / (1 + ratio),
         relaxation_rate=lr / 2 * (mean["squared_curvature"] / curvature + localization) if curvature > 0 else math.nan,
+        gradient_error=math.sqrt(_mean((columns["rise"] - columns["work"]) ** 2) / size) if size > 0 else math.nan,
         distance=[math.sqrt(d) for d in last],
         distance_growth=sum(last) / len(last) / first if first > 0 else math.nan,
     )

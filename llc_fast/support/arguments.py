@@ -15,7 +15,10 @@ def check_number(
         if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
             raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
         value = value.item()
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{name} must be at most about 1e308, got a number that float64 can't hold") from None
     if math.isnan(number) or (math.isinf(number) and not infinite):
         raise ValueError(f"{name} must be finite, got {number}")
     if number < minimum or (exclusive and number == minimum):

@@ -8,16 +8,17 @@ import json
 import random
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    _Held = torch.Generator | random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator
+
 State = list[Any]
 """The states of all generators, at one moment."""
-_Held = torch.Generator | random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator
-_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _BLOCK = 4096
 _MAX_DEPTH, _MAX_OBJECTS, _MAX_LENGTH = 8, 20_000, 1_000
 """Where the search for generators ends: they are attributes, not samples of a data set."""
@@ -172,12 +173,18 @@ def _seed(generator: _Held, seed: int) -> None:
         bits.state = type(bits)(seed).state
 
 
+@functools.cache
+def _kinds() -> tuple[type, ...]:
+    """The classes of generators; NumPy's are not imported before somebody looks for them."""
+    return torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator
+
+
 def _generators_in(holders: Iterable[object]) -> Iterator[_Held]:
     """Generators that objects hold."""
     is_global = {id(np.random.mtrand._rand), id(torch.default_generator)}
     for value in held_by(holders):
-        if isinstance(value, _KINDS) and id(value) not in is_global and not isinstance(value, random.SystemRandom):
-            yield value
+        if isinstance(value, _kinds()) and id(value) not in is_global and not isinstance(value, random.SystemRandom):
+            yield cast("_Held", value)
 
 
 def held_by(holders: Iterable[object]) -> Iterator[object]:
@@ -190,7 +197,7 @@ def held_by(holders: Iterable[object]) -> Iterator[object]:
             continue
         seen.add(id(value))
         yield value
-        if not isinstance(value, _KINDS):
+        if not isinstance(value, _kinds()):
             waiting += [(part, depth + 1) for part in _parts(value)]
 
 
@@ -209,7 +216,7 @@ def _parts(value: object) -> Iterable[object]:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         used = (value.__globals__.get(name) for name in value.__code__.co_names)
-        return [*cells, *(value.__defaults__ or ()), *(g for g in used if isinstance(g, (*_KINDS, nn.Module)))]
+        return [*cells, *(value.__defaults__ or ()), *(g for g in used if isinstance(g, (*_kinds(), nn.Module)))]
     found = list(getattr(value, "__dict__", {}).values())
     slots = (getattr(value, name, None) for kind in type(value).__mro__ for name in _slots_of(kind))
     return [*found, *slots, *(value.children() if isinstance(value, nn.Module) else ())]

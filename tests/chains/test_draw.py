@@ -164,3 +164,21 @@ def test_observables_survive_saving(tmp_path: Any) -> None:
     result = estimate(mlp(), observables={"w": lambda draw: draw.params["0.bias"]})
     result.save(tmp_path / "result.npz")
     assert np.array_equal(LLCResult.load(tmp_path / "result.npz").observables["w"], result.observables["w"])
+
+
+def test_observables_see_the_minibatch_that_a_model_writes_to() -> None:
+    """As the data have it, not as the model leaves it."""
+
+    class Shifting(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.add_(1))
+
+    model, (x, y) = Shifting(3, 1).double(), samples()
+
+    def known(draw: Draw) -> bool:
+        return bool((draw.batch[0][:, None] == x).all(dim=2).any(dim=1).all())
+
+    for size in (5, NUM_SAMPLES):
+        before = x.clone()
+        result = estimate(model, (x, y), batch_size=size, observables={"known": known})
+        assert result.observables["known"].all() and torch.equal(x, before)

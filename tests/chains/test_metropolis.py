@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -415,7 +416,7 @@ class _Endless:
     """Batches without a length."""
 
     def __iter__(self) -> Any:
-        return iter([data()])
+        return itertools.cycle([data()])
 
 
 class _Augmented(Dataset[Any]):

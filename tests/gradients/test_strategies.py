@@ -674,6 +674,39 @@ def test_attention_is_batched_without_warnings() -> None:
     assert "not recorded" not in result.diagnostics["strategy_reason"]
 
 
+def test_what_vmap_would_do_one_by_one_is_left_to_others() -> None:
+    """It warns that it is slow: no chain is batched then, unless that was asked for, and nobody is warned."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = estimate(model, PLAIN, F.mse_loss)
+    assert result.settings["strategy"] == "sequential"
+    assert "performance drop" in result.diagnostics["strategy_reason"]
+    with pytest.warns(UserWarning, match="performance drop"):
+        asked = estimate(model, PLAIN, F.mse_loss, strategy="batched")
+    np.testing.assert_allclose(asked.loss_trace, result.loss_trace, rtol=RTOL[torch.float64])
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("sampler", ["sgld", "mala"])
+def test_parameters_without_elements(strategy: str, sampler: str) -> None:
+    """An empty parameter changes nothing."""
+
+    class Padded(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.nothing, self.neither = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(2, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.nothing.sum()
+
+    model, plain = Padded().double(), nn.Linear(3, 1).double()
+    plain.load_state_dict({name: t for name, t in model.state_dict().items() if t.numel()})
+    options = {"strategy": strategy, "sampler": sampler, "batch_size": None}
+    result, expected = (estimate(m, PLAIN, F.mse_loss, **options) for m in (model, plain))
+    np.testing.assert_allclose(result.loss_trace, expected.loss_trace, rtol=RTOL[torch.float64])
+
+
 def test_chains_that_are_lost_do_not_take_others_along() -> None:
     """In a group, one chain's overflow is its own."""
 

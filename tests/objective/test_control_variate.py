@@ -205,7 +205,7 @@ def _looks(output: Tensor, target: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "full batch": (lambda: {"batch_size": N}, "whole data set"),
     "loader": (
-        lambda: {"data": DataLoader(TensorDataset(*data(N)), batch_size=BATCH), "batch_size": None},
+        lambda: {"data": DataLoader(TensorDataset(*data(N)), batch_size=BATCH, shuffle=True), "batch_size": None},
         "a loader",
     ),
     "dropout": (lambda: {"model": nn.Sequential(mlp(), nn.Dropout(0.2))}, "random numbers"),
@@ -233,7 +233,19 @@ def test_refused_where_a_minibatch_is_not_the_mean_of_its_samples(name: str) -> 
     result = estimate(**options)
     assert not result.settings["control_variate"]
     assert reason in result.diagnostics["unpaired_reason"]
-    np.testing.assert_array_equal(result.loss_trace, _raw(result))
+    reference = result.traces.get("reference_loss")
+    if result.diagnostics["paired_with"] == "none":
+        np.testing.assert_array_equal(result.loss_trace, _raw(result))
+        assert reference is None
+        return
+    # What minibatches lose at w* stands beside the trace; both less a multiple of what the samples lose by themselves.
+    assert reference is not None
+    raw, trace = _raw(result), result.loss_trace[:, result.schedule.draws]
+    at_reference = reference[:, result.schedule.draws]
+    assert np.isfinite(at_reference).all() and np.isnan(reference[:, : result.schedule.num_burnin]).all()
+    np.testing.assert_allclose(raw[:, 0], (raw - trace + at_reference)[:, 0], rtol=1e-5)  # the first draw is at w*
+    np.testing.assert_allclose(result.init_loss, at_reference.mean())
+    np.testing.assert_allclose(result.llc_trace, result.nbeta * (trace - at_reference))
 
 
 def test_the_kind_of_weights_is_no_obstacle_where_they_are_equal() -> None:
@@ -293,7 +305,7 @@ def test_low_precision_hides_neither_means_nor_weights(kind: str) -> None:
 
 def test_the_baseline_is_the_same_on_a_device() -> None:
     losses = np.random.default_rng(0).exponential(size=N)
-    baseline = ControlVariate(losses, float(losses.mean()), BATCH)
+    baseline = ControlVariate.of_samples(losses, float(losses.mean()), BATCH)
     indices = torch.randint(N, (CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
     expected = losses[indices.numpy()].mean(axis=1) - losses.mean()
     np.testing.assert_allclose(baseline(indices.numpy()), expected, rtol=0, atol=1e-14)

@@ -286,14 +286,14 @@ def test_frozen_parameters_are_not_sampled() -> None:
 
 
 def test_initial_loss_is_that_of_the_whole_data_set() -> None:
-    """L(w*) is the mean over all samples, whatever the batch size and the loader's last batch."""
+    """L(w*) is the mean over all samples, whatever the batch size and a shuffling loader's last batch."""
     x, y = runs.data(5003)
     model = runs.mlp()
     exact = float((model(x).detach().double() - y.double()).square().mean())
     for data, batch_size in (
         ((x, y), 7),
         ((x, y), None),
-        (DataLoader(TensorDataset(x, y), batch_size=700), None),
+        (DataLoader(TensorDataset(x, y), batch_size=700, shuffle=True), None),
     ):
         result = _estimate(model, data, batch_size=batch_size, num_draws=1, num_burnin=0, num_chains=1)
         assert result.init_loss == pytest.approx(exact, rel=1e-6)
@@ -341,10 +341,10 @@ class _Batches:
 
 
 def test_iterables_of_batches_work_with_nbeta() -> None:
-    """Where n is unknown, giving nbeta is enough."""
+    """A pass that ends tells n, and giving nbeta is enough where it does not."""
     result = _estimate(runs.mlp(), _Batches(), nbeta=10.0)
     np.testing.assert_allclose(result.loss_trace, _estimate(runs.mlp(), nbeta=10.0).loss_trace, rtol=1e-6)
-    assert result.settings["num_samples"] is None
+    assert result.settings["num_samples"] == 40  # counted in a pass
 
 
 def test_iterator_that_can_be_read_once() -> None:

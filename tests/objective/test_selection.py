@@ -446,8 +446,8 @@ def test_losses_of_single_samples(batch_size: int, strategy: str) -> None:
 
 
 def test_losses_of_single_samples_from_a_loader() -> None:
-    """With a smaller last batch, whose samples count as much as all others in L(w*)."""
-    loader = DataLoader(TensorDataset(*samples()), batch_size=7)
+    """With a smaller last batch, whose samples count as much as all others in L(w*) if the loader shuffles."""
+    loader = DataLoader(TensorDataset(*samples()), batch_size=7, shuffle=True)
     mean, each = estimate(mlp(), loader), estimate(mlp(), loader, sample_losses)
     np.testing.assert_allclose(each.loss_trace, mean.loss_trace, rtol=1e-11)
     exact = float(sample_losses(mlp()(samples()[0]), samples()[1]).detach().mean())
