@@ -27,7 +27,7 @@ test-all: $(VENV)/.installed-test ## Install, then run all tests
 	$(BIN)/pytest
 
 FUZZ ?= 10000
-fuzz: $(VENV)/.installed-test ## Run FUZZ=10000 random examples of each test in tests/fuzz
+fuzz: $(VENV)/.installed-test ## Run FUZZ=10000 random examples of optimizers, and a fifth of it of estimates
 	LLC_FAST_FUZZ=$(FUZZ) $(BIN)/pytest tests/fuzz
 
 # Beside .venv's own build, which stays as it is. The sanitizers' libraries must come before all others of the process;
@@ -40,7 +40,7 @@ sanitize: $(VENV)/.installed-test ## Test the native module under AddressSanitiz
 	LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	LLC_FAST_SANITIZE=1 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -m "not slow" $(SANITIZE)
 # Without sharded models and torch.compile, whose processes and compiler take minutes like this.
-SANITIZE ?= --ignore=tests/kernels/test_sharding.py --ignore=tests/kernels/test_operator.py tests/kernels tests/test_optim.py tests/test_optim_faults.py tests/fuzz
+SANITIZE ?= --ignore=tests/kernels/test_sharding.py --ignore=tests/kernels/test_operator.py tests/kernels tests/test_optim.py tests/test_optim_faults.py tests/fuzz/test_fuzz_optimizers.py
 
 lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check

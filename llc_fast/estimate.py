@@ -253,7 +253,7 @@ class _Surroundings:
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
         self.generators = Generators(self.device, [model, loss_fn, data])
-        self.interrupts = Interrupts(_Surroundings.__exit__)
+        self.interrupts = Interrupts(_Surroundings._begin, _Surroundings._try, _Surroundings.__exit__)
         self._model = model
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
@@ -261,18 +261,32 @@ class _Surroundings:
 
     def __enter__(self) -> _Surroundings:
         try:
-            self._stack.enter_context(one_at_a_time())
             self._stack.enter_context(self.interrupts)
-            self._stack.enter_context(self.team.working())
-            # What model and data draw from: in states of their own, which follow the seed.
-            self._stack.enter_context(self.generators.kept())
-            self._stack.enter_context(torch.inference_mode(False))
-            self._stack.enter_context(large_blocks_apart(self._is_large))
-            self._stack.callback(ModelSnapshot(self._model).restore)
-        except BaseException:
-            self._stack.close()
+            turn = one_at_a_time()
+            while not self._try(turn):
+                pass
+            self._begin()
+            if self.interrupts.is_pending:
+                raise KeyboardInterrupt
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
+
+    def _try(self, turn: one_at_a_time) -> bool:
+        """Wait a little for other runs to end; what is not interrupted is short."""
+        if has_turn := turn.try_for(0.05):
+            self._stack.push(turn)
+        return has_turn
+
+    def _begin(self) -> None:
+        self._stack.enter_context(threads(None))
+        self._stack.enter_context(self.team.working())
+        # What model and data draw from: in states of their own, which follow the seed.
+        self._stack.enter_context(self.generators.kept())
+        self._stack.enter_context(torch.inference_mode(False))
+        self._stack.enter_context(large_blocks_apart(self._is_large))
+        self._stack.callback(ModelSnapshot(self._model).restore)
 
     def __exit__(self, *error: Any) -> bool:
         handled = bool(self._stack.__exit__(*error))

@@ -156,6 +156,7 @@ class BatchedGradient:
         self._ones: Tensor | None = None
 
     def evaluate(self, batch: Batch) -> Evaluation:
+        torch.clear_autocast_cache()  # of the caller's autocast: these leaves have moved
         self._losses, samples = self._function(self._params, batch)
         if self._ones is None:
             self._ones = torch.ones_like(self._losses)

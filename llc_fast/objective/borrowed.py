@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,10 +46,9 @@ class BorrowedModel:
             if b is not None and id(b) in names
         ]
 
-    @contextlib.contextmanager
     def holding(
         self, values: Mapping[str, Tensor], fixed: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Parameters and buffers with the data of these tensors; what forward writes goes to their memory.
 
         Gradients that the parameters had are out of sight meanwhile.
@@ -59,44 +58,7 @@ class BorrowedModel:
             fixed: other parameters that live elsewhere than the model's own, on another device, say.
             buffers: a chain's own; those that are left out stay the model's.
         """
-        grads, flags, hooks = [], [], []
-        parameters = self.parameters
-        try:
-            for name in self._own:
-                p = parameters[name]
-                if p.requires_grad is not (name in values):
-                    flags.append(p)
-                    p.requires_grad_(name in values)
-                if p.grad is not None:
-                    grads.append((p, p.grad))
-                    p.grad = None
-                if found := accumulation_hooks(p):  # an optimizer that steps during backward must not see the chain's
-                    hooks.append((found, dict(found)))
-                    found.clear()
-            for given in (values, fixed):
-                for name, value in given.items():
-                    parameters[name].data = value
-            for name, value in buffers.items():
-                self.buffers[name].data = value
-            yield
-        finally:
-            for given in (values, fixed):
-                for name, value in given.items():
-                    p = parameters[name]
-                    if p.data_ptr() != value.data_ptr():  # forward set .data
-                        self._keep(p, value, self.wrote_parameters, name)
-                    p.data = self._own[name]
-            if buffers:
-                self._put_buffers_back(buffers)
-            for p in flags:
-                p.requires_grad_(not p.requires_grad)
-            for p in (parameters[name] for name in values):
-                if p.grad is not None:
-                    p.grad = None
-            for p, grad in grads:
-                p.grad = grad
-            for found, content in hooks:
-                found.update(content)
+        return _Holding(self, values, fixed, buffers)
 
     def versions(self) -> dict[str, int]:
         """How often each parameter and buffer has been written to in place, by name."""
@@ -139,6 +101,74 @@ def _counts(value: object) -> bool:
     return isinstance(value, (*_PLAIN, *_CONTAINERS))
 
 
+class _Holding:
+    """See :meth:`BorrowedModel.holding`."""
+
+    def __init__(
+        self,
+        borrowed: BorrowedModel,
+        values: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        self._borrowed, self._values, self._fixed, self._buffers = borrowed, values, fixed, buffers
+        self._grads: list[tuple[nn.Parameter, Tensor]] = []
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
+
+    def __enter__(self) -> None:
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _begin(self) -> None:
+        borrowed, values = self._borrowed, self._values
+        parameters = borrowed.parameters
+        for name in borrowed._own:
+            p = parameters[name]
+            if p.requires_grad is not (name in values):
+                self._flags.append((p, p.requires_grad))
+                p.requires_grad_(name in values)
+            if p.grad is not None:
+                self._grads.append((p, p.grad))
+                p.grad = None
+            if found := accumulation_hooks(p):  # an optimizer that steps during backward must not see the chain's
+                self._hooks.append((found, dict(found)))
+                found.clear()
+        torch.clear_autocast_cache()  # of the caller's autocast: it knows a parameter by its identity
+        for name, value in values.items():
+            parameters[name].data = value
+        for name, value in self._fixed.items():
+            parameters[name].data = value
+        for name, value in self._buffers.items():
+            borrowed.buffers[name].data = value
+
+    def __exit__(self, *_: object) -> None:
+        borrowed = self._borrowed
+        parameters, own = borrowed.parameters, borrowed._own
+        for given in (self._values, self._fixed):
+            for name, value in given.items():
+                p = parameters[name]
+                if p.data_ptr() != value.data_ptr() and p.data_ptr() != own[name].data_ptr():  # forward set .data
+                    borrowed._keep(p, value, borrowed.wrote_parameters, name)
+                p.data = own[name]
+        torch.clear_autocast_cache()
+        if self._buffers:
+            borrowed._put_buffers_back(self._buffers)
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+        for name in self._values:
+            p = parameters[name]
+            if p.grad is not None:
+                p.grad = None
+        for p, grad in self._grads:
+            p.grad = grad
+        for found, content in self._hooks:
+            found.update(content)
+
+
 # ---- what a run may leave behind on modules ---------------------------------------------------------------------
 
 
@@ -166,6 +196,7 @@ class ModelSnapshot:
             tensors += [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         unique = {id(t): t for t in tensors}.values()
         self._held = [(t, t.data, t.requires_grad, t.grad if t.is_leaf else None) for t in unique if not is_dtensor(t)]
+        self._hooks = [(t, dict(accumulation_hooks(t) or {})) for t, *_ in self._held if t.is_leaf]
 
     def _remember(self, value: Any, depth: int) -> None:
         if type(value) is Tensor and not value.requires_grad:
@@ -203,6 +234,11 @@ class ModelSnapshot:
                 tensor.requires_grad_(requires_grad)
             if tensor.is_leaf and tensor.grad is not grad:
                 tensor.grad = grad
+        for tensor, hooks in self._hooks:
+            found = accumulation_hooks(tensor)
+            if found is not None and found != hooks:
+                found.clear()
+                found.update(hooks)
         with torch.no_grad():
             for tensor, version, value in self._tensors:
                 if version_of(tensor) != version:

@@ -175,7 +175,7 @@ class Objective:
         self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._fixed = {name: t for name, t in self.frozen.items() if _is_elsewhere(t, named[name])}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
-        self._swaps_buffers = True
+        self._swaps_buffers, self._is_exact = True, False
         self.per_sample = False
         self.not_sampled: dict[str, int] = {}
         self.trial = try_out(self, max_checks)
@@ -213,7 +213,8 @@ class Objective:
     def is_precise(self) -> bool:
         """Whether losses are computed in float32 or better throughout."""
         wide = (torch.float32, torch.float64)
-        return self._autocast is None and next(iter(self.reference.values())).dtype in wide
+        autocast = self._autocast is not None or torch.is_autocast_enabled(self.device.type)
+        return (self._is_exact or not autocast) and next(iter(self.reference.values())).dtype in wide
 
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
@@ -309,7 +310,7 @@ class Objective:
     def in_precision(self, cast: Callable[[Tensor], Tensor]) -> Objective:
         """The same without autocast, and with the model's tensors as `cast` gives them."""
         exact = copy.copy(self)
-        exact._autocast = None
+        exact._autocast, exact._is_exact = None, True
         tensors = self.reference, self.frozen, self._buffers
         if all(cast(t) is t for named in tensors for t in named.values()):
             return exact
@@ -389,6 +390,8 @@ class Objective:
         return identity | data_identity(self.source)
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self._is_exact:
+            return torch.autocast(self.device.type, enabled=False)  # the caller's, too
         if self._autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)

@@ -278,6 +278,7 @@ class _Trial:
         objective = self._objective
         expected = self._value(params)
         self._generators.restore(self._start)
+        torch.clear_autocast_cache()
         try:
             found = _number(objective.functional(params, copied(self._piece), objective.fresh_buffers()))
         except Exception as error:

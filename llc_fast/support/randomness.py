@@ -65,14 +65,22 @@ class Generators:
         for k, generator in enumerate(self.held):
             _seed(generator, (seed + (k + 1) * 0x9E3779B97F4A7C15) & (2**63 - 1))
 
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> contextlib.AbstractContextManager[None]:
         """Afterwards all generators are as they were before."""
-        before = self.states()
-        try:
-            yield
-        finally:
-            self.restore(before)
+        return _Kept(self)
+
+
+class _Kept:
+    """Puts states back. A generator function would do so once more when Ctrl-C stopped it as it began: at any time."""
+
+    def __init__(self, generators: Generators) -> None:
+        self._generators = generators
+
+    def __enter__(self) -> None:
+        self._before = self._generators.states()
+
+    def __exit__(self, *_: object) -> None:
+        self._generators.restore(self._before)
 
 
 def same_states(a: Any, b: Any) -> bool:

@@ -18,15 +18,22 @@ import torch
 T = TypeVar("T")
 
 
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
+# What puts things back is a class, never a generator function: Ctrl-C may stop that one as it begins, and what it would
+# do at its end is then done when its memory is freed, long after whoever is outside has put things back.
+
+
+class threads:  # noqa: N801
     """Run with `count` intra-op threads; None: as many as torch is set to use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self._count or self._before)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
 
 
 class Interrupts:
@@ -101,21 +108,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_turn)
 
 
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
+class one_at_a_time:  # noqa: N801
     """Wait until no other thread is inside; one that is inside may enter again, in threads of its context too.
 
     A run writes to the model's parameters, and draws from generators that belong to the whole process.
     """
-    if _has_turn.get():
-        yield
-        return
-    with _turn:
-        token = _has_turn.set(True)
-        try:
-            yield
-        finally:
+
+    _token: contextvars.Token[bool] | None = None
+
+    def __enter__(self) -> None:
+        while not self.try_for(0.05):
+            pass
+
+    def try_for(self, seconds: float) -> bool:
+        """Whether the turn has come; it is given back at the end of ``with``."""
+        if _has_turn.get():
+            return True
+        self._lock = _turn
+        if self._lock.acquire(timeout=seconds):
+            self._token = _has_turn.set(True)
+        return self._token is not None
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            token, self._token = self._token, None
             _has_turn.reset(token)
+            self._lock.release()
 
 
 class CallersSettings:
