@@ -21,6 +21,7 @@ OF_NO_MODULE = {
     "test_devinterp.py": "another package with our optimizers in it",
     "test_docs.py": "README.md and docs/",
     "test_optim_faults.py": "of optim and kernels.native: what happens to tensors between steps",
+    "fuzz/test_fuzz_estimates.py": "whole estimates of random models, losses and data",
     "fuzz/test_fuzz_optimizers.py": "of optim: any sequence of calls",
     "kernels/test_sanitizers.py": "a build of the native module",
     "test_imports.py": "which module may import which",

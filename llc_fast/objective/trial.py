@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
 from llc_fast.objective.borrowed import plain_attributes
@@ -18,7 +20,7 @@ from llc_fast.objective.differences import compare_with_differences, copied, sca
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.support.errors import first_line
 from llc_fast.support.randomness import State, same_states
-from llc_fast.support.torch_private import has_own_backward, has_user_hooks, version_of
+from llc_fast.support.torch_private import has_own_backward, has_user_hooks, is_dropout, version_of
 
 if TYPE_CHECKING:
     from llc_fast.objective.objective import Evaluation, Objective
@@ -33,8 +35,9 @@ _SAME_BITS = 1e-6
 _DISPLACEMENT = 0.05
 """How far the displaced point is from w*, relative to the size of each parameter."""
 _REPEATS, _SMALL_FLOPS = 4, 1e8
-"""Evaluations of a random loss whose mean shows whether it is a sum, and of a loss of so few operations that show
-whether it is the same each time."""
+"""Evaluations of a loss of so few operations that show whether it is the same each time, or a sum if it is random."""
+_MOST_REPEATS, _SURE = 100, 0.04
+"""Evaluations of a random loss at most, and the relative error of a mean that shows whether it is a sum."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,6 @@ class _Trial:
         del here
         elsewhere = self._displaced()
         problem = "it writes to its parameters" if first.writes_parameters else self._functional_problem(elsewhere)
-        self._refuse_sum(elsewhere, is_random)
         trial = Trial(
             flops=first.flops,
             activation_bytes=first.activation_bytes,
@@ -139,6 +141,7 @@ class _Trial:
             draws_in_training=is_random and any(m.training for m in objective.model.modules()),
         )
         objective.trial = trial
+        self._refuse_sum(elsewhere, is_random)
         if is_reproducible and not first.writes_parameters:
             few = _FEW_CHECKS if first.flops > _LARGE_FLOPS else MIN_CHECKS
             self._compare(elsewhere, max(max_checks, few))
@@ -177,6 +180,7 @@ class _Trial:
     def _gradient(self, params: dict[str, Tensor], plain: bool) -> _First:
         objective, borrowed = self._objective, self._borrowed
         self._generators.restore(self._start)
+        objective.per_sample = False  # until the loss has been seen as it is
         piece, buffers = copied(self._piece), objective.fresh_buffers()
         inputs = [t for t in leaves(piece) if isinstance(t, Tensor)]
         saved = _SavedBytes(exclude=[*params.values(), *objective.frozen.values(), *inputs, *buffers.values()])
@@ -290,8 +294,8 @@ class _Trial:
     def _refuse_sum(self, params: Mapping[str, Tensor], is_random: bool) -> None:
         """A loss that is a sum over the batch would make λ̂ wrong by the batch size.
 
-        Halves of a batch add up to it, and a batch that is repeated doubles it; a loss over pairs may do one of the
-        two. Models for batches of one size take neither, and nothing is known of them.
+        Halves of a batch add up to it, and a batch that comes twice doubles it; a loss over pairs may do one of these.
+        Models for batches of one size take none of them, and nothing is known of their loss.
         """
         if self._objective.per_sample:
             return
@@ -300,30 +304,44 @@ class _Trial:
             return
         half = length // 2
         parts = [map_tensors(lambda t: t[:half], self._piece), map_tensors(lambda t: t[half:], self._piece)]
-        twice = [map_tensors(lambda t: torch.cat([t, t]), self._piece)]
-        # The ratio is 1 for a sum; for a mean it is 2 and 1/2.
-        slack = 0.25 if is_random else 1e-3
+        more = [[map_tensors(functools.partial(_repeated, k), self._piece)] for k in (2, 3)]
         looks = []
-        for others, factor in ((parts, 1.0), (twice, 0.5)):
-            with contextlib.suppress(Exception):  # a model for other batches than these
-                if half or others is twice:
-                    repeats = range(_REPEATS if is_random else 1)
-                    ratios = [factor * self._over_whole(params, others, k) for k in repeats]
-                    looks.append(abs(sum(ratios) / len(ratios) - 1) < slack)
-        if looks and all(looks):
+        with _dropout_off(self._objective.model):
+            is_random = is_random and len({self._after(seed, params) for seed in range(3)}) > 1
+            for others, factor in [(parts, 1.0)] * bool(half) + [(more[0], 1 / 2), (more[1], 1 / 3)]:
+                with contextlib.suppress(Exception):  # a model for other batches than these
+                    looks.append(self._adds_up(params, others, factor, is_random))
+                    if not looks[-1]:
+                        return
+        if len(looks) >= 2:
             raise ValueError(
                 "loss_fn sums over the batch (halves of a batch add up to it); λ̂ = nβ(mean L − L(w*)) needs the mean: "
                 "use reduction='mean'"
             )
 
-    def _over_whole(self, params: Mapping[str, Tensor], others: Sequence[Batch], k: int) -> float:
-        """The losses of other batches, added up, over that of this one."""
-        self._generators.seed(_OTHER_SEED + k)
-        whole = self._value(params, restart=False)
-        found = sum(self._value(params, other, restart=False) for other in others) / whole
-        if not math.isfinite(found):
+    def _after(self, seed: int, params: Mapping[str, Tensor]) -> float:
+        self._generators.seed(seed)
+        return self._value(params, restart=False)
+
+    def _adds_up(self, params: Mapping[str, Tensor], others: Sequence[Batch], factor: float, is_random: bool) -> bool:
+        """Whether the losses of other batches, added up and times `factor`, are that of this one.
+
+        For a sum the ratio is 1; for a mean it is 2 or 1/2. Random losses are averaged until that can be told.
+        """
+        most = 1 if not is_random else _REPEATS if self._objective.trial.flops > _SMALL_FLOPS else _MOST_REPEATS
+        wholes, sums = list[float](), list[float]()
+        error = 0.0
+        for k in range(most):
+            wholes.append(self._after(_OTHER_SEED + k, params))
+            sums.append(factor * sum(self._value(params, other, restart=False) for other in others))
+            if k + 1 >= _REPEATS:
+                error = _error_of_ratio(sums, wholes)
+                if error < _SURE:
+                    break
+        ratio = sum(sums) / sum(wholes)
+        if not math.isfinite(ratio) or error > 3 * _SURE:
             raise ValueError("nothing to compare with")
-        return found
+        return abs(ratio - 1) < (min(0.2, 0.02 + 4 * error) if is_random else 1e-3)
 
     def _compare(self, params: dict[str, Tensor], max_checks: int) -> None:
         """Compare gradients with differences; take elements out that have none though the loss depends on them."""
@@ -378,6 +396,28 @@ _OTHER_SEED = 0x5EED
 
 def _number(evaluation: Evaluation) -> float:
     return float(evaluation.loss.detach().double())
+
+
+def _repeated(times: int, tensor: Tensor) -> Tensor:
+    return torch.cat([tensor] * times)
+
+
+@contextlib.contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    """Dropout modules in eval mode: what is random for no other reason is a function then."""
+    modules = [m for m in model.modules() if is_dropout(m) and m.training]
+    try:
+        for m in modules:
+            m.training = False
+        yield
+    finally:
+        for m in modules:
+            m.training = True
+
+
+def _error_of_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """The standard error of the ratio of two means, each of its own evaluations, relative to the ratio."""
+    return math.hypot(*(statistics.stdev(v) / math.sqrt(len(v)) / abs(statistics.fmean(v) or math.nan) for v in (a, b)))
 
 
 def _agree(a: float, b: float, slack: float) -> bool:

@@ -140,6 +140,10 @@ def has_user_hooks(model: nn.Module) -> bool:
     return any(p._backward_hooks for p in model.parameters())
 
 
+def is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
 def has_onednn_linear() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
