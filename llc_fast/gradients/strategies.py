@@ -163,6 +163,10 @@ class BatchedGradient:
         losses, chains = self._losses.detach(), self._state.num_chains
         return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
 
+    def forget(self) -> None:
+        """Forget what is kept from call to call: a recording that makes it itself knows that it is constant."""
+        self._ones = None
+
     @torch.no_grad()  # what torch.func evaluates is the same function without gradients, or it would not be batched
     def at_reference(self, batch: Batch) -> Tensor:
         return self._at_reference(self._reference, batch)[0].expand(self._state.num_chains)
@@ -305,6 +309,7 @@ def _check_against_the_model(
         with state.at(state.w + distance * noise), torch.enable_grad():
             losses = inner.evaluate(batch).loss
             found = inner.gradients()
+            inner.forget()
             with objective.holding(state.single(), objective.fresh_buffers()):
                 loss = objective.loss(alone).loss
                 expected = objective.gradients(loss)

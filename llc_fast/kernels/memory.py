@@ -105,7 +105,7 @@ class Watch:
         self._all_addresses: list[int] = []
         self._all_bytes: list[int] = []
         self._spans: list[int] = []  # of gradients, in bytes
-        self._to_copy: list[int] = []  # gradients, by number
+        self._to_copy: list[tuple[int, bool]] = []  # gradients, by number, and whether they are negated
 
     def is_unchanged(self) -> bool:
         """Whether address, size of the storage, dtype, device, shape, strides and flags are as they were."""
@@ -144,10 +144,13 @@ class Watch:
                 if span and not (addresses[known + k] and end <= sizes[known + k]):
                     self._check(k, grad)
             self._all_addresses, self._all_bytes = addresses, sizes
+        addresses = addresses[known:]
         if self._to_copy:
-            grads = [plain(grad.detach()) if k in self._to_copy else grad for k, grad in enumerate(grads)]
-            return grads, list(map(_address_of, grads))
-        return grads, addresses[known:]
+            grads = list(grads)
+            for k, is_negated in self._to_copy:
+                grads[k] = grad = plain(grads[k].detach()) if is_negated else grads[k].contiguous()
+                addresses[k] = grad.data_ptr()
+        return grads, addresses
 
     def _look_closely(self, grads: Sequence[Tensor]) -> bool:
         """Check everything anew; whether the tensors are unchanged."""
@@ -157,6 +160,6 @@ class Watch:
         for k, grad in enumerate(grads):
             self._check(k, grad)
         self._spans = [grad.element_size() * _span(grad) for grad in grads]
-        self._to_copy = [k for k, grad in enumerate(grads) if not is_plain(grad)]
+        self._to_copy = [(k, grad.is_neg()) for k, grad in enumerate(grads) if not is_plain(grad)]
         self._all_same_layouts = same_layouts([*self._tensors, *grads])
         return True

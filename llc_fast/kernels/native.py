@@ -709,7 +709,9 @@ def minibatch_indices(num_samples: int, key: NoiseKey, out: Tensor, *, device_st
     if out.dtype != torch.int64 or not out.is_contiguous() or not 1 <= batch_size <= num_samples:
         raise ValueError(f"out must be contiguous int64 [num_chains, batch_size ≤ {num_samples}], got {out.dtype} "
                          f"{tuple(out.shape)}")  # fmt: skip
-    check_memory("out", out)
+    # At every step of every chain, so the usual case first.
+    if type(out) is not Tensor or out.untyped_storage().nbytes() < 8 * (out.storage_offset() + out.numel()):
+        check_memory("out", out)
     if not has_native_backend(out.device.type):
         return out.copy_(reference.minibatch_indices(num_samples, batch_size, num_chains, key))
     stream = torch.cuda.current_stream(out.device).cuda_stream if out.device.type == "cuda" else None
