@@ -563,6 +563,10 @@ class _Everything:
         return found
 
     def check(self) -> None:
+        # The thread that writes to a worker's queue ends a moment after the worker.
+        until = time.monotonic() + 3
+        while threading.active_count() > self._before["threads"] and time.monotonic() < until:
+            time.sleep(0.01)
         now = self._now()
         changed = [name for name in self._before.keys() | now.keys() if self._before.get(name) != now.get(name)]
         shown = {name: (repr(self._before.get(name))[:100], repr(now.get(name))[:100]) for name in sorted(changed)[:4]}
@@ -863,7 +867,9 @@ class _Twin:
             with torch.autocast("cpu", self._execution.autocast, enabled=self._execution.autocast is not None):
                 loss = self._twin.value(piece) * (_length(piece) / length)
             if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named.items()}
         for name, p in named.items():
