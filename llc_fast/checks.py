@@ -312,8 +312,9 @@ def _no_gradient(case: _Case) -> str | None:
     if not found:
         return None
     return (
-        f"The loss depends on {sum(found.values())} elements that have no gradient ({_some(list(found))}: padding_idx, "
-        "detached parts, hooks?): they were not sampled and stayed at w*. Leave them out with params= if this is meant."
+        f"{sum(found.values())} elements have no gradient, whether or not the loss depends on them "
+        f"({_some(list(found))}: padding_idx, detached parts, hooks?): they were not sampled and stayed at w*. Leave "
+        "them out with params= if this is meant."
     )
 
 

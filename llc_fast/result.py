@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,6 +52,24 @@ class Warning(str):
         return Warning, (str(self), self.code)
 
 
+_OLD_NAMES = {
+    "distance_over_anchor": "distance_over_reference",
+    "drift": "trend",
+    "drift_stderr": "trend_stderr",
+    "heating": "bias_share",
+}
+
+
+class Diagnostics(dict[str, Any]):
+    """Statistics by name; those that have another name since still answer to the old one, with a DeprecationWarning."""
+
+    def __missing__(self, name: str) -> Any:
+        if (new := _OLD_NAMES.get(name, "")) not in self:
+            raise KeyError(name)
+        warnings.warn(f"diagnostics[{name!r}] is now called {new!r}", DeprecationWarning, stacklevel=2)
+        return self[new]
+
+
 @dataclass(frozen=True, repr=False)
 class LLCResult:
     """An estimate of the local learning coefficient, λ̂ = nβ·(mean L over draws − L(w*)).
@@ -93,7 +112,7 @@ class LLCResult:
     schedule: Schedule
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[Warning] = field(default_factory=list)
-    diagnostics: dict[str, Any] = field(default_factory=dict)
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
     observables: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     steps_done: list[int] | None = None
     traces: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -389,6 +408,7 @@ class LLCResult:
                 return cls(
                     loss_trace=arrays["loss_trace"],
                     schedule=Schedule(**meta.pop("schedule")),
+                    diagnostics=Diagnostics(meta.pop("diagnostics", {})),
                     warnings=[Warning(*warning) for warning in meta.pop("warnings", [])],
                     observables=observables,
                     traces=traces,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llc_fast.result import LLCResult, Warning
+from llc_fast.result import Diagnostics, LLCResult, Warning
 from llc_fast.schedule import Schedule
 
 
@@ -613,3 +613,12 @@ def test_exports_without_their_packages(module: str, export: str, monkeypatch: p
     with pytest.raises(ModuleNotFoundError, match=module):
         getattr(result, export)()
     assert math.isfinite(result.llc_mean)
+
+
+def test_statistics_by_their_old_names() -> None:
+    """What has another name since still answers to the old one, with a warning that says the new one."""
+    result = LLCResult(np.zeros((1, 2)), 0.0, 1.0, Schedule(2, 0), diagnostics=Diagnostics(distance_over_reference=0.5))
+    with pytest.warns(DeprecationWarning, match="now called 'distance_over_reference'"):
+        assert result.diagnostics["distance_over_anchor"] == result.diagnostics["distance_over_reference"]
+    with pytest.raises(KeyError, match="unheard_of"):
+        result.diagnostics["unheard_of"]

@@ -215,7 +215,11 @@ class _Comparison:
         self._restart()
         with _unknown_if_it_fails(), torch.enable_grad(), objective.holding(self._params, objective.fresh_buffers()):
             loss = objective.loss(copied(self._batch)).loss
-            objective.consume_gradients(loss, take, plain=objective.trial.is_reentrant)
+            if objective.trial.is_reentrant:  # which gives gradients in several parts
+                for name, grad in zip(objective.reference, objective.gradients(loss), strict=True):
+                    take(name, grad)
+            else:
+                objective.consume_gradients(loss, take)
         if not all(map(math.isfinite, found.sizes.values())):
             raise _UnknownError
         if not self._is_large:

@@ -174,12 +174,17 @@ class Objective:
         self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
         self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
         self._fixed = {name: t for name, t in self.frozen.items() if _is_elsewhere(t, named[name])}
+        moved_alone = self._fixed
+        if sum(p.numel() for p in self.frozen.values()) <= _COPIED_PARAMETERS:  # forward may write to these, too
+            self._fixed = {name: p.clone() for name, p in self.frozen.items()}
         self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
         self._swaps_buffers, self._is_exact = True, False
         self.per_sample = False
         self.not_sampled: dict[str, int] = {}
         self.trial = try_out(self, max_checks)
-        if self.trial.writes_parameters:
+        if not self.trial.writes_parameters:
+            self._fixed = {name: t for name, t in moved_alone.items() if name in self.frozen}
+        else:
             self.reference = {name: p.clone() for name, p in self.reference.items()}
         moved = any(map(_is_elsewhere, self._buffers.values(), model.buffers()))
         self._swaps_buffers = moved or self.trial.writes_buffers

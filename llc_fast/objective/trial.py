@@ -20,7 +20,13 @@ from llc_fast.objective.differences import compare_with_differences, copied, sca
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.support.errors import first_line
 from llc_fast.support.randomness import State, same_states
-from llc_fast.support.torch_private import has_own_backward, has_user_hooks, is_dropout, version_of
+from llc_fast.support.torch_private import (
+    has_own_backward,
+    has_user_hooks,
+    is_dropout,
+    padding_rows,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from llc_fast.objective.objective import Evaluation, Objective
@@ -118,11 +124,18 @@ class _Trial:
         with torch.enable_grad():
             other = self._value(here, restart=False)
         is_random = drew or not is_reproducible or not _agree(other, value, _SAME)
-        with torch.no_grad():
-            is_same_without_grad = is_random or _agree(self._value(here), value, _SAME_BITS)
+        with torch.no_grad():  # recomputed activations of the reentrant kind warn where there are no gradients
+            is_same_without_grad = is_random or (
+                not first.is_reentrant and _agree(self._value(here), value, _SAME_BITS)
+            )
         del here
         elsewhere = self._displaced()
-        problem = "it writes to its parameters" if first.writes_parameters else self._functional_problem(elsewhere)
+        if first.writes_parameters:
+            problem = "it writes to its parameters"
+        elif first.is_reentrant:
+            problem = "it recomputes activations with use_reentrant=True"
+        else:
+            problem = self._functional_problem(elsewhere)
         trial = Trial(
             flops=first.flops,
             activation_bytes=first.activation_bytes,
@@ -142,6 +155,7 @@ class _Trial:
         )
         objective.trial = trial
         self._refuse_sum(elsewhere, is_random)
+        self._leave_padding()
         if is_reproducible and not first.writes_parameters:
             few = _FEW_CHECKS if first.flops > _LARGE_FLOPS else MIN_CHECKS
             self._compare(elsewhere, max(max_checks, few))
@@ -214,7 +228,7 @@ class _Trial:
         # F.batch_norm writes to running statistics without a word to autograd.
         silently = any(not _same_values(b, buffers[name]) for name, b in objective.fresh_buffers().items())
         return _First(
-            value=float(loss.detach().double().mean()),
+            value=float(loss.detach().mean().double()),  # rounded as later values are
             flops=math.inf if compiled else counter.flops * -(-batch_length(self._batch) // self._size),
             activation_bytes=saved.total,
             gradients=gradients,
@@ -343,7 +357,20 @@ class _Trial:
         ratio = sum(sums) / sum(wholes)
         if not math.isfinite(ratio) or error > 3 * _SURE:
             raise ValueError("nothing to compare with")
-        return abs(ratio - 1) < (min(0.2, 0.02 + 4 * error) if is_random else 1e-3)
+        rounding = 1e-3 if self._objective.is_precise else 0.05
+        return abs(ratio - 1) < (min(0.2, 0.02 + 4 * error) if is_random else rounding)
+
+    def _leave_padding(self) -> None:
+        """Rows of embeddings that never get a gradient are not sampled, whether this minibatch has padding or not."""
+        objective = self._objective
+        names = {id(p): name for name, p in objective.borrowed.parameters.items()}
+        for weight, row in padding_rows(objective.model):
+            name = names.get(id(weight), "")
+            if name in objective.reference:
+                mask = objective.masks.get(name, torch.ones_like(objective.reference[name], dtype=torch.bool)).clone()
+                left, mask[row] = int(mask[row].sum()), False
+                if left and mask.any():
+                    objective.masks[name], objective.not_sampled[name] = mask, left
 
     def _compare(self, params: dict[str, Tensor], max_checks: int) -> None:
         """Compare gradients with differences; take elements out that have none though the loss depends on them."""
@@ -364,7 +391,7 @@ class _Trial:
             )
         for name, elements in found.without_gradient.items():
             kept = ~elements & objective.masks.get(name, torch.ones_like(elements))
-            objective.not_sampled[name] = int(elements.sum())
+            objective.not_sampled[name] = objective.not_sampled.get(name, 0) + int(elements.sum())
             if kept.any():
                 objective.masks[name] = kept
             else:

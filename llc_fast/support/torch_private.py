@@ -125,6 +125,16 @@ def drops(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) and bool(getattr(module, "p", 1.0) > 0)
 
 
+def padding_rows(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """Weights of embeddings with a row that gets no gradient (``padding_idx``), and which; none that others use."""
+    uses = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    for module in model.modules():
+        row = module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+        weight = module._parameters.get("weight")
+        if row is not None and weight is not None and sum(p is weight for p in uses) == 1:
+            yield weight, row
+
+
 def has_user_hooks(model: nn.Module) -> bool:
     """Whether somebody's hooks see or change what the modules or parameters of a model compute.
 

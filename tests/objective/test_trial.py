@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from llc_fast import estimate_llc
 from llc_fast.data import make_source
 from llc_fast.objective.objective import Objective
 
@@ -333,3 +334,86 @@ def test_sparse_gradients_are_refused_by_name() -> None:
     data = torch.randint(0, 5, (40,)), torch.randn(40)
     with pytest.raises(TypeError, match=r"^the gradient of parameter '0.weight' has layout torch.sparse_coo"):
         _objective(model, mse, data)
+
+
+# ---- found by random estimates -----------------------------------------------------------------------------------
+
+
+class _Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.head = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(checkpoint(self.block, self.first(x), use_reentrant=True))
+        return out
+
+
+@pytest.mark.filterwarnings("error:None of the inputs")
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_that_come_in_parts(seed: int) -> None:
+    """Recomputed activations and a list of parameters each give a part; nothing is evaluated without gradients."""
+    torch.manual_seed(seed)
+    model = _Recomputed()
+    own = list(model.parameters())
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, target) + 0.01 * sum(p.square().sum() for p in own)
+
+    data = torch.randn(16, 4), torch.randn(16, 1)
+    result = estimate_llc(
+        model, data, loss_fn, lr=1e-12, num_draws=20, num_burnin=0, num_chains=2, batch_size=4, progress=False
+    )
+    assert abs(result.llc_mean) < 6 * result.llc_stderr + 1e-3
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_losses_of_bfloat16_models(reduction: str) -> None:
+    """A sum is refused, and losses of samples are no random ones, though their mean is rounded."""
+    torch.manual_seed(0)
+    model, data = nn.Linear(3, 1).bfloat16(), (torch.randn(64, 3).bfloat16(), torch.randn(64, 1).bfloat16())
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        losses = (output - target).square()[:, 0]
+        return losses.sum() if reduction == "sum" else losses
+
+    settings: dict[str, Any] = {"lr": 1e-5, "num_draws": 10, "num_burnin": 0, "batch_size": 16, "progress": False}
+    if reduction == "sum":
+        with pytest.raises(ValueError, match="sums over the batch"):
+            estimate_llc(model, data, loss_fn, **settings)
+        return
+    assert "irreproducible" not in [w.code for w in estimate_llc(model, data, loss_fn, **settings).warnings]
+
+
+def test_forward_passes_that_write_to_frozen_parameters() -> None:
+    """max_norm cuts rows of an embedding that is not sampled: the model's own stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 3, max_norm=0.5), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    data = torch.arange(24) % 6, torch.randn(24, 1)
+    result = estimate_llc(
+        model, data, nn.functional.mse_loss, lr=1e-5, num_draws=10, num_burnin=0, batch_size=4, progress=False
+    )
+    assert torch.equal(model[0].weight, before) and "writes-parameters" in [w.code for w in result.warnings]
+
+
+def test_padding_that_the_first_minibatch_has_not() -> None:
+    """A row without a gradient is not sampled, and named, wherever in the data it occurs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 1))
+    tokens = torch.randint(1, 6, (200, 2))
+    tokens[:3, 1] = 0
+    result = estimate_llc(
+        model,
+        (tokens, torch.randn(200, 1)),
+        nn.functional.mse_loss,
+        lr=1e-3,
+        num_draws=10,
+        num_burnin=0,
+        batch_size=2,
+        keep_ends=True,
+        progress=False,
+    )
+    assert result.ends is not None and not result.ends["0.weight"][:, 0].any() and result.ends["0.weight"][:, 1:].all()
+    assert "no-gradient" in [w.code for w in result.warnings]
