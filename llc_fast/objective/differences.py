@@ -249,7 +249,8 @@ class _Comparison:
             slope = self._slope(_Along(gradient.parts, self._scales), group)
             typical = expected = sum(slopes[name] for name in group)
         steepest = max(math.hypot(*(slopes[name] for name in group)), _LITTLE * whole)
-        if not self._method.halves and slope.steepest > _JUMP * steepest:
+        rounding = 4 * self._method.rounding * self._precision * abs(self._here) / self._method.step
+        if not self._method.halves and slope.steepest > _JUMP * steepest + rounding:
             return False  # something is rounded on the way to the loss
         return abs(slope.value - expected) <= slope.error + self._method.disagrees * max(typical, _NOTHING * whole)
 

@@ -360,3 +360,13 @@ def test_estimates_name_what_is_wrong_before_sampling() -> None:
         progress=False,
     )
     assert result.settings["num_parameters"] == 31
+
+
+def test_a_bias_before_batch_normalization_alone() -> None:
+    """The loss does not depend on it: gradient and differences are rounding errors, which is no disagreement."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double().train()
+    data = torch.randn(32, 3).double(), torch.randn(32, 1).double()
+    source = make_source(data, 8, torch.device("cpu"))
+    objective = Objective(model, nn.functional.mse_loss, source, device=torch.device("cpu"), params="0.bias")
+    assert objective.not_sampled == {}
