@@ -176,7 +176,7 @@ def draw_case(seed: int) -> Case:
         execution["microbatch_size"] = c.integer(1, 4)
     if c.chance(0.08):
         execution["release_gradients"] = True
-    if c.chance(0.04) and dtype == torch.float32:
+    if c.chance(0.04) and dtype == torch.float32 and "custom" not in str(problem):  # which knows one dtype
         execution["autocast"] = torch.bfloat16
     if execution.get("microbatch_size") == 1 and "batch" in problem.traits:
         execution["microbatch_size"] = 2
@@ -400,7 +400,7 @@ class _Run:
         _fail_unless(not unusual, f"warnings that the model does not give by itself: {unusual}")
         if error is not None:
             self._outcome.refusal = str(error)
-            allowed = [case.expected] if case.expected else case.tolerated
+            allowed = [*case.tolerated, *[case.expected] * bool(case.expected)]
             _fail_unless(
                 any(re.search(pattern, str(error)) for pattern in allowed),
                 f"refused: {type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-9:])}",
@@ -896,7 +896,7 @@ class _Twin:
             stuck = (moved == reference) & (grads[name] == 0)
             if "no-gradient" in _codes(result):
                 error = ((moved - w) - expected)[free & ~stuck].abs()
-            coarse = 3e-2 if self._execution.autocast is not None else 1e-3 if case.dtype == torch.float32 else 1e-6
+            coarse = 6e-2 if self._execution.autocast is not None else 1e-3 if case.dtype == torch.float32 else 1e-6
             # Rounding of w, of the noise, and of the gradient, in units of a move.
             slack = 4 * eps * (w.abs().max() if w.numel() else 0) + 4e-6 * math.sqrt(lr) * (eps > 1e-9)
             slack = float(slack) + 1e-6 * math.sqrt(lr) + lr / 2 * nbeta * coarse * total
