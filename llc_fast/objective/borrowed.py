@@ -47,6 +47,20 @@ class BorrowedModel:
             if b is not None and id(b) in names
         ]
 
+    def move_to(self, device: torch.device) -> None:
+        """Move what is elsewhere to a device, as long as the model is on loan; :class:`ModelSnapshot` puts it back.
+
+        Not at every evaluation: autograd forgets a leaf whose data move to another device between forward and backward.
+        """
+        for name, data in self._own.items():
+            if data.device != device:
+                p = self.parameters[name]
+                p.grad = None  # which may be on no other device than the data
+                p.data = self._own[name] = data.to(device)
+        for name, data in self._own_buffers.items():
+            if data.device != device:
+                self.buffers[name].data = self._own_buffers[name] = data.to(device)
+
     def holding(
         self, values: Mapping[str, Tensor], fixed: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
     ) -> contextlib.AbstractContextManager[None]:

@@ -167,6 +167,7 @@ class Objective:
             found = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
         _check_apart({name: named[name] for name in sampled})
+        self._borrowed.move_to(device)
         self.reference = {name: named[name].detach().to(device) for name in sampled}
         if sum(p.numel() for p in self.reference.values()) <= _COPIED_PARAMETERS:
             # w* of its own, whatever forward writes to its parameters; a large model is copied only if it does.

@@ -589,7 +589,7 @@ def test_models_that_change_between_calls_are_not_recorded(strategy: str | None)
     [
         (_Unbatchable, "sequential", "capturing failed.*; batching failed"),
         (_Waits, "batched", "capturing failed: .*synchroniz"),
-        (_Counts, "batched", "capturing failed: a replay differs from the model"),
+        (_Counts, "sequential", "the loss changes from call to call"),
     ],
 )
 def test_gpu_models_that_can_not_be_captured(
@@ -601,7 +601,7 @@ def test_gpu_models_that_can_not_be_captured(
     assert result.settings["strategy"] == strategy
     assert re.search(why, result.diagnostics["strategy_reason"])
     if make is _Counts:
-        assert model.calls > 16  # at least once a step
+        assert model.calls == 0  # as it was
     else:
         np.testing.assert_allclose(result.loss_trace, plainly(model, PLAIN, F.mse_loss), rtol=RTOL[torch.float64])
     if make is not _Unbatchable:
