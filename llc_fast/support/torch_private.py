@@ -127,11 +127,11 @@ def drops(module: nn.Module) -> bool:
 
 def padding_rows(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
     """Weights of embeddings with a row that gets no gradient (``padding_idx``), and which; none that others use."""
-    uses = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    uses = [p for _, p in model.named_parameters(remove_duplicate=False)]
     for module in model.modules():
         row = module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
-        weight = module._parameters.get("weight")
-        if row is not None and weight is not None and sum(p is weight for p in uses) == 1:
+        weight = None if row is None else getattr(module, "weight", None)
+        if row is not None and isinstance(weight, nn.Parameter) and sum(p is weight for p in uses) == 1:
             yield weight, row
 
 
