@@ -274,6 +274,8 @@ def test_a_nested_estimate_does_not_wait_for_itself() -> None:
 def test_ctrl_c_at_random_moments(name: str, times: int) -> None:
     """In preparation, pilot chains or sampling, and again a moment later: everything is as before."""
     moments, model, raised = random.Random(1), _prepared(name), 0
+    # What torch imports when it is first needed, an interrupt would leave half imported.
+    runs.estimate(model=model, lr=None, num_draws=200, num_burnin=50)
     with _default_handler():
         before = _state(model)
         for _ in range(100):
