@@ -78,14 +78,15 @@ def estimate_llc(
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
 
     Chains sample p(w) ∝ exp(−nβ·L(w) − γ/2·‖w − w*‖²) from w*, and
-    λ̂ = nβ·(mean L over draws − L(w*)), with L(w*) taken over the whole data set (Lau et al. 2023, arXiv
-    2308.12108; Watanabe 2013). The model is left exactly as it was. It is evaluated in the mode it is in:
+    λ̂ = nβ·(mean L over draws − L(w*)), with L(w*) the average of what minibatches lose at w* (Lau et al. 2023,
+    arXiv 2308.12108; Watanabe 2013). The model is left exactly as it was. It is evaluated in the mode it is in:
     call ``model.eval()`` first unless dropout or batch statistics are meant to be part of the loss.
 
     The loss that a minibatch has at w* is a control variate: L_B(w_t) − L_B(w*) + L(w*) takes the place of L_B(w_t),
-    with the same expectation and less noise, wherever a minibatch's loss is the mean of its samples' losses
-    (``settings["control_variate"]``; if not, ``diagnostics["unpaired_reason"]`` says why). What observables see as
-    ``draw.loss`` is L_B(w_t) itself.
+    with the same expectation and less noise, wherever a minibatch's loss is the mean of its samples' losses, or a
+    loader gives the same minibatches in every pass (``settings["control_variate"]``; if not,
+    ``diagnostics["unpaired_reason"]`` says why). Losses that are no such means, and random ones, are evaluated at w*
+    too at every draw (``traces["reference_loss"]``). What observables see as ``draw.loss`` is L_B(w_t) itself.
 
     Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises.
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numbered import N, numbered
 from regression import NUM_SAMPLES, estimate, mlp, samples
 from runs import codes
 from torch import Tensor
@@ -24,18 +25,11 @@ from llc_fast.data import Batch, make_source
 pytestmark = pytest.mark.usefixtures("seeded")
 
 CPU = torch.device("cpu")
-N = 23
-
-
-def _tensors(n: int = N) -> tuple[Tensor, Tensor]:
-    """Sample i has input (i, 10 i) and target −i: a batch shows which samples it holds."""
-    index = torch.arange(n, dtype=torch.float32)
-    return torch.stack([index, 10 * index], dim=1), -index
 
 
 class _MapStyle(Dataset[Any]):
     def __init__(self, n: int = N) -> None:
-        self._x, self._y = _tensors(n)
+        self._x, self._y = numbered(n)
 
     def __len__(self) -> int:
         return len(self._y)
@@ -48,7 +42,7 @@ class _MakesBatches:
     """Nothing but a length and batches of its own making."""
 
     def __init__(self, n: int = N) -> None:
-        self._x, self._y = _tensors(n)
+        self._x, self._y = numbered(n)
 
     def __len__(self) -> int:
         return len(self._y)
@@ -61,15 +55,15 @@ class _Stream(IterableDataset[Any]):
     """Samples one after another, without a length."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(*_tensors(), strict=True))
+        return iter(zip(*numbered(), strict=True))
 
 
 INDEXED: dict[str, Callable[[], Any]] = {
-    "tuple": _tensors,
-    "list": lambda: list(_tensors()),
-    "TensorDataset": lambda: TensorDataset(*_tensors()),
+    "tuple": numbered,
+    "list": lambda: list(numbered()),
+    "TensorDataset": lambda: TensorDataset(*numbered()),
     "map-style": _MapStyle,
-    "list of pairs": lambda: list(zip(*_tensors(), strict=True)),
+    "list of pairs": lambda: list(zip(*numbered(), strict=True)),
     "subset": lambda: Subset(_MapStyle(2 * N), range(N)),
     "makes batches": _MakesBatches,
 }
@@ -85,7 +79,7 @@ class _Batches:
     """Any iterable of batches."""
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        return (list(pair) for pair in zip(*(t.split(5) for t in _tensors()), strict=True))
+        return (list(pair) for pair in zip(*(t.split(5) for t in numbered()), strict=True))
 
 
 def _samples(batch: Batch) -> list[int]:
@@ -102,7 +96,7 @@ def _take(source: Any, count: int, seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("kind", INDEXED)
 def test_equal_seeds_equal_batches_of_every_kind(kind: str) -> None:
     """The batches are a function of seed, n and batch size: the same for every way to hold the data."""
-    source, tensors = make_source(INDEXED[kind](), 4, CPU), make_source(_tensors(), 4, CPU)
+    source, tensors = make_source(INDEXED[kind](), 4, CPU), make_source(numbered(), 4, CPU)
     assert (source.num_samples, source.batch_size) == (N, 4)
     batches = _take(source, 12, seed=3)
     assert batches == _take(source, 12, seed=3) == _take(tensors, 12, seed=3)
@@ -126,7 +120,7 @@ def test_epochs_are_without_replacement(kind: str, batch_size: int) -> None:
 def test_every_sample_is_drawn_equally_often() -> None:
     """With a rest left out each epoch, still no sample is left out more than chance has it."""
     n, size, epochs = 10, 4, 3000
-    source = make_source(_tensors(n), size, CPU)
+    source = make_source(numbered(n), size, CPU)
     drawn = torch.tensor(_take(source, epochs * (n // size))).flatten().bincount(minlength=n).double()
     expected, deviation = epochs * 0.8, (epochs * 0.8 * 0.2) ** 0.5
     assert ((drawn - expected).abs() < 5 * deviation).all()
@@ -142,7 +136,7 @@ def test_batch_as_large_as_the_data(kind: str, batch_size: int | None) -> None:
         assert sorted(batch) == list(range(N))
 
 
-@pytest.mark.parametrize("make", [_tensors, _MapStyle, _MakesBatches])
+@pytest.mark.parametrize("make", [numbered, _MapStyle, _MakesBatches])
 def test_whole_data(make: Callable[[int], Any]) -> None:
     """Adjusted samplers take all n, without being told how many there are."""
     source = make_source(make(600), None, CPU, whole=True)
@@ -152,7 +146,7 @@ def test_whole_data(make: Callable[[int], Any]) -> None:
 def test_default_batch_size() -> None:
     """min(512, n)."""
     for n, size in ((511, 511), (512, 512), (513, 512), (5000, 512)):
-        source = make_source(_tensors(n), None, CPU)
+        source = make_source(numbered(n), None, CPU)
         assert source.batch_size == size and len(_take(source, 1)[0]) == size
 
 
@@ -169,10 +163,10 @@ def test_full_covers_every_sample_once(kind: str) -> None:
 @pytest.mark.parametrize("n", [1, 4096, 10_000])
 def test_full_of_large_data_comes_in_pieces(n: int) -> None:
     """No piece grows with n; the sizes add up to n."""
-    pieces = list(make_source(_tensors(n), 7, CPU).full())
+    pieces = list(make_source(numbered(n), 7, CPU).full())
     sizes = [size for _, size in pieces]
     assert sum(sizes) == n and max(sizes) <= 4096
-    assert torch.equal(torch.cat([batch[-1] for batch, _ in pieces]), _tensors(n)[1])
+    assert torch.equal(torch.cat([batch[-1] for batch, _ in pieces]), numbered(n)[1])
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -212,7 +206,7 @@ def test_shuffling_loader_follows_the_seed() -> None:
 
 def test_several_inputs() -> None:
     """All tensors but the last are inputs; all are cut alike."""
-    x, y = _tensors()
+    x, y = numbered()
     source = make_source((x, 2 * x, y), 4, CPU)
     first, second, target = next(iter(source.minibatches(0)))
     assert torch.equal(second, 2 * first) and torch.equal(first[:, 0], -target)
@@ -228,7 +222,7 @@ class _Nested(Dataset[Any]):
         return N
 
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        x, y = _tensors()
+        x, y = numbered()
         return self._make(x[index]), y[index]
 
 
@@ -275,14 +269,14 @@ def test_a_data_set_says_itself_what_its_samples_are() -> None:
             x, y = super().__getitem__(index)
             return 2 * x, 2 * y
 
-    batch = next(iter(make_source(Doubled(*_tensors()), None, CPU).minibatches(0)))
-    assert torch.equal(batch[-1], 2 * _tensors()[1])
+    batch = next(iter(make_source(Doubled(*numbered()), None, CPU).minibatches(0)))
+    assert torch.equal(batch[-1], 2 * numbered()[1])
 
 
 @pytest.mark.parametrize("batch_size", [4, N])
 def test_models_may_write_to_their_batch(batch_size: int) -> None:
     """A model that works in place on its input changes neither the user's tensors nor later batches."""
-    x, y = _tensors()
+    x, y = numbered()
     source = make_source((x, y), batch_size, CPU)
     for batch in itertools.islice(source.minibatches(0), 3):
         assert len(set(_samples(batch))) == batch_size
@@ -290,7 +284,7 @@ def test_models_may_write_to_their_batch(batch_size: int) -> None:
             t.zero_()
     for batch, _ in source.full():
         batch[0].zero_()
-    assert all(torch.equal(a, b) for a, b in zip((x, y), _tensors(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((x, y), numbered(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -335,11 +329,11 @@ def test_wrong_data(data: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        tuple(t.numpy() for t in _tensors()),
-        (_tensors()[0], _tensors()[1].numpy()),
-        (_tensors()[0].numpy(), _tensors()[0].numpy()),
+        tuple(t.numpy() for t in numbered()),
+        (numbered()[0], numbered()[1].numpy()),
+        (numbered()[0].numpy(), numbered()[0].numpy()),
         "data.csv",
-        {"x": _tensors()[0], "y": _tensors()[1]},
+        {"x": numbered()[0], "y": numbered()[1]},
     ],
     ids=["arrays", "tensor and array", "arrays of one shape", "a string", "a dictionary"],
 )
@@ -369,7 +363,7 @@ def test_loader_with_batch_size(kind: str) -> None:
 
 def test_exhausted_iterator() -> None:
     """An iterator that can be read once is not enough: the message says so, instead of an endless wait."""
-    source = make_source(iter([_tensors()]), None, CPU)
+    source = make_source(iter([numbered()]), None, CPU)
     batches = source.minibatches(0)
     next(batches)
     with pytest.raises(ValueError, match="exhausted iterator"):
@@ -389,7 +383,7 @@ BATCHES: dict[str, tuple[Callable[[], Any], bool]] = {
     "deque": (lambda: deque(DataLoader(_MapStyle(), batch_size=5)), True),
     "tuples": (lambda: [tuple(b) for b in DataLoader(_MapStyle(), batch_size=5)], True),
     "arrays": (lambda: [(np.zeros((5, 2)), np.zeros(5)) for _ in range(4)], True),
-    "one batch": (lambda: [_tensors()], True),
+    "one batch": (lambda: [numbered()], True),
     "dictionaries": (_token_batches, False),
     "with texts": (lambda: [b | {"text": ["a"] * 8} for b in _token_batches()], False),
     "single tensors": (lambda: [torch.zeros(8, 2)] * 4, False),
@@ -423,8 +417,8 @@ def _rows(item: Any) -> Any:
 @pytest.mark.parametrize(
     ("data", "pairs"),
     [
-        (list(zip(*_tensors(), strict=True)), True),
-        ([(x, 3) for x in _tensors()[0]], True),
+        (list(zip(*numbered(), strict=True)), True),
+        ([(x, 3) for x in numbered()[0]], True),
         ([(torch.zeros(3, 8, 8), torch.zeros(8, 8))] * 5, True),
         ([(torch.zeros(4), torch.zeros(1))] * 5, True),
         ([(torch.zeros(1), torch.zeros(1))] * 5, True),
@@ -455,7 +449,7 @@ def test_data_sets_that_give_whole_batches() -> None:
             return 4
 
         def __getitem__(self, k: int) -> tuple[Tensor, ...]:
-            return tuple(t[5 * k : 5 * k + 5] for t in _tensors())
+            return tuple(t[5 * k : 5 * k + 5] for t in numbered())
 
     with pytest.raises(ValueError, match="data is ambiguous"):
         make_source(Sequence(), None, CPU)
@@ -476,7 +470,7 @@ class _LikeHuggingFace:
         return N
 
     def __getitem__(self, key: int | str) -> Any:
-        x, y = _tensors()
+        x, y = numbered()
         return {"x": x[key], "y": y[key]} if isinstance(key, int) else {"x": x, "y": y}[key]
 
     def __getitems__(self, keys: list[int]) -> list[Any]:
@@ -529,7 +523,7 @@ def test_samples_that_cannot_be_collated() -> None:
 
 def test_what_data_in_memory_say_of_themselves() -> None:
     """Shuffled by epochs; what fills no minibatch can be had apart."""
-    source = make_source(_tensors(), 5, CPU)
+    source = make_source(numbered(), 5, CPU)
     sampling = source.sampling
     assert (sampling.order, sampling.num_samples, sampling.num_batches, sampling.tail) == ("shuffled", N, 4, 3)
     assert not sampling.reads_randomly and sampling.is_reproducible and sampling.full_is_exact and not sampling.notes

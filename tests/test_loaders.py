@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numbered import N, numbered
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -36,17 +37,10 @@ from llc_fast.data import Batch, LoaderSource, make_source
 pytestmark = pytest.mark.usefixtures("seeded")
 
 CPU = torch.device("cpu")
-N = 23
-
-
-def _tensors(n: int = N) -> tuple[Tensor, Tensor]:
-    """Sample i has input (i, 10 i) and target −i: a batch shows which samples it holds."""
-    index = torch.arange(n, dtype=torch.float32)
-    return torch.stack([index, 10 * index], dim=1), -index
 
 
 def _dataset(n: int = N) -> TensorDataset:
-    return TensorDataset(*_tensors(n))
+    return TensorDataset(*numbered(n))
 
 
 def _source(loader: Any, **options: Any) -> LoaderSource:
@@ -146,7 +140,7 @@ class _Whole(Dataset[Any]):
     def __getitem__(self, k: int) -> tuple[Tensor, ...]:
         if not 0 <= k < 5:
             raise IndexError(k)
-        return tuple(t[5 * k : 5 * k + 5] for t in _tensors())
+        return tuple(t[5 * k : 5 * k + 5] for t in numbered())
 
 
 class _ByLists(Dataset[Any]):
@@ -156,7 +150,7 @@ class _ByLists(Dataset[Any]):
         return N
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return tuple(t[indices] for t in _tensors())
+        return tuple(t[indices] for t in numbered())
 
 
 class _Samples(IterableDataset[Any]):
@@ -167,7 +161,7 @@ class _Samples(IterableDataset[Any]):
         order = torch.randperm(N).tolist() if self.shuffles else list(range(N))
         if self.shares and (info := get_worker_info()) is not None:
             order = list(range(N))[info.id :: info.num_workers]
-        x, y = _tensors()
+        x, y = numbered()
         return ((x[k], y[k]) for k in order)
 
 
@@ -188,7 +182,7 @@ class _Batches:
             order = torch.randperm(N)
         if self.how == "drawn":
             order = torch.randint(N, (N,))
-        return iter([tuple(t[part] for t in _tensors()) for part in order.split(5)])
+        return iter([tuple(t[part] for t in numbered()) for part in order.split(5)])
 
 
 def _list_of_batches() -> list[Any]:
@@ -379,7 +373,7 @@ def test_pass_of_draws_is_exact_where_weights_are_known() -> None:
         assert source.sampling.full_is_exact, name
         found = list(source.full())
         total = sum(float(batch[-1].double().mean()) * size for batch, size in found)
-        assert total / sum(size for _, size in found) == pytest.approx(float((w * _tensors()[1]).sum() / w.sum()))
+        assert total / sum(size for _, size in found) == pytest.approx(float((w * numbered()[1]).sum() / w.sum()))
         assert {len(batch[-1]) for batch, _ in source.full(tail=False)} == {4}
         apart = [*source.full(tail=False), *source.tail()]
         assert sorted(i for b, _ in apart for i in _ids(b)) == sorted(i for b, _ in found for i in _ids(b))
@@ -408,7 +402,7 @@ def test_streams_without_end() -> None:
 
     class Endless(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
-            x, y = _tensors()
+            x, y = numbered()
             return ((x[k % N], y[k % N]) for k in itertools.count())
 
     source = _source(DataLoader(Endless(), batch_size=5), max_batches=7)
@@ -426,11 +420,11 @@ def test_sampler_without_end() -> None:
 
 def test_iterators_are_read_once() -> None:
     """A generator is no loader: its first pass says so, unless it has no end."""
-    source = _source((tuple(t[:5] for t in _tensors()) for _ in range(4)), max_batches=10)
+    source = _source((tuple(t[:5] for t in numbered()) for _ in range(4)), max_batches=10)
     assert _codes(source) == ["irreproducible"] and source.num_samples is None
     with pytest.raises(ValueError, match="exhausted iterator"):
         list(source.full())
-    source = _source(itertools.cycle([tuple(t[:5] for t in _tensors())]), max_batches=10)
+    source = _source(itertools.cycle([tuple(t[:5] for t in numbered())]), max_batches=10)
     assert len(list(source.full())) == 10 and len(_take(source, 30)) == 30
 
 
@@ -480,12 +474,12 @@ def test_small_passes_are_read_once() -> None:
 
 def test_a_loader_that_uses_its_memory_again() -> None:
     """Batches that were kept, or read ahead, are not overwritten by later ones."""
-    memory = tuple(t[:5].clone() for t in _tensors())
+    memory = tuple(t[:5].clone() for t in numbered())
 
     class Again:
         def __iter__(self) -> Iterator[Any]:
             for part in torch.arange(20).split(5):
-                for old, new in zip(memory, _tensors(), strict=True):
+                for old, new in zip(memory, numbered(), strict=True):
                     old.copy_(new[part])
                 yield memory
 
@@ -515,7 +509,7 @@ def test_workers_that_give_the_same() -> None:
 def test_loader_over_a_list_of_batches_with_batch_size_one() -> None:
     source = _source(DataLoader(_list_of_batches()[:4], shuffle=True))
     assert "batch_size=None" in dict(source.sampling.notes)["num-samples"]
-    assert _codes(_source(DataLoader(list(zip(*_tensors(), strict=True)), shuffle=True))) == []
+    assert _codes(_source(DataLoader(list(zip(*numbered(), strict=True)), shuffle=True))) == []
 
 
 def test_collate_functions_that_leave_samples_out_or_turn_them() -> None:
@@ -545,7 +539,7 @@ class _Augments(Dataset[Any]):
         return N
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = _tensors()
+        x, y = numbered()
         return x[index] + self.noise(), y[index]
 
 
@@ -711,7 +705,7 @@ class _Fails(Dataset[Any]):
         torch.rand(3), np.random.rand(), random.random()
         if index == 12:
             raise KeyError("sample 12 is broken")
-        x, y = _tensors()
+        x, y = numbered()
         return x[index], y[index]
 
 
@@ -749,7 +743,7 @@ class _NeedsInit(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not self.ready:
             raise RuntimeError("worker_init_fn did not run")
-        x, y = _tensors()
+        x, y = numbered()
         return x[index], y[index]
 
 
@@ -775,7 +769,7 @@ class _OwnIteration(DataLoader[Any]):
     """Gives its batches in another order than its sampler says."""
 
     def __iter__(self) -> Any:
-        return iter([_tensors()] * 3)
+        return iter([numbered()] * 3)
 
 
 def test_loaders_that_iterate_by_themselves_are_measured() -> None:

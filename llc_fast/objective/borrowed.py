@@ -70,7 +70,7 @@ class BorrowedModel:
 
         Args:
             values: what gradients are taken with respect to; the parameters themselves are the leaves.
-            fixed: other parameters that live elsewhere than the model's own, on another device, say.
+            fixed: other parameters that forward must not write to, or that are needed in another precision.
             buffers: a chain's own; those that are left out stay the model's.
         """
         return _Holding(self, values, fixed, buffers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import warnings
@@ -365,7 +364,7 @@ def _exchanged(a: Batch, b: Batch) -> tuple[Batch, Batch]:
         others = iter(leaves(second))
         return map_tensors(lambda t: torch.cat([t[:half], next(others)[half:]]), first)
 
-    return joined(copy.copy(a), b), joined(copy.copy(b), a)
+    return joined(a, b), joined(b, a)
 
 
 def _sample_losses(objective: Objective, batch: Batch) -> Losses:

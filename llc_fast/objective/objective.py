@@ -110,7 +110,7 @@ class Objective:
         model: the trained model, in the mode (train or eval) it is to be judged in.
         loss_fn: ``loss_fn(output, target)`` or ``loss_fn(model, batch)``, see :data:`LossFunction`.
         source: the data.
-        device: where to compute; parameters elsewhere are copied there.
+        device: where to compute; what is elsewhere is moved there, until a ``ModelSnapshot`` puts it back.
         params: which parameters to sample; None: all that require a gradient. See :func:`select`.
         autocast: dtype of the forward pass under ``torch.autocast``; None: no autocast.
         microbatch_size: samples that pass the model at a time; None: the whole minibatch.
@@ -168,27 +168,25 @@ class Objective:
             raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
         _check_apart({name: named[name] for name in sampled})
         self._borrowed.move_to(device)
-        self.reference = {name: named[name].detach().to(device) for name in sampled}
+        self.reference = {name: named[name].detach() for name in sampled}
         if sum(p.numel() for p in self.reference.values()) <= _COPIED_PARAMETERS:
             # w* of its own, whatever forward writes to its parameters; a large model is copied only if it does.
             self.reference = {name: p.clone() for name, p in self.reference.items()}
         self.masks = {name: mask.to(device) for name, mask in sampled.items() if mask is not None}
-        self.frozen = {name: p.detach().to(device) for name, p in named.items() if name not in sampled}
-        self._fixed = {name: t for name, t in self.frozen.items() if _is_elsewhere(t, named[name])}
-        moved_alone = self._fixed
+        self.frozen = {name: p.detach() for name, p in named.items() if name not in sampled}
+        self._fixed: dict[str, Tensor] = {}
         if sum(p.numel() for p in self.frozen.values()) <= _COPIED_PARAMETERS:  # forward may write to these, too
             self._fixed = {name: p.clone() for name, p in self.frozen.items()}
-        self._buffers = {name: b.to(device) for name, b in model.named_buffers()}
+        self._buffers = dict(model.named_buffers())
         self._swaps_buffers, self._is_exact = True, False
         self.per_sample = False
         self.not_sampled: dict[str, int] = {}
         self.trial = try_out(self, max_checks)
-        if not self.trial.writes_parameters:
-            self._fixed = {name: t for name, t in moved_alone.items() if name in self.frozen}
-        else:
+        if self.trial.writes_parameters:
             self.reference = {name: p.clone() for name, p in self.reference.items()}
-        moved = any(map(_is_elsewhere, self._buffers.values(), model.buffers()))
-        self._swaps_buffers = moved or self.trial.writes_buffers
+        else:
+            self._fixed = {}
+        self._swaps_buffers = self.trial.writes_buffers
 
     @property
     def borrowed(self) -> BorrowedModel:
@@ -408,10 +406,6 @@ def checked_init_loss(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the loss at w* over the whole data set is {value}: check the model and the data")
     return value
-
-
-def _is_elsewhere(moved: Tensor, own: Tensor) -> bool:
-    return moved.device != own.device
 
 
 def _check_apart(parameters: Mapping[str, Tensor]) -> None:

@@ -64,7 +64,6 @@ class Trial:
         functional_problem: why the loss is not a function of parameters that torch.func can be given; empty: it is.
         has_hooks: whether the user's hooks see or change what modules compute.
         changes_itself: whether a forward pass changes attributes of modules that are numbers or containers (a counter).
-        draws_in_training: whether random numbers are drawn and some module is in training mode.
     """
 
     flops: float
@@ -81,7 +80,6 @@ class Trial:
     functional_problem: str = ""
     has_hooks: bool = False
     changes_itself: bool = False
-    draws_in_training: bool = False
 
 
 def try_out(objective: Objective, max_checks: int) -> Trial:
@@ -151,7 +149,6 @@ class _Trial:
             functional_problem=problem,
             has_hooks=has_user_hooks(objective.model),
             changes_itself=first.changes_itself,
-            draws_in_training=is_random and any(m.training for m in objective.model.modules()),
         )
         objective.trial = trial
         self._refuse_sum(elsewhere, is_random)

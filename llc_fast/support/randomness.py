@@ -38,7 +38,7 @@ class Generators:
         """Generators of their own that the objects hold."""
 
     def states(self) -> State:
-        """The present states, about 20 µs for the global generators."""
+        """The present states; to take and restore them takes about 60 µs, most of it for NumPy's."""
         found: State = [torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)]
         if self._cuda is not None:
             found.append(torch.cuda.get_rng_state(self._cuda))
@@ -97,7 +97,7 @@ def same_states(a: Any, b: Any) -> bool:
 
 
 def encode(states: State) -> Tensor:
-    """States as bytes, uint8, of one length for the same generators or nearly: zeros fill up."""
+    """States as bytes, uint8, of one length for the same generators or nearly: spaces fill up."""
     text = json.dumps(_plain(states)).encode()
     size = -(-len(text) // _BLOCK) * _BLOCK
     return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
@@ -145,8 +145,11 @@ def _state_of(generator: _Held) -> Any:
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
-    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
-    return bits.state
+    return _bits_of(generator).state
+
+
+def _bits_of(generator: np.random.Generator | np.random.BitGenerator) -> Any:
+    return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
 
 
 def _set_state(generator: _Held, state: Any) -> None:
@@ -157,8 +160,7 @@ def _set_state(generator: _Held, state: Any) -> None:
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(state)
     else:
-        bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
-        bits.state = state
+        _bits_of(generator).state = state
 
 
 def _seed(generator: _Held, seed: int) -> None:
@@ -169,7 +171,7 @@ def _seed(generator: _Held, seed: int) -> None:
     elif isinstance(generator, np.random.RandomState):
         generator.seed(seed & 0xFFFFFFFF)
     else:
-        bits: Any = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+        bits = _bits_of(generator)
         bits.state = type(bits)(seed).state
 
 
