@@ -112,7 +112,16 @@ class Group:
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self.state.start(first, spec.seed)
         with self._refusals():
-            gradient, self.note = make_gradient(spec.plan, objective, self.state, self._buffers, self._feed, start)
+            gradient, self.note = make_gradient(
+                spec.plan,
+                objective,
+                self.state,
+                self._buffers,
+                self._feed,
+                start,
+                model=model,
+                evaluates_reference=spec.evaluates_reference,
+            )
         if traces.state is not None:
             self._restore(traces.state)
         elif spec.start is not None:

@@ -4,13 +4,17 @@ For small networks most of a gradient's time goes into getting from one kernel t
 autograd graph, views, new tensors. A chain evaluates the same function on the same memory at every step, so its
 kernels can be recorded once and replayed with their outputs written to where they were written the first time: what
 a CUDA graph is on a GPU. Views need no replay at all, since their memory stays where it is.
+
+Where Python reads a value (``mask.all()``, ``lengths.max().item()``, how many are True), what follows may depend on it.
+A value that is computed from constants is the same each time. Any other is read again by every replay, at the same place
+among the kernels, and a replay in which it is another ends there.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,10 +25,8 @@ from llc_fast.gradients.matmul import product_by_onednn
 from llc_fast.support.torch_private import DispatchMode, packet_of, schema_of
 
 T = TypeVar("T")
-_REFUSED = {
-    torch.Tag.data_dependent_output: "Python looks at a tensor's values",
-    torch.Tag.dynamic_output_shape: "a tensor's size depends on values",
-}
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
+"""Operation, arguments, keyword arguments and result."""
 _READS = frozenset(
     (
         *("numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "__repr__", "__str__", "__format__"),
@@ -53,16 +55,17 @@ class NotReplayableError(Exception):
     """The function can't be recorded; the text says why."""
 
 
+class OtherPathError(Exception):
+    """A replay has read another value than Python did when it was recorded: the function may go another way here."""
+
+
 class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, aliases: Mapping[int, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._aliases = aliases
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[_Call] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tag, reason in _REFUSED.items():
-            if tag in op.tags and not _indexes_by_integers(op, args):
-                raise NotReplayableError(f"{reason} ({op})")
         if schema_of(op).name in _NOT_AGAIN:
             raise NotReplayableError(f"a kernel can't be replayed ({op})")
         kwargs = kwargs or {}
@@ -104,13 +107,16 @@ class _ReadRefuser(TorchFunctionMode):
 class Recording(Generic[T]):
     """The kernels of one call of `function`; :meth:`replay` runs them again on whatever its memory then holds.
 
-    The function must do the same work each time, whatever the values: same kernels, same shapes, no random numbers. It
-    may read any memory that stays where it is, and must write to none but its own. What it returned is in
-    :attr:`result`, and is overwritten by each replay.
+    The function must do the same work each time that Python reads the same values of tensors: same kernels, same
+    shapes, no random numbers. It may read any memory that stays where it is, and must write to none but its own. What
+    it returned is in :attr:`result`, and is overwritten by each replay.
+
+    Attributes:
+        num_guards: values, and sizes that depend on values, that each replay compares with those of the recording.
 
     Raises:
-        NotReplayableError: the function draws random numbers, lets Python look at values, or writes to memory that it
-            was given.
+        NotReplayableError: the function draws random numbers, shows Python values by other ways than operations of
+            torch, or writes to memory that it was given.
     """
 
     def __init__(self, function: Callable[[], T], aliases: Mapping[int, Tensor] | None = None) -> None:
@@ -128,17 +134,29 @@ class Recording(Generic[T]):
                 written |= targets
             made |= outputs - inputs
         constant: set[int] = set()
-        self._calls: list[Callable[[], object]] = []
-        for op, args, kwargs, out in recorder.calls:
+        kernels: list[_Call] = []
+        guards: list[_Call] = []
+        for call in recorder.calls:
+            op, args, kwargs, out = call
             inputs, outputs = set(_storages((args, kwargs))), set(_storages(out))
-            if schema_of(op).is_mutable:
+            if torch.Tag.data_dependent_output in op.tags and not outputs:  # a value that Python has read
+                if not inputs <= constant:
+                    guards.append(call)
+                    kernels.append(call)
+            elif schema_of(op).is_mutable:
                 if schema_of(op).name not in _TURNS:
-                    self._calls.append(functools.partial(op, *args, **kwargs))
+                    kernels.append(call)
             elif not outputs <= inputs:  # else a view, whose memory stays where it is
                 if (inputs <= constant or schema_of(op).name in _FILLS) and not outputs & written:
                     constant |= outputs
                 else:
-                    self._calls.append(_into(op, args, kwargs, out))
+                    kernels.append(call)
+                    if torch.Tag.dynamic_output_shape in op.tags and not _indexes_by_integers(op, args):
+                        guards.append(call)
+        self.num_guards = len(guards)
+        _use_memory_again(kernels, recorder.calls, made - constant - set(_storages(self.result)))
+        compared = set(map(id, guards))
+        self._calls = [_again(call, id(call) in compared) for call in kernels]
         self._kept = recorder.calls  # memory that was freed could be given to somebody else
 
     @property
@@ -147,6 +165,11 @@ class Recording(Generic[T]):
 
     @torch.no_grad()
     def replay(self) -> None:
+        """Run the kernels again.
+
+        Raises:
+            OtherPathError: a value that Python has read is another one now; :attr:`result` is then of no use.
+        """
         for call in self._calls:
             call()
 
@@ -164,6 +187,85 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _indexes_by_integers(op: Any, args: tuple[Any, ...]) -> bool:
     """Indexing is tagged for the sake of masks; by integers the sizes are those of the indices."""
     return op is _aten.index.Tensor and all(t.dtype not in (torch.bool, torch.uint8) for t in _tensors(args[1:]))
+
+
+def _use_memory_again(kernels: Sequence[_Call], calls: Sequence[_Call], movable: set[int]) -> None:
+    """Give the memory of results that nobody needs any more to those that come later, as an allocator does.
+
+    What a kernel writes is then in the cache when the next one reads it, and a recording needs no more memory than a
+    call.
+
+    Args:
+        kernels: what is run again, in order.
+        calls: everything that was recorded; its tensors are moved.
+        movable: storages of results that are written anew by each replay.
+    """
+    tensors: dict[int, dict[int, Tensor]] = {}
+    for _, args, kwargs, out in calls:
+        for t in _tensors((args, kwargs, out)):
+            tensors.setdefault(t.untyped_storage().data_ptr(), {})[id(t)] = t
+    first, last = dict[int, int](), dict[int, int]()
+    for k, (_, args, kwargs, out) in enumerate(kernels):
+        for place in _storages((args, kwargs, out)):
+            if place in movable and place and all(map(_is_plain, tensors[place].values())):
+                first.setdefault(place, k)
+                last[place] = k
+    begins, ends = _by_value(first), _by_value(last)
+    free: list[torch.UntypedStorage] = []
+    for k in range(len(kernels)):
+        homes = {}
+        for place in begins.get(k, ()):
+            old = next(iter(tensors[place].values())).untyped_storage()
+            fits = (n for n in reversed(range(len(free))) if old.nbytes() <= free[n].nbytes() <= 2 * old.nbytes())
+            n = next(fits, None)  # what was freed last is in the cache
+            homes[place] = old if n is None else free.pop(n)
+            for t in tensors[place].values():
+                t.set_(homes[place], t.storage_offset(), t.shape, t.stride())  # type: ignore[call-overload]
+        for place in ends.get(k, ()):
+            free.append(next(iter(tensors[place].values())).untyped_storage())
+
+
+def _by_value(times: Mapping[int, int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for place, k in times.items():
+        found.setdefault(k, []).append(place)
+    return found
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor is told by its memory, shape and strides."""
+    return type(t) is Tensor and not (t.is_quantized or t.is_conj() or t.is_neg() or t.requires_grad)
+
+
+def _again(call: _Call, is_compared: bool) -> Callable[[], object]:
+    """The same operation, with its results where they were."""
+    op, args, kwargs, out = call
+    if is_compared:
+        run = functools.partial(op, *args, **kwargs)
+        return _of_same_size(run, out) if list(_tensors(out)) else _same_value(run, out)
+    return functools.partial(op, *args, **kwargs) if schema_of(op).is_mutable else _into(op, args, kwargs, out)
+
+
+def _same_value(read: Callable[[], Any], value: Any) -> Callable[[], None]:
+    """Reads a value again."""
+
+    def run() -> None:
+        if read() != value:
+            raise OtherPathError
+
+    return run
+
+
+def _of_same_size(call: Callable[[], Any], out: Any) -> Callable[[], None]:
+    """An operation whose results may be of other sizes now."""
+
+    def run() -> None:
+        for old, new in zip(_tensors(out), _tensors(call()), strict=True):
+            if old.shape != new.shape:
+                raise OtherPathError
+            old.copy_(new)
+
+    return run
 
 
 def _storages(value: Any) -> Iterator[int]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llc_fast.data import Batch, map_tensors
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
-from llc_fast.gradients.replay import NotReplayableError, Recording
+from llc_fast.gradients.replay import NotReplayableError, OtherPathError, Recording
 from llc_fast.objective.objective import Evaluation, Objective, leaves_of
 from llc_fast.samplers.state import ChainState
 
+_T = TypeVar("_T")
+_NOBODY = contextlib.nullcontext()
 Info = Mapping[str, Any]
 """What a transition knows of itself, by the names in ``Sampler.traces``, ``[num_chains]`` each."""
 
@@ -98,9 +100,14 @@ class EagerGradient:
         self._add(grads)
         return self._partial
 
+    def forget(self) -> None:
+        """Nothing is kept from call to call."""
+
     def at_reference(self, batch: Batch) -> Tensor:
         # The function that chains evaluate, which may depend on what they have written to their buffers.
-        objective, buffers = self._objective, {name: b.clone() for name, b in self._buffers.items()}
+        objective, buffers = self._objective, self._buffers
+        if objective.trial.writes_buffers:
+            buffers = {name: b.clone() for name, b in buffers.items()}
         with torch.enable_grad():
             return objective.minibatch_loss(objective.reference, batch, buffers).reshape(1)
 
@@ -191,76 +198,147 @@ def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor], rounding: 
             raise NotReplayableError("a replay differs from the model")
 
 
+_TRIED = 8
+"""Minibatches that are tried where Python looks at values: in most of them it has to find what it found before."""
+_SAME_WAY = "Python looks at a tensor's values, and goes another way from minibatch to minibatch"
+
+
 class ReplayedGradient:
     """The kernels of another strategy, recorded once and replayed; see :mod:`llc_fast.gradients.replay`.
+
+    A minibatch on which Python would go another way than it did is left to the other strategy. Recorded are the first
+    minibatches of a chain, whatever the step: a run that is resumed has the same bits.
+
+    Args:
+        objective, inner, state, feed: of the chains.
+        step: whose minibatch is in the feed's memory afterwards.
+        model: entered where the user's own code runs, but for here.
+        evaluates_reference: whether :meth:`at_reference` is to be recorded, too.
 
     Raises:
         NotReplayableError: the model can't be recorded, or a replay does not give what it should.
     """
 
     def __init__(
-        self, objective: Objective, inner: EagerGradient | BatchedGradient, state: ChainState, feed: Feed, step: int
+        self,
+        objective: Objective,
+        inner: EagerGradient | BatchedGradient,
+        state: ChainState,
+        feed: Feed,
+        step: int,
+        model: contextlib.AbstractContextManager[object],
+        evaluates_reference: bool,
     ) -> None:
-        self._objective, self._inner = objective, inner
-        self._reference: Recording[Tensor] | bool | None = None
-        batch = feed(step)
+        self._inner, self._state, self._model = inner, state, model
+        self._feed, self._tried = feed, 1 if feed.is_shared else _TRIED
+        batch = feed(0)
 
         def both() -> tuple[Evaluation, list[Tensor]]:
             return inner.evaluate(batch), inner.gradients()
 
         aliases = inner.aliases if isinstance(inner, EagerGradient) else {}
-        self._recording, self._state = Recording(both, aliases), state
-        self._evaluation: Evaluation = self._recording.result[0]
-        self._grads: list[Tensor] = self._recording.result[1]
-        self._check(both, feed, step)
-
-    def _check(self, both: Callable[[], tuple[Evaluation, list[Tensor]]], feed: Feed, step: int) -> None:
-        """A replay elsewhere must agree with the function itself: the model may not do the same each time."""
-        feed(step + 1)
-        with self._state.displaced():
-            try:
-                self._recording.replay()
-            except RuntimeError as error:
-                raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
-            evaluation, grads = both()
-        check_replay((self._evaluation.loss, *self._grads), (evaluation.loss, *grads))
+        self._recording = self._recorded(both, aliases)
+        self._evaluation, self._grads = self._recording.result
+        self._found = self._grads
+        self._reference: Recording[Tensor] | None = None
+        if evaluates_reference:
+            reference = zip(objective.targets, objective.reference.values(), strict=True)
+            with contextlib.suppress(NotReplayableError, RuntimeError):
+                self._reference = self._recorded(lambda: inner.at_reference(batch), {id(p): w for p, w in reference})
         feed(step)
 
+    def _recorded(self, function: Callable[[], _T], aliases: Mapping[int, Tensor]) -> Recording[_T]:
+        """A recording, compared with the function itself elsewhere: the model may not do the same each time.
+
+        Raises:
+            NotReplayableError: it does not, or Python looks at values that differ from minibatch to minibatch.
+        """
+        first = 0
+        for _ in range(2):
+            self._feed(first)
+            self._inner.forget()
+            recording = Recording(function, aliases)
+            if not recording.num_guards:
+                followed = [first + 1]
+                break
+            followed = self._followed(recording)
+            if 2 * len(followed) > self._tried:
+                break
+            first = next((k for k in range(self._tried) if k not in followed), first)  # the other way may be the usual
+        else:
+            raise NotReplayableError(_SAME_WAY)
+        self._feed(next((k for k in followed if k != first), followed[0]))
+        with self._state.displaced():
+            try:
+                recording.replay()
+            except RuntimeError as error:
+                raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
+            check_replay(_tensors_of(recording.result), _tensors_of(function()))
+        return recording
+
+    def _followed(self, recording: Recording[Any]) -> list[int]:
+        """The minibatches on which Python finds what it found when it was recorded."""
+        found = []
+        with self._state.displaced():
+            for k in range(self._tried):
+                self._feed(k)
+                with contextlib.suppress(OtherPathError):
+                    recording.replay()
+                    found.append(k)
+        return found
+
     def evaluate(self, batch: Batch) -> Evaluation:
-        self._recording.replay()
+        try:
+            self._recording.replay()
+        except OtherPathError:
+            with self._model:
+                evaluation = self._inner.evaluate(batch)
+                self._found = self._inner.gradients()
+            return evaluation
+        self._found = self._grads
         return self._evaluation
 
     def gradients(self) -> list[Tensor]:
-        return self._grads
+        return self._found
 
     def at_reference(self, batch: Batch) -> Tensor:
-        if self._reference is None:
-            self._reference = self._record_reference(batch)
-        if isinstance(self._reference, Recording):
-            self._reference.replay()
-            return self._reference.result
-        return self._inner.at_reference(batch)
-
-    def _record_reference(self, batch: Batch) -> Recording[Tensor] | bool:
-        """The evaluation at w*, recorded; False if that is not what the model itself gives."""
-        aliases = {id(p): w for p, w in zip(self._objective.targets, self._objective.reference.values(), strict=True)}
-        try:
-            recording = Recording(lambda: self._inner.at_reference(batch), aliases)
-            recording.replay()
-            check_replay([recording.result], [self._inner.at_reference(batch)])
-        except (NotReplayableError, RuntimeError):
-            return False
-        return recording
+        if self._reference is not None:
+            with contextlib.suppress(OtherPathError):
+                self._reference.replay()
+                return self._reference.result
+        with self._model:
+            return self._inner.at_reference(batch)
 
     def move(self, step: int) -> Info:
-        self._state.move(self._grads, step)
+        self._state.move(self._found, step)
         return self._state.info()
 
 
+def _tensors_of(result: Any) -> list[Tensor]:
+    """Loss and gradients of an evaluation, or a loss alone."""
+    return [result] if isinstance(result, Tensor) else [result[0].loss, *result[1]]
+
+
 def make_gradient(
-    plan: Plan, objective: Objective, state: ChainState, buffers: dict[str, Tensor], feed: Feed, step: int
+    plan: Plan,
+    objective: Objective,
+    state: ChainState,
+    buffers: dict[str, Tensor],
+    feed: Feed,
+    step: int,
+    *,
+    model: contextlib.AbstractContextManager[object] = _NOBODY,
+    evaluates_reference: bool = False,
 ) -> tuple[Gradient, str]:
-    """The strategy of a plan for a group of chains, and why it could not be recorded, if it should have been."""
+    """The strategy of a plan for a group of chains, and why it could not be recorded, if it should have been.
+
+    Args:
+        plan: which.
+        objective, state, buffers, feed: of the chains.
+        step: whose minibatch is in the feed's memory afterwards.
+        model: entered by a strategy that may call the user's code though it was recorded, but for here.
+        evaluates_reference: whether :meth:`Gradient.at_reference` will be needed.
+    """
     inner: EagerGradient | BatchedGradient
     if plan.strategy == "sequential" or (plan.strategy == "batched" and state.num_chains == 1):
         inner = EagerGradient(objective, state, buffers, plan.release)
@@ -274,7 +352,7 @@ def make_gradient(
     note = ""
     if plan.replay:
         try:
-            return ReplayedGradient(objective, inner, state, feed, step), ""
+            return ReplayedGradient(objective, inner, state, feed, step, model, evaluates_reference), ""
         except NotReplayableError as error:
             note = str(error)
     return inner, note
