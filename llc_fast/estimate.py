@@ -364,8 +364,10 @@ def prepare(
     if keeper is not None:
         saved = keeper.load(identity)
     nbeta = settings.nbeta_for(objective.source.num_samples)
+    # One sample costs at most what a forward pass does, a third of a gradient: a twelfth of a run.
+    affordable = settings.num_chains * settings.schedule.num_steps // 4
     with threads(plan.num_threads):
-        at_reference = reference_losses(objective, nbeta, settings.seed)
+        at_reference = reference_losses(objective, nbeta, settings.seed, affordable)
     # Other processors may round otherwise; what moves λ̂ by a thousandth, or less than its error, is no difference.
     is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
     error = at_reference.stderr if math.isfinite(at_reference.stderr) else 0.0

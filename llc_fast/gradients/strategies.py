@@ -11,13 +11,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llc_fast.data import Batch, map_tensors
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
 from llc_fast.gradients.replay import NotReplayableError, OtherPathError, Recording
-from llc_fast.objective.objective import Evaluation, Objective, leaves_of
+from llc_fast.objective.objective import Evaluation, Objective, batchable_attention, leaves_of
 from llc_fast.samplers.state import ChainState
 
 _T = TypeVar("_T")
@@ -143,11 +142,10 @@ class BatchedGradient:
     ) -> None:
         self._state = state
         self._params = leaves_of(state.params() if state.num_chains > 1 else state.single())
-        # On a CPU vmap would run fused attention chain by chain, with a warning; products of matrices it batches.
-        batched = state.num_chains > 1 and objective.device.type == "cpu"
+        batched = state.num_chains > 1
 
         def value(params: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-            with sdpa_kernel(SDPBackend.MATH) if batched else contextlib.nullcontext():
+            with batchable_attention(objective.device) if batched else contextlib.nullcontext():
                 loss, samples = objective.functional(params, batch, buffers)
             return loss, loss if samples is None else samples  # vmap returns tensors only
 

@@ -36,6 +36,10 @@ _SLACK = 1e-3
 """The part of L_B(w*)'s spread over minibatches that may stay unexplained."""
 _NEGLIGIBLE = 1e-3
 """A difference of λ̂ that does not matter."""
+_CHECKED_ONE_BY_ONE = 2
+"""How many minibatches are checked where samples have to be evaluated one by one."""
+_FEW_SAMPLES = 4096
+"""Samples that are evaluated one by one, if nobody says how many."""
 _MAX_SAMPLES = 2**27
 """A gibibyte of losses."""
 _PRELIMINARY_BATCHES = 32
@@ -132,7 +136,9 @@ class ReferenceLosses:
         return ControlVariate.of_samples(self.losses, init_loss, batch_size or 1)
 
 
-def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> ReferenceLosses:
+def reference_losses(
+    objective: Objective, nbeta: float, seed: int = 0, affordable: int = _FEW_SAMPLES
+) -> ReferenceLosses:
     """L(w*), and what the chains' losses can be paired with.
 
     L(w*) and the chains' losses are the same average of the same function. Where a minibatch's loss is the mean of what
@@ -146,19 +152,20 @@ def reference_losses(objective: Objective, nbeta: float, seed: int = 0) -> Refer
         objective: the model, its loss and data.
         nbeta: nβ, which says what difference of losses matters.
         seed: of the minibatches.
+        affordable: samples that may be evaluated one by one, where torch.func can't evaluate them together.
 
     Raises:
         ValueError: L(w*) is not finite, or the data give no sample.
     """
-    found = _Reference(objective, nbeta, seed).find()
+    found = _Reference(objective, nbeta, seed, affordable).find()
     checked_init_loss(found.mean)
     return found
 
 
 class _Reference:
-    def __init__(self, objective: Objective, nbeta: float, seed: int) -> None:
+    def __init__(self, objective: Objective, nbeta: float, seed: int, affordable: int) -> None:
         self._objective, self._source = objective, objective.source
-        self._nbeta, self._seed = nbeta, seed
+        self._nbeta, self._seed, self._affordable = nbeta, seed, affordable
         self._reason = self._why_no_function()
         self._rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps
 
@@ -208,15 +215,13 @@ class _Reference:
         if (source.num_samples or 0) > _MAX_SAMPLES:
             self._reason = f"more than {_MAX_SAMPLES} samples"
             return None
-        try:
-            # Where torch would go through the samples one by one it warns; too slow for a whole data set.
-            with objective.at_reference(), warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*performance drop")
-                are_means = self._are_means(source)
-                samples = np.concatenate([_sample_losses(objective, b) for b, _ in source.full()])
-        except Exception as problem:
-            self._reason = f"the loss of single samples can't be had: {first_line(problem)}"
+        found = self._sample_losses(source)
+        if found is None:
             return None
+        are_means, samples = found
+        if samples is None:
+            self._reason = _NOT_THE_MEAN
+            return self._of_draws()
         if not np.isfinite(samples).all():
             self._reason = "the loss of single samples is not finite"
             return None
@@ -232,6 +237,29 @@ class _Reference:
             lambda step, loss: loss - float(variate(self._indices(source, step))[0]) - mean, error
         )
         return ReferenceLosses(mean, error, "samples", losses=samples, standing=standing)
+
+    def _sample_losses(self, source: IndexedSource) -> tuple[bool, Losses | None] | None:
+        """Whether minibatches lose what their samples do on average, and what samples lose; None: nobody can say.
+
+        They are evaluated together, or else, where there are few enough, one by one. What they lose is then left out
+        if minibatches lose something else.
+        """
+        objective = self._objective
+        for one_by_one in (False, True):
+            if one_by_one and (source.num_samples or 0) > self._affordable:
+                break
+            try:
+                # Where torch would go through the samples one by one it warns: not without having been counted.
+                with objective.at_reference(), warnings.catch_warnings():
+                    warnings.filterwarnings("error", message=".*performance drop")
+                    are_means = self._are_means(source, one_by_one)
+                    if one_by_one and not are_means:
+                        return False, None
+                    losses = [_sample_losses(objective, b, one_by_one) for b, _ in source.full()]
+                    return are_means, np.concatenate(losses)
+            except Exception as problem:
+                self._reason = f"the loss of single samples can't be had: {first_line(problem)}"
+        return None
 
     def _indices(self, source: IndexedSource, step: int) -> NDArray[np.int64]:
         key = NoiseKey(self._seed, step=step, chain=_NO_CHAIN)
@@ -306,17 +334,19 @@ class _Reference:
 
     # ---- whether a minibatch's loss is a mean ------------------------------------------------------------------
 
-    def _are_means(self, source: IndexedSource) -> bool:
+    def _are_means(self, source: IndexedSource, one_by_one: bool) -> bool:
         """Whether minibatches lose at w* what their samples lose on average, each among those of other minibatches."""
         exact = self._objective.in_full_precision()
 
         def gather(indices: Tensor) -> Batch:
             return map_tensors(widened, source.gather(indices))
 
-        keys = [NoiseKey(self._seed, step=step) for step in range(_CHECKED_BATCHES)]
+        count = _CHECKED_ONE_BY_ONE if one_by_one else _CHECKED_BATCHES
+        keys = [NoiseKey(self._seed, step=step) for step in range(count)]
         rows = [source.sample_indices(key, source.index_buffer(1))[0] for key in keys]
         mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
-        samples = np.concatenate([_sample_losses(exact, gather(indices)) for indices in mixed.reshape(len(rows), -1)])
+        pieces = (gather(indices) for indices in mixed.reshape(len(rows), -1))
+        samples = np.concatenate([_sample_losses(exact, piece, one_by_one) for piece in pieces])
         for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
             with torch.enable_grad():  # as chains do
                 loss = exact.minibatch_loss(exact.reference, gather(indices), exact.fresh_buffers())
@@ -367,7 +397,7 @@ def _exchanged(a: Batch, b: Batch) -> tuple[Batch, Batch]:
     return joined(a, b), joined(b, a)
 
 
-def _sample_losses(objective: Objective, batch: Batch) -> Losses:
+def _sample_losses(objective: Objective, batch: Batch, one_by_one: bool) -> Losses:
     pieces = split_batch(batch, objective.microbatch_size)
-    losses = [objective.sample_losses(piece).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces]
+    losses = [objective.sample_losses(piece, one_by_one).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces]
     return np.concatenate(losses)

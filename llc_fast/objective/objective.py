@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llc_fast.data import (
     Batch,
@@ -76,9 +77,9 @@ class _Evaluated(nn.Module):
     def uses_own_loss(self) -> bool:
         return self._loss_fn is None
 
-    def forward(self, batch: Batch, by_sample: bool = False) -> Tensor:
+    def forward(self, batch: Batch, by_sample: bool = False, one_by_one: bool = False) -> Tensor:
         if by_sample:
-            return self._by_sample(batch)
+            return self._one_by_one(batch) if one_by_one else self._by_sample(batch)
         if self._loss_fn is None:
             output = self.model(**batch)
             return output["loss"] if isinstance(output, Mapping) else output.loss  # type: ignore[no-any-return]
@@ -89,11 +90,21 @@ class _Evaluated(nn.Module):
     def _by_sample(self, batch: Batch) -> Tensor:
         """The loss of every sample as a batch of one; the model itself sees them together where it can."""
         if self._loss_fn is None or self._takes_model:
-            losses: Tensor = vmap(lambda sample: self(_batch_of_one(sample)))(batch)
+            with batchable_attention(next(iter(leaves(batch))).device):
+                losses: Tensor = vmap(lambda sample: self(_batch_of_one(sample)))(batch)
             return losses
         loss_fn, output = self._loss_fn, self.model(*batch[:-1])
         losses = vmap(lambda out, target: loss_fn(_batch_of_one(out), _batch_of_one(target)))(output, batch[-1])
         return losses
+
+    def _one_by_one(self, batch: Batch) -> Tensor:
+        """The same without torch.func, which knows neither every kernel nor branches that depend on values."""
+        return torch.stack([self(map_tensors(lambda t, k=k: t[k : k + 1], batch)) for k in range(batch_length(batch))])
+
+
+def batchable_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Attention that torch.func can batch: on a CPU it would go through fused attention one by one, with a warning."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _batch_of_one(sample: Batch) -> Batch:
@@ -324,15 +335,18 @@ class Objective:
         exact._fixed, exact._swaps_buffers = exact.frozen, True
         return exact
 
-    def sample_losses(self, batch: Batch) -> Tensor:
-        """The loss of every sample of a batch at w*, ``[batch]``; raises whatever torch does if they can't be had."""
+    def sample_losses(self, batch: Batch, one_by_one: bool = False) -> Tensor:
+        """The loss of every sample of a batch at w*, ``[batch]``; raises whatever torch does if they can't be had.
+
+        One by one, each sample is a batch of its own for the model and the loss function: slow, and always possible.
+        """
         buffers = self.fresh_buffers()
         if self.per_sample:
             samples = self.evaluate(self.reference, batch, buffers).samples
             assert samples is not None
             return samples
         with self.holding(self.reference, buffers), self._precision():
-            losses: Tensor = self._module(batch, True)
+            losses: Tensor = self._module(batch, True, one_by_one)
         if losses.shape != (batch_length(batch),):
             raise ValueError(f"losses of single samples have shape {tuple(losses.shape[1:])}")
         return losses
