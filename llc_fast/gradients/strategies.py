@@ -67,37 +67,39 @@ class EagerGradient:
         return {id(p): self._params[name] for name, p in self._targets.items()}
 
     def evaluate(self, batch: Batch) -> Evaluation:
+        """Differentiated at once, unless gradients are to be consumed as they come."""
         objective = self._objective
         pieces = objective.pieces(batch)
         losses, samples = [], []
-        self._partial: list[Tensor] | None = None
+        self._found: list[Tensor] | None = None
         with objective.holding(self._params, self._buffers):
             for k, (piece, share) in enumerate(pieces):
                 evaluation = objective.loss(piece, share)
-                self._last = evaluation.loss
-                if k + 1 < len(pieces):
-                    self._add(objective.gradients(self._last))
-                losses.append(self._last.detach())
+                losses.append(evaluation.loss.detach())
                 samples += [] if evaluation.samples is None else [evaluation.samples.detach()]
+                self._last = evaluation.loss
+                if k + 1 < len(pieces) or not self._release:
+                    self._add(objective.gradients(self._last))
+                    self._last = losses[-1]  # without its graph
         loss = torch.stack(losses).sum(dtype=torch.float64) if len(losses) > 1 else losses[0]
         return Evaluation(loss.reshape(1), torch.cat(samples)[None] if samples else None)
 
     @torch.no_grad()
     def _add(self, grads: list[Tensor]) -> None:
         """Gradients of microbatches add up."""
-        if self._partial is None:
-            self._partial = grads
+        if self._found is None:
+            self._found = grads
         else:
-            for total, grad in zip(self._partial, grads, strict=True):
+            for total, grad in zip(self._found, grads, strict=True):
                 total += grad
 
     def gradients(self) -> list[Tensor]:
-        with self._objective.holding(self._params, self._buffers):  # backward looks at parameters, too
-            grads = self._objective.gradients(self._last)
-        if self._partial is None:
-            return grads
-        self._add(grads)
-        return self._partial
+        if self._release:
+            with self._objective.holding(self._params, self._buffers):  # backward looks at parameters, too
+                self._add(self._objective.gradients(self._last))
+        assert self._found is not None
+        found, self._found = self._found, None
+        return found
 
     def forget(self) -> None:
         """Nothing is kept from call to call."""
@@ -111,7 +113,7 @@ class EagerGradient:
             return objective.minibatch_loss(objective.reference, batch, buffers).reshape(1)
 
     def move(self, step: int) -> Info:
-        if not self._release or self._partial is not None:
+        if not self._release or self._found is not None:
             self._state.move(self.gradients(), step)
             return self._state.info()
         waiting = set(self._params)
