@@ -45,8 +45,8 @@ _TURNS = frozenset(
     f"aten::{name}_" for name in ("t", "transpose", "swapaxes", "swapdims", "squeeze", "unsqueeze", "detach")
 )
 """What changes how a tensor lies in its memory, and no memory."""
-_NOT_AGAIN = frozenset(("aten::mkldnn_rnn_layer",))
-"""What gives other outputs where no gradients are recorded, as in a replay."""
+_WORKSPACES = frozenset(("aten::mkldnn_rnn_layer",))
+"""What leaves something for its backward pass only where gradients are recorded, which they are not in a replay."""
 _aten = torch.ops.aten
 _IMPLIED_BY_OUT = frozenset(("dtype", "layout", "device", "pin_memory"))
 
@@ -66,8 +66,6 @@ class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
         self.calls: list[_Call] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if schema_of(op).name in _NOT_AGAIN:
-            raise NotReplayableError(f"a kernel can't be replayed ({op})")
         kwargs = kwargs or {}
         # As they are now: what follows may transpose a tensor in place.
         given = self._fixed(args), self._fixed(kwargs)
@@ -290,9 +288,11 @@ _SHORT_WAYS: dict[Any, Callable[..., object]] = {
 
 def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Callable[[], object]:
     """The same operation with its results written to `out`."""
+    outputs = (out,) if isinstance(out, Tensor) else out
+    if schema_of(op).name in _WORKSPACES and all(isinstance(t, Tensor) for t in outputs):
+        return _copying(functools.partial(torch.enable_grad()(op), *args, **kwargs), out)
     if not kwargs and (product := product_by_onednn(op, args, out)) is not None:
         return product
-    outputs = (out,) if isinstance(out, Tensor) else out
     own = [(a.name, str(a.type)) for a in schema_of(op).arguments]
     # A loss that reduces would resize its output to that of the unreduced one on the way.
     if all(isinstance(t, Tensor) for t in outputs) and "reduction" not in dict(own):
@@ -310,9 +310,14 @@ def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> C
                 call = _SHORT_WAYS.get(variant, variant)
                 return functools.partial(call, *args, **given, **dict(zip(targets, outputs, strict=True)))
 
+    return _copying(functools.partial(op, *args, **kwargs), out)
+
+
+def _copying(call: Callable[[], Any], out: Any) -> Callable[[], None]:
+    """An operation that has no other way to write to memory that is there."""
+
     def run() -> None:
-        results = op(*args, **kwargs)
-        for old, new in zip(_tensors(out), _tensors(results), strict=True):
+        for old, new in zip(_tensors(out), _tensors(call()), strict=True):
             old.copy_(new)
 
     return run
