@@ -99,10 +99,10 @@ def _one_by_one_because(objective: Objective, sampler: Sampler) -> str:
 
 
 def can_be_replayed(objective: Objective) -> bool:
-    """Whether minibatches stay in one place and the model is a function of its parameters and its input alone."""
+    """Whether minibatches stay in one place and the model is a function of its parameters, its input and its buffers."""
     source, trial = objective.source, objective.trial
     stays = isinstance(source, IndexedSource) and source.is_thread_safe and trial.has_tensor_batches
-    writes = trial.writes_buffers or trial.writes_batch or trial.writes_parameters
+    writes = trial.writes_batch or trial.writes_parameters
     return stays and not (trial.is_random or writes or trial.has_hooks or trial.changes_itself)
 
 

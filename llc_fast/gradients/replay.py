@@ -106,8 +106,13 @@ class Recording(Generic[T]):
     """The kernels of one call of `function`; :meth:`replay` runs them again on whatever its memory then holds.
 
     The function must do the same work each time that Python reads the same values of tensors: same kernels, same
-    shapes, no random numbers. It may read any memory that stays where it is, and must write to none but its own. What
-    it returned is in :attr:`result`, and is overwritten by each replay.
+    shapes, no random numbers. It may read any memory that stays where it is, and must write to none but its own and
+    that of `writable`. What it returned is in :attr:`result`, and is overwritten by each replay.
+
+    Args:
+        function: what is recorded, by calling it once.
+        aliases: what stands for a tensor with memory that is only lent to it, by its identity.
+        writable: memory that the function was given to write to; so will each replay.
 
     Attributes:
         num_guards: values, and sizes that depend on values, that each replay compares with those of the recording.
@@ -117,17 +122,20 @@ class Recording(Generic[T]):
             torch, or writes to memory that it was given.
     """
 
-    def __init__(self, function: Callable[[], T], aliases: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(
+        self, function: Callable[[], T], aliases: Mapping[int, Tensor] | None = None, writable: Sequence[Tensor] = ()
+    ) -> None:
         recorder = _Recorder(aliases or {})
         with recorder, _ReadRefuser():
             self.result: T = function()
+        lent = set(_storages(list(writable)))
         made: set[int] = set()  # storages that the function itself allocates
         written: set[int] = set()  # those that it writes to after making them
         for op, args, kwargs, out in recorder.calls:
             inputs, outputs = set(_storages((args, kwargs))), set(_storages(out))
             if schema_of(op).is_mutable:
                 targets = set(_storages(list(_written(op, args, kwargs))))
-                if not targets <= made:
+                if not targets <= made | lent:
                     raise NotReplayableError(f"it writes to memory that it was given ({op})")
                 written |= targets
             made |= outputs - inputs
@@ -152,7 +160,7 @@ class Recording(Generic[T]):
                     if torch.Tag.dynamic_output_shape in op.tags and not _indexes_by_integers(op, args):
                         guards.append(call)
         self.num_guards = len(guards)
-        _use_memory_again(kernels, recorder.calls, made - constant - set(_storages(self.result)))
+        _use_memory_again(kernels, recorder.calls, made - constant - lent - set(_storages(self.result)))
         compared = set(map(id, guards))
         self._calls = [_again(call, id(call) in compared) for call in kernels]
         self._kept = recorder.calls  # memory that was freed could be given to somebody else

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -60,6 +60,11 @@ class EagerGradient:
         self._params = state.single()
         self._last = torch.empty(0)
         self._targets = dict(zip(objective.reference, objective.targets, strict=True))
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Memory of the chain's own that an evaluation writes to: statistics of batches."""
+        return list(self._buffers.values()) if self._objective.trial.writes_buffers else []
 
     @property
     def aliases(self) -> dict[int, Tensor]:
@@ -162,6 +167,11 @@ class BatchedGradient:
         self._reference = objective.reference
         self._ones: Tensor | None = None
 
+    @property
+    def written(self) -> list[Tensor]:
+        """Memory of the chain's own that an evaluation writes to."""
+        return []
+
     def evaluate(self, batch: Batch) -> Evaluation:
         torch.clear_autocast_cache()  # of the caller's autocast: these leaves have moved
         self._losses, samples = self._function(self._params, batch)
@@ -191,6 +201,10 @@ def check_replay(replayed: Sequence[Tensor], fresh: Sequence[Tensor], rounding: 
     """Raise NotReplayableError unless a replay gave what the model itself does, to rounding: their dtype's, or more."""
     for ours, theirs in zip(replayed, fresh, strict=True):
         if not theirs.numel():
+            continue
+        if not theirs.is_floating_point():
+            if not torch.equal(ours, theirs):
+                raise NotReplayableError("a replay differs from the model")
             continue
         rounding = max(rounding, torch.finfo(theirs.dtype).eps)
         slack = max(1e-5, rounding) * float(theirs.detach().nan_to_num().abs().max())
@@ -231,6 +245,7 @@ class ReplayedGradient:
     ) -> None:
         self._inner, self._state, self._model = inner, state, model
         self._feed, self._tried = feed, 1 if feed.is_shared else _TRIED
+        self._written = inner.written
         batch = feed(0)
 
         def both() -> tuple[Evaluation, list[Tensor]]:
@@ -257,10 +272,13 @@ class ReplayedGradient:
         for _ in range(2):
             self._feed(first)
             self._inner.forget()
-            recording = Recording(function, aliases)
+            with self._as_they_were():
+                recording = Recording(function, aliases, self._written)
             if not recording.num_guards:
                 followed = [first + 1]
                 break
+            if self._written:
+                raise NotReplayableError("Python looks at a tensor's values, and the model writes to its buffers")
             followed = self._followed(recording)
             if 2 * len(followed) > self._tried:
                 break
@@ -270,11 +288,25 @@ class ReplayedGradient:
         self._feed(next((k for k in followed if k != first), followed[0]))
         with self._state.displaced():
             try:
-                recording.replay()
+                with self._as_they_were() as replayed:
+                    recording.replay()
             except RuntimeError as error:
                 raise NotReplayableError(f"a kernel can't be replayed: {error}") from error
-            check_replay(_tensors_of(recording.result), _tensors_of(function()))
+            with self._as_they_were() as fresh:
+                result = function()
+            check_replay([*_tensors_of(recording.result), *replayed], [*_tensors_of(result), *fresh])
         return recording
+
+    @contextlib.contextmanager
+    def _as_they_were(self) -> Iterator[list[Tensor]]:
+        """Afterwards the chain's buffers are as before; what was written to them is in the list then."""
+        before, found = [b.clone() for b in self._written], list[Tensor]()
+        try:
+            yield found
+        finally:
+            found += [b.clone() for b in self._written]
+            for b, value in zip(self._written, before, strict=True):
+                b.copy_(value)
 
     def _followed(self, recording: Recording[Any]) -> list[int]:
         """The minibatches on which Python finds what it found when it was recorded."""
