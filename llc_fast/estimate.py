@@ -351,6 +351,7 @@ def prepare(
         has_observables=bool(settings.observables),
     )
     plan = planned(strategy=execution.strategy)
+    objective.runs_compiled = plan.runs_compiled
     # Pilots may find room for momentum, which is a tensor more like w for each chain.
     may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
     largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template

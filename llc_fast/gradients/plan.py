@@ -59,6 +59,7 @@ class Plan:
         release: whether each gradient is consumed and freed during the backward pass.
         is_given: whether the user named the strategy, so that no other may take its place.
         reason: why, in words.
+        runs_compiled: whether what the user gave to torch.compile runs as that has made it.
     """
 
     strategy: str
@@ -69,6 +70,7 @@ class Plan:
     release: bool
     is_given: bool
     reason: str
+    runs_compiled: bool = False
 
 
 # ---- what stands in the way of each strategy ---------------------------------------------------------------
@@ -207,7 +209,11 @@ def make_plan(
     reason = "; ".join(failed.values()) or (
         "asked for" if is_given else f"{size}, {one_by_one}" if one_by_one else size
     )
-    return Plan(strategy, group, workers, threads, replay, release, is_given, reason)
+    # Recorded kernels do what compiling does, and can't be recorded from what it has made.
+    runs_compiled = objective.runs_compiled or strategy == "compiled" or (strategy == "sequential" and not replay)
+    if objective.is_compiled:
+        reason += "; compiled by the user" if runs_compiled else "; torch.compile is set aside for recorded kernels"
+    return Plan(strategy, group, workers, threads, replay, release, is_given, reason, runs_compiled)
 
 
 def _choice(objective: Objective, num_chains: int, possible: set[str]) -> str:

@@ -32,7 +32,12 @@ from llc_fast.objective.selection import select
 from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
 from llc_fast.support.randomness import Generators
-from llc_fast.support.torch_private import graph_of
+from llc_fast.support.torch_private import (
+    can_set_compiling_aside,
+    compiling_set_aside,
+    graph_of,
+    has_compiled_parts,
+)
 
 _COPIED_PARAMETERS = 10_000_000
 """Parameters up to which w* is copied."""
@@ -134,6 +139,8 @@ class Objective:
         masks: for those of which only a part is sampled, True where an element may move.
         not_sampled: elements that were taken out because the loss depends on them and they get no gradient, by name.
         per_sample: whether the loss function gives one loss for each sample.
+        is_compiled: whether the user gave the model, a part of it, or the loss function to torch.compile.
+        runs_compiled: whether it is then run as torch.compile has made it; otherwise as it was written.
         trial: what one gradient at w* was measured to be.
 
     Raises:
@@ -190,6 +197,8 @@ class Objective:
             self._fixed = {name: p.clone() for name, p in self.frozen.items()}
         self._buffers = dict(model.named_buffers())
         self._swaps_buffers, self._is_exact = True, False
+        self.is_compiled = has_compiled_parts(model, loss_fn)
+        self.runs_compiled = self.is_compiled and not can_set_compiling_aside()
         self.per_sample = False
         self.not_sampled: dict[str, int] = {}
         self.trial = try_out(self, max_checks)
@@ -248,7 +257,7 @@ class Objective:
 
     def loss(self, batch: Batch, share: float = 1.0) -> Evaluation:
         """The loss of one batch inside :meth:`holding`, times `share`, which makes it part of a larger batch's."""
-        with self._precision():
+        with self._precision(), self._as_written():
             loss = self._module(batch)
         return self._reduced(loss, share)
 
@@ -304,7 +313,7 @@ class Objective:
     def functional(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Evaluation:
         """The loss of one batch as a function of the parameters, for ``torch.func``; the model keeps w*."""
         named = (*params.items(), *self.frozen.items(), *buffers.items())
-        with self._precision():
+        with self._precision(), self._as_written():
             loss = functional_call(self._module, {f"model.{name}": t for name, t in named}, (batch,))
         return self._reduced(loss, 1.0)
 
@@ -345,7 +354,7 @@ class Objective:
             samples = self.evaluate(self.reference, batch, buffers).samples
             assert samples is not None
             return samples
-        with self.holding(self.reference, buffers), self._precision():
+        with self.holding(self.reference, buffers), self._precision(), self._as_written():
             losses: Tensor = self._module(batch, True, one_by_one)
         if losses.shape != (batch_length(batch),):
             raise ValueError(f"losses of single samples have shape {tuple(losses.shape[1:])}")
@@ -406,6 +415,11 @@ class Objective:
             "masks": digest(self.masks.items()),
         }
         return identity | data_identity(self.source)
+
+    def _as_written(self) -> contextlib.AbstractContextManager[object]:
+        if self.runs_compiled or not self.is_compiled:
+            return contextlib.nullcontext()
+        return compiling_set_aside()
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self._is_exact:

@@ -195,8 +195,7 @@ class _Trial:
         piece, buffers = copied(self._piece), objective.fresh_buffers()
         inputs = [t for t in leaves(piece) if isinstance(t, Tensor)]
         saved = _SavedBytes(exclude=[*params.values(), *objective.frozen.values(), *inputs, *buffers.values()])
-        # A compiled model does not run under a dispatch mode.
-        compiled = any(type(m).__name__ == "OptimizedModule" for m in objective.model.modules())
+        compiled = objective.runs_compiled  # what does not run under a dispatch mode
         counter = FlopCounter()  # type: ignore[no-untyped-call]
         gradients: dict[str, tuple[float, float]] = {}
         attributes = plain_attributes(objective.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -148,6 +149,29 @@ def has_user_hooks(model: nn.Module) -> bool:
     if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
         return True
     return any(p._backward_hooks for p in model.parameters())
+
+
+def has_compiled_parts(model: nn.Module, loss_fn: object) -> bool:
+    """Whether a model, some of its modules, or a loss function were given to torch.compile."""
+    if hasattr(loss_fn, "_torchdynamo_orig_callable"):
+        return True
+    return any(
+        type(m).__name__ == "OptimizedModule"
+        or getattr(m, "_compiled_call_impl", None) is not None
+        or any(hasattr(v, "_torchdynamo_orig_callable") for v in vars(m).values())
+        for m in model.modules()
+    )
+
+
+def can_set_compiling_aside() -> bool:
+    """Whether what torch.compile has made can be asked to run as it was written; since torch 2.6."""
+    return hasattr(torch.compiler, "set_stance")
+
+
+def compiling_set_aside() -> contextlib.AbstractContextManager[object]:
+    """Inside ``with`` everything given to torch.compile runs as it was written."""
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def is_dropout(module: nn.Module) -> bool:
