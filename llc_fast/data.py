@@ -38,7 +38,7 @@ from llc_fast.batches import (
 from llc_fast.kernels.native import minibatch_indices
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.loaders import LoaderSource, looks_like_batches, reason_not_whole
-from llc_fast.support.errors import first_line
+from llc_fast.support.errors import add_note, first_line
 from llc_fast.support.randomness import Generators, same_states
 
 __all__ = [
@@ -278,10 +278,7 @@ class _Collated:
                 "that makes tensors of them"
             ) from error
         except RuntimeError as error:
-            if hasattr(error, "add_note"):
-                error.add_note(
-                    "data has samples of different shapes: pass a DataLoader with a collate_fn that pads them"
-                )
+            add_note(error, "data has samples of different shapes: pass a DataLoader with a collate_fn that pads them")
             raise
 
 

@@ -287,7 +287,9 @@ class _Surroundings:
         self._stack.enter_context(self.generators.kept())
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(large_blocks_apart(self._is_large))
-        self._stack.callback(ModelSnapshot(self._model, self._loss_fn).restore)
+        snapshot = ModelSnapshot(self._model, self._loss_fn)
+        self._stack.callback(snapshot.restore)
+        snapshot.silence()
 
     def __exit__(self, *error: Any) -> bool:
         handled = bool(self._stack.__exit__(*error))

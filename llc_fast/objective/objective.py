@@ -28,6 +28,7 @@ from llc_fast.data import (
 from llc_fast.kernels.native import check_tensor
 from llc_fast.kernels.sharding import is_dtensor
 from llc_fast.objective.borrowed import BorrowedModel
+from llc_fast.objective.outputs import MODEL, OUTPUT, OWN, loss_in
 from llc_fast.objective.selection import select
 from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
@@ -86,11 +87,10 @@ class _Evaluated(nn.Module):
         if by_sample:
             return self._one_by_one(batch) if one_by_one else self._by_sample(batch)
         if self._loss_fn is None:
-            output = self.model(**batch)
-            return output["loss"] if isinstance(output, Mapping) else output.loss  # type: ignore[no-any-return]
+            return loss_in(self.model(**batch), OWN)
         if self._takes_model:
-            return self._loss_fn(self.model, batch)
-        return self._loss_fn(self.model(*batch[:-1]), batch[-1])
+            return loss_in(self._loss_fn(self.model, batch), MODEL)
+        return loss_in(self._loss_fn(self.model(*batch[:-1]), batch[-1]), OUTPUT)
 
     def _by_sample(self, batch: Batch) -> Tensor:
         """The loss of every sample as a batch of one; the model itself sees them together where it can."""
@@ -99,7 +99,9 @@ class _Evaluated(nn.Module):
                 losses: Tensor = vmap(lambda sample: self(_batch_of_one(sample)))(batch)
             return losses
         loss_fn, output = self._loss_fn, self.model(*batch[:-1])
-        losses = vmap(lambda out, target: loss_fn(_batch_of_one(out), _batch_of_one(target)))(output, batch[-1])
+        losses = vmap(lambda out, target: loss_in(loss_fn(_batch_of_one(out), _batch_of_one(target)), OUTPUT))(
+            output, batch[-1]
+        )
         return losses
 
     def _one_by_one(self, batch: Batch) -> Tensor:
@@ -318,8 +320,6 @@ class Objective:
         return self._reduced(loss, 1.0)
 
     def _reduced(self, loss: Tensor, share: float) -> Evaluation:
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
 
@@ -354,6 +354,8 @@ class Objective:
             samples = self.evaluate(self.reference, batch, buffers).samples
             assert samples is not None
             return samples
+        if self.trial.accumulates and not one_by_one:  # what vmap leaves in an attribute is of no use to the next
+            raise RuntimeError("the model keeps tensors from call to call")
         with self.holding(self.reference, buffers), self._precision(), self._as_written():
             losses: Tensor = self._module(batch, True, one_by_one)
         if losses.shape != (batch_length(batch),):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
-from llc_fast.objective.borrowed import plain_attributes
+from llc_fast.objective.borrowed import plain_attributes, tensor_attributes
 from llc_fast.objective.differences import compare_with_differences, copied, scales_of
 from llc_fast.objective.flops import FlopCounter
-from llc_fast.support.errors import first_line
+from llc_fast.objective.outputs import described, entry_with_tensor
+from llc_fast.support.errors import add_note, first_line
 from llc_fast.support.randomness import State, same_states
 from llc_fast.support.torch_private import (
     has_own_backward,
@@ -63,7 +64,9 @@ class Trial:
         is_same_without_grad: whether the loss is the same function where no gradients are recorded.
         functional_problem: why the loss is not a function of parameters that torch.func can be given; empty: it is.
         has_hooks: whether the user's hooks see or change what modules compute.
-        changes_itself: whether a forward pass changes attributes of modules that are numbers or containers (a counter).
+        changes_itself: whether a forward pass changes attributes of modules that are numbers or containers (a counter),
+            or accumulates.
+        accumulates: whether tensors that are attributes of modules are others after each forward pass (a metric).
     """
 
     flops: float
@@ -80,6 +83,7 @@ class Trial:
     functional_problem: str = ""
     has_hooks: bool = False
     changes_itself: bool = False
+    accumulates: bool = False
 
 
 def try_out(objective: Objective, max_checks: int) -> Trial:
@@ -117,7 +121,12 @@ class _Trial:
         drew = not same_states(self._start, self._generators.states())
         value = first.value
         repeats = _REPEATS if first.flops <= _SMALL_FLOPS else 1
+        attributes = tensor_attributes(objective.model)
         is_reproducible = all(_agree(self._value(here), value, _SAME) for _ in range(repeats))
+        accumulates = any(
+            a.keys() != b.keys() or not all(_same_values(a[name], b[name]) for name in a)
+            for a, b in zip(attributes, tensor_attributes(objective.model), strict=True)
+        )
         self._generators.seed(_OTHER_SEED)
         with torch.enable_grad():
             other = self._value(here, restart=False)
@@ -148,7 +157,8 @@ class _Trial:
             is_same_without_grad=is_same_without_grad,
             functional_problem=problem,
             has_hooks=has_user_hooks(objective.model),
-            changes_itself=first.changes_itself,
+            changes_itself=first.changes_itself or accumulates,
+            accumulates=accumulates,
         )
         objective.trial = trial
         self._refuse_sum(elsewhere, is_random)
@@ -242,13 +252,30 @@ class _Trial:
         try:
             return objective.loss(batch).loss
         except Exception as error:
-            if hasattr(error, "add_note"):
-                called = "loss_fn(model, batch)" if objective.takes_model else "loss_fn(model(*inputs), target)"
-                error.add_note(
-                    f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
-                    "whose first parameter is called `model` gets (model, batch), any other (output, target)"
-                )
+            add_note(error, self._how_it_was_called(error, batch))
             raise
+
+    def _how_it_was_called(self, error: Exception, batch: Batch) -> str:
+        objective = self._objective
+        if objective.uses_own_loss:
+            return "llc_fast evaluated the loss as model(**batch), since loss_fn is None"
+        called = "loss_fn(model, batch)" if objective.takes_model else "loss_fn(model(*inputs), target)"
+        note = (
+            f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
+            "whose first parameter is called `model` gets (model, batch), any other (output, target)"
+        )
+        if isinstance(error, AttributeError) and isinstance(batch, dict) and error.obj is batch and error.name in batch:
+            return f"{note}. Batches of mappings are plain dictionaries here: write batch[{error.name!r}]"
+        if not objective.takes_model and isinstance(error, (TypeError, AttributeError, ValueError)):
+            with contextlib.suppress(Exception), torch.no_grad():
+                output = objective.model(*copied(batch)[:-1])
+                if not isinstance(output, Tensor):
+                    entry = entry_with_tensor(output, samples=True)
+                    return (
+                        f"{note}. The model returns {described(output)}: write "
+                        f"loss_fn=lambda output, target: your_loss(output{entry}, target)"
+                    )
+        return note
 
     def _check_value(self, loss: Tensor, size: int) -> None:
         objective = self._objective

@@ -350,7 +350,7 @@ def test_own_loss_of_another_form() -> None:
     """Batches that are no dictionaries, outputs without a loss: errors that say what was expected."""
     with pytest.raises(TypeError, match="batches that are dictionaries; these are tuple"):
         estimate(initialized(_OwnLoss()), samples(), None)
-    with pytest.raises(TypeError, match="must return a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="models that return their own loss, but this one returned dict"):
         estimate(initialized(_OwnLoss("dictionary")), {"inputs": samples()[0]}, None)
     with pytest.raises(TypeError, match="unexpected keyword") as caught:
         estimate(
