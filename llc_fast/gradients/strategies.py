@@ -114,7 +114,8 @@ class EagerGradient:
         objective, buffers = self._objective, self._buffers
         if objective.trial.writes_buffers:
             buffers = {name: b.clone() for name, b in buffers.items()}
-        with torch.enable_grad():
+        same = objective.trial.is_same_without_grad and not objective.trial.is_random  # of these nobody can say
+        with torch.set_grad_enabled(not same):
             return objective.minibatch_loss(objective.reference, batch, buffers).reshape(1)
 
     def move(self, step: int) -> Info:

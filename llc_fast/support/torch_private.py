@@ -136,17 +136,21 @@ def padding_rows(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
             yield weight, row
 
 
+_OF_LIBRARIES = ("torch.nn.utils.", "transformer_lens.model_bridge.")
+
+
 def has_user_hooks(model: nn.Module) -> bool:
     """Whether somebody's hooks see or change what the modules or parameters of a model compute.
 
-    The hooks by which torch itself normalizes weights are functions of the parameters, and do not count.
+    Hooks of libraries that are a part of the function do not count: those by which torch normalizes weights, and those
+    by which TransformerLens passes values on between modules.
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     everywhere = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
     if any(everywhere):
         return True
     hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
-    if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+    if any(not str(getattr(hook, "__module__", "")).startswith(_OF_LIBRARIES) for hook in hooks):
         return True
     return any(p._backward_hooks for p in model.parameters())
 
