@@ -27,6 +27,7 @@ from llc_fast.batches import (
     as_tensors,
     batch_length,
     fingerprint,
+    is_graph,
     leaves,
     length_of,
     map_tensors,
@@ -271,6 +272,8 @@ class _Collated:
         else:
             samples = [self._dataset[i] for i in wanted]
         try:
+            if samples and is_graph(samples[0]):
+                return sys.modules["torch_geometric.data"].Batch.from_data_list(samples)
             return default_collate(samples)
         except TypeError as error:
             raise TypeError(
@@ -335,8 +338,8 @@ def make_source(
     """The source for whatever the user gave.
 
     Args:
-        data: tensors with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a map-style
-            Dataset; a DataLoader or another iterable of batches. With a loader `batch_size` must be None: the loader
+        data: tensors or NumPy's arrays with samples along the first dimension, as a tuple (inputs…, target) or a
+            dictionary; a map-style Dataset; a DataLoader or another iterable of batches. With a loader `batch_size` must be None: the loader
             decides.
         batch_size: samples in a minibatch; None: min(512, n).
         device: where batches are wanted.
@@ -356,6 +359,8 @@ def make_source(
     check = _check_pair if pairs else lambda batch: batch
     if type(data) is TensorDataset:
         data = data.tensors
+    if isinstance(data, (np.ndarray, tuple, Mapping)):  # a list of arrays may be samples
+        data = as_tensors(data)
     if isinstance(data, Tensor):
         if pairs:
             raise TypeError("data must be (inputs, target), got one tensor: pass a tuple such as (x, y)")

@@ -731,7 +731,7 @@ def _with_reference(result: LLCResult, chosen: Chosen, objective: Objective) -> 
         return result, chosen.init_loss_stderr
     at_draws = reference[result.kept_chains, result.schedule.draws][:, : result.kept_draws.shape[1]]
     init_loss = float(at_draws.mean()) if at_draws.size else chosen.init_loss
-    rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps * abs(init_loss)
+    rounding = objective.rounding * abs(init_loss)
     return dataclasses.replace(result, init_loss=init_loss), rounding
 
 

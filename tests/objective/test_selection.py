@@ -129,7 +129,7 @@ def test_frozen_parameters_can_be_named() -> None:
     ("params", "error", "message"),
     [
         ("3.*", ValueError, r"params='3\.\*' matches no parameter; the model has: 0\.weight, 0\.bias"),
-        (["0.weight", "weight"], ValueError, "params='weight' matches no parameter"),
+        (["0.weight", "kernel"], ValueError, "params='kernel' matches no parameter"),
         ([], ValueError, "params is empty"),
         ({}, ValueError, "params is empty"),
         (nn.Linear(3, 4), ValueError, "holds a Linear with no parameter of the model"),
