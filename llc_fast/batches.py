@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -117,12 +116,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 def is_graph(batch: object) -> bool:
     """Whether this is a graph, or several in one, as torch_geometric has them: one leaf of a batch, with tensors."""
-    return _is_graph_type(type(batch))
-
-
-@functools.cache
-def _is_graph_type(kind: type) -> bool:
-    return any(c.__name__ == "BaseData" and c.__module__.startswith("torch_geometric.") for c in kind.__mro__)
+    kinds = type(batch).__mro__
+    return any(kind.__name__ == "BaseData" and kind.__module__.startswith("torch_geometric.") for kind in kinds)
 
 
 def leaves(batch: Batch) -> list[Any]:

@@ -339,8 +339,8 @@ def make_source(
 
     Args:
         data: tensors or NumPy's arrays with samples along the first dimension, as a tuple (inputs…, target) or a
-            dictionary; a map-style Dataset; a DataLoader or another iterable of batches. With a loader `batch_size` must be None: the loader
-            decides.
+            dictionary; a map-style Dataset; a DataLoader or another iterable of batches. With a loader `batch_size`
+            must be None: the loader decides.
         batch_size: samples in a minibatch; None: min(512, n).
         device: where batches are wanted.
         pairs: whether each batch must be a tuple (inputs…, target); otherwise it may have any structure.

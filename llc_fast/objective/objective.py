@@ -168,8 +168,8 @@ class Objective:
         if len(dtypes := {named[name].dtype for name in sampled}) > 1 and torch.float64 in dtypes:
             found = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(
-                f"the parameters to sample have several dtypes ({found}), and chains would be float32 or float64 alike: "
-                "convert the model to one, or leave some out with params="
+                f"the parameters to sample have several dtypes ({found}), of float32 and float64 chains: "
+                "convert the model to one dtype, or leave some out with params="
             )
         _check_apart({name: named[name] for name in sampled})
         self._borrowed.move_to(device)

@@ -172,7 +172,7 @@ class _Trial:
 
     @torch.no_grad()
     def _without_grad(self, params: Mapping[str, Tensor]) -> float:
-        """The loss where no gradients are recorded; NaN if it takes some itself (a penalty, an equation to be solved)."""
+        """The loss where no gradients are recorded; NaN if it takes some itself (a penalty, an equation to solve)."""
         try:
             return self._value(params)
         except RuntimeError:

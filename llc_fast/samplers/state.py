@@ -268,7 +268,9 @@ class ChainState:
         if not is_whole:
             self.start_parts()
         for part, table in self._tables:
-            sums = self._sums if is_whole or self._sums is None else self._part
+            sums = self._sums
+            if sums is not None and not is_whole:
+                sums = self._part
             table.step(
                 grads if is_whole else [grads[k] for k in part],
                 scalars,
@@ -278,7 +280,7 @@ class ChainState:
                 wanted=self._wanted,
                 device_step=device_step,
             )
-            if sums is not self._sums:
+            if self._sums is not None and not is_whole:
                 self._sums += self._part
         if self._feeds_back:
             assert self._sums is not None
