@@ -6,6 +6,7 @@ addressed by index, and the choice between all of them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -27,6 +28,7 @@ from llc_fast.batches import (
     as_tensors,
     batch_length,
     fingerprint,
+    is_graph,
     leaves,
     length_of,
     map_tensors,
@@ -139,7 +141,17 @@ class IndexedSource:
         self.num_samples: int | None = self._n
         self.batch_size: int | None = min(batch_size, self._n)
         self._index_device = device if device.type == "cuda" else torch.device("cpu")
+        self._is_independent = independent
         self._stride = self._n // self.batch_size if independent and self._n else 1
+
+    def with_batch_size(self, batch_size: int) -> IndexedSource:
+        """The same data in minibatches of another size."""
+        other = copy.copy(self)
+        for name in ("sampling", "_needs_seeds"):
+            other.__dict__.pop(name, None)
+        other.batch_size = min(batch_size, self._n)
+        other._stride = self._n // other.batch_size if self._is_independent and self._n else 1
+        return other
 
     @property
     def is_full_batch(self) -> bool:
@@ -271,6 +283,8 @@ class _Collated:
         else:
             samples = [self._dataset[i] for i in wanted]
         try:
+            if samples and is_graph(samples[0]):
+                return sys.modules["torch_geometric.data"].Batch.from_data_list(samples)
             return default_collate(samples)
         except TypeError as error:
             raise TypeError(
@@ -335,9 +349,9 @@ def make_source(
     """The source for whatever the user gave.
 
     Args:
-        data: tensors with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a map-style
-            Dataset; a DataLoader or another iterable of batches. With a loader `batch_size` must be None: the loader
-            decides.
+        data: tensors or NumPy's arrays with samples along the first dimension, as a tuple (inputs…, target) or a
+            dictionary; a map-style Dataset; a DataLoader or another iterable of batches. With a loader `batch_size`
+            must be None: the loader decides.
         batch_size: samples in a minibatch; None: min(512, n).
         device: where batches are wanted.
         pairs: whether each batch must be a tuple (inputs…, target); otherwise it may have any structure.
@@ -356,6 +370,8 @@ def make_source(
     check = _check_pair if pairs else lambda batch: batch
     if type(data) is TensorDataset:
         data = data.tensors
+    if isinstance(data, (np.ndarray, tuple, Mapping)):  # a list of arrays may be samples
+        data = as_tensors(data)
     if isinstance(data, Tensor):
         if pairs:
             raise TypeError("data must be (inputs, target), got one tensor: pass a tuple such as (x, y)")

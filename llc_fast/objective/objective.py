@@ -183,9 +183,12 @@ class Objective:
                 )
         for name in sampled:
             check_tensor(f"parameter {name!r}", named[name])
-        if len(dtypes := {named[name].dtype for name in sampled}) > 1:
+        if len(dtypes := {named[name].dtype for name in sampled}) > 1 and torch.float64 in dtypes:
             found = ", ".join(sorted(map(str, dtypes)))
-            raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
+            raise ValueError(
+                f"the parameters to sample have several dtypes ({found}), of float32 and float64 chains: "
+                "convert the model to one dtype, or leave some out with params="
+            )
         _check_apart({name: named[name] for name in sampled})
         self._borrowed.move_to(device)
         self.reference = {name: named[name].detach() for name in sampled}
@@ -240,7 +243,12 @@ class Objective:
         """Whether losses are computed in float32 or better throughout."""
         wide = (torch.float32, torch.float64)
         autocast = self._autocast is not None or torch.is_autocast_enabled(self.device.type)
-        return (self._is_exact or not autocast) and next(iter(self.reference.values())).dtype in wide
+        return (self._is_exact or not autocast) and all(p.dtype in wide for p in self.reference.values())
+
+    @property
+    def rounding(self) -> float:
+        """The relative error of a loss, half a unit of the coarsest parameter's precision."""
+        return 0.5 * max(torch.finfo(p.dtype).eps for p in self.reference.values())
 
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""

@@ -28,10 +28,7 @@ def loss_in(found: Any, source: str) -> Tensor:
     """
     if isinstance(found, Tensor):
         return found
-    if isinstance(found, Mapping):
-        named = found.get("loss")
-    else:
-        named = getattr(found, "loss", None)
+    named = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
     if isinstance(named, Tensor):
         return named
     if isinstance(found, (tuple, list)):

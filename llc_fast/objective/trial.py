@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MIN_CHECKS = 48
 """Evaluations that comparing gradients with differences may take at least, unless each is large."""
 _LARGE_FLOPS, _FEW_CHECKS = 3e9, 6
+_OTHER_BATCHES = 8
+"""Minibatches that are looked at for a use of parameters of which the first makes none."""
 _SAME = 1e-4
 """Relative difference up to which two evaluations of one function agree."""
 _SAME_BITS = 1e-6
@@ -53,7 +55,7 @@ class Trial:
 
     Attributes:
         flops: floating-point operations of one gradient, counted; infinite if they can't be (a compiled model).
-        activation_bytes: what autograd keeps of one forward pass.
+        activation_bytes: what autograd keeps of one forward pass; 0 if that can't be seen (torch.func inside the loss).
         unused: names of parameters that the loss does not depend on.
         has_tensor_batches: whether a batch holds nothing but tensors.
         is_random: whether the loss is another from evaluation to evaluation (dropout, noise, time, a model with state).
@@ -112,7 +114,7 @@ class _Trial:
         self._piece, self._size = split_batch(self._batch, objective.microbatch_size)[0]
         self._start: State = self._generators.states()
         self._borrowed = objective.borrowed
-        self._has_own_backward = False
+        self._has_own_backward, self._watches_memory = False, True
 
     def run(self, max_checks: int) -> Trial:
         objective = self._objective
@@ -131,10 +133,9 @@ class _Trial:
         with torch.enable_grad():
             other = self._value(here, restart=False)
         is_random = drew or not is_reproducible or not _agree(other, value, _SAME)
-        with torch.no_grad():  # recomputed activations of the reentrant kind warn where there are no gradients
-            is_same_without_grad = is_random or (
-                not first.is_reentrant and _agree(self._value(here), value, _SAME_BITS)
-            )
+        # Recomputed activations of the reentrant kind warn where there are no gradients.
+        alone = math.nan if first.is_reentrant else self._without_grad(here)
+        is_same_without_grad = math.isfinite(alone) and (is_random or _agree(alone, value, _SAME_BITS))
         del here
         elsewhere = self._displaced()
         if first.writes_parameters:
@@ -161,12 +162,33 @@ class _Trial:
             accumulates=accumulates,
         )
         objective.trial = trial
+        objective.trial = dataclasses.replace(trial, unused=self._never_used(elsewhere))
         self._refuse_sum(elsewhere, is_random)
         self._leave_padding()
         if is_reproducible and not first.writes_parameters:
             few = _FEW_CHECKS if first.flops > _LARGE_FLOPS else MIN_CHECKS
             self._compare(elsewhere, max(max_checks, few))
         return objective.trial
+
+    @torch.no_grad()
+    def _without_grad(self, params: Mapping[str, Tensor]) -> float:
+        """The loss where no gradients are recorded; NaN if it takes some itself (a penalty, an equation to solve)."""
+        try:
+            return self._value(params)
+        except RuntimeError:
+            return math.nan
+
+    def _never_used(self, params: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """What a few other minibatches make no use of either: experts and branches may rest in one of them."""
+        objective = self._objective
+        unused = dict.fromkeys(objective.trial.unused)
+        for seed in range(1, _OTHER_BATCHES + 1):
+            if not unused:
+                break
+            batch = next(iter(objective.source.minibatches(seed)))
+            self._generators.restore(self._start)
+            objective.gradient_at(params, batch, lambda name, _: unused.pop(name, None))
+        return tuple(unused)
 
     # ---- the first evaluation ----------------------------------------------------------------------------------
 
@@ -179,8 +201,11 @@ class _Trial:
         found: _First | None = None
         try:
             found = self._gradient(params, plain=False)
-        except RuntimeError:
-            if not self._has_own_backward:
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error):  # torch.func takes gradients inside of the loss
+                self._watches_memory = False
+                found = self._gradient(params, plain=False)
+            elif not self._has_own_backward:
                 raise
         if self._has_own_backward:
             plain = self._gradient(params, plain=True)
@@ -224,7 +249,8 @@ class _Trial:
             before = [version_of(t) for t in inputs]
             versions = borrowed.versions()
             with contextlib.nullcontext() if compiled else counter:
-                with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+                watch = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t)
+                with watch if self._watches_memory else contextlib.nullcontext():
                     loss = self._loss(piece)
                     self._check_value(loss, batch_length(piece))
                 self._has_own_backward = has_own_backward(loss)
@@ -264,6 +290,10 @@ class _Trial:
             f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
             "whose first parameter is called `model` gets (model, batch), any other (output, target)"
         )
+        widths = {t.dtype for t in leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()}
+        own = {p.dtype for p in objective.reference.values()}
+        if isinstance(error, RuntimeError) and widths - own and "dtype" in str(error):
+            return f"{note}. The data are {_dtypes(widths)}, the parameters {_dtypes(own)}: convert the data"
         if isinstance(error, AttributeError) and isinstance(batch, dict) and error.obj is batch and error.name in batch:
             return f"{note}. Batches of mappings are plain dictionaries here: write batch[{error.name!r}]"
         if not objective.takes_model and isinstance(error, (TypeError, AttributeError, ValueError)):
@@ -444,6 +474,10 @@ class _First:
 
 
 _OTHER_SEED = 0x5EED
+
+
+def _dtypes(found: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 def _number(evaluation: Evaluation) -> float:

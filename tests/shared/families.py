@@ -146,7 +146,9 @@ def loss_of(case: Case, batch: Any) -> Tensor:
     with contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
         if case.loss_fn is None:
             output = case.model(**batch)
-            return output["loss"] if isinstance(output, Mapping) else output.loss
+            if isinstance(output, (Mapping, tuple)) and not hasattr(output, "loss"):
+                return output["loss"] if isinstance(output, Mapping) else output[0]
+            return output.loss
         if takes_model(case.loss_fn):
             return case.loss_fn(case.model, batch)
         return case.loss_fn(case.model(*batch[:-1]), batch[-1])
@@ -601,7 +603,7 @@ def _int8() -> Case:
     return case._replace(model=nn.Sequential(*layers).eval())
 
 
-@family("int8 dynamic", refused="quantize")
+@family("int8 dynamic", refused="the model is quantized")
 def _int8_dynamic() -> Case:
     """torch's own quantized layers: no parameter is left."""
     case = digits_case(mlp(64, 16, 10))
@@ -764,3 +766,16 @@ class Experts(nn.Module):
 @family("experts")
 def _experts() -> Case:
     return digits_case(Experts())
+
+
+@family("equation")
+def _equation() -> Case:
+    """u' = cos x, whose solution is a network: the loss takes derivatives itself."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        x = batch[0].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return (slope - torch.cos(x)).square().mean()
+
+    points = torch.linspace(0, 3, 64)[:, None]
+    return train(Case(mlp(1, 16, 1).eval(), (points,), loss, {}), steps=200)
