@@ -101,7 +101,7 @@ def _one_by_one_because(objective: Objective, sampler: Sampler) -> str:
 
 
 def can_be_replayed(objective: Objective) -> bool:
-    """Whether minibatches stay in one place and the model is a function of its parameters, its input and its buffers."""
+    """Whether minibatches stay in one place and the model is a function of parameters, input and buffers."""
     source, trial = objective.source, objective.trial
     stays = isinstance(source, IndexedSource) and source.is_thread_safe and trial.has_tensor_batches
     writes = trial.writes_batch or trial.writes_parameters

@@ -6,8 +6,8 @@ kernels can be recorded once and replayed with their outputs written to where th
 a CUDA graph is on a GPU. Views need no replay at all, since their memory stays where it is.
 
 Where Python reads a value (``mask.all()``, ``lengths.max().item()``, how many are True), what follows may depend on it.
-A value that is computed from constants is the same each time. Any other is read again by every replay, at the same place
-among the kernels, and a replay in which it is another ends there.
+A value that is computed from constants is the same each time. Any other is read again by every replay, at the same
+place among the kernels, and a replay in which it is another ends there.
 """
 
 from __future__ import annotations
@@ -219,14 +219,15 @@ def _use_memory_again(kernels: Sequence[_Call], calls: Sequence[_Call], movable:
     begins, ends = _by_value(first), _by_value(last)
     free: list[torch.UntypedStorage] = []
     for k in range(len(kernels)):
-        homes = {}
         for place in begins.get(k, ()):
-            old = next(iter(tensors[place].values())).untyped_storage()
-            fits = (n for n in reversed(range(len(free))) if old.nbytes() <= free[n].nbytes() <= 2 * old.nbytes())
-            n = next(fits, None)  # what was freed last is in the cache
-            homes[place] = old if n is None else free.pop(n)
+            home = next(iter(tensors[place].values())).untyped_storage()
+            size = home.nbytes()
+            for n in reversed(range(len(free))):  # what was freed last is in the cache
+                if size <= free[n].nbytes() <= 2 * size:
+                    home = free.pop(n)
+                    break
             for t in tensors[place].values():
-                t.set_(homes[place], t.storage_offset(), t.shape, t.stride())  # type: ignore[call-overload]
+                t.set_(home, t.storage_offset(), t.shape, t.stride())
         for place in ends.get(k, ()):
             free.append(next(iter(tensors[place].values())).untyped_storage())
 

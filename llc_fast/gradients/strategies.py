@@ -281,7 +281,7 @@ class ReplayedGradient:
             if self._written:
                 raise NotReplayableError("Python looks at a tensor's values, and the model writes to its buffers")
             followed = self._followed(recording)
-            if 2 * len(followed) > self._tried:
+            if 2 * len(followed) >= self._tried:
                 break
             first = next((k for k in range(self._tried) if k not in followed), first)  # the other way may be the usual
         else:

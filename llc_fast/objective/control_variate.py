@@ -399,5 +399,7 @@ def _exchanged(a: Batch, b: Batch) -> tuple[Batch, Batch]:
 
 def _sample_losses(objective: Objective, batch: Batch, one_by_one: bool) -> Losses:
     pieces = split_batch(batch, objective.microbatch_size)
-    losses = [objective.sample_losses(piece, one_by_one).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces]
+    losses = [
+        objective.sample_losses(piece, one_by_one).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces
+    ]
     return np.concatenate(losses)

@@ -106,7 +106,7 @@ class _Evaluated(nn.Module):
 
     def _one_by_one(self, batch: Batch) -> Tensor:
         """The same without torch.func, which knows neither every kernel nor branches that depend on values."""
-        return torch.stack([self(map_tensors(lambda t, k=k: t[k : k + 1], batch)) for k in range(batch_length(batch))])
+        return torch.stack([self(piece) for piece, _ in split_batch(batch, 1)])
 
 
 def batchable_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:

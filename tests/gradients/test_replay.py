@@ -346,7 +346,7 @@ def test_memory_is_not_given_to_others() -> None:
 
 
 def test_memory_is_used_again() -> None:
-    """A chain of kernels needs the memory of two of its links, whatever its length, and what is returned keeps its own."""
+    """A chain of kernels needs the memory of two links, whatever its length, and what is returned keeps its own."""
     x = torch.randn(1000)
 
     def function() -> tuple[Tensor, Tensor]:
@@ -713,3 +713,35 @@ def test_memory_that_stands_in_is_read_in_a_replay() -> None:
     chain.mul_(2)
     recording.replay()
     torch.testing.assert_close(recording.result.detach(), 2 * x.sum())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}], ids=str)
+def test_fused_recurrent_layers(options: dict[str, Any], mode: Callable[[], Any]) -> None:
+    """In float32 a layer is one kernel, which keeps something for its backward pass if gradients are recorded."""
+    network, x = nn.LSTM(3, 4, **options), torch.randn(5, 2, 3)
+    params = list(network.parameters())
+
+    def function() -> tuple[Tensor, ...]:
+        with mode():
+            out, (h, c) = network(x)
+            loss = out.square().mean() + h.sum() / 10 + c.mean()
+        return (loss, *torch.autograd.grad(loss, params)) if loss.requires_grad else (loss,)
+
+    _assert_replays(function, [x, *params])
+
+
+def test_memory_that_may_be_written_to() -> None:
+    """Every replay writes to it, as every call does; anything else that was given is refused still."""
+    norm, x = nn.BatchNorm1d(3), torch.randn(4, 3)
+    other = nn.BatchNorm1d(3)
+    recording = Recording(lambda: norm(x), writable=list(norm.buffers()))
+    other(x)
+    for _ in range(3):
+        x.normal_()
+        recording.replay()
+        torch.testing.assert_close(recording.result, other(x))
+        for name, b in norm.named_buffers():
+            torch.testing.assert_close(b, other.get_buffer(name))
+    with pytest.raises(NotReplayableError, match="writes to memory that it was given"):
+        Recording(lambda: norm(x), writable=[x])

@@ -6,14 +6,17 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from numpy.typing import NDArray
 from problems import MODELS, N, estimate, make_problem, mlp
+from runs import interrupted_after
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -727,3 +730,210 @@ def test_chains_that_are_lost_do_not_take_others_along() -> None:
     lost = np.isnan(traces[0]).any(axis=1)
     assert 0 < lost.sum() < 12
     np.testing.assert_allclose(traces[0], traces[1], rtol=RTOL[torch.float64], equal_nan=True)
+
+
+# --- Models in which Python looks at values ------------------------------------------------------------------
+
+
+class _Branches(nn.Linear):
+    """A minibatch with a large sample goes another way."""
+
+    calls = 0
+
+    def __init__(self, level: float) -> None:
+        super().__init__(3, 1)
+        self.level = level
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(x).exp() if (x.abs() > self.level).any() else super().forward(x)
+
+
+def _shares(level: float) -> float:
+    """The share of minibatches of 8 that go the second way, by counting samples."""
+    large = float((PLAIN[0].abs() > level).any(dim=1).double().mean())
+    return 1 - (1 - large) ** 8
+
+
+@pytest.mark.parametrize("level", [2.0, 2.3])
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_other_ways_are_left_to_the_model(level: float, num_chains: int, plainly: Plainly) -> None:
+    """What was recorded is replayed where Python finds what it found then; the chains are those of plain autograd."""
+    assert 0.05 < _shares(level) < 0.95
+    model, options = _Branches(level).double(), {"num_chains": num_chains, "num_draws": 200, "num_burnin": 0}
+    expected = plainly(model, PLAIN, F.mse_loss, **options)
+    _Branches.calls = 0
+    result = estimate(model, PLAIN, F.mse_loss, **options)
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=RTOL[torch.float64])
+    assert "not recorded" not in result.diagnostics["strategy_reason"]
+    assert result.diagnostics["workers"] == min(num_chains, 2)
+    set_up = 400  # evaluations at w*, comparisons with differences, and recordings
+    other_way = min(_shares(level), 1 - _shares(level)) * 200 * num_chains
+    assert 0.2 * other_way < _Branches.calls < set_up + 3 * other_way
+
+
+@pytest.mark.parametrize("stop", [3, 11])
+def test_other_ways_do_not_change_the_bits_of_a_run_that_is_resumed(stop: int, tmp_path: Path) -> None:
+    """What is recorded does not depend on where a process begins."""
+    model = _Branches(2.3)
+    options: dict[str, Any] = {"num_chains": 1, "strategy": "sequential", "num_draws": 20}
+    x, y = (t.float() for t in PLAIN)
+    whole = estimate(model, (x, y), F.mse_loss, **options)
+    with interrupted_after(stop):
+        part = estimate(model, (x, y), F.mse_loss, checkpoint=tmp_path / "run", **options)
+    assert part.is_partial
+    resumed = estimate(model, (x, y), F.mse_loss, checkpoint=tmp_path / "run", **options)
+    assert np.array_equal(resumed.loss_trace, whole.loss_trace)
+
+
+def test_values_that_are_others_each_time_are_not_recorded(plainly: Plainly) -> None:
+    """A replay of a number that was read would never be of use."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 + x.abs().sum().item() / 100)
+
+    model = Scaled(3, 1).double()
+    result = estimate(model, PLAIN, F.mse_loss, strategy="sequential")
+    np.testing.assert_allclose(result.loss_trace, plainly(model, PLAIN, F.mse_loss), rtol=RTOL[torch.float64])
+    assert "goes another way from minibatch to minibatch" in result.diagnostics["strategy_reason"]
+
+
+# --- Models that write to their buffers ----------------------------------------------------------------------
+
+
+def _with_norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double().train()
+
+
+class _Assigned(nn.Module):
+    """Assigns new tensors to its buffers instead of writing to them; what it gives depends on them."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.inner(x - self.mean)
+
+
+def _spectral() -> nn.Module:
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(4, 1)).double().train()
+
+
+@pytest.mark.parametrize("make", [_with_norms, lambda: _Assigned().double(), _spectral])
+def test_buffers_are_written_to_by_replays(make: Callable[[], nn.Module], plainly: Plainly) -> None:
+    """As by the model: to those of the chain, at its own evaluations alone; those at w* leave no trace."""
+    model = make()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    expected = plainly(model, PLAIN, F.mse_loss, num_draws=30)
+    result = estimate(model, PLAIN, F.mse_loss, num_draws=30)
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=RTOL[torch.float64])
+    assert "writes to its buffers" in result.diagnostics["strategy_reason"]
+    assert "not recorded" not in result.diagnostics["strategy_reason"]
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert result.diagnostics["paired_with"] == "draws"
+
+
+def test_losses_at_the_reference_are_those_of_plain_evaluations(plainly: Plainly, monkeypatch: Any) -> None:
+    """Recorded, or evaluated by the model: with the buffers that a chain has there."""
+    options: dict[str, Any] = {"num_draws": 30, "strategy": "sequential"}
+    result = estimate(_with_norms(), PLAIN, F.mse_loss, **options)
+    monkeypatch.setattr(plan, "_REPLAYED_FLOPS", -1)
+    plain = estimate(_with_norms(), PLAIN, F.mse_loss, **options)
+    at_draws = [r.traces["reference_loss"][:, r.schedule.draws] for r in (result, plain)]
+    assert np.isfinite(at_draws[0]).all()
+    np.testing.assert_allclose(*at_draws, rtol=RTOL[torch.float64])
+
+
+def test_a_count_that_python_reads_is_not_recorded(plainly: Plainly) -> None:
+    """Batch normalization with a cumulative average divides by how many batches it has seen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1)).double().train()
+    result = estimate(model, PLAIN, F.mse_loss)
+    np.testing.assert_allclose(result.loss_trace, plainly(model, PLAIN, F.mse_loss), rtol=RTOL[torch.float64])
+    assert "Python looks at a tensor's values" in result.diagnostics["strategy_reason"]
+
+
+# --- What the user gave to torch.compile ---------------------------------------------------------------------
+
+
+class _Half(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.outer = inner, nn.Linear(4, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="of torch 2.6")
+@pytest.mark.parametrize("kind", ["whole", "part", "in place", "loss"])
+@pytest.mark.parametrize("strategy", ["sequential", None])
+def test_recorded_kernels_take_the_place_of_compiling(kind: str, strategy: str | None, plainly: Plainly) -> None:
+    """The model is recorded as it was written, and nothing is compiled; afterwards it is compiled as before."""
+    compiled = list[object]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    inner = nn.Linear(3, 4).double()
+    model: nn.Module = _Half(inner)
+    loss_fn: Any = F.mse_loss
+    expected = plainly(model, PLAIN, loss_fn)
+    if kind == "whole":
+        model = torch.compile(model, backend=backend)
+    elif kind == "part":
+        model.inner = torch.compile(inner, backend=backend)
+    elif kind == "in place":
+        model.compile(backend=backend)
+    else:
+        loss_fn = torch.compile(lambda output, target: F.mse_loss(output, target), backend=backend)
+    result = estimate(model, PLAIN, loss_fn, strategy=strategy)
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=RTOL[torch.float64])
+    assert "torch.compile is set aside for recorded kernels" in result.diagnostics["strategy_reason"]
+    assert not compiled
+    x, y = PLAIN
+    loss_fn(model(x), y)
+    assert len(compiled) == 1
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="of torch 2.6")
+def test_a_compiled_model_that_is_not_recorded_runs_compiled() -> None:
+    """From a loader nothing is recorded: the user's backend is used."""
+    compiled = list[object]()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    model = torch.compile(mlp().double(), backend=backend)
+    result = estimate(model, DataLoader(TensorDataset(*PLAIN), batch_size=8, shuffle=True), F.mse_loss)
+    assert "compiled by the user" in result.diagnostics["strategy_reason"] and compiled
+
+
+# --- Language and vision models of Hugging Face --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox ragged", "llama", "bert", "lstm"])
+@pytest.mark.parametrize("strategy", ["sequential", None])
+def test_models_of_others_are_recorded(name: str, strategy: str | None, plainly: Plainly) -> None:
+    """The chains are those of the models' own gradients, and λ̂ is the same to rounding, whatever the strategy."""
+    family = FAMILIES[name]
+    for package in family.requires:
+        pytest.importorskip(package)
+    case = family.make(0)
+    options: dict[str, Any] = {"lr": 1e-5, "nbeta": 30.0, "localization": 100.0, "num_chains": 2, "num_draws": 6}
+    expected = plainly(case.model, case.data, case.loss_fn, **options)
+    result = estimate(case.model, case.data, case.loss_fn, strategy=strategy, **options)
+    np.testing.assert_allclose(result.loss_trace, expected, rtol=RTOL[torch.float32])
+    assert "not recorded" not in result.diagnostics["strategy_reason"]

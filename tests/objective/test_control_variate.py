@@ -285,6 +285,64 @@ def test_models_that_vmap_does_not_know_are_paired_by_their_outputs() -> None:
     np.testing.assert_allclose(result.loss_trace[:, 0], result.init_loss, rtol=1e-5)
 
 
+class _Attention(nn.Module):
+    """Fused attention, which torch.func can't batch on a CPU; with `reads`, Python looks at the mask, too."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.out, self.reads = nn.Embedding(5, 8), nn.Linear(8, 5), reads
+        self.inputs = list[int]()
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        self.inputs.append(len(tokens))
+        h = self.embedding(tokens)[:, None]
+        is_plain = self.reads and bool(mask.all())
+        found = nn.functional.scaled_dot_product_attention(h, h, h, None if is_plain else mask[:, None, None].bool())
+        logits: Tensor = self.out(found[:, 0])
+        return logits
+
+
+def _next_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """By each sample's own tokens, then over samples: a mean of what samples lose."""
+    tokens, mask = batch["tokens"], batch["mask"]
+    own = nn.functional.cross_entropy(model(tokens, mask)[:, :-1].mT, tokens[:, 1:], reduction="none")
+    return ((own * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).mean()
+
+
+def _ragged_tokens() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 7, (N,), generator=generator)
+    return {
+        "tokens": torch.randint(5, (N, 6), generator=generator),
+        "mask": (torch.arange(6) < lengths[:, None]).long(),
+    }
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_models_with_attention_are_paired_on_a_cpu(reads: bool) -> None:
+    """Together where torch.func can evaluate samples, or one by one; either way each loses what it does by itself."""
+    model, given = _Attention(reads).eval(), _ragged_tokens()
+    with torch.no_grad():
+        expected = [float(_next_token(model, {k: v[i : i + 1] for k, v in given.items()})) for i in range(N)]
+    options = {**EVERY_STEP, "num_draws": 5 * N}  # long enough to pay for it
+    result = estimate(model=model, data=given, loss_fn=_next_token, **options)
+    assert result.diagnostics["paired_with"] == "samples"
+    assert result.init_loss == pytest.approx(np.mean(expected), rel=1e-6)
+    minibatches = reference.minibatch_indices(N, BATCH, CHAINS, NoiseKey(SEED, step=0)).numpy()
+    deviations = np.array(expected)[minibatches].mean(axis=1) - np.mean(expected)
+    np.testing.assert_allclose(_raw(result)[:, 0] - result.loss_trace[:, 0], deviations, rtol=0, atol=1e-6)
+
+
+def test_samples_are_evaluated_one_by_one_only_where_a_run_is_long_enough() -> None:
+    """A short run is not made longer by a pass over all samples."""
+    model = _Attention(reads=True).eval()
+    result = estimate(model=model, data=_ragged_tokens(), loss_fn=_next_token, **EVERY_STEP)
+    assert result.diagnostics["paired_with"] != "samples"
+    assert "the loss of single samples can't be had" in result.diagnostics["unpaired_reason"]
+    assert model.inputs.count(1) < N
+
+
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
 def test_low_precision_hides_neither_means_nor_weights(kind: str) -> None:
     """Rounding to 8 bits is larger than what a weighting changes, so the check is made without it."""

@@ -100,3 +100,51 @@ def test_the_search_ends_on_circles_and_large_containers() -> None:
     circle: list[object] = []
     circle.append(circle)
     assert Generators(CPU, [circle, [random.Random(k) for k in range(5000)]]).held == []
+
+
+@pytest.mark.parametrize("normals", range(4))
+@pytest.mark.parametrize("between", ["nothing", "uniform", "normal", "seed", "other generator"])
+def test_numpys_state_is_that_which_numpy_tells(normals: int, between: str) -> None:
+    """Copied or asked for, with a normal number that waits for its turn or without: the same numbers follow."""
+    before, generators = np.random.get_state(legacy=False), Generators(CPU)
+    own = np.random.get_bit_generator()
+    try:
+        np.random.seed(normals)
+        np.random.randn(normals)
+        told, seen = np.random.get_state(legacy=False), generators.states()
+        assert same_states(seen[2], told)
+        follow = [np.random.randn(3), np.random.rand(2)]
+        np.random.set_state(told)
+        for _ in range(3):  # the same memory again, and states that were seen before
+            kept = generators.states()
+            assert same_states(kept[2], told)
+            if between == "uniform":
+                np.random.rand(1000)
+            elif between == "normal":
+                np.random.randn(3)
+            elif between == "seed":
+                generators.seed(5)
+                generators.states()
+            elif between == "other generator":
+                np.random.set_bit_generator(np.random.MT19937(3))
+            generators.restore(kept)
+            if between != "other generator":
+                assert same_states(np.random.get_state(legacy=False), told)
+            again = [np.random.randn(3), np.random.rand(2)]
+            assert all(np.array_equal(a, b) for a, b in zip(again, follow, strict=True))
+            generators.restore(kept)
+    finally:
+        np.random.set_bit_generator(own)
+        np.random.set_state(before)
+
+
+def test_states_that_were_written_down_are_restored() -> None:
+    """A decoded state is another object than any that was seen."""
+    generators = Generators(CPU)
+    before = generators.states()
+    first = draw_everywhere()
+    generators.restore(decode(encode(before)))
+    assert draw_everywhere() == first
+    generators.restore(before)
+    assert draw_everywhere() == first
+    generators.restore(before)
