@@ -368,9 +368,6 @@ def prepare(
     may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
     largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template
     check_memory(objective, largest, plan)
-    if settings.progress is True and team.rank == 0:
-        with threads(plan.num_threads):
-            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     identity: dict[str, Any] = {}
     saved = None
     if keeper is not None or team.size > 1:
@@ -379,6 +376,9 @@ def prepare(
         team.agree(identity | _more_identity(objective, loss_fn, keeper))
     if keeper is not None:
         saved = keeper.load(identity)
+    if settings.progress is True and team.rank == 0 and saved is None:
+        with threads(plan.num_threads):
+            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     nbeta = settings.nbeta_for(objective.source.num_samples)
     with threads(plan.num_threads):
         at_reference = reference_losses(objective, nbeta, settings.seed)
