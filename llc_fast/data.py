@@ -380,6 +380,11 @@ def make_source(
         return IndexedSource(_Tensors(data, device), batch_size or 512, device, check, independent)
     values: Sequence[Any] = list(data.values()) if isinstance(data, Mapping) else data
     if isinstance(data, (tuple, list, Mapping)) and data and all(isinstance(t, Tensor) for t in values):
+        if any(t.is_nested for t in values):
+            raise TypeError(
+                "data has nested tensors, from which no minibatch can be taken: pad them, as with "
+                "torch.nested.to_padded_tensor(t, 0.0), or pass a DataLoader whose collate_fn nests the samples"
+            )
         if pairs and isinstance(data, Mapping):
             raise TypeError(
                 f"data must be (inputs, target), got a dictionary of {', '.join(map(str, data))}: a loss function "

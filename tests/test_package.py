@@ -122,10 +122,10 @@ def test_a_broken_submodule_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_tests_are_where_their_module_is() -> None:
-    """tests/a/test_b.py tests llc_fast/a/b.py; a file of another name, or in fuzz/, says above what it tests."""
+    """tests/a/test_b.py tests llc_fast/a/b.py; a file of another name, or folder, says above what it tests."""
     found = {path.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     for path in sorted(found):
-        assert path.parts[0] == "fuzz" or (TOP.parent / path.parent).is_dir(), path
+        assert path.parts[0] in ("families", "fuzz") or (TOP.parent / path.parent).is_dir(), path
         module = TOP.parent / path.with_name(path.name.removeprefix("test_"))
         assert module.exists() is (path.as_posix() not in OF_NO_MODULE), path
     assert {Path(name) for name in OF_NO_MODULE} <= found

@@ -183,6 +183,11 @@ class Objective:
                 )
         for name in sampled:
             check_tensor(f"parameter {name!r}", named[name])
+            if named[name].is_inference():
+                raise ValueError(
+                    f"parameter {name!r} was made in torch.inference_mode() and can have no gradient: pass "
+                    "copy.deepcopy(model), made outside of it"
+                )
         if len(dtypes := {named[name].dtype for name in sampled}) > 1 and torch.float64 in dtypes:
             found = ", ".join(sorted(map(str, dtypes)))
             raise ValueError(
@@ -217,6 +222,11 @@ class Objective:
     def borrowed(self) -> BorrowedModel:
         """The user's model while it is used."""
         return self._borrowed
+
+    @property
+    def loss_fn(self) -> LossFunction | None:
+        """What was given as such."""
+        return self._module._loss_fn
 
     @property
     def uses_own_loss(self) -> bool:

@@ -290,6 +290,10 @@ class _Trial:
             f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
             "whose first parameter is called `model` gets (model, batch), any other (output, target)"
         )
+        owner = getattr(objective.loss_fn, "__self__", None)
+        if isinstance(owner, nn.Module) and not objective.takes_model:
+            name = getattr(objective.loss_fn, "__name__", "")
+            return f"{note}. For a method of the model write loss_fn=lambda model, batch: model.{name}(batch, 0)"
         widths = {t.dtype for t in leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()}
         own = {p.dtype for p in objective.reference.values()}
         if isinstance(error, RuntimeError) and widths - own and "dtype" in str(error):

@@ -48,8 +48,8 @@ def packet_of(op: Any) -> Any:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been written to."""
-    return int(tensor._version)
+    """How often a tensor has been written to; 0 for one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 class _Layouts:

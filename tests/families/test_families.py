@@ -142,7 +142,7 @@ def test_from_one_call(name: str) -> None:
     for found, expected in seen:
         assert found == pytest.approx(expected, rel=2e-2 if name in LOW else 1e-4)
     assert np.isfinite(result.observables["loss"]).all()
-    codes = {w.code for w in result.warnings} - {"ess", "rhat", "trend"}  # of a run as short as this
+    codes = {w.code for w in result.warnings} - {"ess", "rhat", "trend", "bias"}  # of a run as short as this
     assert codes == ({WARNINGS[name]} if name in WARNINGS else set())
     data = _whole(case)
     if data is not None:
@@ -294,10 +294,11 @@ def test_along_checkpoints(name: str) -> None:
 def test_as_hamiltonian_monte_carlo_has_it(name: str) -> None:
     """λ̂ at one nβ and γ, by SGLD with defaults and by full-batch HMC, which is exact."""
     case = case_of(name)
-    shared: dict[str, Any] = {"nbeta": 20.0, "localization": 100.0, "progress": False}
-    ours = llc_fast.estimate_llc(case.model, case.data, case.loss_fn, num_chains=4, num_draws=1500, **shared)
+    data = families.rows(case.data, torch.arange(64))
+    shared: dict[str, Any] = {"nbeta": 20.0, "localization": 100.0, "num_chains": 4, "progress": False}
+    ours = llc_fast.estimate_llc(case.model, data, case.loss_fn, num_draws=800, num_burnin=400, **shared)
     exact = llc_fast.estimate_llc(
-        case.model, case.data, case.loss_fn, sampler="hmc", num_chains=4, num_draws=300, num_burnin=150, **shared
+        case.model, data, case.loss_fn, sampler="hmc", num_draws=150, num_burnin=100, **shared
     )
     error = math.hypot(ours.llc_stderr, exact.llc_stderr)
     assert error < 0.05 * exact.llc_mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -148,3 +149,32 @@ def test_notes_on_batches() -> None:
     with pytest.raises(RuntimeError) as wide:
         runs.estimate(data=(x.double().numpy(), y.double().numpy()))
     assert "The data are float64, the parameters float32: convert the data" in _notes(wide.value)
+
+
+def test_a_note_on_methods() -> None:
+    class Stepping(nn.Linear):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return mse(self(batch[0]), batch[1])
+
+    model = Stepping(3, 1)
+    with pytest.raises(Exception) as caught:
+        runs.estimate(model=model, loss_fn=model.training_step)
+    assert "write loss_fn=lambda model, batch: model.training_step(batch, 0)" in _notes(caught.value)
+    runs.estimate(model=model, loss_fn=lambda model, batch: model.training_step(batch, 0))
+
+
+def test_models_of_the_inference_mode() -> None:
+    """A copy made outside of it, as the error says, is a model like others; data made in it are data."""
+    with torch.inference_mode():
+        model, data = runs.mlp(), tuple(t + 1 for t in runs.data())
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' was made in torch\.inference_mode"):
+        runs.estimate(model=model)
+    expected = runs.estimate(model=runs.mlp(), data=tuple(t + 1 for t in runs.data())).loss_trace
+    found = runs.estimate(model=copy.deepcopy(model), data=data).loss_trace
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_nested_tensors_are_no_columns() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(k + 1, 3) for k in range(4)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"^data has nested tensors.*to_padded_tensor"):
+        runs.estimate(data=(nested, torch.zeros(4)))
