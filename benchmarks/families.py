@@ -141,7 +141,7 @@ def by_default(case: Case, seconds: float, limit: float) -> dict[str, Any]:
     steps = 2 * 2000
     more: dict[str, Any] = {}
     if (share := limit / (seconds * CHAINS * steps)) < 1:
-        more = {"num_draws": max(100, int(steps * share / 2)), "num_burnin": max(100, int(steps * share / 2))}
+        more = dict.fromkeys(("num_draws", "num_burnin"), max(25, int(steps * share / 2)))
     result = llc_fast.estimate_llc(case.model, case.data, case.loss_fn, progress=False, **case.options, **more)
     codes = [w.code for w in result.warnings]
     assert math.isfinite(result.llc_mean)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -156,15 +157,16 @@ def has_user_hooks(model: nn.Module) -> bool:
 
 
 def has_compiled_parts(model: nn.Module, loss_fn: object) -> bool:
-    """Whether a model, some of its modules, or a loss function were given to torch.compile."""
-    if hasattr(loss_fn, "_torchdynamo_orig_callable"):
-        return True
-    return any(
-        type(m).__name__ == "OptimizedModule"
-        or getattr(m, "_compiled_call_impl", None) is not None
-        or any(hasattr(v, "_torchdynamo_orig_callable") for v in vars(m).values())
-        for m in model.modules()
+    """Whether a model, some of its modules or their functions, or a loss function were given to torch.compile."""
+    return _is_compiled(loss_fn) or any(
+        _is_compiled(m) or any(map(_is_compiled, vars(m).values())) for m in model.modules()
     )
+
+
+def _is_compiled(value: object) -> bool:
+    if isinstance(value, nn.Module):
+        return type(value).__name__ == "OptimizedModule" or getattr(value, "_compiled_call_impl", None) is not None
+    return isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable")
 
 
 def can_set_compiling_aside() -> bool:
