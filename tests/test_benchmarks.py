@@ -295,3 +295,32 @@ def test_report_joins_calls(
     text = (tmp_path / "first" / "report.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip() and "| yes |" in text and "**no**" not in text
     assert "| step_kernel<63, Sgld<float>, float> | 530.1 us | 91 % |" in text
+
+
+# ---- families ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_families(tmp_path: Path) -> None:
+    """One command measures and writes; families that are not named stay as they were; the page gets the table."""
+    path, page = tmp_path / "families.json", tmp_path / "families.md"
+    script = [sys.executable, str(FOLDER / "families.py"), "--json", str(path)]
+    few = ["--budget", "0.05", "--rounds", "1", "--default-seconds", "0.1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("mlp", "lstm"):
+        done = subprocess.run([*script, *few, "--families", name], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    tables = json.loads(path.read_text())
+    assert [row["family"] for row in tables["rows"]] == ["lstm", "mlp"]
+    for row in tables["rows"]:
+        assert row["works"].startswith("yes") and row["ours, ms"] > 0 < row["plain loop, ms"]
+        assert row["why not recorded"] == ""
+    page.write_text("before\n")
+    refused = subprocess.run([*script, "--docs", str(page)], capture_output=True, text=True, env=environment)
+    assert refused.returncode != 0 and "has no place for the table" in refused.stderr
+    begin = "<!-- table: python benchmarks/families.py --docs docs/families.md -->"
+    page.write_text(f"before\n\n{begin}\n<!-- end of the table -->\nafter\n")
+    for _ in range(2):
+        subprocess.run([*script, "--docs", str(page)], check=True, env=environment)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert text.count("| lstm |") == text.count("| mlp |") == 1
