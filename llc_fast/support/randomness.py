@@ -116,12 +116,12 @@ class _NumPys:
             self._note(ctypes.string_at(self._address, self._size), state)
 
     def _note(self, memory: bytes, state: Any) -> None:
-        waits = isinstance(state, tuple) or bool(state["has_gauss"])
-        self._seen = None if waits else memory
-        if not waits:
-            self._known[memory] = state
-            while len(self._known) > _KNOWN:
-                del self._known[next(iter(self._known))]
+        """In an order in which Ctrl-C may come at any time: what was seen is known."""
+        self._seen = None
+        if not (isinstance(state, tuple) or state["has_gauss"]):
+            known = [(m, s) for m, s in self._known.items() if m != memory][1 - _KNOWN :]
+            self._known = dict([*known, (memory, state)])
+            self._seen = memory
 
 
 def _numpys() -> _NumPys:
