@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
     from llc_fast.settings import Execution, default_nbeta
+    from llc_fast.support.warned import LLCWarning
     from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Draw",
     "Execution",
     "LLCResult",
+    "LLCWarning",
     "PreconditionedSGLD",
     "RMSpropSGLD",
     "__version__",
@@ -48,6 +50,7 @@ _HOME = {
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
         "settings": ("Execution", "default_nbeta"),
+        "support.warned": ("LLCWarning",),
         "sweep": ("sweep_checkpoints",),
     }.items()
     for name in names
