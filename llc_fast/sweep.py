@@ -36,13 +36,16 @@ NOT_OF_THE_START = frozenset(
     {
         *("training-mode", "batch-statistics", "unused", "no-gradient", "writes-parameters", "unshuffled", "dropped"),
         *("num-samples", "irreproducible", "standing-still", "gradient", "checkpoint", "short", "ess", "imprecise"),
-        *("init-loss",),
+        *("init-loss", "no-minimum"),
     }
 )
-"""Codes of warnings that say nothing of where chains started: those about model, data, length and precision."""
+"""Codes of warnings that say nothing of where chains started: those about model, w*, data, length and precision."""
+MAX_REJECTED = 2
+"""Warm estimates made again, one after another, after which a sweep goes on from w*: where the chains of one checkpoint
+are of no use to the next, trying costs more than half of an estimate each time."""
 _NAMES = (
     *("chain", "llc_mean", "llc_stderr", "llc_low", "llc_high", "llc_per_chain", "init_loss", "nbeta", "lr"),
-    *("warnings", "warning_codes", "is_warm", "gradients", "seconds"),
+    *("localization", "warnings", "warning_codes", "is_warm", "gradients", "seconds"),
 )
 _DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "trend", "bias_share", "distance_over_reference", "init_loss_stderr")
 
@@ -75,9 +78,9 @@ def sweep_checkpoints(
     begun, so that a quarter of the burn-in will do. Where training has learned something in between, they may be worse
     begun: far from where that holds. So a checkpoint is estimated again from w* if its warm chains give rise to a
     warning that their start may have caused, and that the last estimate from w* did not have; the second estimate is
-    kept, with its own warnings. Chains that are all led astray together are not noticed; where a jump between
-    checkpoints is what you look for, pass ``warm=False``. The model is as it was whenever a checkpoint is asked for,
-    and at the end.
+    kept, with its own warnings. After two of these, one after another, all others start at w*. Chains that are all led
+    astray together are not noticed; where a jump between checkpoints is what you look for, pass ``warm=False``. The
+    model is as it was whenever a checkpoint is asked for, and at the end.
 
     Ctrl-C ends the sweep after the present step; the checkpoints that were finished are returned, with the attribute
     ``partial``.
@@ -104,9 +107,9 @@ def sweep_checkpoints(
 
     Returns:
         A dataset over `dim`: ``llc_mean``, ``llc_stderr``, ``llc_low`` and ``llc_high`` (the 95 % interval),
-        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``warnings`` (one string, a line each) and
-        ``warning_codes`` (separated by spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the
-        diagnostics ``r_hat``, ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and
+        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``localization`` (γ, which is chosen for each checkpoint unless it is given),
+        ``warnings`` (one string, a line each) and ``warning_codes`` (separated by spaces), ``is_warm``, ``gradients``
+        (pilots included), ``seconds``, and of the diagnostics ``r_hat``, ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and
         ``init_loss_stderr``; NaN where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it. For each code of
         a warning a :class:`llc_fast.LLCWarning` is issued that says which checkpoints have it.
 
@@ -134,6 +137,7 @@ def sweep_checkpoints(
     is_stopped = False
     previous: LLCResult | None = None
     expected: frozenset[str] = frozenset()
+    rejected = 0
     shown = make_progress(progress, given.count, "LLC", unit="checkpoint")
 
     def estimate(k: int, start: LLCResult | None, name: str) -> LLCResult:
@@ -148,7 +152,7 @@ def sweep_checkpoints(
                 num_draws=num_draws,
                 num_burnin=burnin if start is None else -(-burnin // WARM_BURNIN),
                 warm_start=start,
-                keep_ends=warm,
+                keep_ends=warm and rejected < MAX_REJECTED,
                 checkpoint=None if kept is None else kept / f"{name}.npz",
                 progress=report if shown.is_shown else False,
                 **settings,
@@ -161,14 +165,17 @@ def sweep_checkpoints(
                 with _as_it_was(model):
                     _load_into(model, reader, source, given.said(k))
                     del source  # one of an iterator's at a time
-                    start = previous if warm else None
+                    start = previous if warm and rejected < MAX_REJECTED else None
                     try:
                         result = estimate(k, start, f"{k:05d}")
                         codes = frozenset(w.code for w in result.warnings)
-                        if start is not None and not result.is_partial and codes - expected - NOT_OF_THE_START:
-                            start = None
-                            result = estimate(k, None, f"{k:05d}-cold")
-                            codes = frozenset(w.code for w in result.warnings)
+                        if start is not None and not result.is_partial:
+                            if codes - expected - NOT_OF_THE_START:
+                                start, rejected = None, rejected + 1
+                                result = estimate(k, None, f"{k:05d}-cold")
+                                codes = frozenset(w.code for w in result.warnings)
+                            else:
+                                rejected = 0
                     except ValueError as error:
                         raise ValueError(f"checkpoints[{k}] ({dim} {name}): {error}") from error
                 if result.is_partial:
@@ -229,6 +236,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
             "init_loss": column(lambda r: r.init_loss),
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
+            "localization": column(lambda r: r.settings["localization"]),
             "warnings": column(lambda r: "\n".join(r.warnings)),
             "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),

@@ -369,6 +369,23 @@ def test_a_warning_that_a_cold_start_has_too_costs_nothing(
     assert list(found.warning_codes) == [cold, *([warm if is_kept else cold] * 2)]
 
 
+def test_a_sweep_stops_trying_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two warm estimates in a row that had to be made again all start at w*; one that holds begins the count anew."""
+    states = [mlp(seed=k).state_dict() for k in range(6)]
+    made = _examined(monkeypatch, cold="", warm="doubt")
+    found = _sweep(states)
+    assert made == [False, True, False, True, False, False, False, False] and not found.is_warm.any()
+    made, warm = _examined(monkeypatch, cold="", warm=""), iter([1, 0, 1, 0, 1])
+    examined = estimate_module.examine
+
+    def sometimes(result: LLCResult, facts: Facts) -> None:
+        examined(result, facts)
+        result.warnings.extend([Warning("doubtful", "doubt")] * (made[-1] and next(warm)))
+
+    monkeypatch.setattr(estimate_module, "examine", sometimes)
+    assert list(_sweep(states).is_warm) == [False, False, True, False, True, False]
+
+
 def test_codes_that_say_nothing_of_the_start_exist() -> None:
     """And those that chains from afar give rise to are not among them."""
     assert set(CODES) > sweep_module.NOT_OF_THE_START
