@@ -107,11 +107,12 @@ def sweep_checkpoints(
 
     Returns:
         A dataset over `dim`: ``llc_mean``, ``llc_stderr``, ``llc_low`` and ``llc_high`` (the 95 % interval),
-        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``localization`` (γ, which is chosen for each checkpoint unless it is given),
-        ``warnings`` (one string, a line each) and ``warning_codes`` (separated by spaces), ``is_warm``, ``gradients``
-        (pilots included), ``seconds``, and of the diagnostics ``r_hat``, ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and
-        ``init_loss_stderr``; NaN where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it. For each code of
-        a warning a :class:`llc_fast.LLCWarning` is issued that says which checkpoints have it.
+        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``localization`` (γ, which is chosen for
+        each checkpoint unless it is given), ``warnings`` (one string, a line each) and ``warning_codes`` (separated by
+        spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the diagnostics ``r_hat``,
+        ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and ``init_loss_stderr``; NaN
+        where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it. For each code of a warning a
+        :class:`llc_fast.LLCWarning` is issued that says which checkpoints have it.
 
     Raises:
         TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no weights of this model, or fit

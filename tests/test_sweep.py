@@ -370,7 +370,7 @@ def test_a_warning_that_a_cold_start_has_too_costs_nothing(
 
 
 def test_a_sweep_stops_trying_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two warm estimates in a row that had to be made again all start at w*; one that holds begins the count anew."""
+    """After two warm estimates in a row that had to be made again all start at w*; one that holds starts the count."""
     states = [mlp(seed=k).state_dict() for k in range(6)]
     made = _examined(monkeypatch, cold="", warm="doubt")
     found = _sweep(states)
