@@ -23,6 +23,12 @@ def test_help() -> None:
     assert listed == ["bench", "demo", "dln", "estimate", "info", "reproduce"]
 
 
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, without a command."""
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"llc-fast {llc_fast.__version__}\n")
+
+
 def test_help_waits_for_nothing() -> None:
     """The commands, and what is known of the machine without torch, need no package that takes long to import."""
     script = """
