@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llc_fast.result import LLCResult
+from llc_fast.schedule import Schedule
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
@@ -314,9 +315,13 @@ def _fate(result: LLCResult, chain: int) -> str:
     """What became of a chain, if it is not what it should be."""
     if chain in result.diverged_chains:
         return " (diverged)"
-    steps = result.loss_trace.shape[1]
-    done = steps if result.steps_done is None else result.steps_done[chain]
-    return f" ({done / steps:.0%} done)" if done < steps else ""
+    if result.steps_done is None:
+        return ""
+    # Of a run that was interrupted in burn-in, the result has the steps that were made and no more.
+    names = ("num_draws", "num_burnin", "num_steps_bw_draws")
+    planned = Schedule(*(result.settings.get(name, getattr(result.schedule, name)) for name in names)).num_steps
+    done = result.steps_done[chain]
+    return f" ({done / planned:.0%} done)" if done < planned else ""
 
 
 def small_png_of_traces(result: LLCResult) -> str:

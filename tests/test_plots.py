@@ -158,6 +158,9 @@ def test_the_legend_names_the_chains() -> None:
     assert names == ["chain 0", "chain 1 (diverged)", "chain 2", "chain 3"]
     names = [text.get_text() for text in plot_result(_partial()).legends[0].get_texts()]
     assert names == ["chain 0", "chain 1", "chain 2 (65% done)", "chain 3 (0% done)"]
+    planned = {"num_draws": 400, "num_burnin": 600, "num_steps_bw_draws": 1}
+    early = plot_result(_result(2, 100, 100, steps_done=[200, 150], settings=planned))
+    assert [text.get_text() for text in early.legends[0].get_texts()] == ["chain 0 (20% done)", "chain 1 (15% done)"]
     figure = plot_result(_result(50))
     handles, texts = figure.legends[0].get_lines(), figure.legends[0].get_texts()
     assert len(texts) == 24 and texts[-1].get_text() == "chain 23 (and 26 more)"

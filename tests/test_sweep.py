@@ -165,6 +165,7 @@ def _sweep(checkpoints: Any = None, **options: Any) -> Any:
         "num_draws": 8,
         "num_burnin": 4,
         "batch_size": 10,
+        "localization": 1.0,  # as that of `estimate`
         "progress": False,
     } | options
     model = chosen.pop("model", None) or mlp()
