@@ -6,9 +6,11 @@ values the names that one model has for them, or says what is wrong. What fits i
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +22,10 @@ from torch import Tensor, nn
 
 from llc_fast.support.optional import require
 
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FILES = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("adapter_model.safetensors", "adapter_model.bin"),
+)
 """The weights in a folder, the first that is there."""
 _TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of names that wrappers add anywhere: torch.compile, FSDP, activation checkpointing."""
@@ -374,7 +379,9 @@ class WeightReader:
     checkpointing), there and in the model. State dicts may be entries of dictionaries, under any key. All names may
     have one prefix that those of the model lack, such as ``model.``, or the other way round; in checkpoints of
     Lightning there may be other values beside. A parameter that has several names, as tied weights have, may have one
-    of them. Buffers that the model does not save may be there.
+    of them. Buffers that the model does not save may be there. Folders of Hugging Face whose names are those of another
+    version are converted by transformers, if the model is one of its own. The adapters of peft may be there alone,
+    without the model that they are for, as long as nothing else of it is trained: that stays as it is.
 
     Args:
         model: whose names are wanted. It is looked at now.
@@ -391,6 +398,7 @@ class WeightReader:
         if not isinstance(weights_only, bool):
             raise TypeError(f"weights_only must be True or False, got {weights_only!r}")
         self._wanted, self._entry, self._weights_only = _Wanted.of(model), entry, weights_only
+        self._model = model
 
     def read(self, source: Mapping[str, Any] | Path, said: str = "checkpoint") -> OrderedDict[str, Any]:
         """The values of a checkpoint by the names of the model's state dict: what ``load_state_dict`` takes.
@@ -412,8 +420,12 @@ class WeightReader:
                 f"{said} is no state dict of this model: it is of type {type(raw).__name__}. Pass a dictionary of "
                 "tensors by name, such as model.state_dict()"
             )
+        if (found := self._adapted(raw)) is not None:
+            return found
         fits = self._all_fits(raw)
         good = [fit for fit in fits if not fit.problem and (self._entry is None or fit.is_called(self._entry))]
+        if not good and isinstance(source, Path) and (converted := _converted(self._model, source)) is not None:
+            return self._named(_fit(converted, (), "", _without_wrappers(converted), self._wanted))
         if not good:
             raise ValueError(self._complaint(fits, said))
         if len({fit.identity for fit in good}) > 1:
@@ -424,6 +436,20 @@ class WeightReader:
                 f"such as entry={example!r}"
             )
         return self._named(good[0])
+
+    def _adapted(self, raw: Any) -> OrderedDict[str, Any] | None:
+        """All values, if the checkpoint has the adapters of peft and they are all that is trained."""
+        names = _adapter_names(self._model) if isinstance(raw, Mapping) else {}
+        if not names or raw.keys() != names.keys():
+            return None
+        ours = self._model.state_dict()
+        frozen = {name for name, p in self._model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        others = (
+            {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - set(names.values()) - frozen
+        )
+        if others or any(_difference(name, raw[name], ours[own]) for name, own in names.items()):
+            return None
+        return OrderedDict(ours | {own: raw[name] for name, own in names.items()})
 
     def _all_fits(self, raw: Any) -> list[_Fit]:
         found: list[_Fit] = []
@@ -467,6 +493,44 @@ class WeightReader:
                     moved[wanted.own_names[name].rpartition(".")[0]] = versions[module]
             found._metadata = OrderedDict(moved)  # type: ignore[attr-defined]
         return found
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch.compile's wrapper and DataParallel's."""
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def _converted(model: nn.Module, folder: Path) -> dict[str, Any] | None:
+    """The state dict of a folder, by the names that transformers gives them; None if it can't, or not all of them."""
+    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    inner = _unwrapped(model)
+    if base is None or not isinstance(inner, base) or not folder.is_dir():
+        return None
+    options = {"config": copy.deepcopy(inner.config), "output_loading_info": True, "local_files_only": True}
+    try:
+        made, info = type(inner).from_pretrained(str(folder), **options)
+    except Exception:  # of whatever kind: the plain comparison of names has the better words
+        return None
+    if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")):
+        return None
+    found: dict[str, Any] = made.state_dict()
+    return found
+
+
+def _adapter_names(model: nn.Module) -> dict[str, str]:
+    """The names in the model's state dict of its adapters, by those that peft saves them under; none without any."""
+    peft, inner = sys.modules.get("peft"), _unwrapped(model)
+    if peft is None or not isinstance(inner, peft.PeftModel):
+        return {}
+    places = {_place(t): name for name, t in model.state_dict().items()}
+    saved = peft.get_peft_model_state_dict(inner, save_embedding_layers=False)
+    found = {name: places.get(_place(t)) for name, t in saved.items()}
+    return {} if None in found.values() else {name: str(own) for name, own in found.items()}
 
 
 def _places(raw: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -383,3 +385,82 @@ def test_folders_without_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="it is one model, so put it in a list"):
         checkpoints_in(tmp_path)
+
+
+# ---- what other packages know better -----------------------------------------------------------------------
+
+
+_OLD = {"kernel.weight": "new.weight", "offset.bias": "new.bias"}
+
+
+class _Pretrained(nn.Module):
+    """Stands for a class of transformers whose values had other names in an older version."""
+
+    def __init__(self, config: int = 3) -> None:
+        super().__init__()
+        self.config = config
+        self.new = nn.Linear(config, 1)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> tuple[_Pretrained, dict[str, Any]]:
+        assert options["output_loading_info"] and options["local_files_only"]
+        made, values = cls(options["config"]), torch.load(Path(folder) / "pytorch_model.bin", weights_only=True)
+        info = made.load_state_dict({_OLD.get(name, name): t for name, t in values.items()}, strict=False)
+        return made, {"missing_keys": info.missing_keys, "unexpected_keys": info.unexpected_keys}
+
+
+def test_names_of_another_version_are_left_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which converts them, for its own models; what it would make up or leave out is refused as ever."""
+    saved = _Pretrained()
+    state = {old: saved.state_dict()[name] for old, name in _OLD.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    refused = r"it has no 'new.weight' \(and 1 more\), and the model has no 'kernel.weight'"
+    with pytest.raises(ValueError, match=refused):  # nobody has imported transformers
+        WeightReader(_Pretrained()).read(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(PreTrainedModel=_Pretrained))
+    _assert_reads(tmp_path, saved, _Pretrained())
+    _assert_reads(tmp_path, saved, torch.compile(_Pretrained(), backend="eager"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=refused):
+        WeightReader(Holder(new=nn.Linear(3, 1))).read(tmp_path)
+    for other in (state | {"more": torch.ones(1)}, {"kernel.weight": state["kernel.weight"]}):
+        torch.save(other, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"it has no 'new.weight'"):
+            WeightReader(_Pretrained()).read(tmp_path)
+
+
+class _Adapted(nn.Module):
+    """Stands for a model of peft: a frozen layer, and an adapter that is saved under a shorter name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(3, 1).requires_grad_(False)
+        self.lora = nn.ModuleDict({"default": nn.Linear(3, 1, bias=False)})
+
+
+def test_adapters_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Are enough if all that they are for is frozen, which stays as it is."""
+    peft = types.SimpleNamespace(
+        PeftModel=_Adapted,
+        get_peft_model_state_dict=lambda model, save_embedding_layers: {
+            "lora.weight": model.lora["default"].weight.detach()
+        },
+    )
+    state = {"lora.weight": torch.full((1, 3), 2.0)}
+    model = _Adapted()
+    with pytest.raises(ValueError, match=r"it has no 'base.weight' \(and 2 more\)"):
+        WeightReader(model).read(state)
+    monkeypatch.setitem(sys.modules, "peft", peft)
+    torch.save(state, tmp_path / "adapter_model.bin")
+    for wrapped in (model, torch.compile(model, backend="eager")):
+        for source in (state, tmp_path):
+            before = copy.deepcopy(model.base.state_dict())
+            nn.init.zeros_(model.lora["default"].weight)  # type: ignore[arg-type]
+            wrapped.load_state_dict(WeightReader(wrapped).read(source))  # type: ignore[arg-type]
+            assert model.lora["default"].weight.tolist() == [[2.0, 2.0, 2.0]]
+            torch.testing.assert_close(model.base.state_dict(), before, rtol=0, atol=0)
+    for wrong in ({"lora.weight": torch.zeros(1, 4)}, {**state, "lora.bias": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="is no state dict of this model"):
+            WeightReader(model).read(wrong)
+    model.base.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"it has no 'base.weight'"):
+        WeightReader(model).read(state)
