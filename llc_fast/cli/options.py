@@ -30,12 +30,23 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list[str]()
+        given, taken = list[str](), list[int]()
         for k, arg in enumerate(args):
             given.append(arg)
-            if arg == "--json" and (k + 1 == len(args) or (args[k + 1].startswith("-") and args[k + 1] != "-")):
+            if arg != "--json":
+                continue
+            if k + 1 == len(args) or (args[k + 1].startswith("-") and args[k + 1] != "-"):
                 given.append(str(STDOUT))
-        return super().parse_args(ctx, given)
+            else:
+                taken.append(len(given))
+        try:
+            return super().parse_args(ctx, list(given))
+        except Exception as error:
+            # What follows --json was meant to be the argument that is missing now.
+            if type(error).__name__ != "MissingParameter" or not taken:
+                raise
+            ctx.params.clear()
+            return super().parse_args(ctx, [*given[: taken[-1]], str(STDOUT), *given[taken[-1] :]])
 
     def invoke(self, ctx: Any) -> Any:
         with contextlib.ExitStack() as stack:

@@ -105,6 +105,16 @@ def test_options_of_the_sampler_and_of_execution(tmp_path: Path, problem_file: P
     assert found["settings"]["strategy"] == "sequential" and found["settings"]["relative_eps"] is True
 
 
+def test_json_before_the_problem(problem_file: Path) -> None:
+    """What follows --json is no file for the numbers if the problem would be missing."""
+    done = invoke("estimate", *SHORT, "--lr", "1e-4", "--json", f"{problem_file}:problem")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["settings"]["lr"] == 1e-4
+    assert [path.name for path in problem_file.parent.iterdir() if path.suffix == ".py"] == [problem_file.name]
+    refused = invoke("estimate", "--json", "--lr", "1e-4")
+    assert refused.exit_code == 2 and "Missing argument" in printed(refused)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
