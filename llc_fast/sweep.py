@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -342,6 +342,8 @@ def _gathered(checkpoints: Any, labels: Sequence[Any] | None, dim: str, settings
         labels = list(labels)
         if not all(isinstance(label, (str, numbers.Real, np.generic)) for label in labels):
             raise TypeError(f"labels must be numbers or strings, got {labels!r:.80}")
+    if isinstance(checkpoints, (ValuesView, np.ndarray)):  # all are there, and can be looked at first
+        checkpoints = list(checkpoints)
     if not isinstance(checkpoints, Sequence):
         return _Given(None, iter(checkpoints), labels, dim)
     if not checkpoints:

@@ -430,7 +430,7 @@ class WeightReader:
             raise ValueError(self._complaint(fits, said))
         if len({fit.identity for fit in good}) > 1:
             *others, last = [fit.where for fit in good]
-            example = good[0].prefix.rstrip(".") or (good[0].keys or good[-1].keys)[-1]
+            example = good[0].prefix.rstrip(".") or (good[0].keys or good[-1].keys or ("",))[-1]
             raise ValueError(
                 f"{said} fits the model in more than one way: {', '.join(others)} and {last}. Say which one is meant, "
                 f"such as entry={example!r}"
@@ -443,11 +443,8 @@ class WeightReader:
         if not names or raw.keys() != names.keys():
             return None
         ours = self._model.state_dict()
-        frozen = {name for name, p in self._model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        others = (
-            {name for name, _ in self._model.named_parameters(remove_duplicate=False)} - set(names.values()) - frozen
-        )
-        if others or any(_difference(name, raw[name], ours[own]) for name, own in names.items()):
+        trained = {name for name, p in self._model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        if trained - set(names.values()) or any(_difference(name, raw[name], ours[own]) for name, own in names.items()):
             return None
         return OrderedDict(ours | {own: raw[name] for name, own in names.items()})
 
@@ -513,7 +510,8 @@ def _converted(model: nn.Module, folder: Path) -> dict[str, Any] | None:
         return None
     options = {"config": copy.deepcopy(inner.config), "output_loading_info": True, "local_files_only": True}
     try:
-        made, info = type(inner).from_pretrained(str(folder), **options)
+        with torch.random.fork_rng(devices=[]):  # it makes weights before it reads them
+            made, info = type(inner).from_pretrained(str(folder), **options)
     except Exception:  # of whatever kind: the plain comparison of names has the better words
         return None
     if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")):

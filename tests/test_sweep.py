@@ -607,6 +607,13 @@ def test_an_iterator_that_trains_the_model() -> None:
     np.testing.assert_array_equal(found.llc_mean, _sweep(seen).llc_mean)
 
 
+def test_values_of_a_dictionary_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at before any work."""
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    with pytest.raises(ValueError, match=r"^checkpoints\[2\] is no state dict"):
+        _sweep(dict(enumerate([*_states(2), {}])).values())
+
+
 def test_labels_of_an_iterator() -> None:
     """Too few or too many lose nothing of what was estimated."""
     assert list(_sweep(iter(_states()), labels=[1, 2, 3]).checkpoint) == [1, 2, 3]
