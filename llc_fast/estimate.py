@@ -147,7 +147,8 @@ def estimate_llc(
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
-        An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``.
+        An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``. Each of its
+        ``warnings`` is issued as an :class:`llc_fast.LLCWarning`, too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, before any sampling; a checkpoint that
