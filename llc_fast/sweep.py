@@ -43,6 +43,8 @@ NOT_OF_THE_START = frozenset(
 MAX_REJECTED = 2
 """Warm estimates made again, one after another, after which a sweep goes on from w*: where the chains of one checkpoint
 are of no use to the next, trying costs more than half of an estimate each time."""
+SCALE_EFFECT = 0.05
+"""Change of λ̂ by γ alone, relative to the largest λ̂, above which checkpoints are not compared at one scale."""
 _NAMES = (
     *("chain", "llc_mean", "llc_stderr", "llc_low", "llc_high", "llc_per_chain", "init_loss", "nbeta", "lr"),
     *("localization", "warnings", "warning_codes", "is_warm", "gradients", "seconds"),
@@ -112,7 +114,8 @@ def sweep_checkpoints(
         spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the diagnostics ``r_hat``,
         ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and ``init_loss_stderr``; NaN
         where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it. For each code of a warning a
-        :class:`llc_fast.LLCWarning` is issued that says which checkpoints have it.
+        :class:`llc_fast.LLCWarning` is issued that says which checkpoints have it, and one of the code ``"scale"``
+        where γ differs so much between them that this alone changes λ̂.
 
     Raises:
         TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no weights of this model, or fit
@@ -218,7 +221,26 @@ def _in_all(results: Sequence[LLCResult], names: Sequence[Any], dim: str) -> lis
         which = ", ".join(str(name) for name, _ in found[:10]) + ", …" * (len(found) > 10)
         said = f"{len(found)} of {len(results)} estimates have the warning {code!r} ({dim} {which})."
         sentences.append(Warning(f"{said} The first says: {found[0][1]}", code))
-    return sentences
+    return sentences + _of_scale(results)
+
+
+def _of_scale(results: Sequence[LLCResult]) -> list[Warning]:
+    """A sentence, if λ̂ is at another scale at each checkpoint, and that alone makes a difference."""
+    gammas = [result.settings["localization"] for result in results if result.settings["localization"] > 0]
+    if len(gammas) < 2:
+        return []
+    slopes = [abs(_number(result.diagnostics.get("localization_slope"))) for result in results]
+    effect = max(filter(math.isfinite, slopes), default=0.0) * math.log(max(gammas) / min(gammas))
+    if not effect > SCALE_EFFECT * max((abs(r.llc_mean) for r in results if math.isfinite(r.llc_mean)), default=0.0):
+        return []
+    middle = math.sqrt(max(gammas) * min(gammas))
+    return [
+        Warning(
+            f"γ was chosen for each checkpoint, from {min(gammas):.3g} to {max(gammas):.3g}, which alone may change λ̂ "
+            f"by {effect:.2g} along the sweep: λ̂ is not at one scale. Use localization={middle:.3g} for all.",
+            "scale",
+        )
+    ]
 
 
 def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: bool) -> xarray.Dataset:

@@ -782,6 +782,29 @@ def test_warnings_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(found.warning_codes) == ["ess", "ess negative", "ess"]
 
 
+@pytest.mark.parametrize(("slope", "warns"), [(-40.0, True), (-1.0, False), (None, False)])
+def test_several_scales(monkeypatch: pytest.MonkeyPatch, slope: float | None, warns: bool) -> None:
+    """γ follows the weights: where that alone changes λ̂ by 5 %, the sweep says so, with a γ for all."""
+
+    def examine(result: LLCResult, _: Facts) -> None:
+        result.diagnostics["localization_slope"] = slope
+
+    monkeypatch.setattr(estimate_module, "examine", examine)
+    states = [{name: 2**k * t for name, t in mlp().state_dict().items()} for k in range(2)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = _sweep(states, localization=None, warm=False)
+        _sweep(states, localization=3.0, warm=False)
+    gammas = [float(gamma) for gamma in found.localization]
+    assert gammas[0] / gammas[1] == pytest.approx(4, rel=1e-3)
+    assert 1.0 < 0.05 * float(abs(found.llc_mean).max()) / math.log(4) < 40.0  # the premise
+    assert [w.message.code for w in seen] == ["scale"] * warns  # type: ignore[union-attr]
+    if warns:
+        text = str(seen[0].message)
+        assert f"from {gammas[1]:.3g} to {gammas[0]:.3g}, which alone may change λ̂ by {40 * math.log(4):.2g}" in text
+        assert f"localization={math.sqrt(gammas[0] * gammas[1]):.3g} for all" in text
+
+
 @pytest.mark.parametrize("checkpoint", [0, 1, 2])
 def test_ctrl_c_between_chains(monkeypatch: pytest.MonkeyPatch, checkpoint: int) -> None:
     """While an estimate is prepared it raises KeyboardInterrupt: what is finished is returned, if there is any."""

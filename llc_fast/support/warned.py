@@ -14,7 +14,8 @@ class LLCWarning(UserWarning):
     """A reason not to trust an estimate. ``warnings.simplefilter("ignore", llc_fast.LLCWarning)`` silences all of them.
 
     Attributes:
-        code: one of those that :mod:`llc_fast.checks` lists, such as ``"ess"``. It stays when the text changes.
+        code: one of those that :mod:`llc_fast.checks` lists, such as ``"ess"``, or ``"scale"``, of a sweep. It stays
+            when the text changes.
     """
 
     def __init__(self, message: str, code: str = "") -> None:
