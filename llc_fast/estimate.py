@@ -24,10 +24,11 @@ from llc_fast.chains.group import RunSpec
 from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
-from llc_fast.data import LoaderSource, make_source
+from llc_fast.data import DataSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
+from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, named_loss, token_source
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
@@ -51,7 +52,7 @@ _SMALL = 2e7
 def estimate_llc(
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | NextToken | str | None,
     *,
     sampler: str | Sampler | None = None,
     lr: float | None = None,
@@ -73,6 +74,7 @@ def estimate_llc(
     warm_start: LLCResult | None = None,
     keep_ends: bool = False,
     progress: bool | ProgressFunction = True,
+    preset: str | None = None,
     **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -96,7 +98,9 @@ def estimate_llc(
             or a DataLoader of such batches.
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, which its first parameter being called
             `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
-            over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken.
+            over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken. ``"next-token"`` is
+            that of causal language models, on token sequences and in eval mode; see
+            :class:`llc_fast.language.NextToken`.
         sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
             ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
             too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
@@ -134,6 +138,7 @@ def estimate_llc(
         progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log; or a
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
+        preset: values for arguments that are not given, by name. ``"language-model"``: nβ = 30 and γ = 300.
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
@@ -148,13 +153,14 @@ def estimate_llc(
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
-        settings = with_old_keywords(given, old, "estimate_llc")
-        surroundings = _Surroundings(settings, model, data, loss_fn)
-    with surroundings:
-        prepared = prepare(settings, model, data, loss_fn, surroundings)
-        chosen = choose(prepared)
-        run = sample(prepared, chosen)
-    return report(prepared, chosen, run)
+        settings, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
+        surroundings = _Surroundings(settings, model, data, loss)
+    with mode_for(model, loss):
+        with surroundings:
+            prepared = prepare(settings, model, data, loss, surroundings)
+            chosen = choose(prepared)
+            run = sample(prepared, chosen)
+        return report(prepared, chosen, run)
 
 
 class Calibration(dict[str, Any]):
@@ -167,7 +173,9 @@ class Calibration(dict[str, Any]):
     reason: str = ""
 
 
-def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **settings: Any) -> Calibration:
+def calibrate(
+    model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | str | None, **settings: Any
+) -> Calibration:
     """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
 
     The step size ε begins at 1 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the sampler's
@@ -190,9 +198,9 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
     old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
-    asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
-    with _Surroundings(asked, model, data, loss_fn, alone=True) as surroundings:
-        prepared = prepare(asked, model, data, loss_fn, surroundings)
+    asked, loss = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate"), named_loss(loss_fn)
+    with mode_for(model, loss), _Surroundings(asked, model, data, loss, alone=True) as surroundings:
+        prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
     sampler, schedule = _completed(asked, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
@@ -326,7 +334,11 @@ class Prepared:
 
 
 def prepare(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | None,
+    surroundings: _Surroundings,
 ) -> Prepared:
     """Look at model, loss, data and checkpoint, and take L(w*).
 
@@ -379,7 +391,7 @@ def prepare(
     return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
 
 
-def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: Checkpoint | None) -> dict[str, Any]:
+def _more_identity(objective: Objective, loss_fn: object, keeper: Checkpoint | None) -> dict[str, Any]:
     """What processes compare beyond what names a run in its checkpoint."""
     tensors = objective.reference.values()
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in tensors})
@@ -395,20 +407,26 @@ def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: C
 
 
 def _objective(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | None,
+    surroundings: _Surroundings,
 ) -> Objective:
     """Model, loss and data on their device, tried once; seeds torch's generator."""
     execution, template, device = settings.execution, settings.template, surroundings.device
-    source = make_source(
-        data,
-        settings.batch_size,
-        device,
-        pairs=not takes_model(loss_fn),
-        num_wanted=settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
-        max_batches=settings.schedule.num_steps,
-        independent=settings.wants_bias_correction,
-        whole=template.kind == "metropolis",
-    )
+    options: dict[str, Any] = {
+        "num_wanted": settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
+        "max_batches": settings.schedule.num_steps,
+        "independent": settings.wants_bias_correction,
+        "whole": template.kind == "metropolis",
+    }
+    source: DataSource
+    if isinstance(loss_fn, NextToken):
+        source, loss_fn = token_source(loss_fn, model, data, settings.batch_size, device, **options)
+    else:
+        data = columns_of_own_loss(model, data) if loss_fn is None else data
+        source = make_source(data, settings.batch_size, device, pairs=not takes_model(loss_fn), **options)
     settings.nbeta_for(source.num_samples)
     surroundings.generators.seed(settings.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
@@ -423,6 +441,8 @@ def _objective(
             generators=surroundings.generators,
             max_checks=int(_CHECKS_SHARE * _FORWARD_PASSES * settings.num_chains * settings.schedule.num_steps),
         )
+    if isinstance(loss_fn, TokenLoss):
+        loss_fn.check_causal(objective)
     if template.kind == "metropolis":
         _check_exact(template, objective, execution)
     return objective
@@ -683,6 +703,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "num_steps_bw_draws": schedule.num_steps_bw_draws,
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
+            **(objective.loss_fn.settings if isinstance(objective.loss_fn, TokenLoss) else {}),
+            **({} if settings.preset is None else {"preset": settings.preset}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),

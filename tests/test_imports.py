@@ -14,7 +14,7 @@ PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
     ("samplers", "batches", "loaders", "data", "traces"),
-    ("objective", "result", "plots", "optim", "problems"),
+    ("objective", "result", "plots", "optim", "problems", "language"),
     ("gradients",),
     ("chains",),
     ("calibration", "progress", "settings", "checks"),

@@ -194,6 +194,11 @@ class Objective:
         return self._borrowed
 
     @property
+    def loss_fn(self) -> LossFunction | None:
+        """What was given as such."""
+        return self._module._loss_fn
+
+    @property
     def uses_own_loss(self) -> bool:
         """Whether the model returns its own loss."""
         return self._module.uses_own_loss
