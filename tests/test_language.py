@@ -382,6 +382,15 @@ def test_datasets_in_a_loader() -> None:
         _estimate(model, DataLoader(data, batch_size=4, shuffle=True))
 
 
+def test_models_that_return_their_own_loss_take_their_columns() -> None:
+    """Of a data set with more columns, with ``loss_fn=None``; the same as the next token's loss."""
+    ids = torch.randint(VOCABULARY, (16, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
+    data = _hugging_face(ids, labels=ids, text=["a text"] * 16, number=[1] * 16)
+    own, ours = _estimate(gpt2().eval(), data, None), _estimate(gpt2(), data)
+    assert own.init_loss == pytest.approx(ours.init_loss, rel=1e-6)
+    assert data.column_names == ["input_ids", "labels", "text", "number"]
+
+
 # ---- models --------------------------------------------------------------------------------------------------
 
 
@@ -617,7 +626,7 @@ def test_padding_that_would_fill_the_memory_is_refused(monkeypatch: pytest.Monke
 
 
 def test_unknown_losses_are_refused() -> None:
-    with pytest.raises(TypeError, match="loss_fn must be callable or \"next-token\".*got 'cross-entropy'"):
+    with pytest.raises(TypeError, match=r"loss_fn must be callable or \"next-token\".*got 'cross-entropy'"):
         _estimate(Bigrams(), sequences(), "cross-entropy")
     with pytest.raises(TypeError, match="model must be"):
         _estimate(3, sequences())  # type: ignore[arg-type]
