@@ -21,6 +21,7 @@ from llc_fast.cli.options import (
     Progress,
     Seed,
     check_different,
+    numbers_of,
     writable,
     write_all,
     write_json,
@@ -84,18 +85,6 @@ def estimate(
         progress=progress,
     )
     typer.echo(result.summary())
-    low, high = result.interval()
-    numbers = {
-        "llc_mean": result.llc_mean,
-        "llc_stderr": result.llc_stderr,
-        "interval": [low, high],
-        "llc_per_chain": result.llc_per_chain.tolist(),
-        "init_loss": result.init_loss,
-        "nbeta": result.nbeta,
-        "settings": result.settings,
-        "diagnostics": result.diagnostics,
-        "warnings": result.warnings,
-    }
 
     def draw(path: Path) -> None:
         result.plot(path)
@@ -103,7 +92,7 @@ def estimate(
     write_all(
         [
             ("result", save, result.save),
-            ("numbers", json_path, lambda path: write_json(path, numbers)),
+            ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
             ("picture", plot_path, draw),
         ]
     )

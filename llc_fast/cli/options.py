@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llc_fast.support.files import atomic_write, output_path, plain
+
+if TYPE_CHECKING:
+    from llc_fast.result import LLCResult
 
 
 def writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -75,6 +78,22 @@ PlotPath = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
+
+
+def numbers_of(result: LLCResult) -> dict[str, Any]:
+    """What is written of an estimate."""
+    low, high = result.interval()
+    return {
+        "llc_mean": result.llc_mean,
+        "llc_stderr": result.llc_stderr,
+        "interval": [low, high],
+        "llc_per_chain": result.llc_per_chain.tolist(),
+        "init_loss": result.init_loss,
+        "nbeta": result.nbeta,
+        "settings": result.settings,
+        "diagnostics": result.diagnostics,
+        "warnings": result.warnings,
+    }
 
 
 def write_json(path: Path, value: Any) -> None:
