@@ -135,7 +135,7 @@ template <class T>
 struct SGLD {
     static constexpr int kStates = 0;
     static constexpr bool kPreconditioned = false;
-    static constexpr SumSet kUsualSums = only(kBias);
+    static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kBias);
     Langevin<T> langevin;
     LLC_HD SGLD(const Scalars& s, uint64_t) : langevin(s) {}
     LLC_HD void operator()(Coordinate<T>& x) const { langevin.move(x, x.grad, T(1), T(1)); }
@@ -146,7 +146,7 @@ template <class T>
 struct PreconditionedSGLD {
     static constexpr int kStates = 0;
     static constexpr bool kPreconditioned = true;
-    static constexpr SumSet kUsualSums = only(kBias);
+    static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kBias);
     Langevin<T> langevin;
     LLC_HD PreconditionedSGLD(const Scalars& s, uint64_t) : langevin(s) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
@@ -159,7 +159,7 @@ template <class T>
 struct RMSpropSGLD {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
-    static constexpr SumSet kUsualSums = only(kBias) | only(kGradSquare);
+    static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kBias) | only(kGradSquare);
     Langevin<T> langevin;
     SquareMean<T> squares;
     LLC_HD RMSpropSGLD(const Scalars& s, uint64_t step) : langevin(s), squares(s, step) {}
@@ -175,7 +175,7 @@ template <class T>
 struct AdamSGLD {
     static constexpr int kStates = 2;
     static constexpr bool kPreconditioned = false;
-    static constexpr SumSet kUsualSums = only(kGradSquare);
+    static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kGradSquare);
     Langevin<T> langevin;
     SquareMean<T> squares;
     T keep, add, mean_correction, square_correction;
@@ -199,7 +199,7 @@ template <class T>
 struct SGHMC {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
-    static constexpr SumSet kUsualSums = only(kBias);
+    static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kBias);
     Potential<T> potential;
     T half_lr, keep, noise_scale, box, drift_bias, momentum_bias;
     LLC_HD SGHMC(const Scalars& s, uint64_t)
@@ -223,7 +223,7 @@ template <class T>
 struct SGNHT {
     static constexpr int kStates = 1;
     static constexpr bool kPreconditioned = false;
-    static constexpr SumSet kUsualSums = only(kMomentumSquare);
+    static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kMomentumSquare);
     Potential<T> potential;
     T lr, noise_scale, box;
     LLC_HD SGNHT(const Scalars& s, uint64_t)

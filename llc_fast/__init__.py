@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
-    from llc_fast.settings import Execution, default_nbeta
+    from llc_fast.settings import Execution, default_localization, default_nbeta
     from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "RMSpropSGLD",
     "__version__",
     "calibrate",
+    "default_localization",
     "default_nbeta",
     "estimate_llc",
     "samplers",
@@ -47,7 +48,7 @@ _HOME = {
         "estimate": ("calibrate", "estimate_llc"),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
-        "settings": ("Execution", "default_nbeta"),
+        "settings": ("Execution", "default_localization", "default_nbeta"),
         "sweep": ("sweep_checkpoints",),
     }.items()
     for name in names

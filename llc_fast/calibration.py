@@ -22,7 +22,7 @@ from llc_fast.chains.run import Monitor, run_chains
 from llc_fast.data import mix
 from llc_fast.gradients.plan import Plan, make_plan
 from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
-from llc_fast.objective.curvature import in_float32, pilot_metric, top_curvature
+from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_curvature
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
@@ -40,6 +40,8 @@ TARGET_BIAS_SHARE = 0.1
 """The share of bias in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 PILOT_SHARE = 0.13
 """Gradients of the pilot chains, of those of all chains."""
+_DESCENT_SHARE = 0.02
+"""Gradients at most, of those of all chains, that looking for a way down from w* may take."""
 _STAGES = (1 / 16, 3 / 16, 3 / 4)
 """Lengths of the pilot chains, as shares of their gradients: the last is four tenths as long as the four chains of a
 run, long enough to see what becomes of the bias."""
@@ -68,6 +70,8 @@ class Chosen:
         pilot_steps: gradients that pilot chains took.
         pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots, NaN where the
             loss was not above L(w*).
+        descent: how far nβ·L + γ/2·‖w − w*‖² falls from w* in its quadratic model, see
+            :func:`llc_fast.objective.curvature.descent`; None: not measured.
     """
 
     init_loss: float
@@ -80,6 +84,7 @@ class Chosen:
     num_draws: int | None = None
     pilot_steps: int = 0
     pilot_bias_share: float | None = None
+    descent: float | None = None
 
 
 def choose_settings(
@@ -114,6 +119,12 @@ def choose_settings(
         nbeta=nbeta,
         lr=math.nan if lr is None else lr,
         bias_correction=corrected,
+        descent=descent(
+            objective,
+            nbeta,
+            settings.complete_sampler(1.0, nbeta).localization or 0.0,
+            max_gradients=_DESCENT_SHARE * settings.num_chains * settings.schedule.num_steps,
+        ),
     )
     if lr is not None:
         return chosen

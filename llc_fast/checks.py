@@ -15,6 +15,7 @@ num-samples        n may be meant to be another number
 irreproducible     the data are others in every run, whatever the seed
 standing-still     a chain that stands still would not have λ̂ = 0
 gradient           the gradient is not the derivative of the loss where the chains are
+no-minimum         the gradient at w* leads down from it: w* is no minimum at this nβ
 diverged           the loss of some chains became non-finite
 partial            the run was interrupted
 checkpoint         the checkpoint could not be written
@@ -29,6 +30,7 @@ slow               a chain spans few autocorrelation times of its slow fluctuati
 trend              the loss trace still has a trend
 burnin             burn-in ended before the loss reached its plateau
 left               chains left the neighbourhood of w*
+far                the draws are further from w* than w* is from 0
 spikes             spikes of the loss make up a part of λ̂
 init-loss          L(w*) is not known precisely enough
 negative           λ̂ is negative
@@ -53,7 +55,7 @@ from numpy.typing import NDArray
 from llc_fast.result import LLCResult
 from llc_fast.result import Warning as Warning
 from llc_fast.stats import convergence
-from llc_fast.stats.errors import standard_error
+from llc_fast.stats.errors import Covariance, covariance, standard_error
 from llc_fast.stats.step_checks import step_check_statistics
 from llc_fast.stats.traces import burnin_needed, chain_spread, slow_part, spike_share, trend
 
@@ -69,6 +71,8 @@ class Facts:
         step_checks: of all chains, ``[chain, check, column]``, see :data:`llc_fast.stats.step_checks.COLUMNS`.
         reference_norm: ‖w*‖ over the parameters that are sampled.
         init_loss_stderr: what L(w*) adds to the standard error of λ̂, over nβ: rounding.
+        descent: how far nβ·L + γ/2·‖w − w*‖² falls from w* along its gradient, in its quadratic model; None: unknown.
+        local_localization: the γ that keeps chains nearer to w* than w* is to 0.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
         euclidean: whether the sampler's metric is 1.
         target_acceptance: of Metropolis-adjusted chains that adapted their step size; None of all others.
@@ -87,6 +91,8 @@ class Facts:
     step_checks: NDArray[np.float64]
     reference_norm: float
     init_loss_stderr: float = 0.0
+    descent: float | None = None
+    local_localization: float = 1.0
     injected_noise: float = math.nan
     euclidean: bool = False
     target_acceptance: float | None = None
@@ -128,7 +134,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         localization=localization if facts.euclidean else 0.0,
         injected_noise=facts.injected_noise,
     )
-    moved, slow = trend(draws), slow_part(draws)
+    moved, slow, slope = trend(draws), slow_part(draws), _localization_slope(result)
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
     steps = draws.shape[1] * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
@@ -154,6 +160,10 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         "relaxations": seen.relaxation_rate * steps,
         "gradient_error": seen.gradient_error,
         "distance_over_prior": norm**2 * localization / num_parameters,
+        "descent": math.nan if facts.descent is None else facts.descent,
+        "reach": _reach(result, facts.reference_norm),
+        "localization_slope": slope.value,
+        "localization_slope_stderr": slope.stderr,
         "distance_over_reference": norm / facts.reference_norm if facts.reference_norm else math.nan,
         "distance_growth": seen.distance_growth,
     }
@@ -184,6 +194,25 @@ def _bias_share(result: LLCResult) -> float:
     bias = float(result.bias_trace[result.kept_chains, result.schedule.draws][:, : draws.shape[1]].mean())
     total = result.llc_mean + (bias if result.settings.get("bias_correction") else 0.0)
     return bias / total if total > 0 else math.nan
+
+
+def _reach(result: LLCResult, reference_norm: float) -> float:
+    """The prior width of a weight over the root mean square weight, √(P/γ)/‖w*‖; NaN without either."""
+    gamma = result.settings["localization"]
+    return math.sqrt(result.settings["num_parameters"] / gamma) / reference_norm if gamma * reference_norm else math.nan
+
+
+def _localization_slope(result: LLCResult) -> Covariance:
+    """dλ̂/dlog γ = −(γ/2)·Cov(nβL, ‖w − w*‖²), over the draws: how the posterior mean of nβL answers to γ."""
+    draws, trace = result.kept_draws, result.traces.get("squared_distance")
+    factor = -0.5 * result.settings["localization"]
+    if trace is None or not draws.size:
+        return Covariance(math.nan, math.nan)
+    distance = trace[result.kept_chains, result.schedule.draws][:, : draws.shape[1]]
+    if not np.isfinite(distance).all():
+        return Covariance(math.nan, math.nan)
+    found = covariance(draws, distance)
+    return Covariance(factor * found.value, -factor * found.stderr)
 
 
 def _draws_before(step: float, result: LLCResult) -> int:
@@ -358,6 +387,24 @@ def _standing_still(case: _Case) -> str | None:
         f"A chain that stands still at w* would have λ̂ = {value:.3g} ± {error:.2g}, not 0: the loss of minibatches and "
         "L(w*) are not the same average, and λ̂ is off by about that much. Pass tensors, or a loader whose passes all "
         "have the same samples."
+    )
+
+
+MAX_DESCENT = 0.1
+"""Of λ̂: twice as much may be missing from it."""
+
+
+@_check("no-minimum", min_draws=0)
+def _no_minimum(case: _Case) -> str | None:
+    fall, llc = case["descent"], case.llc if case.draws.size else 0.0
+    if not fall > MAX_DESCENT * max(abs(llc), 1.0):
+        return None
+    beside = f", against λ̂ = {llc:.3g}" if case.draws.size else ""
+    return (
+        f"w* is no minimum of the loss at nβ = {case.result.nbeta:.4g}: following the gradient from w* lowers "
+        f"nβ·L + γ/2·‖w − w*‖² by {fall:.2g} or more{beside}, so λ̂ is too small by between once and twice as much, and "
+        f"depends on how far chains get. Train the model to convergence, or use a smaller nbeta or "
+        f"localization={case.stronger_localization:g}."
     )
 
 
@@ -605,6 +652,17 @@ def _left(case: _Case) -> str | None:
     )
 
 
+@_check("far", min_draws=1, unless=("left",))
+def _far(case: _Case) -> str | None:
+    distance = case["distance_over_reference"]
+    if not distance > 1:
+        return None
+    return (
+        f"The draws are {distance:.2g}·‖w*‖ away from w* (maximum 1), so λ̂ is that of a region in which w* is one "
+        f"point among many. Use localization={case.facts.local_localization:g} for one that is local to w*."
+    )
+
+
 @_check("spikes")
 def _spikes(case: _Case) -> str | None:
     if not case["spike_share"] > MAX_SPIKES:
@@ -651,7 +709,7 @@ def _negative(case: _Case) -> str | None:
     )
 
 
-@_check("above-bound", unless=("negative",))
+@_check("above-bound", unless=("negative", "no-minimum"))
 def _above_bound(case: _Case) -> str | None:
     llc, bound = case.llc, case.result.settings["num_parameters"] / 2
     if not llc - VALUE_ERRORS * case.stderr > REGULAR_SLACK * bound:

@@ -36,7 +36,7 @@ from llc_fast.progress import Progress, ProgressFunction, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
-from llc_fast.settings import Execution, Settings, with_old_keywords
+from llc_fast.settings import Execution, Settings, default_localization, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
@@ -110,7 +110,8 @@ def estimate_llc(
             0.2 / (nβ·h_max + γ) and adapt it in burn-in, each chain for itself, to an acceptance of 0.574 (MALA) or
             0.8 (HMC).
         nbeta: nβ; None: n / log n with n the number of samples in `data`.
-        localization: γ; None: 1.
+        localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
+            sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
         num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed.
         num_burnin: steps before the first draw; None: as many as there are draws.
@@ -202,7 +203,7 @@ def calibrate(
     with mode_for(model, loss), _Surroundings(asked, model, data, loss, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
-    sampler, schedule = _completed(asked, chosen)
+    sampler, schedule = _completed(prepared.settings, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
@@ -351,6 +352,7 @@ def prepare(
         rank = team.rank if team.size > 1 else None
         keeper = Checkpoint(settings.checkpoint, rank=rank, interval=settings.checkpoint_interval)
     objective = _objective(settings, model, data, loss_fn, surroundings)
+    asked, settings = settings, settings.localized(objective.num_parameters, _norm(objective))
     start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
     template = settings.complete_sampler(1.0, 1.0)
     chains = -(-settings.num_chains // team.size)  # the largest share: the same plan in all processes
@@ -370,7 +372,7 @@ def prepare(
     identity: dict[str, Any] = {}
     saved = None
     if keeper is not None or team.size > 1:
-        identity = {**settings.identity(), **objective.identity()}
+        identity = {**asked.identity(), **objective.identity()}
         identity["warm_start"] = None if start is None else arrays_identity(start)
         team.agree(identity | _more_identity(objective, loss_fn, keeper))
     if keeper is not None:
@@ -736,7 +738,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
-    examine(result, _facts(prepared, sampler, sampled, init_loss_stderr))
+    examine(result, _facts(prepared, chosen, sampler, sampled, init_loss_stderr))
     return result
 
 
@@ -770,13 +772,15 @@ def _adapted_lr(result: LLCResult) -> float:
     return math.exp(float(np.log(last).mean())) if last else float(result.settings["lr"])
 
 
-def _facts(prepared: Prepared, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
+def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
     objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
     adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
     return Facts(
         step_checks=sampled.traces.checks,
         reference_norm=_norm(objective),
         init_loss_stderr=init_loss_stderr,
+        descent=chosen.descent,
+        local_localization=default_localization(objective.num_parameters, _norm(objective)),
         random_modules=_random_modules(objective),
         batch_statistics=_batch_statistics(prepared.model),
         not_sampled=objective.not_sampled,

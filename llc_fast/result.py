@@ -96,11 +96,15 @@ class LLCResult:
             the loss rises by along steps), ``relaxations`` (of the stiff directions, among a chain's draws),
             ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
-            w), ``chains_left``; and ``chains_diverged``. Their meaning is in ``warnings``.
+            w), ``chains_left``; and ``chains_diverged``. Of γ: ``reach`` (prior width of a weight, 1/√γ, over the root
+            mean square weight), ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ =
+            −(γ/2)·Cov(nβL, ‖w − w*‖²) over the draws). ``descent`` (how far nβ·L + γ/2·‖w − w*‖² falls from w* along
+            its gradient, at least). Their meaning is in ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
-            ``"acceptance"`` (probability) and ``"lr"`` of Metropolis-adjusted samplers; ``"reference_loss"``, what the
+            ``"squared_distance"``, ‖w − w*‖² where the loss was taken; ``"acceptance"`` (probability) and ``"lr"`` of
+            Metropolis-adjusted samplers; ``"reference_loss"``, what the
             minibatches of draws lose at w*, where a minibatch's loss is not the mean of what its samples lose.
         ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, with ``keep_ends=True``: the
             starting points of ``estimate_llc(warm_start=…)``.
@@ -262,7 +266,15 @@ class LLCResult:
         }
         known = {name: self.diagnostics.get(name) for name in formats}
         health = ", ".join(formats[name].format(value) for name, value in known.items() if value is not None)
-        return lines + [health] * bool(health)
+        return lines + [health] * bool(health) + [self._scale()]
+
+    def _scale(self) -> str:
+        """A sentence about γ."""
+        gamma, reach = self.settings.get("localization", math.nan), self.diagnostics.get("reach")
+        slope, error = (self.diagnostics.get(k) for k in ("localization_slope", "localization_slope_stderr"))
+        width = "" if reach is None else f", a prior width of {reach:.2g} times the root mean square weight"
+        change = "" if slope is None else f"; dλ̂/dlog γ = {slope:+.2g} ± {error or math.nan:.1g}"
+        return f"λ̂ is at the scale of γ = {gamma:.4g}{width}{change}"
 
     def _tokens(self) -> str:
         """Of a language model: n in sequences and in tokens, and which of them nβ is made of; empty for others."""

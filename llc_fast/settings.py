@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from llc_fast.schedule import Schedule
 from llc_fast.support.arguments import check_integer, check_number
 from llc_fast.support.fingerprint import option_identity
 
-DEFAULT_LOCALIZATION = 1.0
+DEFAULT_REACH = 0.5
+"""r of the default localization: the prior width of a weight over the root mean square weight."""
 DEFAULT_NUM_DRAWS = 2000
 PRESETS: Mapping[str, Mapping[str, float]] = {"language-model": {"nbeta": 30.0, "localization": 300.0}}
 """Arguments by the name of a preset; those that are given win. For language models: those of arXiv 2510.12077."""
@@ -43,6 +45,26 @@ def default_nbeta(n: int) -> float:
     if n < 2:
         raise ValueError(f"n must be at least 2 (log n has to be positive), got {n}")
     return float(n / math.log(n))
+
+
+def default_localization(num_parameters: int, norm: float) -> float:
+    """γ = P / (r·‖w*‖)² with r = ½: the prior exp(−γ/2·‖w − w*‖²) alone holds w within about half of ‖w*‖.
+
+    A weight then has a prior width 1/√γ of half the root mean square weight, whatever the size of the network and the
+    units of its weights. It is rounded to four digits. A model of zeros has no scale, and gets 1.
+
+    Args:
+        num_parameters: P, the elements that are sampled.
+        norm: ‖w*‖ over these elements.
+
+    Raises:
+        TypeError, ValueError: P is not an integer of at least 1, or the norm is negative or not finite.
+    """
+    count = check_integer("num_parameters", num_parameters, 1)
+    norm = check_number("norm", norm, minimum=0)
+    if (DEFAULT_REACH * norm) ** 2 < sys.float_info.min:
+        return 1.0
+    return float(f"{count / (DEFAULT_REACH * norm) ** 2:.4g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +106,9 @@ class Execution:
 class Settings:
     """The arguments of :func:`llc_fast.estimate_llc`, which documents them, checked before any work.
 
-    `lr`, `nbeta` and, with ``schedule_is_open``, the schedule may still be open; calibration fills them in
-    (:meth:`complete_sampler`, :meth:`complete_schedule`).
+    `localization` may be open until the model has been looked at (:meth:`localized`); `lr`, `nbeta` and, with
+    ``schedule_is_open``, the schedule until calibration fills them in (:meth:`complete_sampler`,
+    :meth:`complete_schedule`).
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of range.
@@ -172,14 +195,18 @@ class Settings:
             if value is not None and inside is not None and value != inside:
                 raise ValueError(f"{option}={value:g} contradicts sampler.{option}={inside:g}: give one of them")
             options[option] = inside if value is None else value
-        if options["localization"] is None:
-            options["localization"] = DEFAULT_LOCALIZATION
         return make_sampler(given, **options)
 
     @property
     def template(self) -> Sampler:
         """The sampler as it was asked for, with the steps in which it adapts; lr and nβ may be open."""
         return _adapting(self._template, self.schedule.num_burnin, self.lr)
+
+    def localized(self, num_parameters: int, norm: float) -> Settings:
+        """With γ; by default that of so many sampled elements of this norm, see :func:`default_localization`."""
+        if self.localization is not None:
+            return self
+        return dataclasses.replace(self, localization=default_localization(num_parameters, norm))
 
     def complete_sampler(
         self, lr: float, nbeta: float, *, friction: float = 1.0, num_draws: int | None = None

@@ -40,9 +40,10 @@ _SHRINKAGE, _DELAY, _FORGETTING = 0.05, 10, 0.75  # γ, t₀ and κ of Hoffman &
 
 
 class _Place(NamedTuple):
-    """Where chains are: loss ``[chain]``, energy U ``[chain]``, slope √A·∇U ``[chain, P]``, losses of samples."""
+    """Where chains are: loss, ‖w − w*‖² and energy U, ``[chain]``, slope √A·∇U ``[chain, P]``, losses of samples."""
 
     loss: Tensor
+    squared_distance: Tensor
     energy: Tensor
     slope: Tensor
     samples: Tensor | None
@@ -52,6 +53,7 @@ class _Place(NamedTuple):
         column = accepted[:, None]
         return _Place(
             torch.where(accepted, self.loss, other.loss),
+            torch.where(accepted, self.squared_distance, other.squared_distance),
             torch.where(accepted, self.energy, other.energy),
             torch.where(column, self.slope, other.slope),
             None if self.samples is None else torch.where(column, self.samples, other.samples),  # type: ignore[arg-type]
@@ -102,7 +104,7 @@ class Metropolis:
         self._place = there.where(accepted, here)
         lr, acceptance = (2 * adaptation[:, 0]).exp(), (-change).exp().clamp(max=1)
         self._adapt(adaptation, acceptance, step)
-        return {"acceptance": acceptance, "lr": lr}
+        return {"acceptance": acceptance, "lr": lr, "squared_distance": here.squared_distance}
 
     # ---- one transition ------------------------------------------------------------------------------------
 
@@ -134,13 +136,14 @@ class Metropolis:
             loss = samples.mean(dim=1, dtype=torch.float64)
         w = self._state.w.double()
         away = w - self._reference
+        squared_distance = away.square().sum(dim=1)
         energy = scalars.nbeta * loss + 0.5 * (
-            scalars.localization * away.square().sum(dim=1) + scalars.weight_decay * w.square().sum(dim=1)
+            scalars.localization * squared_distance + scalars.weight_decay * w.square().sum(dim=1)
         )
         if scalars.bounding_box < math.inf:
             energy.masked_fill_((away.abs() > scalars.bounding_box).any(dim=1), math.inf)
         slope = self._metric * (scalars.nbeta * grads + scalars.localization * away + scalars.weight_decay * w)
-        return _Place(loss, energy, slope, samples)
+        return _Place(loss, squared_distance, energy, slope, samples)
 
     def _adapt(self, adaptation: Tensor, acceptance: Tensor, step: int) -> None:
         """Dual averaging of log δ, by the acceptance of the transition of this step."""

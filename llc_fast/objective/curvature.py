@@ -94,3 +94,87 @@ def top_curvature(
 def in_float32(value: Any) -> Tensor:
     """A tensor as it is; a number as float32, whatever torch's default dtype is."""
     return torch.as_tensor(value, dtype=torch.float32 if isinstance(value, (int, float)) else None)
+
+
+_ITERATIONS, _BATCHES = 10, 4
+"""Of conjugate gradients, and minibatches at most that their Hessian is that of."""
+
+
+@torch.no_grad()
+def descent(objective: Objective, nbeta: float, localization: float, *, max_gradients: float) -> float | None:
+    """How far U = nβ·L + γ/2·‖w − w*‖² falls from w* in its quadratic model, ½·nβ²·gᵀ(nβH + γ)⁻¹g; 0 at a minimum.
+
+    g is the gradient of L over all data, H its Hessian on a few minibatches. Conjugate gradients (Hestenes & Stiefel
+    1952) go the way; each iteration takes them further down, so what a few of them find is a lower bound. Chains end
+    up lower by it, and λ̂ is too small by between once and twice as much, in the quadratic model.
+
+    Args:
+        objective: the model, its loss and data.
+        nbeta, localization: nβ and γ.
+        max_gradients: of minibatches, that it may take.
+
+    Returns:
+        None where it can't be had: a gradient over all data and a few iterations would take more, the data have no end,
+        the loss or the data are random, or the gradient is not finite.
+    """
+    source, trial = objective.source, objective.trial
+    pieces = source.sampling.num_batches
+    if pieces is None or trial.is_random or source.sampling.reads_randomly or not source.sampling.full_is_exact:
+        return None
+    used = min(pieces, _BATCHES)
+    if pieces + 2 * used * _ITERATIONS > max_gradients:
+        return None
+    slope = _gradient(objective, objective.reference, None)
+    size = _dot(slope, slope)
+    if not 0 < size < math.inf:
+        return 0.0 if size == 0 else None
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.reference.values())
+    scale = math.sqrt(_dot(objective.reference, objective.reference))
+    delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
+
+    def curved(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(nβH + γ)·v"""
+        step = delta / math.sqrt(_dot(vector, vector))
+        ends = []
+        for sign in (step, -step):
+            there = {name: (w + sign * vector[name]).to(w.dtype) for name, w in objective.reference.items()}
+            ends.append(_gradient(objective, there, used))
+        factor = nbeta / (2 * step)
+        return {name: (a - ends[1][name]) * factor + localization * vector[name] for name, a in ends[0].items()}
+
+    residual = {name: nbeta * g for name, g in slope.items()}
+    direction, found, squared = dict(residual), 0.0, nbeta**2 * size
+    for _ in range(_ITERATIONS):
+        image = curved(direction)
+        along = _dot(direction, image)
+        if not 0 < along < math.inf:  # a direction that leads down without end, or rounding
+            break
+        length = squared / along
+        found += 0.5 * length * squared
+        residual = {name: r - length * image[name] for name, r in residual.items()}
+        before, squared = squared, _dot(residual, residual)
+        if squared <= 1e-6 * nbeta**2 * size:
+            break
+        direction = {name: r + squared / before * direction[name] for name, r in residual.items()}
+    return found
+
+
+def _gradient(objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None) -> dict[str, Tensor]:
+    """The mean gradient over the first pieces of the data, None: all of them; 0 where a mask lets nothing move."""
+    wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in params.items()}
+    total = {name: torch.zeros_like(p, dtype=wide[name]) for name, p in params.items()}
+    count = 0.0
+    source = objective.source
+    pieces = itertools.chain(source.full(tail=False), source.tail())  # none larger than the minibatch of a chain
+    for batch, weight in itertools.islice(pieces, num_pieces):
+        objective.gradient_at(params, batch, lambda name, grad, w=weight: total[name].add_(grad, alpha=w))  # type: ignore[misc]
+        count += weight
+    for name, t in total.items():
+        t.div_(count)
+        if name in objective.masks:
+            t.mul_(objective.masks[name])
+    return total
+
+
+def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    return sum(float((x.double() * b[name].double()).sum()) for name, x in a.items())

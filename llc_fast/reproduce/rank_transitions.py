@@ -67,7 +67,6 @@ from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned, number, numbers
 from llc_fast.reproduce.study import Study
-from llc_fast.settings import DEFAULT_LOCALIZATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,6 +203,7 @@ def measure(study: Study, settings: Settings) -> None:
             about,
             in_words,
             warm=False,
+            localization=LOCALIZATION,
             **sampling,
         )
 
@@ -213,6 +213,7 @@ def measure(study: Study, settings: Settings) -> None:
 
 BEHAVIOURAL, TRAINING = "behavioural loss", "training loss"
 """Two tables, one row for each checkpoint."""
+LOCALIZATION = 1.0
 
 
 def _train(study: Study, settings: Settings, problem: SaddleToSaddle, weights: list[Tensor]) -> dict[str, Any]:
@@ -303,7 +304,7 @@ def claims(tables: Tables, settings: Settings) -> list[Claim]:
     plateaus = _on_plateaus(tables, settings)
     ranks, wanted = [e.rank for e in plateaus], range(len(settings.levels))
     beyond = [max((value for layer in e.row["layers"] for value in layer[e.rank :]), default=0.0) for e in plateaus]
-    reach, largest = 1 / math.sqrt(DEFAULT_LOCALIZATION), max(beyond, default=0.0)
+    reach, largest = 1 / math.sqrt(LOCALIZATION), max(beyond, default=0.0)
     return [
         _within("on networks of exactly rank 0 to " + str(wanted[-1]), controls, settings),
         Claim(

@@ -252,7 +252,13 @@ def measure(study: Study, settings: Settings) -> None:
 def _step_size(study: Study, problem: Problem) -> float:
     """That of the pilot chains."""
     data, length = (problem.x, problem.y), {"num_draws": 1, "num_burnin": 0}
-    options: dict[str, Any] = {"batch_size": 500, "progress": False, "seed": study.seed, **length}
+    options: dict[str, Any] = {
+        "batch_size": 500,
+        "localization": LOCALIZATION,
+        "progress": False,
+        "seed": study.seed,
+        **length,
+    }
     return float(llc_fast.estimate_llc(problem.model, data, problem.loss_fn, **options).settings["lr"])
 
 

@@ -25,7 +25,8 @@ class Sampler:
     Attributes:
         lr: step size ε > 0; None: chosen later.
         nbeta: inverse temperature nβ > 0 of the mean loss, n / log n is Watanabe's choice; None: chosen later.
-        localization: γ ≥ 0; None: left open, which is 0 in a sampler that stands alone, and 1 in `estimate_llc`.
+        localization: γ ≥ 0; None: left open, which is 0 in a sampler that stands alone, and
+            :func:`llc_fast.default_localization` in `estimate_llc`.
         weight_decay: μ ≥ 0, a Gaussian prior around zero.
         noise_level: σ ≥ 0; anything but 1 no longer samples the posterior.
         bounding_box_size: b > 0, the elementwise bound on \|w − w*\|, or None for no box.
@@ -50,7 +51,7 @@ class Sampler:
     """Whether :meth:`bias` holds."""
     momentum_variant: ClassVar[str | None] = None
     """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
-    traces: ClassVar[tuple[str, ...]] = ()
+    traces: ClassVar[tuple[str, ...]] = ("squared_distance",)
     """The names of what its transitions report of every step, as :meth:`info` does for those of one fused step."""
 
     lr: float | None = None
@@ -88,8 +89,8 @@ class Sampler:
 
     @classmethod
     def sums_needed(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """The sums that a chain needs of each step: those that are fed back, and the bias."""
-        return (*cls.feedback_sums(options), *(("bias",) if cls.supports_bias_correction else ()))
+        """The sums that a chain needs of each step: those that are fed back, ‖w − w*‖², and the bias."""
+        return (*cls.feedback_sums(options), "distance", *(("bias",) if cls.supports_bias_correction else ()))
 
     @classmethod
     def needs_whole_step(cls, options: Mapping[str, Any]) -> bool:
@@ -221,4 +222,5 @@ class Sampler:
     @classmethod
     def info(cls, scalars: StepScalars, sums: Any, adaptation: Mapping[str, Any]) -> dict[str, Any]:
         """The quantities named in :attr:`traces` after a step, ``[num_chains]`` each."""
-        return {"bias": cls.bias(scalars, sums)} if cls.supports_bias_correction else {}
+        found = {"squared_distance": sums[:, SUMS.index("distance")]}
+        return found | ({"bias": cls.bias(scalars, sums)} if cls.supports_bias_correction else {})

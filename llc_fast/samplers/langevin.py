@@ -22,7 +22,7 @@ class LangevinSampler(Sampler):
 
     kind: ClassVar[Kind] = "langevin"
     supports_bias_correction: ClassVar[bool] = True
-    traces: ClassVar[tuple[str, ...]] = ("bias",)
+    traces: ClassVar[tuple[str, ...]] = ("bias", "squared_distance")
 
     @classmethod
     def drift_lag(cls, options: Mapping[str, Any]) -> float:

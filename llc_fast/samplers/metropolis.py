@@ -30,7 +30,7 @@ class MetropolisSampler(Sampler):
 
     kind: ClassVar[Kind] = "metropolis"
     metric: ClassVar[Metric] = "given"
-    traces: ClassVar[tuple[str, ...]] = ("acceptance", "lr")
+    traces: ClassVar[tuple[str, ...]] = ("acceptance", "lr", "squared_distance")
 
     preconditioner: Any = 1.0
     adapt_steps: int | None = None

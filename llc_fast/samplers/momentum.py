@@ -39,7 +39,7 @@ class SGHMCSampler(Sampler):
     kind: ClassVar[Kind] = "momentum"
     metric: ClassVar[Metric] = "identity"
     supports_bias_correction: ClassVar[bool] = True
-    traces: ClassVar[tuple[str, ...]] = ("bias",)
+    traces: ClassVar[tuple[str, ...]] = ("bias", "squared_distance")
 
     momentum_decay: float = 0.1
 
