@@ -8,9 +8,12 @@ the step may be many times larger than without, and slow directions are crossed 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +75,7 @@ class Chosen:
             loss was not above L(w*).
         descent: how far nβ·L + γ/2·‖w − w*‖² falls from w* in its quadratic model, see
             :func:`llc_fast.objective.curvature.descent`; None: not measured.
+        is_interrupted: whether somebody stopped the pilot chains: this is what they had found by then.
     """
 
     init_loss: float
@@ -85,6 +89,7 @@ class Chosen:
     pilot_steps: int = 0
     pilot_bias_share: float | None = None
     descent: float | None = None
+    is_interrupted: bool = False
 
 
 def choose_settings(
@@ -95,6 +100,7 @@ def choose_settings(
     *,
     start: Mapping[str, NDArray[Any]] | None = None,
     monitor: Monitor | None = None,
+    stopping: Callable[[], AbstractContextManager[threading.Event | None]] = contextlib.nullcontext,
 ) -> Chosen:
     """Fill in what the settings leave open.
 
@@ -105,6 +111,7 @@ def choose_settings(
         plan: of the run.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         monitor: what the pilot chains' progress is reported to.
+        stopping: gives an event that stops the pilot chains once it is set.
 
     Raises:
         ValueError: no step size can be chosen.
@@ -128,12 +135,11 @@ def choose_settings(
     )
     if lr is not None:
         return chosen
-    num_steps = int(PILOT_SHARE * settings.num_chains * settings.schedule.num_steps)
-    has_pilots = corrected and num_steps >= MIN_PILOT
+    num_steps = num_pilot_steps(settings)
     template = settings.complete_sampler(1.0, nbeta)
-    stiffness = CORRECTED_STIFFNESS if has_pilots else STIFFNESS
+    stiffness = CORRECTED_STIFFNESS if num_steps else STIFFNESS
     chosen = dataclasses.replace(chosen, lr=default_lr(objective, template, stiffness=stiffness, seed=settings.seed))
-    if not has_pilots:
+    if not num_steps:
         return chosen
     strategy, release = settings.execution.strategy, plan.release or None
     pilot = _Pilot(
@@ -148,8 +154,17 @@ def choose_settings(
         start=start,
         monitor=monitor,
     )
-    chosen = pilot.run()
+    with stopping() as stop:
+        chosen = pilot.run(stop)
     return chosen if settings.schedule_is_open else dataclasses.replace(chosen, num_draws=None)
+
+
+def num_pilot_steps(settings: Settings) -> int:
+    """Gradients that pilot chains take, if they take no more than planned; 0: there are none."""
+    if settings.lr is not None or not settings.wants_bias_correction:
+        return 0
+    count = int(PILOT_SHARE * settings.num_chains * settings.schedule.num_steps)
+    return count if count >= MIN_PILOT else 0
 
 
 def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STIFFNESS, seed: int = 0) -> float:
@@ -217,8 +232,8 @@ class _Pilot:
     start: Mapping[str, NDArray[Any]] | None
     monitor: Monitor | None
 
-    def run(self) -> Chosen:
-        """The step size, friction and length that the pilots end with.
+    def run(self, stop: threading.Event | None = None) -> Chosen:
+        """The step size, friction and length that the pilots end with, or have found when `stop` is set.
 
         Raises:
             ValueError: all chains diverged.
@@ -230,7 +245,17 @@ class _Pilot:
         while stage < len(_STAGES) and spent < self.num_steps:
             last = stage == len(_STAGES) - 1
             length = max(16, int(_STAGES[stage] * self.num_steps))
-            loss, bias = self._chain(lr, friction, length, attempt)
+            loss, bias = self._chain(lr, friction, length, attempt, stop)
+            if stop is not None and stop.is_set():
+                length = int(np.isfinite(loss).sum())
+                return dataclasses.replace(
+                    self.chosen,
+                    lr=lr,
+                    friction=friction,
+                    pilot_steps=spent + length,
+                    pilot_bias_share=share,
+                    is_interrupted=True,
+                )
             attempt += 1
             spent += min(length, int(np.isfinite(loss).sum()) + DIVERGED_AFTER)
             excess = nbeta * (loss - self.chosen.init_loss)
@@ -270,7 +295,7 @@ class _Pilot:
         )
 
     def _chain(
-        self, lr: float, friction: float, length: int, attempt: int
+        self, lr: float, friction: float, length: int, attempt: int, stop: threading.Event | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Losses and bias of one chain from w*."""
         sampler = self.settings.complete_sampler(lr, self.chosen.nbeta, friction=friction)
@@ -287,7 +312,7 @@ class _Pilot:
             start=self.start,
             is_pilot=True,
         )
-        traces = run_chains(spec, range(1), monitor=self.monitor).traces[0]
+        traces = run_chains(spec, range(1), monitor=self.monitor, stop=stop).traces[0]
         loss, bias = traces.loss[0], traces.steps["bias"][0]
         if self.evaluates_reference:  # what is compared is the excess over L(w*)
             loss = loss - traces.steps[REFERENCE_LOSS][0] + self.chosen.init_loss

@@ -71,6 +71,8 @@ class Facts:
         step_checks: of all chains, ``[chain, check, column]``, see :data:`llc_fast.stats.step_checks.COLUMNS`.
         reference_norm: ‖w*‖ over the parameters that are sampled.
         init_loss_stderr: what L(w*) adds to the standard error of λ̂, over nβ: rounding.
+        planned_steps: of all chains.
+        in_calibration: whether the run was interrupted while pilot chains chose its step size.
         descent: how far nβ·L + γ/2·‖w − w*‖² falls from w* along its gradient, in its quadratic model; None: unknown.
         local_localization: the γ that keeps chains nearer to w* than w* is to 0.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
@@ -91,6 +93,8 @@ class Facts:
     step_checks: NDArray[np.float64]
     reference_norm: float
     init_loss_stderr: float = 0.0
+    planned_steps: int = 0
+    in_calibration: bool = False
     descent: float | None = None
     local_localization: float = 1.0
     injected_noise: float = math.nan
@@ -442,8 +446,18 @@ def _diverged(case: _Case) -> str | None:
 def _partial(case: _Case) -> str | None:
     if case.result.steps_done is None:
         return None
-    done, steps = sum(case.result.steps_done), case.result.loss_trace.size
-    rest = "λ̂ is computed from the draws so far" if case.draws.size else "there is no draw yet"
+    done, steps = sum(case.result.steps_done), max(case.facts.planned_steps, case.result.loss_trace.size)
+    if case.facts.in_calibration:
+        return (
+            f"The run was interrupted in calibration, before its first step. lr={case.lr:.3g} is what pilot chains had "
+            "found so far."
+        )
+    if case.result.schedule.num_burnin < case.result.settings["num_burnin"]:
+        rest = (
+            "no draw was made, so λ̂ is that of the second half of burn-in so far, and too low if that had not settled"
+        )
+    else:
+        rest = "λ̂ is computed from the draws so far" if case.draws.size else "there is no draw yet"
     remedy = "The same call resumes it." if case.facts.resumable else "Use checkpoint= to make a run resumable."
     return f"The run was interrupted after {done} of {steps} steps: {rest}. {remedy}"
 

@@ -6,6 +6,7 @@ addressed by index, and the choice between all of them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -139,7 +140,17 @@ class IndexedSource:
         self.num_samples: int | None = self._n
         self.batch_size: int | None = min(batch_size, self._n)
         self._index_device = device if device.type == "cuda" else torch.device("cpu")
+        self._is_independent = independent
         self._stride = self._n // self.batch_size if independent and self._n else 1
+
+    def with_batch_size(self, batch_size: int) -> IndexedSource:
+        """The same data in minibatches of another size."""
+        other = copy.copy(self)
+        for name in ("sampling", "_needs_seeds"):
+            other.__dict__.pop(name, None)
+        other.batch_size = min(batch_size, self._n)
+        other._stride = self._n // other.batch_size if self._is_independent and self._n else 1
+        return other
 
     @property
     def is_full_batch(self) -> bool:

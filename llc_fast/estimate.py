@@ -17,14 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_settings
+from llc_fast.batches import DataSource
+from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_settings, num_pilot_steps
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
 from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
-from llc_fast.data import DataSource, LoaderSource, make_source
+from llc_fast.cost import affordable_batch, affordable_length, announcement, seconds_of_gradient
+from llc_fast.data import IndexedSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
@@ -32,7 +34,7 @@ from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_fo
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
-from llc_fast.progress import Progress, ProgressFunction, make_progress
+from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
@@ -47,6 +49,8 @@ _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
 """Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
 _SMALL = 2e7
 """Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
+_LEAST_TRIED = 4
+"""Samples of the trial gradient of a model of any size."""
 
 
 def estimate_llc(
@@ -229,6 +233,10 @@ _ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
 def _why(chosen: Chosen, schedule: Schedule) -> str:
     """What calibration chose, and why."""
     lr, length = f"lr={chosen.lr:.3g}", f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
+    if chosen.is_interrupted:
+        return (
+            f"{lr}: what pilot chains had found after {chosen.pilot_steps} steps, when they were interrupted; {length}"
+        )
     if chosen.pilot_bias_share is None:
         reason = "the run is too short for pilot chains" if chosen.bias_correction else "there is no bias correction"
         return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {reason}; {length}"
@@ -313,6 +321,7 @@ class Prepared:
         settings: what was asked for.
         model: the user's.
         objective: model, loss and data on their device.
+        shortened: what was made smaller than the defaults, in words.
         plan: how gradients are computed.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         reference_losses: the losses at w*.
@@ -325,6 +334,7 @@ class Prepared:
     settings: Settings
     model: nn.Module
     objective: Objective
+    shortened: str
     plan: Plan
     start: dict[str, NDArray[Any]] | None
     reference_losses: ReferenceLosses
@@ -351,8 +361,9 @@ def prepare(
     if settings.checkpoint is not None:
         rank = team.rank if team.size > 1 else None
         keeper = Checkpoint(settings.checkpoint, rank=rank, interval=settings.checkpoint_interval)
-    objective = _objective(settings, model, data, loss_fn, surroundings)
-    asked, settings = settings, settings.localized(objective.num_parameters, _norm(objective))
+    asked = settings
+    objective, settings, shortened = _affordable(asked, model, data, loss_fn, surroundings)
+    settings = settings.localized(objective.num_parameters, _norm(objective))
     start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
     template = settings.complete_sampler(1.0, 1.0)
     chains = -(-settings.num_chains // team.size)  # the largest share: the same plan in all processes
@@ -369,6 +380,9 @@ def prepare(
     may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
     largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template
     check_memory(objective, largest, plan)
+    if settings.progress is True and team.rank == 0:
+        with threads(plan.num_threads):
+            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     identity: dict[str, Any] = {}
     saved = None
     if keeper is not None or team.size > 1:
@@ -390,7 +404,9 @@ def prepare(
         if plan.is_given:
             raise ValueError(f'strategy="cuda-graph" is not possible here: {why}; use Execution(strategy="batched")')
         plan = planned(failed={"cuda-graph": why})
-    return Prepared(settings, model, objective, plan, start, at_reference, keeper, identity, saved, surroundings)
+    return Prepared(
+        settings, model, objective, shortened, plan, start, at_reference, keeper, identity, saved, surroundings
+    )
 
 
 def _more_identity(objective: Objective, loss_fn: object, keeper: Checkpoint | None) -> dict[str, Any]:
@@ -408,20 +424,50 @@ def _more_identity(objective: Objective, loss_fn: object, keeper: Checkpoint | N
     }
 
 
-def _objective(
+def _affordable(
     settings: Settings,
     model: nn.Module,
     data: Any,
     loss_fn: LossFunction | NextToken | None,
     surroundings: _Surroundings,
-) -> Objective:
-    """Model, loss and data on their device, tried once; seeds torch's generator."""
-    execution, template, device = settings.execution, settings.template, surroundings.device
+) -> tuple[Objective, Settings, str]:
+    """Model, loss and data, tried once, in minibatches and for a length that a user who gave neither can wait for.
+
+    By the operations of the trial gradient, at a nominal speed: a clock would choose otherwise on another day.
+
+    Returns:
+        The objective, the settings, and what was made smaller for it, in words.
+    """
+    source, loss_fn = _source(settings, model, data, loss_fn, surroundings.device)
+    size, device = source.batch_size, surroundings.device
+    if isinstance(source, IndexedSource) and settings.batch_size is None and settings.template.kind != "metropolis":
+        assert size is not None
+        # The trial itself must be affordable, too.
+        tried = min(size, max(_LEAST_TRIED, int(_SMALL / max(_num_elements(model), 1))))
+        objective = _objective(settings, model, loss_fn, source.with_batch_size(tried), surroundings)
+        affordable = affordable_batch(settings, objective.trial.flops / tried, size, device)
+        if affordable != tried:
+            objective = _objective(settings, model, loss_fn, source.with_batch_size(affordable), surroundings)
+    else:
+        objective = _objective(settings, model, loss_fn, source, surroundings)
+    affordable_settings = affordable_length(settings, objective.trial.flops, device)
+    smaller = []
+    if objective.source.batch_size != size:
+        smaller.append(f"minibatches of {objective.source.batch_size} samples instead of {size}")
+    if affordable_settings is not settings:
+        smaller.append(f"{affordable_settings.num_draws} draws of a chain instead of {settings.schedule.num_draws}")
+    return objective, affordable_settings, " and ".join(smaller)
+
+
+def _source(
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | None, device: torch.device
+) -> tuple[DataSource, LossFunction | None]:
+    """The data as asked for, and the loss as a function."""
     options: dict[str, Any] = {
         "num_wanted": settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
         "max_batches": settings.schedule.num_steps,
         "independent": settings.wants_bias_correction,
-        "whole": template.kind == "metropolis",
+        "whole": settings.template.kind == "metropolis",
     }
     source: DataSource
     if isinstance(loss_fn, NextToken):
@@ -430,6 +476,18 @@ def _objective(
         data = columns_of_own_loss(model, data) if loss_fn is None else data
         source = make_source(data, settings.batch_size, device, pairs=not takes_model(loss_fn), **options)
     settings.nbeta_for(source.num_samples)
+    return source, loss_fn
+
+
+def _objective(
+    settings: Settings,
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    source: DataSource,
+    surroundings: _Surroundings,
+) -> Objective:
+    """Model and loss on their device, tried once; seeds torch's generator."""
+    execution, template, device = settings.execution, settings.template, surroundings.device
     surroundings.generators.seed(settings.seed)
     with threads(1 if _num_elements(model) * (source.batch_size or 1) < _SMALL else None):
         objective = Objective(
@@ -506,7 +564,9 @@ def choose(prepared: Prepared) -> Chosen:
         if prepared.saved is not None and prepared.keeper is not None:
             chosen = _chosen_before(prepared.saved, prepared.keeper, prepared.reference_losses)
         else:
-            with _PilotMonitor(settings.progress is True and team.rank == 0, team) as monitor:
+            # Several processes would stop at different steps, and wait for each other: there Ctrl-C raises.
+            stopping = prepared.surroundings.interrupts.stopping if team.size == 1 else contextlib.nullcontext
+            with _PilotMonitor(settings, team) as monitor:
                 chosen = choose_settings(
                     settings,
                     prepared.objective,
@@ -514,6 +574,7 @@ def choose(prepared: Prepared) -> Chosen:
                     prepared.plan,
                     start=prepared.start,
                     monitor=monitor,
+                    stopping=stopping,
                 )
     # One process's numbers for all: another number of threads may round differently.
     return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
@@ -532,8 +593,9 @@ def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLoss
 class _PilotMonitor(Monitor):
     """Shows the progress of the pilot chains; it leaves when they are done."""
 
-    def __init__(self, is_shown: bool, team: Team) -> None:
-        self._is_shown, self._team, self._done = is_shown, team, 0
+    def __init__(self, settings: Settings, team: Team) -> None:
+        self._is_shown, self._team, self._done = settings.progress is True and team.rank == 0, team, 0
+        self._total = num_pilot_steps(settings)
         self._progress: Progress | None = None
 
     def __enter__(self) -> _PilotMonitor:
@@ -546,9 +608,9 @@ class _PilotMonitor(Monitor):
     def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
         self._team.check()
         if self._is_shown and self._progress is None:  # short pilots show nothing
-            self._progress = make_progress(True, None, "calibration", stays=False)
-        if self._progress is not None:
-            self._progress.update(self._done + steps)
+            self._progress = make_progress(True, self._total, "calibration", stays=False)
+        if self._progress is not None:  # chains that diverged are run again, and are beyond the total
+            self._progress.update(min(self._done + steps, self._total))
 
     def snapshot(self, traces: list[Traces]) -> None:  # at the end of each
         self._done += sum(t.step for t in traces)
@@ -603,6 +665,9 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     )
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
+    if chosen.is_interrupted:
+        run = ChainRun([spec.blank_traces(chains)], True, prepared.plan, "")
+        return Sampled(run.traces[0], [0] * len(chains), run, True, "", setup)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
     # When another process fails this one stops too, with a snapshot of its own chains; `gather` says why.
     with (
@@ -684,8 +749,9 @@ def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> ND
 
 def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
-    settings, objective, traces, run = prepared.settings, prepared.objective, sampled.traces, sampled.run
-    sampler, schedule = _completed(settings, chosen)
+    settings, objective, run = prepared.settings, prepared.objective, sampled.run
+    sampler, planned = _completed(settings, chosen)
+    traces, schedule = _so_far(sampled, planned)
     losses = _corrected(traces, chosen).copy()
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     result = LLCResult(
@@ -700,9 +766,9 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "localization": sampler.localization,
             **{name: value for name, value in _options(sampler).items() if isinstance(value, (bool, int, float, str))},
             "num_chains": settings.num_chains,
-            "num_burnin": schedule.num_burnin,
-            "num_draws": schedule.num_draws,
-            "num_steps_bw_draws": schedule.num_steps_bw_draws,
+            "num_burnin": planned.num_burnin,
+            "num_draws": planned.num_draws,
+            "num_steps_bw_draws": planned.num_steps_bw_draws,
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
             **(objective.loss_fn.settings if isinstance(objective.loss_fn, TokenLoss) else {}),
@@ -726,6 +792,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
         unpaired_reason=chosen.unpaired_reason,
         paired_with=prepared.reference_losses.pairing,
+        shortened=prepared.shortened,
+        seconds_of_data=run.seconds_of_data,
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
         seconds_of_setup=sampled.seconds_of_setup,
@@ -740,6 +808,16 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
     examine(result, _facts(prepared, chosen, sampler, sampled, init_loss_stderr))
     return result
+
+
+def _so_far(sampled: Sampled, planned: Schedule) -> tuple[Traces, Schedule]:
+    """The traces, and which steps are draws: those that were planned, or, of a run that was interrupted before the
+    first of them, the second half of what there is, the best estimate that can be had."""
+    traces, reached = sampled.traces, max(sampled.steps_done)
+    if not sampled.interrupted or reached < 2 or len(range(reached)[planned.draws]):
+        return traces, planned
+    steps = {name: values[:, :reached] for name, values in traces.steps.items()}
+    return dataclasses.replace(traces, steps=steps, draws={}), Schedule(reached - reached // 2, reached // 2)
 
 
 def _with_reference(result: LLCResult, chosen: Chosen, objective: Objective) -> tuple[LLCResult, float]:
@@ -774,11 +852,14 @@ def _adapted_lr(result: LLCResult) -> float:
 
 def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
     objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
+    planned_steps = prepared.settings.num_chains * _completed(prepared.settings, chosen)[1].num_steps
     adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
     return Facts(
         step_checks=sampled.traces.checks,
         reference_norm=_norm(objective),
         init_loss_stderr=init_loss_stderr,
+        planned_steps=planned_steps,
+        in_calibration=chosen.is_interrupted,
         descent=chosen.descent,
         local_localization=default_localization(objective.num_parameters, _norm(objective)),
         random_modules=_random_modules(objective),

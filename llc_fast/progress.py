@@ -92,6 +92,14 @@ def print_line(text: str) -> None:
     tqdm.write(text)
 
 
+def announce(text: str) -> None:
+    """Print a line on stderr, above the bars; nothing if it is empty."""
+    if text and sys.stderr is not None:
+        from tqdm import tqdm
+
+        tqdm.write(f"LLC: {text}", file=sys.stderr)
+
+
 def _in_notebook() -> bool:
     """Whether this is a Jupyter kernel, which draws bars though its stderr is no terminal."""
     ipython = sys.modules.get("IPython")

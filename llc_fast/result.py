@@ -30,6 +30,10 @@ _SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
 """Traces that ArviZ has a name for."""
 
 
+_MUCH_WAITING = 2.0
+"""Seconds of waiting for a loader that are worth a word."""
+
+
 class Warning(str):
     """A reason not to trust an estimate: a sentence, and a code that stays the same when the sentence changes.
 
@@ -266,7 +270,19 @@ class LLCResult:
         }
         known = {name: self.diagnostics.get(name) for name in formats}
         health = ", ".join(formats[name].format(value) for name, value in known.items() if value is not None)
-        return lines + [health] * bool(health) + [self._scale()]
+        return lines + [health] * bool(health) + [self._scale()] + self._costs()
+
+    def _costs(self) -> list[str]:
+        """What made the run slow, or short."""
+        found, waiting = [], self.diagnostics.get("seconds_of_data") or 0.0
+        if waiting > max(_MUCH_WAITING, 0.5 * self.settings.get("seconds", math.inf)):
+            found.append(
+                f"{waiting:.0f} of {self.settings['seconds']:.0f} seconds went into waiting for the loader: pass tensors "
+                "or the data set itself if they fit the memory"
+            )
+        if shortened := self.diagnostics.get("shortened"):
+            found.append(f"shortened to {shortened}, to take ten minutes rather than longer")
+        return found
 
     def _scale(self) -> str:
         """A sentence about γ."""

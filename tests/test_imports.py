@@ -17,7 +17,7 @@ LEVELS = (
     ("objective", "result", "plots", "optim", "problems", "language"),
     ("gradients",),
     ("chains",),
-    ("calibration", "progress", "settings", "checks"),
+    ("calibration", "cost", "progress", "settings", "checks"),
     ("estimate",),
     ("sweep",),
     ("reproduce",),

@@ -160,6 +160,11 @@ class Group:
             raise
 
     @property
+    def seconds_of_data(self) -> float:
+        """Spent waiting for a loader."""
+        return self._feed.seconds
+
+    @property
     def is_done(self) -> bool:
         return self.traces.step == self._spec.schedule.num_steps
 

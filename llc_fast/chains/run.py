@@ -32,12 +32,14 @@ class ChainRun:
         interrupted: whether somebody stopped them early.
         plan: how they were run.
         note: why kernels were not recorded, if they should have been.
+        seconds_of_data: that were spent waiting for a loader.
     """
 
     traces: list[Traces]
     interrupted: bool
     plan: Plan
     note: str
+    seconds_of_data: float = 0.0
 
 
 class Monitor:
@@ -124,7 +126,7 @@ def run_chains(
         traces = [slot.traces for slot in driver.slots]
         monitor.snapshot(traces)
         interrupted = stop.is_set() and not all(slot.is_done for slot in driver.slots)
-    return ChainRun(traces, interrupted, driver.spec.plan, next(filter(None, driver.notes), ""))
+    return ChainRun(traces, interrupted, driver.spec.plan, next(filter(None, driver.notes), ""), driver.seconds_of_data)
 
 
 @dataclass(eq=False)
@@ -146,6 +148,7 @@ class _Driver:
     def __init__(self, spec: RunSpec, slots: list[_Slot], monitor: Monitor, stop: threading.Event) -> None:
         self.spec, self.slots, self._monitor, self._stop = spec, slots, monitor, stop
         self.notes: list[str] = []
+        self.seconds_of_data = 0.0
         self._observables = Observables(spec.observables, spec.schedule.num_draws)
         for slot in slots:
             self._observables.know(slot.traces.draws)
@@ -208,6 +211,7 @@ class _Driver:
                 self._work_side_by_side()
             for slot in self.slots:
                 if slot.group is not None:  # set up, and stopped before its first step
+                    self.seconds_of_data += slot.group.seconds_of_data
                     slot.group.finish()
         finally:
             for slot in self.slots:
@@ -258,6 +262,7 @@ class _Driver:
                     self._report()
                 if self._collecting:
                     self._hand_in(slot, copy=not alone)
+            self.seconds_of_data += group.seconds_of_data
             state, slot.group = group.finish(), None
 
     def _ended(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Generator, Iterator
 
 from torch import Tensor
@@ -18,12 +19,16 @@ class Feed:
 
     Batches have a leading dimension for the chains, except for a single chain, and for a batch that is the whole data
     set and the same each time it is read, which all chains share.
+
+    Attributes:
+        seconds: that were spent waiting for a loader.
     """
 
     def __init__(self, objective: Objective, seed: int, first_chain: int, num_chains: int, start: int) -> None:
         self._source, self._copies = objective.source, objective.trial.writes_batch
         self._key = NoiseKey(seed, chain=first_chain)
         self._iterator: Iterator[Batch] | None = None
+        self.seconds = 0.0
         self.is_shared = False
         if not isinstance(self._source, IndexedSource) or not objective.trial.has_tensor_batches:
             self._iterator = self._source.minibatches(seed, first_chain, start)
@@ -63,7 +68,9 @@ class Feed:
     def __call__(self, step: int, device_step: Tensor | None = None) -> Batch:
         """The minibatch of this step; a new one overwrites the one before."""
         if self._iterator is not None:
+            began = time.perf_counter()
             batch = next(self._iterator)
+            self.seconds += time.perf_counter() - began
         else:
             batch = self._batch
             if not self.is_shared:
