@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -630,3 +632,22 @@ def test_unknown_losses_are_refused() -> None:
         _estimate(Bigrams(), sequences(), "cross-entropy")
     with pytest.raises(TypeError, match="model must be"):
         _estimate(3, sequences())  # type: ignore[arg-type]
+
+
+# ---- README.md -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints an estimate without a warning."""
+    readme = Path(__file__).parents[1] / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md here")
+    transformers()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if "GPT2" in c)
+    found: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(code, found)
+    result = found["result"]
+    assert result.warnings == [] and result.llc_mean > 1
+    assert "predicted tokens" in capsys.readouterr().out
