@@ -14,8 +14,8 @@ dropped            a loader never gives the samples at the end of the data set
 num-samples        n may be meant to be another number
 irreproducible     the data are others in every run, whatever the seed
 standing-still     a chain that stands still would not have λ̂ = 0
-gradient           the gradient is not the derivative of the loss where the chains are
 no-minimum         the gradient at w* leads down from it: w* is no minimum at this nβ
+gradient           the gradient is not the derivative of the loss where the chains are
 diverged           the loss of some chains became non-finite
 partial            the run was interrupted
 checkpoint         the checkpoint could not be written
@@ -452,7 +452,7 @@ def _partial(case: _Case) -> str | None:
             f"The run was interrupted in calibration, before its first step. lr={case.lr:.3g} is what pilot chains had "
             "found so far."
         )
-    if case.result.schedule.num_burnin < case.result.settings["num_burnin"]:
+    if case.result.schedule.num_burnin < case.result.settings.get("num_burnin", 0):
         rest = (
             "no draw was made, so λ̂ is that of the second half of burn-in so far, and too low if that had not settled"
         )

@@ -277,8 +277,8 @@ class LLCResult:
         found, waiting = [], self.diagnostics.get("seconds_of_data") or 0.0
         if waiting > max(_MUCH_WAITING, 0.5 * self.settings.get("seconds", math.inf)):
             found.append(
-                f"{waiting:.0f} of {self.settings['seconds']:.0f} seconds went into waiting for the loader: pass tensors "
-                "or the data set itself if they fit the memory"
+                f"{waiting:.0f} of {self.settings['seconds']:.0f} seconds went into waiting for the loader: pass "
+                "tensors or the data set itself if they fit the memory"
             )
         if shortened := self.diagnostics.get("shortened"):
             found.append(f"shortened to {shortened}, to take ten minutes rather than longer")

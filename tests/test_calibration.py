@@ -132,6 +132,7 @@ def test_noise_of_minibatches(sampler: str, options: dict[str, Any], batch_size:
         sampler=make_sampler(sampler, **options),
         lr=lr,
         bias_correction=True,
+        localization=1.0,
         batch_size=batch_size,
         num_draws=4000,
         num_burnin=500 if share else 1500,
@@ -360,17 +361,20 @@ def test_everything_chosen() -> None:
     """With nothing given but the data: the same run again, settings in the result, and what pilots said."""
     model, inputs, loss_fn, _ = _problem("regression")
     found = llc_fast.calibrate(model, inputs, loss_fn, progress=False)
-    assert found["nbeta"] == llc_fast.default_nbeta(200) and found["localization"] == 1 and found["batch_size"] == 200
+    norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
+    gamma = llc_fast.default_localization(sum(p.numel() for p in model.parameters()), norm)
+    assert found["nbeta"] == llc_fast.default_nbeta(200) and found["localization"] == gamma
+    assert found["batch_size"] == 200
     assert 2000 <= found["num_draws"] == found["num_burnin"] <= 5000 and found["bias_correction"]
     alone = llc_fast.estimate_llc(model, inputs, loss_fn, progress=False)
     assert_same(llc_fast.estimate_llc(model, inputs, loss_fn, progress=False, **found), alone)
     assert f"bias at {alone.diagnostics['pilot_bias_share']:.1%}" in found.reason
     assert f"pilot chains of {alone.diagnostics['pilot_steps']} steps" in found.reason
     h = torch.linalg.eigvalsh(2 * torch.cat([inputs[0], torch.ones(200, 1)], dim=1).double().T.cov(correction=0))
-    assert found["lr"] * (found["nbeta"] * float(h.max()) + 1) < 1.15  # power iteration is a few percent low
+    assert found["lr"] * (found["nbeta"] * float(h.max()) + gamma) < 1.15  # power iteration is a few percent low
     x = torch.cat([inputs[0], torch.ones(200, 1)], dim=1).double()
     a = found["nbeta"] * torch.linalg.eigvalsh(2 * x.T @ x / 200)
-    assert abs(alone.llc_mean - float((0.5 * a / (a + 1)).sum())) < SIGMAS * alone.llc_stderr
+    assert abs(alone.llc_mean - float((0.5 * a / (a + gamma)).sum())) < SIGMAS * alone.llc_stderr
     assert alone.warnings == []
 
 
@@ -398,7 +402,7 @@ def test_values_of_the_users_own_are_kept() -> None:
     assert own["sampler"] == "sgld"
     for given_sampler in (SGLDSampler(weight_decay=0.5), SGHMCSampler(momentum_decay=0.5)):
         own = llc_fast.calibrate(mlp(), data(), mse, progress=False, sampler=given_sampler, num_draws=300)
-        assert own["sampler"] == given_sampler and own["localization"] == 1.0
+        assert own["sampler"] == given_sampler and own["localization"] > 0
 
 
 @pytest.mark.parametrize("sampler", ["sgld", "sghmc", "rmsprop-sgld", "adam-sgld", "sgnht", "mala", "hmc"])
@@ -618,8 +622,9 @@ def test_processes_choose_the_same(tmp_path: Path) -> None:
 def test_a_step_size_of_ones_own() -> None:
     """With the correction it may be several times too large; a hundred times, either way, is told with it too."""
     model, inputs, h = _noisy_regression()
-    options: dict[str, Any] = {"batch_size": 200, "num_draws": 1000, "bias_correction": True, "progress": False}
-    chosen = llc_fast.calibrate(model, inputs, mse, sampler="sgld", batch_size=200, num_draws=1000, progress=False)
+    options: dict[str, Any] = {"batch_size": 200, "num_draws": 1000, "localization": 1.0, "progress": False}
+    chosen = llc_fast.calibrate(model, inputs, mse, sampler="sgld", **options)
+    options["bias_correction"] = True
     nbeta = chosen["nbeta"]
     exact = float((0.5 * nbeta * h / (nbeta * h + 1)).sum())
     result = llc_fast.estimate_llc(model, inputs, mse, lr=4 * chosen["lr"], **options)

@@ -176,6 +176,21 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
         lambda: _judged(_good(), burnin=1000, steps_done=[500] * 4, resumable=True),
         ["interrupted after 2000 of 8000 steps", "no draw yet", "The same call resumes it"],
     ),
+    "interrupted in calibration": (
+        "partial",
+        lambda: _judged(_good(), steps_done=[0] * 4, in_calibration=True),
+        ["interrupted in calibration", "lr=0.001 is what pilot chains had found"],
+    ),
+    "no minimum": (
+        "no-minimum",
+        lambda: _judged(_good(), descent=4.0),
+        ["no minimum of the loss at nβ", "by 4 or more, against λ̂ = 10", "localization=10"],
+    ),
+    "far": (
+        "far",
+        lambda: _judged(_good(), table=_table(distance=400.0), local_localization=53.0),
+        ["·‖w*‖ away from w* (maximum 1)", "Use localization=53"],
+    ),
     "full disk": (
         "checkpoint",
         lambda: _judged(_good(), checkpoint_problem="no space on disk"),
@@ -305,14 +320,15 @@ def test_warnings_that_say_the_same_are_given_once() -> None:
 
 
 def test_a_good_run() -> None:
-    """A good trace with good step checks: low acceptance, distance and gradient noise alone are no reason."""
-    table = _accepted(math.exp(-0.5), distance=4.0, curvature=1.0, squared_curvature=100.0)
+    """A good trace with good step checks: low acceptance and gradient noise alone are no reason."""
+    table = _accepted(math.exp(-0.5), distance=0.25, curvature=1.0, squared_curvature=100.0)
     result = _judged(_good(), bias=0.4, table=table)
     assert result.warnings == []
     found = result.diagnostics
     assert found["bias_share"] == pytest.approx(0.04, rel=1e-2)
     assert found["acceptance"] == pytest.approx(math.exp(-0.5))
-    assert found["distance"] == [2.0] * 4 and found["distance_over_prior"] == pytest.approx(4 / 40)
+    assert found["distance"] == [0.5] * 4 and found["distance_over_prior"] == pytest.approx(0.25 / 40)
+    assert found["reach"] == pytest.approx(math.sqrt(40)) and found["localization_slope"] is None
     assert found["relaxations"] == pytest.approx(0.5e-3 * (100 + 1) * 2000)
     json.dumps(found, allow_nan=False)
 
@@ -430,6 +446,92 @@ def test_a_place_that_is_no_minimum() -> None:
     """Chains that run downhill: λ̂ is negative, and the model is what to change."""
     result = estimate(num_draws=500, num_burnin=100, lr=1e-2)
     assert result.llc_mean < 0 and "negative" in codes(result)
+
+
+class _Tilted(nn.Module):
+    """L = Σ h·w²/2 + g·w with curvatures and slopes of one's own; w* = 0 beside a weight of size."""
+
+    def __init__(self, curvature: list[float], slope: list[float]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((len(curvature),), 2.0, dtype=torch.float64))
+        self.h, self.g = torch.tensor(curvature, dtype=torch.float64), torch.tensor(slope, dtype=torch.float64)
+
+    def forward(self, _: Tensor) -> Tensor:
+        away = self.w - 2.0
+        return (0.5 * self.h * away.square() + self.g * away).sum()
+
+
+def test_how_lambda_answers_to_localization() -> None:
+    """Of a quadratic loss λ̂ = ½Σ nβh/(nβh + γ), so dλ̂/dlog γ = −½Σ nβhγ/(nβh + γ)², here by exact draws."""
+    h, nbeta, gamma = [0.0, 0.02, 0.3, 1.0, 5.0], 20.0, 4.0
+    model = _Tilted(h, [0.0] * len(h))
+    result = llc_fast.estimate_llc(
+        model,
+        (torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)),
+        lambda output, target: output,
+        sampler="hmc",
+        nbeta=nbeta,
+        localization=gamma,
+        num_draws=3000,
+        num_burnin=500,
+        progress=False,
+    )
+    known = -0.5 * sum(nbeta * a * gamma / (nbeta * a + gamma) ** 2 for a in h)
+    found = result.diagnostics
+    assert abs(found["localization_slope"] - known) < 4 * found["localization_slope_stderr"] < 0.3 * abs(known)
+    squared = result.traces["squared_distance"][:, result.schedule.draws]
+    expected = sum(1 / (nbeta * a + gamma) for a in h)
+    assert abs(squared.mean() - expected) < 4 * errors.standard_error(squared).value < 0.2 * expected
+    assert f"γ = 4, a prior width of {math.sqrt(5 / 4) / math.sqrt(20):.2g} times" in result.summary()
+
+
+@pytest.mark.parametrize(
+    "sampler", ["sgld", "preconditioned-sgld", "rmsprop-sgld", "adam-sgld", "sghmc", "sgnht", "mala"]
+)
+def test_every_sampler_says_how_far_it_is(sampler: str) -> None:
+    """‖w − w*‖² of every step, where its loss was taken: 0 at the first, and by the draws' own parameters."""
+    model = mlp()
+    reference = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = estimate(
+        model=model,
+        sampler=sampler,
+        batch_size=None if sampler == "mala" else 10,
+        observables={"away": lambda draw: sum((p - reference[k]).square().sum() for k, p in draw.params.items())},
+    )
+    trace = result.traces["squared_distance"]
+    assert (trace[:, 0] == 0).all() and np.isfinite(trace).all()
+    np.testing.assert_allclose(trace[:, result.schedule.draws], result.observables["away"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("lr", "burnin"), [(None, 300), (1e-2, 300)])
+def test_a_tilted_place_is_said_to_be_no_minimum_first(lr: float | None, burnin: int) -> None:
+    """What a gradient at w* means comes before any advice about step sizes; without one nothing is said."""
+    h = [1.0, 2.0, 4.0]
+    options: dict[str, Any] = {"nbeta": 20.0, "localization": 1.0, "num_draws": 300, "num_burnin": burnin, "lr": lr}
+    inputs = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    tilted = llc_fast.estimate_llc(_Tilted(h, [1.0, 0.0, -1.0]), inputs, lambda o, _: o, progress=False, **options)
+    known = 0.5 * 20.0**2 * (1 / 21 + 1 / 81)
+    assert tilted.diagnostics["descent"] == pytest.approx(known, rel=1e-4)
+    assert codes(tilted)[0] == "no-minimum" and "above-bound" not in codes(tilted)
+    level = llc_fast.estimate_llc(_Tilted(h, [0.0] * 3), inputs, lambda o, _: o, progress=False, **options)
+    assert level.diagnostics["descent"] == 0 and "no-minimum" not in codes(level)
+
+
+@pytest.mark.parametrize("scale", [0.03, 1.0, 30.0])
+def test_chains_of_the_default_localization_stay_near(scale: float) -> None:
+    """Draws are half of ‖w*‖ away where the loss is flat, in any units of the weights; further away they warn."""
+    model = _Tilted([0.0] * 20, [1e-12] * 20)
+    with torch.no_grad():
+        model.w.mul_(scale / 2)
+    inputs = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    options: dict[str, Any] = {"lr": 0.1 * scale**2, "nbeta": 1.0, "num_draws": 2000, "progress": False}
+    result = llc_fast.estimate_llc(model, inputs, lambda o, _: o, **options)
+    assert result.settings["localization"] == pytest.approx(4 / scale**2, rel=1e-3)
+    assert result.diagnostics["reach"] == pytest.approx(0.5, rel=1e-3)
+    assert result.diagnostics["distance_over_reference"] == pytest.approx(0.5, rel=0.3)
+    assert "far" not in codes(result)
+    wide = llc_fast.estimate_llc(model, inputs, lambda o, _: o, localization=0.1 / scale**2, **options)
+    assert "far" in codes(wide) and wide.diagnostics["distance_over_reference"] > 1
 
 
 class _Endless(IterableDataset[Any]):

@@ -634,6 +634,29 @@ def test_unknown_losses_are_refused() -> None:
         _estimate(3, sequences())  # type: ignore[arg-type]
 
 
+# ---- an exact sampler ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_estimate_is_that_of_an_exact_sampler() -> None:
+    """Ragged sequences in minibatches against HMC on all of them, within Monte Carlo errors and 5 %: what the bias
+    correction leaves of the noise of minibatches, where γ holds directions more than the loss does."""
+    model, rows = Bigrams(), sequences(64, 2, 9)
+    source, loss_fn = token_source(NextToken(), model, rows, 64, CPU)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _, batch in zip(range(400), source.minibatches(0), strict=False):
+        optimizer.zero_grad()
+        loss_fn(model, batch).mean().backward()
+        optimizer.step()
+    options: dict[str, Any] = {"nbeta": 30.0, "localization": 100.0, "progress": False}
+    found = llc_fast.estimate_llc(model, rows, "next-token", batch_size=16, **options)
+    exact = llc_fast.estimate_llc(model, rows, "next-token", sampler="hmc", num_draws=500, num_burnin=200, **options)
+    assert found.warnings == [] and found.diagnostics["paired_with"] == "samples"
+    error = math.hypot(found.llc_stderr, exact.llc_stderr)
+    assert error < 0.02 * exact.llc_mean
+    assert abs(found.llc_mean - exact.llc_mean) < 4 * error + 0.05 * exact.llc_mean
+
+
 # ---- README.md -----------------------------------------------------------------------------------------------
 
 

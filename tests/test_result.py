@@ -467,10 +467,10 @@ def test_bias_in_the_summary() -> None:
 
 
 def test_repr_is_short() -> None:
-    """The estimate in four lines, with the codes of the warnings, however long the traces are."""
+    """The estimate in five lines, with the codes of the warnings, however long the traces are."""
     found = repr(_rich(chains=50)).splitlines()
-    assert len(found) == 4 and max(map(len, found)) < 120
-    assert found[0].startswith("LLCResult: λ̂ = ") and found[3] == "  warnings: ess, step-size"
+    assert len(found) == 5 and max(map(len, found)) < 130
+    assert found[0].startswith("LLCResult: λ̂ = ") and found[4] == "  warnings: ess, step-size"
     assert "warnings" not in repr(_result([[1.0, 2.0]]))
 
 

@@ -496,10 +496,40 @@ def test_an_option_of_the_sampler_object(option: str) -> None:
         Settings(sampler=inside, **{option: 0.7})
 
 
-def test_a_sampler_object_without_a_localization_gets_the_default() -> None:
-    assert Settings(sampler=SGLDSampler()).localization == Settings(sampler="sgld").localization == 1.0
+def test_a_localization_is_open_until_the_model_is_known() -> None:
+    """Then it is P / (½‖w*‖)², unless it or the sampler object has one."""
+    for given in (Settings(sampler=SGLDSampler()), Settings(sampler="sgld"), Settings()):
+        assert given.localization is None
+        assert given.localized(100, 4.0).localization == given.localized(100, 4.0).template.localization == 25.0
+    assert Settings(localization=3.0).localized(100, 4.0).localization == 3.0
+    assert Settings(sampler=SGLDSampler(localization=3.0)).localized(100, 4.0).localization == 3.0
     assert Settings(sampler=SGLDSampler(localization=0.0)).localization == 0.0
     assert Settings(sampler=SGLDSampler(), localization=0.0).localization == 0.0
+
+
+@pytest.mark.parametrize(
+    ("count", "norm", "gamma"), [(385, 4.851, 65.44), (1, 2.0, 1.0), (10**9, 3e4, 4.444), (7, 0.0, 1.0)]
+)
+def test_default_localization(count: int, norm: float, gamma: float) -> None:
+    """A prior width 1/√γ of half the root mean square weight; 1 where all weights are 0."""
+    assert llc_fast.default_localization(count, norm) == gamma
+    if norm:
+        assert 1 / math.sqrt(gamma) == pytest.approx(0.5 * norm / math.sqrt(count), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("count", "norm", "error"),
+    [
+        (0, 1.0, ValueError),
+        (1.5, 1.0, TypeError),
+        (3, -1.0, ValueError),
+        (3, math.nan, ValueError),
+        (3, "1", TypeError),
+    ],
+)
+def test_default_localization_of_nonsense(count: Any, norm: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"num_parameters|norm"):
+        llc_fast.default_localization(count, norm)
 
 
 @pytest.mark.parametrize("wrong", [3, llc_fast.SGLD, "nuts"])

@@ -121,7 +121,7 @@ class _Careful(SGLDSampler):
 def test_a_sampler_object_of_a_derived_class_stays_what_it_is() -> None:
     settings = Settings(sampler=_Careful(noise_level=0.5), lr=1e-3)
     assert type(settings.template) is type(settings.complete_sampler(1e-3, 10.0)) is _Careful
-    assert settings.template.noise_level == 0.5 and settings.template.localization == 1.0
+    assert settings.template.noise_level == 0.5 and settings.template.localization is None
 
 
 def test_calibrate_chooses_a_step_size_also_for_a_sampler_object_that_has_one() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from runs import TIMEOUT, Script, assert_same, data, estimate, happened, initialized, interrupted_after, mlp, mse
 from torch import Tensor, nn
 
+import llc_fast
 from llc_fast.chains.checkpoint import Checkpoint, Saved
 from llc_fast.chains.draw import Draw
 from llc_fast.chains.run import Monitor, StepTaken, after_each_step
@@ -181,20 +184,55 @@ def _everything_works(result: LLCResult, folder: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
 @pytest.mark.parametrize("count", [1, 4])
-def test_interrupted_before_the_first_draw(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, count: int
-) -> None:
-    """During burn-in there is nothing to estimate from: NaN, and words; the same call resumes."""
+def test_interrupted_before_the_first_draw(tmp_path: Path, strategy: str, count: int) -> None:
+    """During burn-in: the second half of what there is, with words; after one step nothing; the same call resumes."""
     options: dict[str, Any] = {"strategy": strategy, "observables": {"weight": _weight}}
+    whole = estimate(**options)
     with interrupted_after(count):
         partial = estimate(**options, checkpoint=tmp_path / "run")
-    assert partial.is_partial and math.isnan(partial.llc_mean)
-    (warning,) = happened(partial)
-    assert "there is no draw yet. The same call resumes it." in warning and warning.code == "partial"
-    assert "(interrupted)" in partial.summary() and "nan" in partial.summary()
+    assert partial.is_partial and partial.settings["num_burnin"] == 4 and partial.settings["num_draws"] == 8
+    warning = next(w for w in partial.warnings if w.code == "partial")
+    assert "The same call resumes it." in warning and "(interrupted)" in partial.summary()
+    if count == 1:
+        assert math.isnan(partial.llc_mean) and "there is no draw yet" in warning and "nan" in partial.summary()
+    else:
+        going = slice(0, 1) if strategy == "sequential" else slice(0, 3)
+        known = whole.nbeta * (whole.loss_trace[going, 2:4].mean() - whole.init_loss)
+        assert partial.llc_mean == pytest.approx(known, rel=1e-9)
+        assert "second half of burn-in" in warning and "too low" in warning
     assert partial.diverged_chains == []
     _everything_works(partial, tmp_path)
+    assert_same(estimate(**options, checkpoint=tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_interrupted_in_calibration(tmp_path: Path, count: int) -> None:
+    """What pilot chains had chosen by then comes back, in words and numbers; the same call starts again."""
+    options: dict[str, Any] = {"lr": None, "num_draws": 100, "num_burnin": 100}
+    with _interrupted_pilot(count):
+        partial = estimate(**options, checkpoint=tmp_path / "run")
+    assert partial.is_partial and math.isnan(partial.llc_mean) and partial.steps_done == [0, 0, 0]
+    assert partial.settings["lr"] > 0 and partial.settings["localization"] == 1.0
+    (warning,) = [w for w in partial.warnings if w.code == "partial"]
+    assert f"interrupted in calibration, before its first step. lr={partial.settings['lr']:.3g}" in warning
+    _everything_works(partial, tmp_path)
     assert_same(estimate(**options, checkpoint=tmp_path / "run"), estimate(**options))
+    with _interrupted_pilot(count):
+        found = llc_fast.calibrate(mlp(), data(), mse, num_draws=100, num_burnin=100, num_chains=3, progress=False)
+    assert found["lr"] > 0 and "when they were interrupted" in found.reason
+
+
+@contextlib.contextmanager
+def _interrupted_pilot(count: int) -> Iterator[None]:
+    """SIGINT comes after the `count`-th step of the pilot chains."""
+    left = iter(range(count - 1, -1, -1))
+
+    def interrupt(taken: StepTaken) -> None:
+        if taken.is_pilot and next(left, None) == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    with after_each_step(interrupt):
+        yield
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import arguments
+from runs import arguments, gamma
 from torch import Tensor, nn
 
 from llc_fast import LLCResult, estimate_llc
@@ -61,7 +61,7 @@ class ReducedRank(nn.Module):
 
 def run(model: nn.Module, **options: Any) -> LLCResult:
     """An estimate with the full loss at every step."""
-    settings: dict[str, Any] = {"num_chains": 2, "progress": False, "seed": 1} | options
+    settings: dict[str, Any] = {"num_chains": 2, "localization": gamma(options), "progress": False, "seed": 1} | options
     return estimate_llc(model, DATA, lambda output, _: output, **arguments(settings))
 
 

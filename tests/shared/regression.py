@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from runs import arguments
+from runs import arguments, gamma
 from torch import Tensor, nn
 
 import llc_fast
@@ -34,6 +34,7 @@ def mlp(dtype: torch.dtype = torch.float64) -> Any:
 
 def estimate(model: nn.Module, data: Any = None, loss_fn: Any = F.mse_loss, **options: Any) -> LLCResult:
     chosen: dict[str, Any] = {"lr": 1e-2, "num_chains": 2, "num_draws": 15, "num_burnin": 3, "nbeta": 5.0}
+    chosen["localization"] = gamma(options)
     return llc_fast.estimate_llc(
         model, samples() if data is None else data, loss_fn, progress=False, **arguments(chosen | options)
     )

@@ -64,10 +64,17 @@ def arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def gamma(options: Mapping[str, Any]) -> float | None:
+    """γ = 1 unless a sampler object brings its own: figures of the tests are for it, whatever the default is."""
+    inside = getattr(options.get("sampler"), "localization", (options.get("sampler_options") or {}).get("localization"))
+    return 1.0 if inside is None else None
+
+
 def estimate(**options: Any) -> LLCResult:
     """`estimate_llc` of a small network with everything that a test does not give."""
     chosen: dict[str, Any] = {
         "lr": 1e-3,
+        "localization": gamma(options),
         "num_chains": 3,
         "num_draws": 8,
         "num_burnin": 4,
@@ -118,7 +125,7 @@ def _is_handled() -> bool:
 def interrupted_after(count: int) -> Iterator[None]:
     """SIGINT comes after the `count`-th step that this process takes from now on, whichever chain takes it.
 
-    Pilot chains do not count: nothing is lost with them, and Ctrl-C there is an ordinary KeyboardInterrupt.
+    Pilot chains do not count.
     """
     left, came = iter(range(count - 1, -1, -1)), threading.Event()
 
