@@ -160,12 +160,11 @@ def estimate_llc(
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
         settings, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
         surroundings = _Surroundings(settings, model, data, loss)
-    with mode_for(model, loss):
-        with surroundings:
-            prepared = prepare(settings, model, data, loss, surroundings)
-            chosen = choose(prepared)
-            run = sample(prepared, chosen)
-        return report(prepared, chosen, run)
+    with surroundings:
+        prepared = prepare(settings, model, data, loss, surroundings)
+        chosen = choose(prepared)
+        run = sample(prepared, chosen)
+    return report(prepared, chosen, run)
 
 
 class Calibration(dict[str, Any]):
@@ -204,7 +203,7 @@ def calibrate(
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked, loss = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate"), named_loss(loss_fn)
-    with mode_for(model, loss), _Surroundings(asked, model, data, loss, alone=True) as surroundings:
+    with _Surroundings(asked, model, data, loss, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
     sampler, schedule = _completed(prepared.settings, chosen)
@@ -305,6 +304,7 @@ class _Surroundings:
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(large_blocks_apart(self._is_large))
         self._stack.callback(ModelSnapshot(self._model, self._loss_fn).restore)
+        self._stack.enter_context(mode_for(self._model, self._loss_fn))
 
     def __exit__(self, *error: Any) -> bool:
         handled = bool(self._stack.__exit__(*error))
@@ -329,6 +329,7 @@ class Prepared:
         identity: what names the run.
         saved: what an earlier process has done of it; None: nothing.
         surroundings: what holds while the run lasts.
+        mode: the mode in which the model is evaluated.
     """
 
     settings: Settings
@@ -342,6 +343,27 @@ class Prepared:
     identity: dict[str, Any]
     saved: Saved | None
     surroundings: _Surroundings
+    mode: _Mode
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """The mode in which a model is evaluated, which may be another one when the run is over.
+
+    Attributes:
+        is_training: of the model as a whole.
+        random_modules: modules in training mode that make the loss depend on dropout or batch statistics.
+        batch_statistics: modules in evaluation mode that use the statistics of the minibatch, having no others.
+    """
+
+    is_training: bool
+    random_modules: list[str]
+    batch_statistics: list[str]
+
+    @classmethod
+    def of(cls, objective: Objective) -> _Mode:
+        model = objective.model
+        return cls(model.training, _random_modules(objective), _batch_statistics(model))
 
 
 def prepare(
@@ -405,7 +427,18 @@ def prepare(
             raise ValueError(f'strategy="cuda-graph" is not possible here: {why}; use Execution(strategy="batched")')
         plan = planned(failed={"cuda-graph": why})
     return Prepared(
-        settings, model, objective, shortened, plan, start, at_reference, keeper, identity, saved, surroundings
+        settings,
+        model,
+        objective,
+        shortened,
+        plan,
+        start,
+        at_reference,
+        keeper,
+        identity,
+        saved,
+        surroundings,
+        _Mode.of(objective),
     )
 
 
@@ -777,7 +810,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),
             "seed": settings.seed,
-            "training_mode": prepared.model.training,
+            "training_mode": prepared.mode.is_training,
             "strategy": run.plan.strategy,
             "seconds": time.perf_counter() - prepared.surroundings.started,
         },
@@ -862,8 +895,8 @@ def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sample
         in_calibration=chosen.is_interrupted,
         descent=chosen.descent,
         local_localization=default_localization(objective.num_parameters, _norm(objective)),
-        random_modules=_random_modules(objective),
-        batch_statistics=_batch_statistics(prepared.model),
+        random_modules=prepared.mode.random_modules,
+        batch_statistics=prepared.mode.batch_statistics,
         not_sampled=objective.not_sampled,
         writes_parameters=objective.trial.writes_parameters,
         data_notes=_data_notes(objective),

@@ -503,6 +503,22 @@ def test_models_are_evaluated_in_eval_mode_by_default() -> None:
     assert [m.training for m in model.modules()] == before
 
 
+def test_estimates_of_one_model_at_a_time() -> None:
+    """Each waits for its turn, and finds the model in its own mode."""
+    rows, model = sequences(), Bigrams(dropout=0.5)
+    expected = _estimate(Bigrams(), rows)
+    found: list[llc_fast.LLCResult] = []
+    threads = [threading.Thread(target=lambda: found.append(_estimate(model, rows))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.training and len(found) == 3
+    for result in found:
+        np.testing.assert_array_equal(result.loss_trace, expected.loss_trace)
+        assert result.settings["training_mode"] is False
+
+
 def test_the_mode_can_be_kept() -> None:
     """Dropout is then part of the loss, and is warned of."""
     rows, model = sequences(), Bigrams(dropout=0.5).train()

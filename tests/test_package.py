@@ -77,7 +77,7 @@ def test_type_checkers_are_told_the_same() -> None:
     modules = {name for name, home in told.items() if not home}
     assert {name: home for name, home in told.items() if home} == llc_fast._HOME
     assert sorted([*told, "__version__"]) == sorted(llc_fast.__all__)
-    assert modules == {"samplers", "theory"}
+    assert modules == {"language", "samplers", "theory"}
 
 
 def test_star_import() -> None:
