@@ -43,6 +43,7 @@ from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
 from llc_fast.support.torch_private import drops, normalizes_batches
+from llc_fast.support.warned import issue
 from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
 _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
@@ -164,7 +165,10 @@ def estimate_llc(
         prepared = prepare(settings, model, data, loss, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
-    return report(prepared, chosen, run)
+    result = report(prepared, chosen, run)
+    if surroundings.team.rank == 0:
+        issue(result.warnings, stacklevel=2)
+    return result
 
 
 class Calibration(dict[str, Any]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llc_fast.cli.estimate import dtype_of, sampler_of
 from llc_fast.cli.options import (
     JsonPath,
     PlotPath,
@@ -56,6 +57,9 @@ def hf(
     sequences: Annotated[int | None, typer.Option(min=2, help="How many, evenly spread; default: all.")] = None,
     preset: Annotated[str, typer.Option(help="language-model: nβ = 30, γ = 300; or none.")] = "language-model",
     sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, …; default: chosen.")] = None,
+    sampler_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")] = None,
     nbeta: Annotated[float | None, typer.Option(help="nβ; default: the preset's, or n / log n.")] = None,
     localization: Annotated[float | None, typer.Option(help="γ; default: the preset's.")] = None,
@@ -66,7 +70,14 @@ def hf(
     params: Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, float64, bfloat16 or float16.")] = "float32",
+    strategy: Annotated[
+        str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")
+    ] = None,
+    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")] = None,
+    microbatch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that pass the model at a time; default: the batch.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File to resume from; with --revisions, a folder for them.")
     ] = None,
@@ -91,6 +102,10 @@ def hf(
         raise typer.BadParameter(f"{dtype!r} is none of: {', '.join(_DTYPES)}", param_hint="--dtype")
     if plot_path is not None and revisions is not None:
         raise typer.BadParameter("pictures are of one revision", param_hint="--plot")
+    from llc_fast.settings import Execution
+
+    chosen = sampler_of(sampler, sampler_option or [])
+    execution = Execution(strategy=strategy, autocast=dtype_of(autocast), microbatch_size=microbatch_size)
     transformers = require("transformers", "hf")
     if not progress:
         transformers.utils.logging.disable_progress_bar()
@@ -100,7 +115,7 @@ def hf(
     data = read_tokens(dataset, lambda: _tokenizer(tokenizer, model, places[0]), length, split, sequences)
     settings: dict[str, Any] = {
         "preset": None if preset == "none" else preset,
-        "sampler": sampler,
+        "sampler": chosen,
         "lr": lr,
         "nbeta": nbeta,
         "localization": localization,
@@ -110,6 +125,7 @@ def hf(
         "params": params or None,
         "seed": seed,
         "device": device,
+        "execution": execution,
         "progress": progress,
     }
     if revisions is not None:

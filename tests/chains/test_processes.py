@@ -303,7 +303,7 @@ def test_ctrl_c_in_all_processes(tmp_path: Path, how: str) -> None:
 
 _KILLED_ALL = """
 def observe(draw):
-    time.sleep(0.01)
+    time.sleep(0.03)
     if draw.draw == 20 and draw.chain % 2 == 0:
         open(f"here.{draw.chain}", "w").close()
         while not (os.path.exists("here.0") and os.path.exists("here.2")):
@@ -433,6 +433,7 @@ def test_processes_that_were_given_different_things_are_refused(tmp_path: Path) 
 _LISTENING = """
 import urllib.parse, warnings
 warnings.simplefilter("error")
+warnings.simplefilter("ignore", llc_fast.LLCWarning)
 ours = set()
 def see(draw):
     if rank == 0:

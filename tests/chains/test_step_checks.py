@@ -160,6 +160,7 @@ def test_bias_and_gradient_noise_of_a_quadratic() -> None:
         lambda output, _: output.mean(),
         lr=lr,
         nbeta=nbeta,
+        localization=gamma,
         num_draws=1500,
         num_burnin=100,
         batch_size=size,

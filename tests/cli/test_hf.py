@@ -188,6 +188,11 @@ def test_options_and_files(folder: Path, tmp_path: Path) -> None:
     loaded = llc_fast.LLCResult.load(tmp_path / "o.npz")
     np.testing.assert_array_equal(loaded.loss_trace, expected.loss_trace)
     assert (tmp_path / "o.png").read_bytes().startswith(PNG)
+    options = ["--sampler", "RMSprop-SGLD", "--sampler-option", "eps=0.01", "--microbatch-size", "3"]
+    found = _numbers(folder, tmp_path / "o.json", data, *options)
+    rms = llc_fast.samplers.RMSpropSGLDSampler(eps=0.01)
+    expected = _expected(ROWS, sampler=rms, execution=llc_fast.Execution(microbatch_size=3))
+    assert found["llc_mean"] == expected.llc_mean
     without = _numbers(folder, tmp_path / "o.json", data, "--preset", "none", "--localization", "7")
     assert without["nbeta"] == pytest.approx(20 / math.log(20))
     assert "preset" not in without["settings"]

@@ -22,6 +22,7 @@ from llc_fast.kernels.native import NUM_STATES
 from llc_fast.kernels.step import SUMS
 from llc_fast.samplers import SAMPLERS, Sampler, SGLDSampler, make_sampler, register
 from llc_fast.samplers.state import ChainState
+from llc_fast.settings import Settings
 
 COPIES = 40_000  # independent chains for each curvature, in one tensor
 CURVATURES = torch.tensor([1.0, 100.0])
@@ -117,7 +118,8 @@ def test_a_rule_that_says_nothing_gets_nothing(monkeypatch: pytest.MonkeyPatch) 
     state = ChainState({"w": torch.ones(3)}, {}, Silent(lr=0.1, nbeta=1.0), 2)
     state.start(0, 0)
     state.move([torch.ones(2, 3)], 0)
-    assert state.info() == {} and Silent.sums_needed({}) == () and math.isnan(float(state.metric(1)[0, 0]))
+    assert list(state.info()) == list(Silent.traces) == ["squared_distance"] and Silent.sums_needed({}) == ("distance",)
+    assert math.isnan(float(state.metric(1)[0, 0]))
     options: dict[str, Any] = {"num_draws": 400, "num_burnin": 100, "num_chains": 2, "nbeta": 50.0}
     model = Quadratic(torch.ones(20))
     silent, spoken = (run(model, sampler=name, lr=1e-3, **options) for name in ("silent", "sgld"))
@@ -261,6 +263,24 @@ def test_frozen_metric_is_that_of_the_specification(name: str) -> None:
     reference.apply(name, x, scalars, step=3)
     by_noise = (x.w - 1).square() / 0.1  # without a gradient w moves by √(εp)·ξ
     torch.testing.assert_close(SAMPLERS[name].frozen_metric(scalars, [squares]), by_noise)
+
+
+@pytest.mark.parametrize("name", ["rmsprop-sgld", "RMSprop-SGLD", "rmsprop_sgld", "RMSpropSGLD", "RMSProp SGLD"])
+def test_names_as_people_write_them(name: str) -> None:
+    assert type(make_sampler(name)) is SAMPLERS["rmsprop-sgld"]
+    assert Settings(sampler=name).template.name == "rmsprop-sgld"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("sgdl", "'sgld'"), ("rms-sgld", "'rmsprop-sgld'"), ("SGHM", "'sghmc'"), ("nuts", None), ("", None)],
+)
+def test_unknown_names_are_refused_with_the_nearest(name: str, near: str | None) -> None:
+    with pytest.raises(
+        ValueError, match=f"sampler='{name}' is unknown; .*choose one of: adam-sgld, hmc, mala"
+    ) as caught:
+        make_sampler(name)
+    assert (f"did you mean {near}?" in str(caught.value)) if near else ("did you mean" not in str(caught.value))
 
 
 def test_a_sampler_can_be_completed_later() -> None:
