@@ -28,6 +28,7 @@ from llc_fast.batches import (
     as_tensors,
     batch_length,
     fingerprint,
+    is_graph,
     leaves,
     length_of,
     map_tensors,
@@ -39,7 +40,7 @@ from llc_fast.batches import (
 from llc_fast.kernels.native import minibatch_indices
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.loaders import LoaderSource, looks_like_batches, reason_not_whole
-from llc_fast.support.errors import first_line
+from llc_fast.support.errors import add_note, first_line
 from llc_fast.support.randomness import Generators, same_states
 
 __all__ = [
@@ -282,6 +283,8 @@ class _Collated:
         else:
             samples = [self._dataset[i] for i in wanted]
         try:
+            if samples and is_graph(samples[0]):
+                return sys.modules["torch_geometric.data"].Batch.from_data_list(samples)
             return default_collate(samples)
         except TypeError as error:
             raise TypeError(
@@ -289,10 +292,7 @@ class _Collated:
                 "that makes tensors of them"
             ) from error
         except RuntimeError as error:
-            if hasattr(error, "add_note"):
-                error.add_note(
-                    "data has samples of different shapes: pass a DataLoader with a collate_fn that pads them"
-                )
+            add_note(error, "data has samples of different shapes: pass a DataLoader with a collate_fn that pads them")
             raise
 
 
@@ -372,9 +372,9 @@ def make_source(
     """The source for whatever the user gave.
 
     Args:
-        data: tensors with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a map-style
-            Dataset; a DataLoader or another iterable of batches. With a loader `batch_size` must be None: the loader
-            decides.
+        data: tensors or NumPy's arrays with samples along the first dimension, as a tuple (inputs…, target) or a
+            dictionary; a map-style Dataset; a DataLoader or another iterable of batches. With a loader `batch_size`
+            must be None: the loader decides.
         batch_size: samples in a minibatch; None: min(512, n).
         device: where batches are wanted.
         pairs: whether each batch must be a tuple (inputs…, target); otherwise it may have any structure.
@@ -395,6 +395,8 @@ def make_source(
         check = _check_pair if pairs else lambda batch: batch
     if type(data) is TensorDataset:
         data = data.tensors
+    if isinstance(data, (np.ndarray, tuple, Mapping)):  # a list of arrays may be samples
+        data = as_tensors(data)
     if isinstance(data, Tensor):
         if pairs:
             raise TypeError("data must be (inputs, target), got one tensor: pass a tuple such as (x, y)")

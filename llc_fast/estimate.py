@@ -307,7 +307,9 @@ class _Surroundings:
         self._stack.enter_context(self.generators.kept())
         self._stack.enter_context(torch.inference_mode(False))
         self._stack.enter_context(large_blocks_apart(self._is_large))
-        self._stack.callback(ModelSnapshot(self._model, self._loss_fn).restore)
+        snapshot = ModelSnapshot(self._model, self._loss_fn)
+        self._stack.callback(snapshot.restore)
+        snapshot.silence()
         self._stack.enter_context(mode_for(self._model, self._loss_fn))
 
     def __exit__(self, *error: Any) -> bool:
@@ -868,7 +870,7 @@ def _with_reference(result: LLCResult, chosen: Chosen, objective: Objective) -> 
         return result, chosen.init_loss_stderr
     at_draws = reference[result.kept_chains, result.schedule.draws][:, : result.kept_draws.shape[1]]
     init_loss = float(at_draws.mean()) if at_draws.size else chosen.init_loss
-    rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps * abs(init_loss)
+    rounding = objective.rounding * abs(init_loss)
     return dataclasses.replace(result, init_loss=init_loss), rounding
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 import llc_fast
-from llc_fast.data import Batch, make_source
+from llc_fast.data import Batch, leaves, make_source
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -331,18 +331,29 @@ def test_wrong_data(data: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        tuple(t.numpy() for t in numbered()),
-        (numbered()[0], numbered()[1].numpy()),
-        (numbered()[0].numpy(), numbered()[0].numpy()),
+        (np.array(["a", "b"]), np.array([0.0, 1.0])),
+        (numbered()[0], numbered()[1].numpy().astype(object)),
         "data.csv",
         {"x": numbered()[0], "y": numbered()[1]},
     ],
-    ids=["arrays", "tensor and array", "arrays of one shape", "a string", "a dictionary"],
+    ids=["an array of texts", "an array of objects", "a string", "a dictionary"],
 )
 def test_data_of_another_kind(data: Any) -> None:
     """What merely looks like a data set is refused with the first batch at the latest."""
     with pytest.raises((TypeError, ValueError), match="data must"):
         next(iter(make_source(data, None, CPU).minibatches(0)))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "one array", "dictionary"])
+def test_arrays_of_numpy(kind: str) -> None:
+    """They are taken as the tensors of the same values."""
+    x, y = numbered()
+    tensors: Any = {"arrays": (x, y), "one array": (x, y), "dictionary": {"x": x, "y": y}}[kind]
+    arrays: Any = {"arrays": (x.numpy(), y.numpy()), "one array": (x, y.numpy())}.get(kind)
+    arrays = {"x": x.numpy(), "y": y.numpy()} if arrays is None else arrays
+    one, other = (make_source(data, 4, CPU, pairs=kind != "dictionary") for data in (tensors, arrays))
+    for a, b in zip(leaves(next(one.minibatches(3))), leaves(next(other.minibatches(3))), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def column(rows: Iterable[Row], name: str) -> NDArray[np.float64]:
 
 def is_warned(row: Row) -> bool:
     """Whether the estimate came with a warning, other than that it is not local: λ is known wherever chains go."""
-    return bool(row["warnings"]) and set(row["codes"]) != {"far"}
+    return bool(row["warnings"]) and set(row.get("codes", ())) != {"far"}
 
 
 def relative_error(row: Row, known: float) -> float:
