@@ -391,6 +391,7 @@ def make_source(
     """
     if whole:
         return _whole_source(data, batch_size, device, pairs, check)
+    check_kind(data)
     if check is None:
         check = _check_pair if pairs else lambda batch: batch
     if type(data) is TensorDataset:
@@ -426,7 +427,6 @@ def make_source(
             raise ValueError("data is empty: it has no samples")
         tensors = dict(data) if isinstance(data, Mapping) else tuple(data)
         return IndexedSource(_Tensors(tensors, device), batch_size or 512, device, check, independent)
-    check_kind(data)
     if isinstance(data, (str, bytes, Mapping)) or (
         isinstance(data, tuple) and any(isinstance(t, (Tensor, np.ndarray)) for t in data)
     ):
