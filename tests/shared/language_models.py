@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import import_torchvision
 from torch import nn
 
 VOCABULARY, LENGTH = 64, 12
-_OPERATORS = (
-    *("nms", "qnms", "deform_conv2d", "_deform_conv2d_backward", "roi_align", "_roi_align_backward"),
-    *("roi_pool", "_roi_pool_backward", "ps_roi_align", "_ps_roi_align_backward", "ps_roi_pool"),
-    "_ps_roi_pool_backward",
-)
 
 
-@functools.cache
 def transformers() -> Any:
-    """The package, offline; torchvision, which it imports, has operators by name alone if it can't load its own."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    found = pytest.importorskip("transformers")
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.submodule_search_locations:
-        with contextlib.suppress(OSError):
-            for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-                torch.ops.load_library(str(library))
-                return found
-        _kept.append(torch.library.Library("torchvision", "DEF"))
-        for name in _OPERATORS:
-            _kept[-1].define(f"{name}(Tensor x) -> Tensor")
-    return found
-
-
-_kept: list[Any] = []
+    """The package, offline."""
+    import_torchvision()
+    return pytest.importorskip("transformers")
 
 
 def gpt2(seed: int = 0, **more: Any) -> Any:
