@@ -105,10 +105,8 @@ def _saved(path: Path, split: bool = False) -> Path:
 
 
 def _parquet(path: Path) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"input_ids": ROWS}), path / "a.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"input_ids": ROWS}), path / "a.parquet")
     return path / "a.parquet"
 
 
