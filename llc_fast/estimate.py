@@ -95,7 +95,9 @@ def estimate_llc(
     ``diagnostics["unpaired_reason"]`` says why). Losses that are no such means, and random ones, are evaluated at w*
     too at every draw (``traces["reference_loss"]``). What observables see as ``draw.loss`` is L_B(w_t) itself.
 
-    Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises.
+    Ctrl-C ends the run after the present step and returns what there is, marked as partial; a second one raises. In
+    burn-in λ̂ is that of its second half so far, and in calibration there is none, and ``settings`` has what had been
+    chosen. What takes longer than ten seconds says first how long, on stderr.
 
     Args:
         model: the trained model, float32 or float64, or bfloat16 or float16 with chains in float32.
@@ -118,10 +120,12 @@ def estimate_llc(
         localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
             sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
-        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed.
+        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed, or fewer
+            for a model so large that the run would take more than about ten minutes (:mod:`llc_fast.cost`).
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
-        batch_size: samples in a minibatch; None: min(512, n), or what the loader gives. Adjusted samplers take all n.
+        batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
+            more than about ten minutes, or what the loader gives. Adjusted samplers take all n.
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
             these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
         bias_correction: whether ``result.loss_trace`` is cleared of bias, what step size and gradient noise add to the
@@ -408,9 +412,6 @@ def prepare(
     may_gain_momentum = settings.is_default_sampler and settings.lr is None and not plan.release
     largest = settings.complete_sampler(1.0, 1.0, friction=MIN_FRICTION) if may_gain_momentum else template
     check_memory(objective, largest, plan)
-    if settings.progress is True and team.rank == 0:
-        with threads(plan.num_threads):
-            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     identity: dict[str, Any] = {}
     saved = None
     if keeper is not None or team.size > 1:
@@ -419,6 +420,9 @@ def prepare(
         team.agree(identity | _more_identity(objective, loss_fn, keeper))
     if keeper is not None:
         saved = keeper.load(identity)
+    if settings.progress is True and team.rank == 0 and saved is None:
+        with threads(plan.num_threads):
+            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     nbeta = settings.nbeta_for(objective.source.num_samples)
     with threads(plan.num_threads):
         at_reference = reference_losses(objective, nbeta, settings.seed)
