@@ -120,8 +120,8 @@ def estimate_llc(
         localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
             sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
-        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed, or fewer
-            for a model so large that the run would take more than about ten minutes (:mod:`llc_fast.cost`).
+        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed, or
+            fewer for a model so large that the run would take more than about ten minutes (:mod:`llc_fast.cost`).
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
