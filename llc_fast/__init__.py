@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llc_fast import samplers, theory
+    from llc_fast import language, samplers, theory
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
@@ -39,6 +39,7 @@ __all__ = [
     "default_localization",
     "default_nbeta",
     "estimate_llc",
+    "language",
     "samplers",
     "sweep_checkpoints",
     "theory",

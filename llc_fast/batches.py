@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -108,7 +109,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return {k: map_tensors(function, b) for k, b in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, b) for b in batch))
-    return type(batch)(map_tensors(function, b) for b in batch) if isinstance(batch, (tuple, list)) else batch
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(function, b) for b in batch)
+    return copy.copy(batch).apply(function) if is_graph(batch) else batch
+
+
+def is_graph(batch: object) -> bool:
+    """Whether this is a graph, or several in one, as torch_geometric has them: one leaf of a batch, with tensors."""
+    kinds = type(batch).__mro__
+    return any(kind.__name__ == "BaseData" and kind.__module__.startswith("torch_geometric.") for kind in kinds)
 
 
 def leaves(batch: Batch) -> list[Any]:
@@ -121,8 +130,11 @@ def leaves(batch: Batch) -> list[Any]:
 
 
 def batch_length(batch: Batch) -> int:
-    """Samples in a batch: the length of its last tensor (the target, in a pair)."""
-    lengths = [len(t) for t in leaves(batch) if isinstance(t, Tensor) and t.ndim]
+    """Samples in a batch: the length of its last tensor (the target, in a pair), or of graphs in one."""
+    found = leaves(batch)
+    if graphs := [leaf for leaf in found if is_graph(leaf)]:
+        return int(getattr(graphs[-1], "num_graphs", 1))
+    lengths = [len(t) for t in found if isinstance(t, Tensor) and t.ndim]
     return lengths[-1] if lengths else 1
 
 
@@ -178,6 +190,8 @@ def fingerprint(batch: Batch) -> object:
     for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             found.append(digest([("", leaf)]))
+        elif is_graph(leaf):
+            found.append(fingerprint(leaf.to_dict()))
         else:
             try:
                 found.append(pickle.dumps(leaf))

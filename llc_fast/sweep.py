@@ -21,6 +21,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import xarray
 from llc_fast.estimate import estimate_llc
+from llc_fast.language import NextToken
 from llc_fast.objective.objective import LossFunction
 from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
@@ -59,7 +60,7 @@ def sweep_checkpoints(
     model: nn.Module,
     checkpoints: Iterable[Source] | str | os.PathLike[str],
     data: Any,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | NextToken | str | None,
     *,
     labels: Sequence[Any] | None = None,
     dim: str = "checkpoint",

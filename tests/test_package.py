@@ -21,6 +21,8 @@ OF_NO_MODULE = {
     "test_devinterp.py": "another package with our optimizers in it",
     "test_docs.py": "README.md and docs/",
     "test_optim_faults.py": "of optim and kernels.native: what happens to tensors between steps",
+    "families/test_families.py": "the commonest models of the PyTorch world",
+    "families/test_given.py": "what people bring along: other packages' modules, data and layers",
     "fuzz/test_fuzz_estimates.py": "whole estimates of random models, losses and data",
     "fuzz/test_fuzz_optimizers.py": "of optim: any sequence of calls",
     "kernels/test_sanitizers.py": "a build of the native module",
@@ -77,7 +79,7 @@ def test_type_checkers_are_told_the_same() -> None:
     modules = {name for name, home in told.items() if not home}
     assert {name: home for name, home in told.items() if home} == llc_fast._HOME
     assert sorted([*told, "__version__"]) == sorted(llc_fast.__all__)
-    assert modules == {"samplers", "theory"}
+    assert modules == {"language", "samplers", "theory"}
 
 
 def test_star_import() -> None:

@@ -28,6 +28,7 @@ from llc_fast.cli.options import (
     Progress,
     Seed,
     check_different,
+    numbers_of,
     writable,
     write_all,
     write_json,
@@ -83,7 +84,7 @@ def estimate(
     from llc_fast.settings import Execution
 
     chosen = sampler_of(sampler, sampler_option or [])
-    execution = Execution(strategy=strategy, autocast=_dtype(autocast), microbatch_size=microbatch_size)
+    execution = Execution(strategy=strategy, autocast=dtype_of(autocast), microbatch_size=microbatch_size)
     model, data, loss_fn = problem_of(problem)
     result = estimate_llc(
         model,
@@ -105,18 +106,6 @@ def estimate(
         progress=progress,
     )
     typer.echo(result.summary())
-    low, high = result.interval()
-    numbers = {
-        "llc_mean": result.llc_mean,
-        "llc_stderr": result.llc_stderr,
-        "interval": [low, high],
-        "llc_per_chain": result.llc_per_chain.tolist(),
-        "init_loss": result.init_loss,
-        "nbeta": result.nbeta,
-        "settings": result.settings,
-        "diagnostics": result.diagnostics,
-        "warnings": result.warnings,
-    }
 
     def draw(path: Path) -> None:
         result.plot(path)
@@ -124,7 +113,7 @@ def estimate(
     write_all(
         [
             ("result", save, result.save),
-            ("numbers", json_path, lambda path: write_json(path, numbers)),
+            ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
             ("picture", plot_path, draw),
         ]
     )
@@ -177,7 +166,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
     """The floating-point type of that name.
 
     Raises:

@@ -9,13 +9,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from llc_fast.support.files import atomic_write, output_path, plain
 from llc_fast.support.warned import shown_otherwise
+
+if TYPE_CHECKING:
+    from llc_fast.result import LLCResult
 
 STDOUT = Path("-")
 """The file that stands for standard output."""
@@ -131,6 +134,22 @@ PlotPath = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
+
+
+def numbers_of(result: LLCResult) -> dict[str, Any]:
+    """What is written of an estimate."""
+    low, high = result.interval()
+    return {
+        "llc_mean": result.llc_mean,
+        "llc_stderr": result.llc_stderr,
+        "interval": [low, high],
+        "llc_per_chain": result.llc_per_chain.tolist(),
+        "init_loss": result.init_loss,
+        "nbeta": result.nbeta,
+        "settings": result.settings,
+        "diagnostics": result.diagnostics,
+        "warnings": result.warnings,
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

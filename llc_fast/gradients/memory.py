@@ -53,17 +53,17 @@ def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
     """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, step checks."""
     tensors = list(objective.reference.values())
     elements = sum(p.numel() for p in tensors)
-    low = is_low_precision(tensors[0])
+    low = [p for p in tensors if is_low_precision(p)]
     width = 4 if low else tensors[0].element_size()  # bytes of a chain's element
-    chain = elements * (width * (1 + NUM_STATES[sampler.rule()]) + (tensors[0].element_size() if low else 0))
+    copies = {p.dtype: p.element_size() for p in low}  # in the model's precision, each for all parameters
+    chain = elements * (width * (1 + NUM_STATES[sampler.rule()]) + sum(copies.values()))
     if sampler.kind == "metropolis":
         chain += elements * _METROPOLIS_BYTES
-    reference = elements * width if low else 0  # w* in the chains' precision
-    largest = max(p.numel() for p in tensors) if plan.release else elements
+    reference = width * sum(p.numel() for p in low)  # w* in the chains' precision
+    gradients = [p.nbytes for p in tensors]
     # The backward pass makes about as much as the forward pass kept, and a recording keeps both.
-    per_chain = (
-        chain + largest * tensors[0].element_size() + objective.trial.activation_bytes * (2 if plan.replay else 1)
-    )
+    per_chain = chain + (max(gradients) if plan.release else sum(gradients))
+    per_chain += objective.trial.activation_bytes * (2 if plan.replay else 1)
     per_chain += elements * width * _CHECK_ROWS if may_compare_gradients(objective, plan) else 0
     return reference + per_chain * plan.group_size * plan.num_workers
 

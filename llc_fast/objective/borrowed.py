@@ -109,6 +109,18 @@ def plain_attributes(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def tensor_attributes(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Copies of tensors that are attributes of modules, but neither parameters nor buffers.
+
+    One that a forward pass computes from the parameters, as weight norm does, is the same after another pass; one that
+    is not counts or averages, as metrics do.
+    """
+    return [
+        {name: v.detach().clone() for name, v in vars(m).items() if type(v) is Tensor and v.layout is torch.strided}
+        for m in model.modules()
+    ]
+
+
 _PLAIN = (bool, int, float, str, bytes, complex)
 
 
@@ -205,6 +217,7 @@ class ModelSnapshot:
         others = [m for m in held_by([loss_fn]) if isinstance(m, nn.Module) and id(m) not in mine]
         modules += others
         self._modules = [(vars(m), dict(vars(m))) for m in modules]
+        self._lightning = [vars(m) for m in modules if _is_lightning(m)]
         self._content: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
         for m in modules:
@@ -228,6 +241,15 @@ class ModelSnapshot:
             for entry in list(value.values()) if isinstance(value, dict) else list(value):
                 if not isinstance(entry, nn.Parameter):
                     self._remember(entry, depth + 1)
+
+    def silence(self) -> None:
+        """Until :meth:`restore`, modules of Lightning log nothing.
+
+        A loss may be their ``training_step``. Outside of training its ``self.log`` warns, or raises if the module still
+        knows the trainer that it had.
+        """
+        for attributes in self._lightning:
+            attributes["log"] = attributes["log_dict"] = _ignore
 
     def restore(self) -> None:
         """Put everything back; may be called twice."""
@@ -266,3 +288,15 @@ class ModelSnapshot:
                 silently = tensor.layout is torch.strided and not torch.equal(tensor, value)
                 if silently or version_of(tensor) != version:
                     tensor.copy_(value)
+
+
+def _is_lightning(module: nn.Module) -> bool:
+    """Whether a module is one of Lightning's, under either name of that package, which need not be imported here."""
+    return any(
+        c.__name__ == "LightningModule" and c.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
+        for c in type(module).__mro__
+    )
+
+
+def _ignore(*args: object, **kwargs: object) -> None:
+    """A call that does nothing."""

@@ -160,7 +160,7 @@ class _Reference:
         self._objective, self._source = objective, objective.source
         self._nbeta, self._seed = nbeta, seed
         self._reason = self._why_no_function()
-        self._rounding = 0.5 * torch.finfo(next(iter(objective.reference.values())).dtype).eps
+        self._rounding = objective.rounding
 
     def find(self) -> ReferenceLosses:
         source = self._source

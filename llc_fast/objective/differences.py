@@ -151,7 +151,7 @@ class _Comparison:
         self._is_large = sum(p.numel() for p in params.values()) > _LARGE
         self._scales = scales_of(objective.reference)
         self._masks = objective.masks
-        self._precision = torch.finfo(next(iter(self._params.values())).dtype).eps
+        self._precision = max(torch.finfo(p.dtype).eps for p in self._params.values())
         self._here = math.nan
 
     def run(self, max_evaluations: int) -> Found:

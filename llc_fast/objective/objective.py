@@ -27,6 +27,7 @@ from llc_fast.data import (
 from llc_fast.kernels.native import check_tensor
 from llc_fast.kernels.sharding import is_dtensor
 from llc_fast.objective.borrowed import BorrowedModel
+from llc_fast.objective.outputs import MODEL, OUTPUT, OWN, loss_in
 from llc_fast.objective.selection import select
 from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
@@ -80,11 +81,10 @@ class _Evaluated(nn.Module):
         if by_sample:
             return self._by_sample(batch)
         if self._loss_fn is None:
-            output = self.model(**batch)
-            return output["loss"] if isinstance(output, Mapping) else output.loss  # type: ignore[no-any-return]
+            return loss_in(self.model(**batch), OWN)
         if self._takes_model:
-            return self._loss_fn(self.model, batch)
-        return self._loss_fn(self.model(*batch[:-1]), batch[-1])
+            return loss_in(self._loss_fn(self.model, batch), MODEL)
+        return loss_in(self._loss_fn(self.model(*batch[:-1]), batch[-1]), OUTPUT)
 
     def _by_sample(self, batch: Batch) -> Tensor:
         """The loss of every sample as a batch of one; the model itself sees them together where it can."""
@@ -92,7 +92,9 @@ class _Evaluated(nn.Module):
             losses: Tensor = vmap(lambda sample: self(_batch_of_one(sample)))(batch)
             return losses
         loss_fn, output = self._loss_fn, self.model(*batch[:-1])
-        losses = vmap(lambda out, target: loss_fn(_batch_of_one(out), _batch_of_one(target)))(output, batch[-1])
+        losses = vmap(lambda out, target: loss_in(loss_fn(_batch_of_one(out), _batch_of_one(target)), OUTPUT))(
+            output, batch[-1]
+        )
         return losses
 
 
@@ -163,9 +165,12 @@ class Objective:
                 )
         for name in sampled:
             check_tensor(f"parameter {name!r}", named[name])
-        if len(dtypes := {named[name].dtype for name in sampled}) > 1:
+        if len(dtypes := {named[name].dtype for name in sampled}) > 1 and torch.float64 in dtypes:
             found = ", ".join(sorted(map(str, dtypes)))
-            raise ValueError(f"the parameters to sample have several dtypes ({found}): convert the model to one")
+            raise ValueError(
+                f"the parameters to sample have several dtypes ({found}), of float32 and float64 chains: "
+                "convert the model to one dtype, or leave some out with params="
+            )
         _check_apart({name: named[name] for name in sampled})
         self._borrowed.move_to(device)
         self.reference = {name: named[name].detach() for name in sampled}
@@ -194,6 +199,11 @@ class Objective:
         return self._borrowed
 
     @property
+    def loss_fn(self) -> LossFunction | None:
+        """What was given as such."""
+        return self._module._loss_fn
+
+    @property
     def uses_own_loss(self) -> bool:
         """Whether the model returns its own loss."""
         return self._module.uses_own_loss
@@ -218,7 +228,12 @@ class Objective:
         """Whether losses are computed in float32 or better throughout."""
         wide = (torch.float32, torch.float64)
         autocast = self._autocast is not None or torch.is_autocast_enabled(self.device.type)
-        return (self._is_exact or not autocast) and next(iter(self.reference.values())).dtype in wide
+        return (self._is_exact or not autocast) and all(p.dtype in wide for p in self.reference.values())
+
+    @property
+    def rounding(self) -> float:
+        """The relative error of a loss, half a unit of the coarsest parameter's precision."""
+        return 0.5 * max(torch.finfo(p.dtype).eps for p in self.reference.values())
 
     def fresh_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers: a chain may write to its own (batch-norm statistics)."""
@@ -298,8 +313,6 @@ class Objective:
         return self._reduced(loss, 1.0)
 
     def _reduced(self, loss: Tensor, share: float) -> Evaluation:
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
         mean, samples = (loss.mean(), loss) if self.per_sample else (loss, None)
         return Evaluation(mean if share == 1 else mean * share, samples)
 
@@ -331,6 +344,8 @@ class Objective:
             samples = self.evaluate(self.reference, batch, buffers).samples
             assert samples is not None
             return samples
+        if self.trial.accumulates:  # what vmap leaves in an attribute is of no use to the next evaluation
+            raise RuntimeError("the model keeps tensors from call to call")
         with self.holding(self.reference, buffers), self._precision():
             losses: Tensor = self._module(batch, True)
         if losses.shape != (batch_length(batch),):

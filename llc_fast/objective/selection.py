@@ -17,18 +17,21 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
         model: whose parameters.
         params: None for all that require a gradient; a name, glob pattern (``"layers.0.*"``), module or parameter of
             the model, or several of these; or a mapping from such to a boolean mask that broadcasts to the parameter
-            (weight-refined LLC: one attention head, say), or to True for all of it.
+            (weight-refined LLC: one attention head, say), or to True for all of it. A pattern that matches no whole
+            name may leave out what comes before one of its dots, as ``"lora_*"`` or ``"attention.*"`` do; if none
+            matches then, it names modules, and stands for all of their parameters.
 
     Raises:
         TypeError, ValueError: nothing to sample, something that is not the model's, a mask that does not fit.
     """
     named = dict(model.named_parameters())
     if not named:
-        raise ValueError("the model has no parameters: nothing to sample")
+        raise ValueError(_if_quantized(model) or "the model has no parameters: nothing to sample")
     if params is None:
         chosen: dict[str, Tensor | None] = {name: None for name, p in named.items() if p.requires_grad}
         if not chosen:
-            raise ValueError("no parameter requires a gradient: nothing to sample; set requires_grad_(True)")
+            reason = _if_quantized(model)
+            raise ValueError(reason or "no parameter requires a gradient: nothing to sample; set requires_grad_(True)")
         return chosen
     if isinstance(params, (str, nn.Module, Tensor)):
         params = [params]
@@ -44,11 +47,23 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
     return {name: masks[name] for name in named if name in masks}
 
 
+def _if_quantized(model: nn.Module) -> str:
+    """What to say of a model whose weights are whole numbers, in modules of their own or as parameters; or nothing."""
+    kinds = {type(m).__name__ for m in model.modules() if ".quantized." in f".{type(m).__module__}."}
+    kinds |= {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.is_floating_point()}
+    if not kinds:
+        return ""
+    return (
+        f"the model is quantized ({', '.join(sorted(kinds))}): its weights are whole numbers, which have no gradient. "
+        "Measure the model in floating point that it was made from, or sample what is still float in it with params="
+    )
+
+
 def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> Iterator[str]:
     if isinstance(entry, str):
         # A tied parameter goes by each of its names.
         tied = {alias: id(p) for alias, p in model.named_parameters(remove_duplicate=False)}
-        wanted = {tied[alias] for alias in fnmatch.filter(tied, entry)}
+        wanted = {tied[alias] for alias in _named_by(entry, tied)}
         found = [name for name, p in named.items() if id(p) in wanted]
         if not found:
             raise ValueError(f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
@@ -60,6 +75,23 @@ def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> I
     else:
         raise TypeError(f"params must hold names, glob patterns, modules or parameters, got {type(entry).__name__}")
     yield from found
+
+
+def _named_by(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a pattern matches; if none, those of which it matches what follows a dot; if none, as modules."""
+    for known in (pattern, f"{pattern}.*"):
+        if found := fnmatch.filter(names, known):
+            return found
+        if found := [name for name in names if fnmatch.filter(_endings(name), known)]:
+            return found
+    return []
+
+
+def _endings(name: str) -> Iterator[str]:
+    """What follows each of the dots in a name."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _mask(name: str, p: Tensor, mask: object) -> Tensor | None:

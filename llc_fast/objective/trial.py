@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
-from llc_fast.objective.borrowed import plain_attributes
+from llc_fast.objective.borrowed import plain_attributes, tensor_attributes
 from llc_fast.objective.differences import compare_with_differences, copied, scales_of
 from llc_fast.objective.flops import FlopCounter
-from llc_fast.support.errors import first_line
+from llc_fast.objective.outputs import described, entry_with_tensor
+from llc_fast.support.errors import add_note, first_line
 from llc_fast.support.randomness import State, same_states
 from llc_fast.support.torch_private import (
     has_own_backward,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 MIN_CHECKS = 48
 """Evaluations that comparing gradients with differences may take at least, unless each is large."""
 _LARGE_FLOPS, _FEW_CHECKS = 3e9, 6
+_OTHER_BATCHES = 8
+"""Minibatches that are looked at for a use of parameters of which the first makes none."""
 _SAME = 1e-4
 """Relative difference up to which two evaluations of one function agree."""
 _SAME_BITS = 1e-6
@@ -52,7 +55,7 @@ class Trial:
 
     Attributes:
         flops: floating-point operations of one gradient, counted; infinite if they can't be (a compiled model).
-        activation_bytes: what autograd keeps of one forward pass.
+        activation_bytes: what autograd keeps of one forward pass; 0 if that can't be seen (torch.func inside the loss).
         unused: names of parameters that the loss does not depend on.
         has_tensor_batches: whether a batch holds nothing but tensors.
         is_random: whether the loss is another from evaluation to evaluation (dropout, noise, time, a model with state).
@@ -63,7 +66,9 @@ class Trial:
         is_same_without_grad: whether the loss is the same function where no gradients are recorded.
         functional_problem: why the loss is not a function of parameters that torch.func can be given; empty: it is.
         has_hooks: whether the user's hooks see or change what modules compute.
-        changes_itself: whether a forward pass changes attributes of modules that are numbers or containers (a counter).
+        changes_itself: whether a forward pass changes attributes of modules that are numbers or containers (a counter),
+            or accumulates.
+        accumulates: whether tensors that are attributes of modules are others after each forward pass (a metric).
     """
 
     flops: float
@@ -80,6 +85,7 @@ class Trial:
     functional_problem: str = ""
     has_hooks: bool = False
     changes_itself: bool = False
+    accumulates: bool = False
 
 
 def try_out(objective: Objective, max_checks: int) -> Trial:
@@ -108,7 +114,7 @@ class _Trial:
         self._piece, self._size = split_batch(self._batch, objective.microbatch_size)[0]
         self._start: State = self._generators.states()
         self._borrowed = objective.borrowed
-        self._has_own_backward = False
+        self._has_own_backward, self._watches_memory = False, True
 
     def run(self, max_checks: int) -> Trial:
         objective = self._objective
@@ -117,15 +123,19 @@ class _Trial:
         drew = not same_states(self._start, self._generators.states())
         value = first.value
         repeats = _REPEATS if first.flops <= _SMALL_FLOPS else 1
+        attributes = tensor_attributes(objective.model)
         is_reproducible = all(_agree(self._value(here), value, _SAME) for _ in range(repeats))
+        accumulates = any(
+            a.keys() != b.keys() or not all(_same_values(a[name], b[name]) for name in a)
+            for a, b in zip(attributes, tensor_attributes(objective.model), strict=True)
+        )
         self._generators.seed(_OTHER_SEED)
         with torch.enable_grad():
             other = self._value(here, restart=False)
         is_random = drew or not is_reproducible or not _agree(other, value, _SAME)
-        with torch.no_grad():  # recomputed activations of the reentrant kind warn where there are no gradients
-            is_same_without_grad = is_random or (
-                not first.is_reentrant and _agree(self._value(here), value, _SAME_BITS)
-            )
+        # Recomputed activations of the reentrant kind warn where there are no gradients.
+        alone = math.nan if first.is_reentrant else self._without_grad(here)
+        is_same_without_grad = math.isfinite(alone) and (is_random or _agree(alone, value, _SAME_BITS))
         del here
         elsewhere = self._displaced()
         if first.writes_parameters:
@@ -148,15 +158,37 @@ class _Trial:
             is_same_without_grad=is_same_without_grad,
             functional_problem=problem,
             has_hooks=has_user_hooks(objective.model),
-            changes_itself=first.changes_itself,
+            changes_itself=first.changes_itself or accumulates,
+            accumulates=accumulates,
         )
         objective.trial = trial
+        objective.trial = dataclasses.replace(trial, unused=self._never_used(elsewhere))
         self._refuse_sum(elsewhere, is_random)
         self._leave_padding()
         if is_reproducible and not first.writes_parameters:
             few = _FEW_CHECKS if first.flops > _LARGE_FLOPS else MIN_CHECKS
             self._compare(elsewhere, max(max_checks, few))
         return objective.trial
+
+    @torch.no_grad()
+    def _without_grad(self, params: Mapping[str, Tensor]) -> float:
+        """The loss where no gradients are recorded; NaN if it takes some itself (a penalty, an equation to solve)."""
+        try:
+            return self._value(params)
+        except RuntimeError:
+            return math.nan
+
+    def _never_used(self, params: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """What a few other minibatches make no use of either: experts and branches may rest in one of them."""
+        objective = self._objective
+        unused = dict.fromkeys(objective.trial.unused)
+        for seed in range(1, _OTHER_BATCHES + 1):
+            if not unused:
+                break
+            batch = next(iter(objective.source.minibatches(seed)))
+            self._generators.restore(self._start)
+            objective.gradient_at(params, batch, lambda name, _: unused.pop(name, None))
+        return tuple(unused)
 
     # ---- the first evaluation ----------------------------------------------------------------------------------
 
@@ -169,8 +201,11 @@ class _Trial:
         found: _First | None = None
         try:
             found = self._gradient(params, plain=False)
-        except RuntimeError:
-            if not self._has_own_backward:
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error):  # torch.func takes gradients inside of the loss
+                self._watches_memory = False
+                found = self._gradient(params, plain=False)
+            elif not self._has_own_backward:
                 raise
         if self._has_own_backward:
             plain = self._gradient(params, plain=True)
@@ -215,7 +250,8 @@ class _Trial:
             before = [version_of(t) for t in inputs]
             versions = borrowed.versions()
             with contextlib.nullcontext() if compiled else counter:
-                with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+                watch = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t)
+                with watch if self._watches_memory else contextlib.nullcontext():
                     loss = self._loss(piece)
                     self._check_value(loss, batch_length(piece))
                 self._has_own_backward = has_own_backward(loss)
@@ -243,13 +279,34 @@ class _Trial:
         try:
             return objective.loss(batch).loss
         except Exception as error:
-            if hasattr(error, "add_note"):
-                called = "loss_fn(model, batch)" if objective.takes_model else "loss_fn(model(*inputs), target)"
-                error.add_note(
-                    f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
-                    "whose first parameter is called `model` gets (model, batch), any other (output, target)"
-                )
+            add_note(error, self._how_it_was_called(error, batch))
             raise
+
+    def _how_it_was_called(self, error: Exception, batch: Batch) -> str:
+        objective = self._objective
+        if objective.uses_own_loss:
+            return "llc_fast evaluated the loss as model(**batch), since loss_fn is None"
+        called = "loss_fn(model, batch)" if objective.takes_model else "loss_fn(model(*inputs), target)"
+        note = (
+            f"llc_fast evaluated the loss as {called}, with batches as the data give them; a loss function "
+            "whose first parameter is called `model` gets (model, batch), any other (output, target)"
+        )
+        widths = {t.dtype for t in leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()}
+        own = {p.dtype for p in objective.reference.values()}
+        if isinstance(error, RuntimeError) and widths - own and "dtype" in str(error):
+            return f"{note}. The data are {_dtypes(widths)}, the parameters {_dtypes(own)}: convert the data"
+        if isinstance(error, AttributeError) and isinstance(batch, dict) and error.obj is batch and error.name in batch:
+            return f"{note}. Batches of mappings are plain dictionaries here: write batch[{error.name!r}]"
+        if not objective.takes_model and isinstance(error, (TypeError, AttributeError, ValueError)):
+            with contextlib.suppress(Exception), torch.no_grad():
+                output = objective.model(*copied(batch)[:-1])
+                if not isinstance(output, Tensor):
+                    entry = entry_with_tensor(output, samples=True)
+                    return (
+                        f"{note}. The model returns {described(output)}: write "
+                        f"loss_fn=lambda output, target: your_loss(output{entry}, target)"
+                    )
+        return note
 
     def _check_value(self, loss: Tensor, size: int) -> None:
         objective = self._objective
@@ -418,6 +475,10 @@ class _First:
 
 
 _OTHER_SEED = 0x5EED
+
+
+def _dtypes(found: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 def _number(evaluation: Evaluation) -> float:

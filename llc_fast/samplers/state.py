@@ -22,7 +22,8 @@ _ALIGN = 16  # elements: each tensor of a chain starts on a cache line
 class ChainState:
     """Chains that step together, as rows of flat buffers ``[num_chains, P]``.
 
-    A bfloat16 or float16 model sees copies in its own precision, which the step writes; the chains are float32.
+    bfloat16 and float16 parameters are copies in the model's own precision, which the step writes; the chains are
+    float32.
 
     Args:
         reference: w* of each parameter by name; chains start there.
@@ -37,15 +38,16 @@ class ChainState:
         self._sampler, self._options = sampler, dict(vars(sampler))
         self.scalars = sampler.scalars(self._options)
         self.num_chains, self._names = num_chains, list(reference)
-        first = next(iter(reference.values()))
-        self._device, low = first.device, is_low_precision(first)
+        self._device = next(iter(reference.values())).device
         # Contiguous, because that is how the elements' noise is numbered.
-        self._reference = [(p.float() if low else p).contiguous() for p in reference.values()]
+        self._reference = [(p.float() if is_low_precision(p) else p).contiguous() for p in reference.values()]
         self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._reference)]))[:-1]
         self._starts = list(itertools.accumulate([0, *(-(-p.numel() // _ALIGN) * _ALIGN for p in self._reference)]))
         self.w = self._rows(self._reference[0].dtype)
         self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.rule()])]
-        self._seen = self._rows(first.dtype) if low else self.w
+        dtypes = [p.dtype for p in reference.values()]
+        self._copies = {p.dtype: self._rows(p.dtype) for p in reference.values() if is_low_precision(p)}
+        self._seen = [self._copies.get(dtype, self.w) for dtype in dtypes]
         given = getattr(sampler, "preconditioner", 1.0)
         self._segments = [
             Segment(
@@ -55,12 +57,25 @@ class ChainState:
                 mask=masks.get(name),
                 state=[self._view(state, k)[0] for state in self.states],
                 preconditioner=given[name] if isinstance(given, Mapping) else given,
-                copy=self._view(self._seen, k)[0] if low else None,
+                copy=self._view(self._seen[k], k)[0] if dtypes[k] in self._copies else None,
             )
             for k, name in enumerate(self._names)
         ]
         self._masks = [segment.mask for segment in self._segments]
-        self._table = SegmentTable(sampler.rule(), self._segments, num_chains=num_chains, chain_stride=self.w.stride(0))
+        # One step takes parameters of one dtype; noise is named by element, however these are split.
+        parts = [[k for k, found in enumerate(dtypes) if found == dtype] for dtype in dict.fromkeys(dtypes)]
+        self._tables = [
+            (
+                part,
+                SegmentTable(
+                    sampler.rule(),
+                    [self._segments[k] for k in part],
+                    num_chains=num_chains,
+                    chain_stride=self.w.stride(0),
+                ),
+            )
+            for part in parts
+        ]
         self._single_tables: dict[str, SegmentTable] = {}
         self._num_moving = sum(
             p.numel() if mask is None else int(mask.expand_as(p).sum())
@@ -88,7 +103,7 @@ class ChainState:
 
     def params(self) -> dict[str, Tensor]:
         """The parameters of all chains, ``[num_chains, *shape]`` each; views, so they follow every step."""
-        return {name: self._view(self._seen, k) for k, name in enumerate(self._names)}
+        return {name: self._view(self._seen[k], k) for k, name in enumerate(self._names)}
 
     def single(self, row: int = 0) -> dict[str, Tensor]:
         """The parameters of one chain."""
@@ -163,8 +178,8 @@ class ChainState:
         self._show()
 
     def _show(self) -> None:
-        if self._seen is not self.w:
-            self._seen.copy_(self.w)
+        for rows in self._copies.values():
+            rows.copy_(self.w)
 
     @torch.no_grad()
     def displacement(self) -> dict[str, Tensor]:
@@ -249,22 +264,32 @@ class ChainState:
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         """One step of the sampler for all chains; `grads` in the order of the parameters."""
         scalars = self._adapted(step, grads)
-        self._table.step(
-            grads,
-            scalars,
-            NoiseKey(self._seed, step=step, chain=self._first_chain),
-            thermostat=self.adaptation.get("thermostat"),
-            sums=self._sums,
-            wanted=self._wanted,
-            device_step=device_step,
-        )
+        is_whole = len(self._tables) == 1
+        if not is_whole:
+            self.start_parts()
+        for part, table in self._tables:
+            sums = self._sums
+            if sums is not None and not is_whole:
+                sums = self._part
+            table.step(
+                grads if is_whole else [grads[k] for k in part],
+                scalars,
+                NoiseKey(self._seed, step=step, chain=self._first_chain),
+                thermostat=self.adaptation.get("thermostat"),
+                sums=sums,
+                wanted=self._wanted,
+                device_step=device_step,
+            )
+            if self._sums is not None and not is_whole:
+                self._sums += self._part
         if self._feeds_back:
             assert self._sums is not None
             self._sampler.follow(scalars, self.adaptation, step, self._sums, self._num_moving)
 
     def send_addresses(self) -> None:
         """After a step was captured in a CUDA graph: send the GPU the places where the graph keeps the gradients."""
-        self._table.send_addresses()
+        for _, table in self._tables:
+            table.send_addresses()
 
     def info(self) -> dict[str, Any]:
         """What the sampler reports of the last step, its ``traces``, ``[num_chains]`` each.

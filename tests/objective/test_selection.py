@@ -129,7 +129,7 @@ def test_frozen_parameters_can_be_named() -> None:
     ("params", "error", "message"),
     [
         ("3.*", ValueError, r"params='3\.\*' matches no parameter; the model has: 0\.weight, 0\.bias"),
-        (["0.weight", "weight"], ValueError, "params='weight' matches no parameter"),
+        (["0.weight", "kernel"], ValueError, "params='kernel' matches no parameter"),
         ([], ValueError, "params is empty"),
         ({}, ValueError, "params is empty"),
         (nn.Linear(3, 4), ValueError, "holds a Linear with no parameter of the model"),
@@ -339,6 +339,42 @@ def test_models_with_their_own_loss(kind: str, strategy: str, batch_size: int | 
         assert result.settings["num_samples"] == NUM_SAMPLES
 
 
+class _Nested(nn.Module):
+    """Names as deep as people have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 1)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(2, 2) for name in ("attention", "lora_A", "head")}) for _ in range(11)
+        )
+
+
+@pytest.mark.parametrize(
+    ("params", "belongs"),
+    [
+        ("*.attention.*", lambda name: ".attention." in name),
+        ("attention.*", lambda name: ".attention." in name),
+        ("lora_*", lambda name: "lora_A" in name),
+        ("bias", lambda name: name.endswith(".bias")),
+        ("1.attention.weight", lambda name: name == "layers.1.attention.weight"),  # not that of layer 11
+        ("layers.1", lambda name: name.startswith("layers.1.")),
+        ("attention", lambda name: ".attention." in name),
+        ("1?", lambda name: name.startswith("layers.10.")),
+        ("head.*", lambda name: name.startswith("head.")),  # whole names first
+        ("head", lambda name: name.startswith("head.")),
+        ("*head.*", lambda name: "head." in name),
+        (["head.weight", "lora_*"], lambda name: name == "head.weight" or "lora_A" in name),
+    ],
+)
+def test_patterns_may_leave_out_the_beginning_of_a_name(params: Any, belongs: Callable[[str], bool]) -> None:
+    model = _Nested()
+    names = [name for name, _ in model.named_parameters()]
+    assert list(select(model, params)) == [name for name in names if belongs(name)]
+    with pytest.raises(ValueError, match="matches no parameter"):
+        select(model, "ttention.*")
+
+
 def test_models_with_their_own_loss_and_a_loader() -> None:
     """Dictionaries as a loader collates them."""
     expected = estimate(mlp(), DataLoader(TensorDataset(*samples()), batch_size=5)).loss_trace
@@ -350,7 +386,7 @@ def test_own_loss_of_another_form() -> None:
     """Batches that are no dictionaries, outputs without a loss: errors that say what was expected."""
     with pytest.raises(TypeError, match="batches that are dictionaries; these are tuple"):
         estimate(initialized(_OwnLoss()), samples(), None)
-    with pytest.raises(TypeError, match="must return a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="models that return their own loss, but this one returned dict"):
         estimate(initialized(_OwnLoss("dictionary")), {"inputs": samples()[0]}, None)
     with pytest.raises(TypeError, match="unexpected keyword") as caught:
         estimate(

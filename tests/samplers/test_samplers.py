@@ -255,6 +255,41 @@ def test_bias_of_a_step(name: str) -> None:
         torch.testing.assert_close(torch.as_tensor(state.info()["bias"]), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("name", [*STEPPED, "one parameter at a time"])
+def test_parameters_of_several_dtypes(name: str) -> None:
+    """The chains of float32 parameters with the same values; the model sees them rounded."""
+    in_parts, name = name not in STEPPED, name if name in STEPPED else "sgld"
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().float()
+
+    dtypes = {"a": torch.bfloat16, "b": torch.float32, "c": torch.float16, "d": torch.bfloat16}
+    start = {"a": random(5, 3), "b": random(7), "c": random(2, 2), "d": random(33)}
+    options = dict(OPTIONS[name]) | ({"preconditioner": 2.0} if SAMPLERS[name].metric == "given" else {})
+    sampler = make_sampler(name, lr=0.01, nbeta=10.0, localization=2.0, **options)
+    mask = {"d": torch.arange(33) % 3 > 0}
+    expected = ChainState(start, mask, sampler, 1 if in_parts else 3)
+    found = ChainState({k: v.to(dtypes[k]) for k, v in start.items()}, mask, sampler, 1 if in_parts else 3)
+    for state in (expected, found):
+        state.start(0, 7)
+    for step in range(4):
+        grads = {k: random(state.num_chains, *v.shape) for k, v in start.items()}
+        expected.move(list(grads.values()), step)
+        given = {k: g.to(dtypes[k]) for k, g in grads.items()}
+        if in_parts:
+            found.start_parts()
+            for k, g in given.items():
+                found.move_one(k, g[0], step)
+        else:
+            found.move(list(given.values()), step)
+        assert torch.equal(found.w, expected.w) and found.w.dtype == torch.float32
+        for k, seen in found.params().items():
+            assert torch.equal(seen, expected.params()[k].to(dtypes[k]))
+        for key, value in expected.info().items():
+            np.testing.assert_allclose(torch.as_tensor(found.info()[key]), torch.as_tensor(value), rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", [n for n, cls in STEPPED.items() if cls.metric == "adaptive"])
 def test_frozen_metric_is_that_of_the_specification(name: str) -> None:
     scalars = SAMPLERS[name].scalars(vars(make_sampler(name, lr=0.1, nbeta=1.0, eps=0.3, adapt_steps=3)))
