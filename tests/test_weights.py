@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from language_models import gpt2, transformers
 from torch import Tensor, nn
 
 from llc_fast.weights import WeightReader, checkpoints_in, has_weights
@@ -464,3 +465,65 @@ def test_adapters_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     model.base.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"it has no 'base.weight'"):
         WeightReader(model).read(state)
+
+
+def test_what_hugging_face_writes(tmp_path: Path) -> None:
+    """A GPT-2 whose head is tied, in one file and in shards; a ViT, whose files have names of another version."""
+    made = transformers()
+    saved, other = gpt2(seed=1), gpt2(seed=2)
+    saved.save_pretrained(tmp_path / "whole")
+    saved.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for source in (tmp_path / "whole", tmp_path / "shards", tmp_path / "whole" / "model.safetensors"):
+        _assert_reads(source, saved, copy.deepcopy(other))
+    published = {k.removeprefix("transformer."): t for k, t in saved.state_dict().items() if k != "lm_head.weight"}
+    _assert_reads(published | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, saved, copy.deepcopy(other))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    first, second = (made.ViTForImageClassification(made.ViTConfig(**sizes, image_size=8, patch_size=4)) for _ in "12")
+    first.save_pretrained(tmp_path / "vit")
+    _assert_reads(tmp_path / "vit", first, second)
+
+
+def test_what_peft_writes(tmp_path: Path) -> None:
+    """The adapters alone; the model that they are for stays as it is."""
+    transformers()  # which makes torchvision, that peft asks for, loadable
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    saved, other = (peft.get_peft_model(gpt2(seed=1), copy.deepcopy(config)) for _ in range(2))
+    with torch.no_grad():
+        for name, p in saved.named_parameters():
+            if "lora" in name:
+                p.fill_(0.25)
+    saved.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    _assert_reads(tmp_path, saved, other)
+    _assert_reads(saved.state_dict(), saved, other)
+
+
+def test_what_lightning_writes(tmp_path: Path) -> None:
+    """A checkpoint of its trainer, for the module and for the model in it."""
+    transformers()
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Linear(3, width)
+            self.register_buffer("scale", torch.ones(2))
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return self.net(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters())
+
+    module, quiet = Module(4), {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 3)), 4)
+    saver = lightning.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, callbacks=[saver], **quiet)
+    trainer.fit(module, data)
+    found = checkpoints_in(tmp_path)
+    assert [step for step, _ in found] == [1, 2]
+    _assert_reads(found[-1][1], module.net, nn.Linear(3, 4))
+    _assert_reads(found[-1][1], module, Module(4))

@@ -105,6 +105,16 @@ def test_options_of_the_sampler_and_of_execution(tmp_path: Path, problem_file: P
     assert found["settings"]["strategy"] == "sequential" and found["settings"]["relative_eps"] is True
 
 
+def test_preset(problem_file: Path) -> None:
+    """Its values, and those that are given beside it."""
+    options = ["--preset", "language-model", "--localization", "20", "--lr", "1e-4"]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options, "--json")
+    found = json.loads(done.stdout)
+    assert (found["nbeta"], found["settings"]["localization"]) == (30.0, 20.0)
+    refused = invoke("estimate", f"{problem_file}:problem", *SHORT, "--preset", "vision")
+    assert "preset='vision' is unknown" in str(refused.exception)
+
+
 def test_json_before_the_problem(problem_file: Path) -> None:
     """What follows --json is no file for the numbers if the problem would be missing."""
     done = invoke("estimate", *SHORT, "--lr", "1e-4", "--json", f"{problem_file}:problem")
