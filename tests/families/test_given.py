@@ -110,11 +110,14 @@ def test_a_list_of_graphs() -> None:
 
     options = {**SHORT, "num_burnin": 0, "batch_size": 8, "observables": {"off": look}}
     found = llc_fast.estimate_llc(model, graphs, families.graph_loss, **options)
-    assert found.settings["num_samples"] == 50 and set(sizes) == {8}
+    assert found.settings["num_samples"] == 50 and {*sizes} == {8}
     np.testing.assert_allclose(found.observables["off"], 0, atol=1e-6)
     again = llc_fast.estimate_llc(model, graphs, families.graph_loss, **options)
     np.testing.assert_array_equal(again.loss_trace, found.loss_trace)
     assert not {"irreproducible", "num-samples"} & {w.code for w in found.warnings}
+    pieces = llc_fast.Execution(microbatch_size=3)  # whole graphs, whose losses add up to that of the minibatch
+    split = llc_fast.estimate_llc(model, graphs, families.graph_loss, **options, execution=pieces)
+    np.testing.assert_allclose(split.loss_trace, found.loss_trace, rtol=1e-5)
     exact = float(families.graph_loss(model, Batch.from_data_list(graphs)).detach())
     loader = GraphLoader(graphs, batch_size=8)  # in one order: L(w*) is the mean over its minibatches
     ordered = llc_fast.estimate_llc(model, loader, families.graph_loss, **{**SHORT, "observables": None})
