@@ -99,8 +99,8 @@ def estimate_llc(
     Args:
         model: the trained model, float32 or float64, or bfloat16 or float16, also mixed with float32, with chains in
             float32.
-        data: tensors or arrays with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a Dataset;
-            or a DataLoader of such batches.
+        data: tensors or arrays with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a
+            Dataset; or a DataLoader of such batches.
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, which its first parameter being called
             `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
             over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken; also in a container,
