@@ -126,6 +126,20 @@ def test_a_list_of_graphs() -> None:
     assert found.init_loss == pytest.approx(exact, abs=6 * found.diagnostics["init_loss_stderr"] + 0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch_geometric asks the CUDA library, which emulation lacks")
+def test_graphs_on_a_gpu() -> None:
+    """They are moved there, and the user's stay where they are."""
+    _required("torch_geometric")
+    graphs = families.made_up_graphs(20)
+    model = families.graph_network()
+    options = {**SHORT, "batch_size": 8}
+    on_cpu = llc_fast.estimate_llc(copy.deepcopy(model), graphs, families.graph_loss, **options)
+    on_gpu = llc_fast.estimate_llc(model, graphs, families.graph_loss, device="cuda", **options)
+    np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-4)
+    assert graphs[0].x.device.type == "cpu" == next(model.parameters()).device.type
+
+
 # ---- images --------------------------------------------------------------------------------------------------
 
 
