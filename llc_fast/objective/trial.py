@@ -295,10 +295,11 @@ class _Trial:
         if isinstance(owner, nn.Module) and not objective.takes_model:
             name = getattr(objective.loss_fn, "__name__", "")
             return f"{note}. For a method of the model write loss_fn=lambda model, batch: model.{name}(batch, 0)"
-        widths = {t.dtype for t in leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()}
+        inputs = leaves(batch if objective.takes_model else batch[:-1])
         own = {p.dtype for p in objective.reference.values()}
-        if isinstance(error, RuntimeError) and widths - own and "dtype" in str(error):
-            return f"{note}. The data are {_dtypes(widths)}, the parameters {_dtypes(own)}: convert the data"
+        odd = {t.dtype for t in inputs if isinstance(t, Tensor)} - own - {torch.int64, torch.bool}
+        if isinstance(error, RuntimeError) and odd and "dtype" in str(error):
+            return f"{note}. The data are {_dtypes(odd)}, the parameters {_dtypes(own)}: convert the data"
         if isinstance(error, AttributeError) and isinstance(batch, dict) and error.obj is batch and error.name in batch:
             return f"{note}. Batches of mappings are plain dictionaries here: write batch[{error.name!r}]"
         if not objective.takes_model and isinstance(error, (TypeError, AttributeError, ValueError)):
