@@ -13,12 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llc_fast import samplers, theory
+    from llc_fast import language, samplers, theory
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
     from llc_fast.settings import Execution, default_localization, default_nbeta
+    from llc_fast.support.warned import LLCWarning
     from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Draw",
     "Execution",
     "LLCResult",
+    "LLCWarning",
     "PreconditionedSGLD",
     "RMSpropSGLD",
     "__version__",
@@ -37,6 +39,7 @@ __all__ = [
     "default_localization",
     "default_nbeta",
     "estimate_llc",
+    "language",
     "samplers",
     "sweep_checkpoints",
     "theory",
@@ -49,13 +52,31 @@ _HOME = {
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
         "settings": ("Execution", "default_localization", "default_nbeta"),
+        "support.warned": ("LLCWarning",),
         "sweep": ("sweep_checkpoints",),
     }.items()
     for name in names
 }
 """The module of each public name; what is in none of them is a module itself."""
 
-_NOT_BUILT = "this is the source folder, where nothing is built. Start Python elsewhere, or run: pip install -e ."
+
+def _why_not_built() -> str:
+    """What is wrong where the native module is not, and what to do."""
+    from pathlib import Path
+
+    folder = Path(__path__[0]).resolve()
+    if others := sorted(path.name for path in folder.glob("_native.*") if path.suffix in (".so", ".pyd")):
+        return (
+            f"the native module in {folder} is built for another Python ({', '.join(others)}). Install llc_fast again"
+        )
+    if (folder.parent / "setup.py").exists():
+        return (
+            f"llc_fast was imported from its source folder, {folder.parent}, where its native module is not built. "
+            "Start Python in another folder, or build it there: pip install -e . (or python setup.py build_ext "
+            "--inplace)"
+        )
+    return f"{folder} lacks its native module. Install llc_fast again"
+
 
 if not TYPE_CHECKING:  # type checkers would believe that every name exists
 
@@ -72,7 +93,7 @@ if not TYPE_CHECKING:  # type checkers would believe that every name exists
                 if error.name != f"{__name__}.{name}":
                     raise  # the module exists, and something that it imports does not
                 if name == "_native":
-                    raise ModuleNotFoundError(f"{error}: {_NOT_BUILT}", name=error.name) from None
+                    raise ModuleNotFoundError(f"{error}: {_why_not_built()}", name=error.name) from None
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

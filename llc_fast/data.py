@@ -297,6 +297,28 @@ class _Collated:
             raise
 
 
+class _Columns(_Collated):
+    """A ``datasets.Dataset`` without a transform: columns of numbers as tensors, whatever its format is."""
+
+    def __init__(self, dataset: Any) -> None:
+        form = dataset.format
+        if form["type"] != "torch":
+            options = {"columns": form["columns"], "output_all_columns": form["output_all_columns"]}
+            dataset = dataset.with_format("torch", **options)
+        super().__init__(dataset)
+
+    def batch(self, indices: Tensor) -> Batch:
+        columns: dict[str, Any] = self._dataset[indices.tolist()]
+        for name, column in columns.items():
+            if isinstance(column, list) and any(isinstance(row, Tensor) for row in column):
+                raise ValueError(
+                    f"data has rows of different lengths in the column {name!r}: pad them, as "
+                    "DataLoader(data, batch_size=…, shuffle=True, collate_fn=transformers.DataCollatorWithPadding("
+                    'tokenizer)) does; token sequences of any lengths are what loss_fn="next-token" takes'
+                )
+        return columns
+
+
 def _kept_as_tensors(
     dataset: _Collated, device: torch.device, num_wanted: int | None
 ) -> tuple[IndexedBatches, bool | None]:
@@ -346,6 +368,7 @@ def make_source(
     max_batches: int | None = None,
     independent: bool = False,
     whole: bool = False,
+    check: Callable[[Batch], Batch] | None = None,
 ) -> DataSource:
     """The source for whatever the user gave.
 
@@ -361,14 +384,17 @@ def make_source(
         independent: whether minibatches of data addressed by index are drawn anew from step to step, not epoch by
             epoch; a loader decides for itself.
         whole: every minibatch is to be the whole data set, as tensors; a loader is read once.
+        check: makes of each batch what the loss is given; None: a check that it is a pair, with `pairs`.
 
     Raises:
         TypeError, ValueError: data of another kind, empty data, tensors of different lengths; with `whole`, data that
             are not one fixed set of tensors, or a smaller `batch_size`.
     """
     if whole:
-        return _whole_source(data, batch_size, device, pairs)
-    check = _check_pair if pairs else lambda batch: batch
+        return _whole_source(data, batch_size, device, pairs, check)
+    check_kind(data)
+    if check is None:
+        check = _check_pair if pairs else lambda batch: batch
     if type(data) is TensorDataset:
         data = data.tensors
     if isinstance(data, (np.ndarray, tuple, Mapping)):  # a list of arrays may be samples
@@ -413,53 +439,92 @@ def make_source(
         raise TypeError(
             f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {data!r:.60}"
         )
-    _check_kind(data)
-    if _is_loader(data):
+    if is_loader(data):
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size} with a loader: the loader decides; leave batch_size out")
         if length_of(data) == 0:
             raise ValueError("data is empty: the loader has no batches")
         return LoaderSource(data, device, check, max_batches)
-    if hasattr(data, "__len__") and (_makes_batches(data) or hasattr(data, "__getitem__")):
+    if hasattr(data, "__len__") and (makes_batches(data) or hasattr(data, "__getitem__")):
         if len(data) == 0:
             raise ValueError("data is empty: the data set has no samples")
-        if _makes_batches(data):
+        if makes_batches(data):
             return IndexedSource(data, batch_size or 512, device, check, independent)
         _check_items(data)
-        kept, is_random = _kept_as_tensors(_Collated(data), device, num_wanted)
+        if pairs and hugging_face_dataset(data):
+            raise TypeError(_columns_for_pairs(data.format["columns"]))
+        collated = _Columns(data) if _has_plain_columns(data) else _Collated(data)
+        kept, is_random = _kept_as_tensors(collated, device, num_wanted)
         return IndexedSource(kept, batch_size or 512, device, check, independent, reads_randomly=is_random)
     raise TypeError(
         f"data must be a tuple of tensors (inputs…, target), a Dataset or a DataLoader, got {type(data).__name__}"
     )
 
 
-def _is_loader(data: object) -> bool:
+def is_loader(data: object) -> bool:
     """Whether data are batches one after another."""
     if isinstance(data, DataLoader):
         return True
     return isinstance(data, Iterable) and not hasattr(data, "__getitem__")
 
 
-def _makes_batches(data: Any) -> bool:
+def makes_batches(data: Any) -> bool:
     """Whether data are :class:`IndexedBatches`, and not of a class that has something else of that name."""
     method = getattr(data, "batch", None)
     if not callable(method) or not hasattr(data, "__len__"):
         return False
-    getitem = getattr(type(data), "__getitem__", None)
-    if getitem is None or getitem is Dataset.__getitem__:
-        return True
     try:
-        names = list(inspect.signature(method).parameters)
+        first = next(iter(inspect.signature(method).parameters), "")
     except (TypeError, ValueError):  # a builtin without a signature
         return False
-    return names[:1] == ["indices"]
+    getitem = getattr(type(data), "__getitem__", None)
+    if getitem is None or getitem is Dataset.__getitem__:
+        return "size" not in first  # tf.data's batch(batch_size)
+    return first == "indices"
+
+
+def hugging_face_dataset(data: object) -> bool:
+    """Whether data are a ``datasets.Dataset``; that package is not imported to tell."""
+    return isinstance(data, _hugging_face("Dataset"))
+
+
+def _hugging_face(name: str) -> tuple[type, ...]:
+    """A class of the package datasets; nothing where nobody has imported it."""
+    found = getattr(sys.modules.get("datasets"), name, None)
+    return (found,) if isinstance(found, type) else ()
+
+
+def _has_plain_columns(data: Any) -> bool:
+    """Whether data are a ``datasets.Dataset`` whose values are its columns, not what a transform makes of them."""
+    return hugging_face_dataset(data) and data.format["type"] != "custom"
+
+
+def _columns_for_pairs(columns: Sequence[str]) -> str:
+    x, y = (columns[0], columns[-1]) if len(columns) > 1 else ("x", "y")
+    return (
+        f"data is a datasets.Dataset with the columns {', '.join(columns)}, whose batches are dictionaries: pass "
+        f"loss_fn(model, batch), such as lambda model, batch: mse_loss(model(batch[{x!r}]), batch[{y!r}]); or, for a "
+        'language model with input_ids, loss_fn="next-token"'
+    )
 
 
 # ---- what may be meant in two ways -------------------------------------------------------------------------
 
 
-def _check_kind(data: Any) -> None:
+def check_kind(data: Any) -> None:
     """Refuse what looks like data and is something else."""
+    if isinstance(data, dict) and isinstance(data, _hugging_face("DatasetDict") + _hugging_face("IterableDatasetDict")):
+        splits = list(data)
+        raise TypeError(
+            f"data is a {type(data).__name__} with the splits {', '.join(map(repr, splits))}: pass one of them, such "
+            f"as data[{splits[0] if splits else 'train'!r}]"
+        )
+    if isinstance(data, _hugging_face("IterableDataset")):
+        raise TypeError(
+            "data is a datasets.IterableDataset, which gives samples one by one: pass "
+            'DataLoader(data.with_format("torch"), batch_size=…), or samples that stay, such as '
+            "datasets.Dataset.from_list(list(data.take(1000)))"
+        )
     if hasattr(data, "iloc"):
         raise TypeError(
             f"data is a {type(data).__name__} of pandas, whose rows are no tensors: pass tensors, such as "
@@ -521,10 +586,16 @@ def _ambiguous(data: Any, otherwise: str) -> ValueError:
 # ---- the whole data set as one minibatch -------------------------------------------------------------------
 
 
-def _whole_source(data: Any, batch_size: int | None, device: torch.device, pairs: bool) -> DataSource:
+def _whole_source(
+    data: Any,
+    batch_size: int | None,
+    device: torch.device,
+    pairs: bool,
+    check: Callable[[Batch], Batch] | None,
+) -> DataSource:
     """The source whose only minibatch is all of the data."""
-    everything = sys.maxsize if batch_size is None and not _is_loader(data) else batch_size
-    source = make_source(data, everything, device, pairs=pairs)
+    everything = sys.maxsize if batch_size is None and not is_loader(data) else batch_size
+    source = make_source(data, everything, device, pairs=pairs, check=check)
     if isinstance(source, LoaderSource):
         if reason := reason_not_whole(source):
             raise ValueError(f"{reason}, but the whole data set is needed at every step: pass tensors")

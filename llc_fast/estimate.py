@@ -30,6 +30,7 @@ from llc_fast.data import IndexedSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
+from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, named_loss, token_source
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
@@ -42,6 +43,7 @@ from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
 from llc_fast.support.torch_private import drops, normalizes_batches
+from llc_fast.support.warned import issue
 from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 
 _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
@@ -55,7 +57,7 @@ _LEAST_TRIED = 4
 def estimate_llc(
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | NextToken | str | None,
     *,
     sampler: str | Sampler | None = None,
     lr: float | None = None,
@@ -77,6 +79,7 @@ def estimate_llc(
     warm_start: LLCResult | None = None,
     keep_ends: bool = False,
     progress: bool | ProgressFunction = True,
+    preset: str | None = None,
     **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -104,7 +107,8 @@ def estimate_llc(
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, which its first parameter being called
             `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
             over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken; also in a container,
-            as its `loss` or the only number of a tuple.
+            as its `loss` or the only number of a tuple. ``"next-token"`` is that of causal language models, on token
+            sequences and in eval mode; see :class:`llc_fast.language.NextToken`.
         sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
             ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
             too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
@@ -117,8 +121,8 @@ def estimate_llc(
         localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
             sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
-        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed, or fewer
-            for a model so large that the run would take more than about ten minutes (:mod:`llc_fast.cost`).
+        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed, or
+            fewer for a model so large that the run would take more than about ten minutes (:mod:`llc_fast.cost`).
         num_burnin: steps before the first draw; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
@@ -145,10 +149,12 @@ def estimate_llc(
         progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log; or a
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
+        preset: values for arguments that are not given, by name. ``"language-model"``: nβ = 30 and γ = 300.
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
-        An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``.
+        An :class:`LLCResult`; what was chosen for the arguments left None is in its ``settings``. Each of its
+        ``warnings`` is issued as an :class:`llc_fast.LLCWarning`, too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, before any sampling; a checkpoint that
@@ -159,13 +165,16 @@ def estimate_llc(
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
-        settings = with_old_keywords(given, old, "estimate_llc")
-        surroundings = _Surroundings(settings, model, data, loss_fn)
+        settings, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
+        surroundings = _Surroundings(settings, model, data, loss)
     with surroundings:
-        prepared = prepare(settings, model, data, loss_fn, surroundings)
+        prepared = prepare(settings, model, data, loss, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
-    return report(prepared, chosen, run)
+    result = report(prepared, chosen, run)
+    if surroundings.team.rank == 0:
+        issue(result.warnings, stacklevel=2)
+    return result
 
 
 class Calibration(dict[str, Any]):
@@ -178,7 +187,9 @@ class Calibration(dict[str, Any]):
     reason: str = ""
 
 
-def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **settings: Any) -> Calibration:
+def calibrate(
+    model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | str | None, **settings: Any
+) -> Calibration:
     """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
 
     The step size ε begins at 1 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the sampler's
@@ -201,9 +212,9 @@ def calibrate(model: nn.Module, data: Any, loss_fn: LossFunction | None, **setti
     old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
-    asked = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate")
-    with _Surroundings(asked, model, data, loss_fn, alone=True) as surroundings:
-        prepared = prepare(asked, model, data, loss_fn, surroundings)
+    asked, loss = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate"), named_loss(loss_fn)
+    with _Surroundings(asked, model, data, loss, alone=True) as surroundings:
+        prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
     sampler, schedule = _completed(prepared.settings, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
@@ -305,6 +316,7 @@ class _Surroundings:
         snapshot = ModelSnapshot(self._model, self._loss_fn)
         self._stack.callback(snapshot.restore)
         snapshot.silence()
+        self._stack.enter_context(mode_for(self._model, self._loss_fn))
 
     def __exit__(self, *error: Any) -> bool:
         handled = bool(self._stack.__exit__(*error))
@@ -329,6 +341,7 @@ class Prepared:
         identity: what names the run.
         saved: what an earlier process has done of it; None: nothing.
         surroundings: what holds while the run lasts.
+        mode: the mode in which the model is evaluated.
     """
 
     settings: Settings
@@ -342,10 +355,35 @@ class Prepared:
     identity: dict[str, Any]
     saved: Saved | None
     surroundings: _Surroundings
+    mode: _Mode
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """The mode in which a model is evaluated, which may be another one when the run is over.
+
+    Attributes:
+        is_training: of the model as a whole.
+        random_modules: modules in training mode that make the loss depend on dropout or batch statistics.
+        batch_statistics: modules in evaluation mode that use the statistics of the minibatch, having no others.
+    """
+
+    is_training: bool
+    random_modules: list[str]
+    batch_statistics: list[str]
+
+    @classmethod
+    def of(cls, objective: Objective) -> _Mode:
+        model = objective.model
+        return cls(model.training, _random_modules(objective), _batch_statistics(model))
 
 
 def prepare(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | None,
+    surroundings: _Surroundings,
 ) -> Prepared:
     """Look at model, loss, data and checkpoint, and take L(w*).
 
@@ -401,11 +439,22 @@ def prepare(
             raise ValueError(f'strategy="cuda-graph" is not possible here: {why}; use Execution(strategy="batched")')
         plan = planned(failed={"cuda-graph": why})
     return Prepared(
-        settings, model, objective, shortened, plan, start, at_reference, keeper, identity, saved, surroundings
+        settings,
+        model,
+        objective,
+        shortened,
+        plan,
+        start,
+        at_reference,
+        keeper,
+        identity,
+        saved,
+        surroundings,
+        _Mode.of(objective),
     )
 
 
-def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: Checkpoint | None) -> dict[str, Any]:
+def _more_identity(objective: Objective, loss_fn: object, keeper: Checkpoint | None) -> dict[str, Any]:
     """What processes compare beyond what names a run in its checkpoint."""
     tensors = objective.reference.values()
     dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in tensors})
@@ -421,7 +470,11 @@ def _more_identity(objective: Objective, loss_fn: LossFunction | None, keeper: C
 
 
 def _affordable(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | None, surroundings: _Surroundings
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | None,
+    surroundings: _Surroundings,
 ) -> tuple[Objective, Settings, str]:
     """Model, loss and data, tried once, in minibatches and for a length that a user who gave neither can wait for.
 
@@ -430,7 +483,7 @@ def _affordable(
     Returns:
         The objective, the settings, and what was made smaller for it, in words.
     """
-    source = _source(settings, data, loss_fn, surroundings.device)
+    source, loss_fn = _source(settings, model, data, loss_fn, surroundings.device)
     size, device = source.batch_size, surroundings.device
     if isinstance(source, IndexedSource) and settings.batch_size is None and settings.template.kind != "metropolis":
         assert size is not None
@@ -451,20 +504,24 @@ def _affordable(
     return objective, affordable_settings, " and ".join(smaller)
 
 
-def _source(settings: Settings, data: Any, loss_fn: LossFunction | None, device: torch.device) -> DataSource:
-    """The data as asked for."""
-    source = make_source(
-        data,
-        settings.batch_size,
-        device,
-        pairs=not takes_model(loss_fn),
-        num_wanted=settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
-        max_batches=settings.schedule.num_steps,
-        independent=settings.wants_bias_correction,
-        whole=settings.template.kind == "metropolis",
-    )
+def _source(
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | None, device: torch.device
+) -> tuple[DataSource, LossFunction | None]:
+    """The data as asked for, and the loss as a function."""
+    options: dict[str, Any] = {
+        "num_wanted": settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
+        "max_batches": settings.schedule.num_steps,
+        "independent": settings.wants_bias_correction,
+        "whole": settings.template.kind == "metropolis",
+    }
+    source: DataSource
+    if isinstance(loss_fn, NextToken):
+        source, loss_fn = token_source(loss_fn, model, data, settings.batch_size, device, **options)
+    else:
+        data = columns_of_own_loss(model, data) if loss_fn is None else data
+        source = make_source(data, settings.batch_size, device, pairs=not takes_model(loss_fn), **options)
     settings.nbeta_for(source.num_samples)
-    return source
+    return source, loss_fn
 
 
 def _objective(
@@ -489,6 +546,8 @@ def _objective(
             generators=surroundings.generators,
             max_checks=int(_CHECKS_SHARE * _FORWARD_PASSES * settings.num_chains * settings.schedule.num_steps),
         )
+    if isinstance(loss_fn, TokenLoss):
+        loss_fn.check_causal(objective)
     if template.kind == "metropolis":
         _check_exact(template, objective, execution)
     return objective
@@ -757,11 +816,13 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "num_steps_bw_draws": planned.num_steps_bw_draws,
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
+            **(objective.loss_fn.settings if isinstance(objective.loss_fn, TokenLoss) else {}),
+            **({} if settings.preset is None else {"preset": settings.preset}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),
             "seed": settings.seed,
-            "training_mode": prepared.model.training,
+            "training_mode": prepared.mode.is_training,
             "strategy": run.plan.strategy,
             "seconds": time.perf_counter() - prepared.surroundings.started,
         },
@@ -846,8 +907,8 @@ def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sample
         in_calibration=chosen.is_interrupted,
         descent=chosen.descent,
         local_localization=default_localization(objective.num_parameters, _norm(objective)),
-        random_modules=_random_modules(objective),
-        batch_statistics=_batch_statistics(prepared.model),
+        random_modules=prepared.mode.random_modules,
+        batch_statistics=prepared.mode.batch_statistics,
         not_sampled=objective.not_sampled,
         writes_parameters=objective.trial.writes_parameters,
         data_notes=_data_notes(objective),

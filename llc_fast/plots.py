@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import itertools
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llc_fast.result import LLCResult
+from llc_fast.schedule import Schedule
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
@@ -31,17 +34,44 @@ OKABE_ITO = {
 """Colors by Okabe & Ito (2008), which people with any color vision can tell apart; lines have them in this order."""
 CLASSES = tuple(zip(OKABE_ITO.values(), "os^DvP", strict=True))
 """Color and marker of each of several classes."""
+DASHES = ("-", "--", ":", "-.")
+
+
+def chain_style(chain: int) -> dict[str, Any]:
+    """Color and dashes of a chain's lines, the same in every panel and other ones than those of its neighbours."""
+    colors = list(OKABE_ITO.values())
+    return {"color": colors[chain % len(colors)], "ls": DASHES[chain // len(colors) % len(DASHES)]}
 
 
 def new_figure(columns: int, rows: int = 1, *, width: float = 5.2, height: float = 4.4) -> tuple[Figure, list[Axes]]:
     """An empty figure and its axes, row by row; `width` and `height` of each in inches."""
     # Not pyplot: no global state, no display, nothing to close.
-    made = require("matplotlib.figure", "plot").Figure
-    figure: Figure = made(figsize=(width * columns, height * rows), layout="constrained")
+    made = _shown_in_notebooks(require("matplotlib.figure", "plot").Figure)
+    figure = made(figsize=(width * columns, height * rows), layout="constrained")
     axes = [figure.add_subplot(rows, columns, k + 1) for k in range(rows * columns)]
     for panel in axes:
         panel.set_prop_cycle(color=list(OKABE_ITO.values()))
     return figure, axes
+
+
+def _empty(cls: type[Figure]) -> Figure:
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _shown_in_notebooks(base: type[Figure]) -> type[Figure]:
+    class Picture(base):  # type: ignore[misc,valid-type]
+        """A figure that a notebook shows as what a cell returns, whether it uses pyplot or not."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=90)
+            return file.getvalue()
+
+        def __reduce_ex__(self, _: Any) -> Any:  # a copy is an ordinary figure
+            return _empty, (base,), self.__getstate__()
+
+    return Picture
 
 
 def picture_endings() -> list[str]:
@@ -120,11 +150,17 @@ def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, An
     return (np.arange(count) + 0.5) * (len(trace[: count * width]) / count), means
 
 
+def _dots(count: int) -> dict[str, Any]:
+    """What lets a line of one point be seen."""
+    return {"marker": "o", "ms": 4} if count == 1 else {}
+
+
 def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
     """nβ·(L − L(w*)) along every chain: it rises from zero, and should be flat before the draws begin."""
     width = max(1, result.loss_trace.shape[1] // 200)
-    for row in result.excess_trace:
-        axes.plot(*_smooth(row, width), lw=0.9, alpha=0.8)
+    for chain, row in enumerate(result.excess_trace):
+        x, y = _smooth(row, width)
+        axes.plot(x, y, lw=0.9, alpha=0.8, **chain_style(chain), **_dots(len(x)))
     if result.schedule.num_burnin:
         axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)
         axes.text(0.02, 0.97, "burn-in", transform=axes.transAxes, va="top", color="0.5")
@@ -132,6 +168,62 @@ def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) ->
         axes.axhline(known, color="k", ls="--", lw=1, label=f"known λ = {known:g}")
         axes.legend(loc="lower right")
     axes.set(xlabel="step", ylabel="nβ (L − L(w*)), window means", xlim=(0, result.loss_trace.shape[1]))
+
+
+def _say(axes: Axes, words: str) -> None:
+    """Instead of lines."""
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.5")
+    axes.set(xticks=[], yticks=[])
+
+
+def plot_running(axes: Axes, result: LLCResult) -> None:
+    """The running λ̂ of every chain, and the final one with its interval."""
+    draws = np.arange(1, result.schedule.num_draws + 1)
+    for chain, row in enumerate(result.llc_trace):
+        axes.plot(draws, np.cumsum(row) / draws, lw=0.9, alpha=0.8, **chain_style(chain), **_dots(len(draws)))
+    low, high = result.interval()
+    if np.isfinite([low, high]).all():
+        axes.axhspan(low, high, color="0.5", alpha=0.15, label="95 % interval")
+    if np.isfinite(result.llc_mean):
+        axes.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
+        axes.legend(loc="best")
+    axes.set(xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(min(len(draws), 2) - 1, max(len(draws), 2)))
+    if not np.isfinite(result.llc_trace).any():
+        _say(axes, "no draws")
+
+
+def plot_density(axes: Axes, result: LLCResult) -> None:
+    """The density of every chain's draws of nβ·(L − L(w*)): chains that have converged have the same one.
+
+    A chain without two different draws has none.
+    """
+    rows = [row[np.isfinite(row)] for row in result.llc_trace]
+    drawn = [row for row in rows if len(row) > 1 and np.ptp(row) > 0]
+    if not drawn:
+        _say(axes, "no two draws to compare")
+        return
+    together = np.concatenate(drawn)
+    low, high = np.quantile(together, [0.001, 0.999])  # single spikes would leave no room for the rest
+    margin = 0.15 * (high - low) or 0.15 * np.ptp(together)
+    x = np.linspace(low - margin, high + margin, 200)
+    for chain, row in enumerate(rows):
+        if len(row) > 1 and np.ptp(row) > 0:
+            axes.plot(x, _density(row, x), lw=0.9, alpha=0.8, **chain_style(chain))
+    if np.isfinite(result.llc_mean):
+        axes.axvline(result.llc_mean, color="k", lw=1)
+    axes.set(xlabel="nβ (L − L(w*)) of a draw", ylabel="density", xlim=(x[0], x[-1]), yticks=[])
+    axes.set_ylim(bottom=0)
+
+
+def _density(values: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A kernel density estimate, with the width of Silverman's rule."""
+    values = np.sort(values)[:: max(1, len(values) // 2000)]
+    quarter = np.subtract(*np.quantile(values, [0.75, 0.25])) / 1.34
+    spread = min(values.std(), quarter) if quarter > 0 else values.std()
+    width = 0.9 * spread * len(values) ** -0.2
+    kernels = np.exp(-0.5 * ((x[:, None] - values) / width) ** 2)
+    found: np.ndarray[Any, Any] = kernels.mean(axis=1) / (width * np.sqrt(2 * np.pi))
+    return found
 
 
 def plot_against_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -181,21 +273,55 @@ def plot_against_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 # ---- whole figures -----------------------------------------------------------------------------------------
 
 
+NAMED_CHAINS = 24
+"""How many chains a legend names at most."""
+
+
 def plot_result(result: LLCResult) -> Figure:
-    """Loss traces, and the running λ̂ of each chain with the final interval."""
-    figure, (left, right) = new_figure(2)
+    """Loss traces, the running λ̂ of each chain with the final interval, and the densities of their draws.
+
+    Above them are λ̂, R̂, the effective sample size and the codes of the warnings; below, which line is which chain.
+    """
+    figure, (left, middle, right) = new_figure(3, width=4.6)
     plot_traces(left, result)
+    plot_running(middle, result)
+    plot_density(right, result)
     left.set_title("loss along the chains")
-    draws = np.arange(1, result.schedule.num_draws + 1)
-    for row in result.llc_trace:
-        right.plot(draws, np.cumsum(row) / draws, lw=0.9, alpha=0.8)
-    low, high = result.interval()
-    if np.isfinite([low, high]).all():
-        right.axhspan(low, high, color="0.5", alpha=0.15, label="95 % interval")
-    right.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
-    right.legend()
-    right.set(title="running estimate", xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(0, len(draws)))
+    middle.set_title("running estimate")
+    right.set_title("draws of each chain")
+    figure.suptitle("\n".join(_headline(result)))
+    chains = range(min(len(result.loss_trace), NAMED_CHAINS))
+    lines = [left.lines[chain] for chain in chains]
+    more = len(result.loss_trace) - len(lines)
+    names = [f"chain {chain}{_fate(result, chain)}" for chain in chains]
+    names[-1] += f" (and {more} more)" if more else ""
+    figure.legend(lines, names, loc="outside lower center", ncols=min(8, len(names)), fontsize=9)
     return figure
+
+
+def _headline(result: LLCResult) -> list[str]:
+    low, high = result.interval()
+    first = [f"λ̂ = {result.llc_mean:.4g}" if np.isfinite(result.llc_mean) else "no estimate"]
+    if np.isfinite(result.llc_stderr):
+        first[0] += f" ± {result.llc_stderr:.2g} (95 % interval {low:.4g} to {high:.4g})"
+    for name, text in (("r_hat", "R̂ = {:.3f}"), ("ess_bulk", "ESS = {:.0f}")):
+        if (value := result.diagnostics.get(name)) is not None:
+            first.append(text.format(value))
+    codes = "warnings: " + ", ".join(w.code for w in result.warnings)
+    return [", ".join(first), *textwrap.wrap(codes, 130, break_on_hyphens=False)[: len(result.warnings)]]
+
+
+def _fate(result: LLCResult, chain: int) -> str:
+    """What became of a chain, if it is not what it should be."""
+    if chain in result.diverged_chains:
+        return " (diverged)"
+    if result.steps_done is None:
+        return ""
+    # Of a run that was interrupted in burn-in, the result has the steps that were made and no more.
+    names = ("num_draws", "num_burnin", "num_steps_bw_draws")
+    planned = Schedule(*(result.settings.get(name, getattr(result.schedule, name)) for name in names)).num_steps
+    done = result.steps_done[chain]
+    return f" ({done / planned:.0%} done)" if done < planned else ""
 
 
 def small_png_of_traces(result: LLCResult) -> str:

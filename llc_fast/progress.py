@@ -56,7 +56,9 @@ class Progress:
     def _count(self, done: float) -> str:
         """``880 of 8800 steps``."""
         number = f"{done:.0f}" if float(done).is_integer() else f"{done:.1f}"
-        return f"{number}{'' if self._total is None else f' of {self._total}'} {self._unit}s"
+        if self._total is None:
+            return f"{number} {self._unit}{'' if number == '1' else 's'}"
+        return f"{number} of {self._total} {self._unit}s"
 
 
 def _so_far(llc: float | None) -> str:
@@ -71,7 +73,8 @@ def make_progress(
 
     Args:
         progress: True: a bar, or lines in a log. False: nothing. A function: called at each update instead.
-        total: how many units the job has; None if nobody knows. A log then gets one line at the end.
+        total: how many units the job has; None if nobody knows. A log then gets a line for each unit that is no step,
+            and one at the end.
         title: what is going on.
         unit: what is counted, in the singular.
         stays: whether a bar is left standing when the job is over.
@@ -173,6 +176,9 @@ class _Log(Progress):
         now = time.monotonic()
         self._origin = self._origin or (now, done)
         self._last = done, llc
+        if self._total is None and self._unit != "step" and done >= self._lines + 1:  # a unit is a job of its own
+            self._lines = int(done)
+            self._print(f"{self._count(self._lines)}{_so_far(llc)}")
         if not self._total or done >= self._total:
             return
         percent = math.floor(100 * done / self._total)

@@ -257,6 +257,8 @@ class LLCResult:
             + (" (interrupted)" if self.is_partial else "")
             + f", L(w*) = {self.init_loss:.6g}, nβ = {self.nbeta:.6g}",
         ]
+        if tokens := self._tokens():
+            lines.append(tokens)
         formats = {
             "r_hat": "R̂ = {:.3f}",
             "ess_bulk": "ESS = {:.0f}",
@@ -289,6 +291,20 @@ class LLCResult:
         width = "" if reach is None else f", a prior width of {reach:.2g} times the root mean square weight"
         change = "" if slope is None else f"; dλ̂/dlog γ = {slope:+.2g} ± {error or math.nan:.1g}"
         return f"λ̂ is at the scale of γ = {gamma:.4g}{width}{change}"
+
+    def _tokens(self) -> str:
+        """Of a language model: n in sequences and in tokens, and which of them nβ is made of; empty for others."""
+        n, tokens = self.settings.get("num_samples"), self.settings.get("num_tokens")
+        if self.settings.get("loss_fn") != "next-token":
+            return ""
+        counts = (
+            "n is unknown" if n is None else f"n = {n} sequences" + (f" of {tokens} predicted tokens" * bool(tokens))
+        )
+        if left_out := self.settings.get("num_left_out"):
+            counts += f" ({left_out} more predict none)"
+        if n is not None and n > 1 and math.isclose(self.nbeta, n / math.log(n)):
+            return f"{counts}; nβ = n / log n of the sequences"
+        return f"{counts}; nβ is given, whatever n is"
 
     def __str__(self) -> str:
         return self.summary()

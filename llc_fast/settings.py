@@ -28,6 +28,8 @@ from llc_fast.support.fingerprint import option_identity
 DEFAULT_REACH = 0.5
 """r of the default localization: the prior width of a weight over the root mean square weight."""
 DEFAULT_NUM_DRAWS = 2000
+PRESETS: Mapping[str, Mapping[str, float]] = {"language-model": {"nbeta": 30.0, "localization": 300.0}}
+"""Arguments by the name of a preset; those that are given win. For language models: those of arXiv 2510.12077."""
 
 
 def default_nbeta(n: int) -> float:
@@ -132,8 +134,12 @@ class Settings:
     warm_start: LLCResult | None = None
     keep_ends: bool = False
     progress: bool | ProgressFunction = True
+    preset: str | None = None
 
     def __post_init__(self) -> None:
+        for name, number in _of_preset(self.preset).items():
+            if getattr(self, name) is None and getattr(self.sampler, name, None) is None:
+                object.__setattr__(self, name, number)
         for name, minimum in _COUNTS.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -295,6 +301,16 @@ _COUNTS = {
 }
 """The least that each count may be."""
 _OPTIONAL = ("num_draws", "num_burnin", "batch_size")
+
+
+def _of_preset(preset: str | None) -> Mapping[str, float]:
+    if preset is None:
+        return {}
+    if not isinstance(preset, str):
+        raise TypeError(f"preset must be a name, got {type(preset).__name__}: choose one of: {', '.join(PRESETS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[preset]
 
 
 def _can_be_corrected(sampler: Sampler) -> bool:

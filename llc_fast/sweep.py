@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +21,46 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import xarray
 from llc_fast.estimate import estimate_llc
+from llc_fast.language import NextToken
 from llc_fast.objective.objective import LossFunction
 from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
-from llc_fast.result import LLCResult
+from llc_fast.result import LLCResult, Warning
 from llc_fast.settings import DEFAULT_NUM_DRAWS
 from llc_fast.support.optional import require
+from llc_fast.support.warned import issue, shown_otherwise
+from llc_fast.weights import WeightReader, checkpoints_in
 
 WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""
+NOT_OF_THE_START = frozenset(
+    {
+        *("training-mode", "batch-statistics", "unused", "no-gradient", "writes-parameters", "unshuffled", "dropped"),
+        *("num-samples", "irreproducible", "standing-still", "gradient", "checkpoint", "short", "ess", "imprecise"),
+        *("init-loss", "no-minimum"),
+    }
+)
+"""Codes of warnings that say nothing of where chains started: those about model, w*, data, length and precision."""
+MAX_REJECTED = 2
+"""Warm estimates made again, one after another, after which a sweep goes on from w*: where the chains of one checkpoint
+are of no use to the next, trying costs more than half of an estimate each time."""
+SCALE_EFFECT = 0.05
+"""Change of λ̂ by γ alone, relative to the largest λ̂, above which checkpoints are not compared at one scale."""
 _NAMES = (
     *("chain", "llc_mean", "llc_stderr", "llc_low", "llc_high", "llc_per_chain", "init_loss", "nbeta", "lr"),
-    *("warnings", "warning_codes", "is_warm", "gradients", "seconds"),
+    *("localization", "warnings", "warning_codes", "is_warm", "gradients", "seconds"),
 )
 _DIAGNOSTICS = ("r_hat", "ess_bulk", "ess_tail", "trend", "bias_share", "distance_over_reference", "init_loss_stderr")
+
+Source = Mapping[str, Any] | str | os.PathLike[str]
+"""A checkpoint: a state dict, or where one is."""
 
 
 def sweep_checkpoints(
     model: nn.Module,
-    checkpoints: Sequence[Mapping[str, Any] | str | os.PathLike[str]],
+    checkpoints: Iterable[Source] | str | os.PathLike[str],
     data: Any,
-    loss_fn: LossFunction | None,
+    loss_fn: LossFunction | NextToken | str | None,
     *,
     labels: Sequence[Any] | None = None,
     dim: str = "checkpoint",
@@ -46,6 +68,8 @@ def sweep_checkpoints(
     num_draws: int = DEFAULT_NUM_DRAWS,
     num_burnin: int | None = None,
     folder: str | os.PathLike[str] | None = None,
+    entry: str | None = None,
+    weights_only: bool = True,
     progress: bool = True,
     **settings: Any,
 ) -> xarray.Dataset:
@@ -55,98 +79,172 @@ def sweep_checkpoints(
     to fix it. With `warm`, the chains of a checkpoint start where those of the one before ended, moved by as much as w*
     has moved between them (``estimate_llc(warm_start=…)``). They are chains of their own checkpoint, only better
     begun, so that a quarter of the burn-in will do. Where training has learned something in between, they may be worse
-    begun: far from where that holds. So a checkpoint whose warm chains give rise to a warning is estimated again from
-    w*, and that estimate is kept, with its own warnings. Chains that are all led astray together are not noticed; where
-    a jump between checkpoints is what you look for, pass ``warm=False``. The model is left as it was.
+    begun: far from where that holds. So a checkpoint is estimated again from w* if its warm chains give rise to a
+    warning that their start may have caused, and that the last estimate from w* did not have; the second estimate is
+    kept, with its own warnings. After two of these, one after another, all others start at w*. Chains that are all led
+    astray together are not noticed; where a jump between checkpoints is what you look for, pass ``warm=False``. The
+    model is as it was whenever a checkpoint is asked for, and at the end.
 
     Ctrl-C ends the sweep after the present step; the checkpoints that were finished are returned, with the attribute
     ``partial``.
 
     Args:
-        model: a model that the state dicts belong to, in the mode to be evaluated in.
-        checkpoints: state dicts, or files that ``torch.load(weights_only=True)`` reads them from, one at a time.
+        model: a model that the checkpoints belong to, in the mode to be evaluated in.
+        checkpoints: a list of state dicts, of files of them (of ``torch.save`` or safetensors, checkpoints of Lightning
+            too), or of folders with weights as Hugging Face writes them; or an iterator of these, which is asked for
+            the next one when it is needed; or a folder of files or folders whose names say their step, such as
+            ``checkpoint-500``. :class:`llc_fast.weights.WeightReader` says which names are understood.
         data, loss_fn: as for :func:`llc_fast.estimate_llc`.
-        labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …
+        labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …, or a folder's steps.
         dim: name of the dimension.
         warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
         num_draws: losses of each chain that enter λ̂.
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
             need be.
+        entry: which weights are meant where a checkpoint has several that fit, those of an average beside those
+            trained, say: the key of its entry, ``"state_dict_ema"``, or what its names begin with, ``"teacher"``.
+        weights_only: False: run the code that files of Python objects bring, ``torch.load(weights_only=False)``.
         progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log.
         settings: further arguments of :func:`llc_fast.estimate_llc`.
 
     Returns:
         A dataset over `dim`: ``llc_mean``, ``llc_stderr``, ``llc_low`` and ``llc_high`` (the 95 % interval),
-        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``warnings`` (one string, a line each) and
-        ``warning_codes`` (separated by spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the
-        diagnostics ``r_hat``, ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and
-        ``init_loss_stderr``; NaN where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it.
+        ``llc_per_chain`` (and ``chain``), ``init_loss``, ``nbeta``, ``lr``, ``localization`` (γ, which is chosen for
+        each checkpoint unless it is given), ``warnings`` (one string, a line each) and ``warning_codes`` (separated by
+        spaces), ``is_warm``, ``gradients`` (pilots included), ``seconds``, and of the diagnostics ``r_hat``,
+        ``ess_bulk``, ``ess_tail``, ``trend``, ``bias_share``, ``distance_over_reference`` and ``init_loss_stderr``; NaN
+        where there is none. ``Dataset.to_netcdf`` and ``to_zarr`` write it. For each code of a warning a
+        :class:`llc_fast.LLCWarning` is issued that says which checkpoints have it, and one of the code ``"scale"``
+        where γ differs so much between them that this alone changes λ̂.
 
     Raises:
-        TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no state dicts of this model, or
-            not as many as labels, or that share the memory of what is sampled (``model.state_dict()`` does not copy).
-            All of them are looked at before the first estimate.
+        TypeError, ValueError: as :func:`llc_fast.estimate_llc`; checkpoints that are no weights of this model, or fit
+            it in more than one way, or are not as many as labels, or that share the memory of what is sampled
+            (``model.state_dict()`` does not copy). All of them are looked at before the first estimate, but those of
+            an iterator. An error names its checkpoint, ``checkpoints[3]``.
         FileNotFoundError: a checkpoint's file.
-        ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
+        KeyboardInterrupt: Ctrl-C before there was anything to return.
+        ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``), or safetensors.
     """
     require("xarray", "xarray")  # before the work
-    names = _checked(model, checkpoints, labels, dim, settings)
+    reader = WeightReader(_a_module(model), entry=entry, weights_only=weights_only)
+    given = _gathered(checkpoints, labels, dim, settings)
     burnin = num_draws if num_burnin is None else num_burnin
     # Absolute: the program may change its folder while it sweeps.
     kept = None if folder is None else Path(folder).absolute()
-    states = [c if isinstance(c, Mapping) else Path(os.fsdecode(c)).absolute() for c in checkpoints]
-    _check_states(model, states)
-    _check_memory_apart(model, states, settings.get("params"))
-    states = _apart_from(model, states)
+    if given.sources is not None:
+        _check_states(model, given, reader, settings.get("params"))
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
-    before = copy.deepcopy(model.state_dict())
     results: list[LLCResult] = []
+    names: list[Any] = []
+    is_stopped = False
     previous: LLCResult | None = None
-    shown = make_progress(progress, len(states), "LLC", unit="checkpoint")
+    expected: frozenset[str] = frozenset()
+    rejected = 0
+    shown = make_progress(progress, given.count, "LLC", unit="checkpoint")
+
+    def estimate(k: int, start: LLCResult | None, name: str) -> LLCResult:
+        def report(steps: int, total: int, llc: float) -> None:
+            shown.update(k + steps / total, llc)
+
+        with shown_otherwise():
+            return estimate_llc(
+                model,
+                data,
+                loss_fn,
+                num_draws=num_draws,
+                num_burnin=burnin if start is None else -(-burnin // WARM_BURNIN),
+                warm_start=start,
+                keep_ends=warm and rejected < MAX_REJECTED,
+                checkpoint=None if kept is None else kept / f"{name}.npz",
+                progress=report if shown.is_shown else False,
+                **settings,
+            )
+
     try:
-        for k, checkpoint in enumerate(states):
-            shown.title = f"LLC at {names[k]}"
-            _load_into(model, checkpoint, k)
+        with shown:
+            for k, name, source in given:
+                shown.title = f"LLC at {name}"
+                with _as_it_was(model):
+                    _load_into(model, reader, source, given.said(k))
+                    del source  # one of an iterator's at a time
+                    start = previous if warm and rejected < MAX_REJECTED else None
+                    try:
+                        result = estimate(k, start, f"{k:05d}")
+                        codes = frozenset(w.code for w in result.warnings)
+                        if start is not None and not result.is_partial:
+                            if codes - expected - NOT_OF_THE_START:
+                                start, rejected = None, rejected + 1
+                                result = estimate(k, None, f"{k:05d}-cold")
+                                codes = frozenset(w.code for w in result.warnings)
+                            else:
+                                rejected = 0
+                    except ValueError as error:
+                        raise ValueError(f"checkpoints[{k}] ({dim} {name}): {error}") from error
+                if result.is_partial:
+                    is_stopped = True
+                    break
+                if start is None:
+                    expected = codes
+                result.diagnostics["is_warm"] = start is not None
+                previous = result
+                results.append(dataclasses.replace(result, ends=None))  # of one checkpoint at a time
+                names.append(name)
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        is_stopped = True
+    found = _dataset(results, names, dim, is_stopped)
+    issue(_in_all(results, names, dim), stacklevel=2)
+    return found
 
-            def report(steps: int, total: int, llc: float, k: int = k) -> None:
-                shown.update(k + steps / total, llc)
 
-            def estimate(start: LLCResult | None, name: str) -> LLCResult:
-                return estimate_llc(
-                    model,
-                    data,
-                    loss_fn,
-                    num_draws=num_draws,
-                    num_burnin=burnin if start is None else -(-burnin // WARM_BURNIN),
-                    warm_start=start,
-                    keep_ends=warm,
-                    checkpoint=None if kept is None else kept / f"{name}.npz",
-                    progress=report if shown.is_shown else False,
-                    **settings,
-                )
-
-            start = previous if warm else None
-            try:
-                result = estimate(start, f"{k:05d}")
-                if start is not None and result.warnings and not result.is_partial:
-                    start = None
-                    result = estimate(None, f"{k:05d}-cold")
-            except ValueError as error:
-                raise ValueError(f"checkpoints[{k}] ({dim} {names[k]}): {error}") from error
-            if result.is_partial:
-                break
-            result.diagnostics["is_warm"] = start is not None
-            previous = result
-            results.append(dataclasses.replace(result, ends=None))  # of one checkpoint at a time
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model has the values that it had: an iterator may be training it between two checkpoints."""
+    before = copy.deepcopy(model.state_dict())
+    try:
+        yield
     finally:
-        shown.close()
         model.load_state_dict(before)
-    return _dataset(results, names, dim)
 
 
-def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dataset:
+def _in_all(results: Sequence[LLCResult], names: Sequence[Any], dim: str) -> list[Warning]:
+    """A sentence for each code: which checkpoints have it, and what is said of the first."""
+    having: dict[str, list[tuple[Any, str]]] = {}
+    for name, result in zip(names, results, strict=True):
+        for warning in result.warnings:
+            having.setdefault(warning.code, []).append((name, warning))
+    sentences = []
+    for code, found in having.items():
+        which = ", ".join(str(name) for name, _ in found[:10]) + ", …" * (len(found) > 10)
+        said = f"{len(found)} of {len(results)} estimates have the warning {code!r} ({dim} {which})."
+        sentences.append(Warning(f"{said} The first says: {found[0][1]}", code))
+    return sentences + _of_scale(results)
+
+
+def _of_scale(results: Sequence[LLCResult]) -> list[Warning]:
+    """A sentence, if λ̂ is at another scale at each checkpoint, and that alone makes a difference."""
+    gammas = [result.settings["localization"] for result in results if result.settings["localization"] > 0]
+    if len(gammas) < 2:
+        return []
+    slopes = [abs(_number(result.diagnostics.get("localization_slope"))) for result in results]
+    effect = max(filter(math.isfinite, slopes), default=0.0) * math.log(max(gammas) / min(gammas))
+    if not effect > SCALE_EFFECT * max((abs(r.llc_mean) for r in results if math.isfinite(r.llc_mean)), default=0.0):
+        return []
+    middle = math.sqrt(max(gammas) * min(gammas))
+    return [
+        Warning(
+            f"γ was chosen for each checkpoint, from {min(gammas):.3g} to {max(gammas):.3g}, which alone may change λ̂ "
+            f"by {effect:.2g} along the sweep: λ̂ is not at one scale. Use localization={middle:.3g} for all.",
+            "scale",
+        )
+    ]
+
+
+def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: bool) -> xarray.Dataset:
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 
@@ -162,6 +260,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
             "init_loss": column(lambda r: r.init_loss),
             "nbeta": column(lambda r: r.nbeta),
             "lr": column(lambda r: r.settings["lr"]),
+            "localization": column(lambda r: r.settings["localization"]),
             "warnings": column(lambda r: "\n".join(r.warnings)),
             "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),
@@ -169,8 +268,8 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str) -> xarray.Dat
             "seconds": column(lambda r: r.settings["seconds"]),
             **{name: column(lambda r, name=name: _number(r.diagnostics.get(name))) for name in _DIAGNOSTICS},
         },
-        coords={dim: names[: len(results)]},
-        attrs={"partial": int(len(results) < len(names))},
+        coords={dim: names},
+        attrs={"partial": int(is_partial)},
     )
     return found
 
@@ -184,145 +283,138 @@ def _number(value: float | None) -> float:
 _OURS = {"checkpoint": "pass folder instead", "warm_start": "warm=True does it", "keep_ends": "warm=True does it"}
 
 
-def _checked(
-    model: nn.Module, checkpoints: Any, labels: Sequence[Any] | None, dim: str, settings: Mapping[str, Any]
-) -> list[Any]:
-    """The labels, after a look at everything that is given."""
+@dataclass(frozen=True)
+class _Given:
+    """The checkpoints that were given.
+
+    Attributes:
+        sources: all of them; None: they come from `iterator`.
+        iterator: gives them one at a time.
+        labels: what they are called; None: as they are numbered.
+        dim: what the labels are.
+    """
+
+    sources: list[Any] | None
+    iterator: Iterator[Any]
+    labels: Sequence[Any] | None
+    dim: str
+
+    @property
+    def count(self) -> int | None:
+        """How many there are, if anybody knows."""
+        known = self.labels if self.sources is None else self.sources
+        return None if known is None else len(known)
+
+    def said(self, k: int) -> str:
+        """What one is called in an error, without what it is."""
+        label = f" ({self.dim} {self.labels[k]})" if self.labels is not None and k < len(self.labels) else ""
+        return f"checkpoints[{k}]{label}"
+
+    def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
+        """Number, name and source of each; nothing is kept of one when the next is asked for."""
+        k = 0
+        while (source := next(self.iterator, _END)) is not _END:
+            if self.labels is not None and k >= len(self.labels):
+                self._complain("there are more checkpoints, which were left out")
+                return
+            if self.sources is None:
+                source = _checked(source, self.said(k))
+            name = k if self.labels is None else self.labels[k]
+            held = [source]
+            del source
+            yield k, name, held.pop()
+            k += 1
+        if self.labels is not None and k < len(self.labels):
+            self._complain(f"there were {k} checkpoints")
+
+    def _complain(self, what: str) -> None:
+        """Of an iterator that gives more or less than was said: an error would lose what was estimated."""
+        warnings.warn(f"labels has {len(self.labels or ())} entries, but {what}", UserWarning, stacklevel=3)
+
+
+_END = object()
+
+
+def _a_module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _gathered(checkpoints: Any, labels: Sequence[Any] | None, dim: str, settings: Mapping[str, Any]) -> _Given:
+    """What is given, after a look at everything but the state dicts themselves."""
     for name, remedy in _OURS.items():
         if name in settings:
             raise TypeError(f"{name} is not for sweeps: {remedy}")
-    if isinstance(checkpoints, (Mapping, str, os.PathLike)) or not isinstance(checkpoints, Sequence):
+    if dim in (*_NAMES, *_DIAGNOSTICS):
+        raise ValueError(f"dim={dim!r} is the name of something else in the data set: call it otherwise")
+    if isinstance(checkpoints, (str, os.PathLike)) and (path := Path(os.fsdecode(checkpoints))).is_dir():
+        found = checkpoints_in(path)
+        checkpoints = [source for _, source in found]
+        labels = [step for step, _ in found] if labels is None else labels
+    if isinstance(checkpoints, (Mapping, str, os.PathLike)) or not isinstance(checkpoints, Iterable):
         raise TypeError(
             f"checkpoints must be a list of state dicts or of their files, got a {type(checkpoints).__name__}"
             + (": put it in a list" if isinstance(checkpoints, (Mapping, str, os.PathLike)) else "")
         )
+    if isinstance(checkpoints, (nn.Module, Tensor)):
+        raise TypeError(
+            f"checkpoints must be a list of state dicts or of their files, got a {type(checkpoints).__name__}"
+        )
+    if labels is not None:
+        labels = list(labels)
+        if not all(isinstance(label, (str, numbers.Real, np.generic)) for label in labels):
+            raise TypeError(f"labels must be numbers or strings, got {labels!r:.80}")
+    if isinstance(checkpoints, (ValuesView, np.ndarray)):  # all are there, and can be looked at first
+        checkpoints = list(checkpoints)
+    if not isinstance(checkpoints, Sequence):
+        return _Given(None, iter(checkpoints), labels, dim)
     if not checkpoints:
         raise ValueError("checkpoints is empty: give one state dict at least")
     if labels is not None and len(labels) != len(checkpoints):
         raise ValueError(f"labels has {len(labels)} entries for {len(checkpoints)} checkpoints")
-    if dim in (*_NAMES, *_DIAGNOSTICS):
-        raise ValueError(f"dim={dim!r} is the name of something else in the data set: call it otherwise")
-    if labels is not None and not all(isinstance(label, (str, numbers.Real, np.generic)) for label in labels):
-        raise TypeError(f"labels must be numbers or strings, got {list(labels)!r:.80}")
-    for k, checkpoint in enumerate(checkpoints):
-        if isinstance(checkpoint, nn.Module):
-            raise TypeError(
-                f"checkpoints[{k}] must be a state dict or a file of one, got the module {type(checkpoint).__name__}: "
-                "pass copy.deepcopy(module.state_dict()), taken when the module was what you want to keep"
-            )
-        if isinstance(checkpoint, Mapping):
-            continue
-        if not isinstance(checkpoint, (str, os.PathLike)):
-            raise TypeError(f"checkpoints[{k}] must be a state dict or a file of one, got {type(checkpoint).__name__}")
-        if not Path(os.fsdecode(checkpoint)).is_file():
-            what = "is no file" if os.path.lexists(checkpoint) else "does not exist"
-            raise FileNotFoundError(f"checkpoints[{k}]={os.fspath(checkpoint)!r} {what}")
-    return list(range(len(checkpoints))) if labels is None else list(labels)
+    given = _Given([], iter(()), labels, dim)
+    sources = [_checked(checkpoint, given.said(k)) for k, checkpoint in enumerate(checkpoints)]
+    return _Given(sources, iter(sources), labels, dim)
 
 
-def _check_states(model: nn.Module, checkpoints: Sequence[Mapping[str, Any] | Path]) -> None:
+def _checked(checkpoint: Any, said: str) -> Mapping[str, Any] | Path:
+    """A state dict, or the absolute path of a file or a folder."""
+    if isinstance(checkpoint, nn.Module):
+        raise TypeError(
+            f"{said} must be a state dict or a file of one, got the module {type(checkpoint).__name__}: "
+            "pass copy.deepcopy(module.state_dict()), taken when the module was what you want to keep"
+        )
+    if isinstance(checkpoint, Mapping):
+        return checkpoint
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"{said} must be a state dict or a file of one, got {type(checkpoint).__name__}")
+    path = Path(os.fsdecode(checkpoint)).absolute()
+    if not (path.is_file() or path.is_dir()):
+        what = "is no file" if os.path.lexists(checkpoint) else "does not exist"
+        raise FileNotFoundError(f"{said}={os.fspath(checkpoint)!r} {what}")
+    return path
+
+
+def _with_path(said: str, source: Mapping[str, Any] | Path) -> str:
+    return said if isinstance(source, Mapping) else f"{said}={str(source)!r}"
+
+
+def _check_states(model: nn.Module, given: _Given, reader: WeightReader, params: Any) -> None:
     """Look at all state dicts before the first estimate, at those in files without reading their values.
 
-    Raises:
-        ValueError: one is not of this model; says what to pass instead where that can be told.
-    """
-    wanted = model.state_dict()
-    for k, checkpoint in enumerate(checkpoints):
-        state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint, k, mapped=True)
-        if wrong := _difference(state, wanted):
-            said = f"checkpoints[{k}]" if isinstance(checkpoint, Mapping) else f"checkpoints[{k}]={str(checkpoint)!r}"
-            raise ValueError(f"{said} is no state dict of this model: {wrong}{_remedy(state, wanted, checkpoint)}")
-
-
-def _difference(state: Any, wanted: Mapping[str, Any]) -> str:
-    """What is wrong with a state dict, in words; empty if it is the model's."""
-    if not isinstance(state, Mapping):
-        return f"it is of type {type(state).__name__}"
-    missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]  # older torch had none
-    if missing:
-        return f"it has no {missing[0]!r}{_and_more(missing)}"
-    if more := [n for n in state if n not in wanted]:
-        return f"the model has no {more[0]!r}{_and_more(more)}"
-    for name, theirs in state.items():
-        ours = wanted[name]
-        if isinstance(ours, Tensor) != isinstance(theirs, Tensor):
-            return f"{name!r} is of type {type(theirs).__name__} there, {type(ours).__name__} in the model"
-        if not isinstance(ours, Tensor):
-            continue
-        if ours.shape != theirs.shape:
-            return f"{name!r} has shape {tuple(theirs.shape)} there, {tuple(ours.shape)} in the model"
-        if _kind(ours) != _kind(theirs):
-            return f"{name!r} has dtype {theirs.dtype} there, {ours.dtype} in the model"
-    return ""
-
-
-def _and_more(names: Sequence[Any]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _kind(tensor: Tensor) -> str:
-    """Kinds of numbers that can't be converted into each other; floating-point types can."""
-    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else str(tensor.dtype)
-
-
-_WRAPPERS = {
-    ("module",): "torch.nn.DataParallel or DistributedDataParallel",
-    ("_orig_mod",): "torch.compile",
-    ("module", "_orig_mod"): "DistributedDataParallel with torch.compile",
-    ("_fsdp_wrapped_module",): "FSDP",
-    ("model",): "a module that holds it",
-    ("net",): "a module that holds it",
-}
-"""Parts of names that are added to those of a model, and by what."""
-
-
-def _renamed(state: Mapping[Any, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """The same without these parts of the names."""
-    return {".".join(p for p in str(name).split(".") if p not in parts): t for name, t in state.items()}
-
-
-def _remedy(state: Any, wanted: Mapping[str, Any], checkpoint: Mapping[str, Any] | Path) -> str:
-    """What to pass instead, if that can be told."""
-    if not isinstance(state, Mapping):
-        return ". Pass a dictionary of tensors by name, such as model.state_dict()"
-    source = "the dictionary" if isinstance(checkpoint, Mapping) else "torch.load(path)"
-    entries: list[tuple[str, Any]] = [("", state)]
-    entries += [(f"[{key!r}]", entry) for key, entry in state.items() if isinstance(entry, Mapping)]
-    for place, entry in entries:
-        if place and not _difference(entry, wanted):
-            return f". Its entry {place[1:-1]} is one: pass {source}{place}"
-        for parts, wrapper in _WRAPPERS.items():
-            if not _difference(_renamed(entry, parts), wanted):
-                stripped = "name" + "".join(f".replace('{part}.', '')" for part in parts)
-                return (
-                    f". The names have the part '{'.'.join(parts)}.' that {wrapper} adds: pass "
-                    f"{{{stripped}: t for name, t in {source}{place}.items()}}"
-                )
-    for parts, wrapper in _WRAPPERS.items():
-        if not _difference(state, _renamed(wanted, parts)):
-            return (
-                f". The model's names have the part '{'.'.join(parts)}.' that {wrapper} adds: pass the model inside it"
-            )
-    return ". Pass what model.state_dict() of the same architecture returned"
-
-
-def _check_memory_apart(model: nn.Module, checkpoints: Sequence[Any], params: Any) -> None:
-    """Refuse state dicts that share what is sampled: all of them hold the values of the last.
-
-    ``model.state_dict()`` and its shallow copies hold the model's own tensors, which training goes on to change. What
-    is not sampled may be the same in all checkpoints, and its memory too.
+    ``model.state_dict()`` and its shallow copies hold the model's own tensors, which training goes on to change: state
+    dicts that share what is sampled all hold the values of the last. What is not sampled may be the same in all
+    checkpoints, and its memory too.
 
     Raises:
-        ValueError: the values of two of them are in the same memory.
+        ValueError: one is not of this model, or the values of two of them are in the same memory.
     """
     sampled, first = list(select(model, params)), dict[tuple[str, int, torch.device], int]()
-    for k, checkpoint in enumerate(checkpoints):
-        if not isinstance(checkpoint, Mapping):
-            continue
-        for name in sampled:
-            place = _place(checkpoint.get(name))
+    for k, source in enumerate(given.sources or ()):
+        state = reader.read(source, _with_path(given.said(k), source))
+        for name in sampled if isinstance(source, Mapping) else ():
+            place = _place(state.get(name))
             if place is None:
                 continue
             other = first.setdefault((name, *place), k)
@@ -346,45 +438,9 @@ def _place(tensor: Any) -> tuple[int, torch.device] | None:
     return (address, tensor.device) if address else None
 
 
-def _apart_from(model: nn.Module, checkpoints: Sequence[Mapping[str, Any] | Path]) -> list[Mapping[str, Any] | Path]:
-    """The checkpoints; one in the model's own memory, which changes when another one is loaded, as a copy."""
-    own = {_storage(t) for t in model.state_dict().values()} - {None}
-
-    def is_live(checkpoint: Any) -> bool:
-        return isinstance(checkpoint, Mapping) and any(_storage(t) in own for t in checkpoint.values())
-
-    return [copy.deepcopy(c) if is_live(c) else c for c in checkpoints]
-
-
-def _storage(tensor: Any) -> int | None:
-    return None if _place(tensor) is None else int(tensor.untyped_storage().data_ptr())
-
-
-def _read(path: Path, k: int, *, mapped: bool = False) -> Any:
-    """What a file holds; with `mapped` its values stay in the file.
-
-    Raises:
-        ValueError: torch can't read it.
-    """
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    try:
-        if mapped:
-            try:
-                return torch.load(path, mmap=True, **options)
-            except RuntimeError:  # a file of torch before 1.6, or none at all
-                return torch.load(path, **options)
-        return torch.load(path, **options)
-    except Exception as error:  # of whatever kind torch raises for files that are none of its own
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"checkpoints[{k}]={str(path)!r} can't be read by torch.load(weights_only=True): {said[0]} Save "
-            "model.state_dict() with torch.save"
-        ) from error
-
-
-def _load_into(model: nn.Module, checkpoint: Mapping[str, Any] | Path, k: int) -> None:
-    state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint, k)
+def _load_into(model: nn.Module, reader: WeightReader, source: Mapping[str, Any] | Path, said: str) -> None:
+    state = reader.read(source, _with_path(said, source))
     try:
         model.load_state_dict(state)
     except Exception as error:  # of whatever kind: modules may load themselves
-        raise ValueError(f"checkpoints[{k}] can't be loaded into the model: {error}") from error
+        raise ValueError(f"{said} can't be loaded into the model: {error}") from error

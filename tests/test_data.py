@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from numbered import N, numbered
 from regression import NUM_SAMPLES, estimate, mlp, samples
 from runs import codes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
+import llc_fast
 from llc_fast.data import Batch, leaves, make_source
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -506,6 +508,96 @@ def test_another_batch() -> None:
             return self._x[indices], self._y[indices] + 100
 
     assert float(next(iter(make_source(Ours(), 5, CPU).minibatches(0)))[1].min()) > 50
+
+    class LikeTensorFlow:
+        """Batches one after another; `batch` makes another one of those."""
+
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter([numbered(5), numbered(5)])
+
+        def batch(self, batch_size: int, drop_remainder: bool = False) -> Any:
+            raise AssertionError("this is for something else")
+
+    assert make_source(LikeTensorFlow(), None, CPU).num_samples == 10
+
+
+class _Transform:
+    """What a data set does to its rows, and neither pickle nor deepcopy takes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return {name: torch.tensor(column) for name, column in rows.items()}
+
+
+def _hugging_face(**more: Any) -> Any:
+    x, y = numbered()
+    return pytest.importorskip("datasets").Dataset.from_dict({"x": x.tolist(), "y": y.tolist()} | more)
+
+
+def _predicts_y(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch["x"])[:, 0], batch["y"].to(batch["x"].dtype))
+
+
+@pytest.mark.parametrize("form", [None, "python", "torch", "numpy", "pandas", "arrow", "transform", "selected columns"])
+def test_hugging_face_data_sets(form: str | None) -> None:
+    """Whatever format they have, and with a transform: the estimate of the same tensors, whole and in minibatches."""
+    data = _hugging_face(more=[0] * N)
+    if form == "transform":
+        data = data.with_transform(_Transform())
+    elif form == "selected columns":
+        data = data.with_format("numpy", columns=["x", "y"])
+    else:
+        data = data.with_format(form)
+    before = data.format["type"]
+    x, y = numbered()
+    options: dict[str, Any] = {"lr": 1e-4, "num_chains": 2, "num_draws": 5, "num_burnin": 2, "nbeta": 3.0}
+    for batch_size in (None, 4):
+        expected, found = (
+            llc_fast.estimate_llc(
+                nn.Linear(x.shape[1], 1).apply(_constant),
+                given,
+                _predicts_y,
+                batch_size=batch_size,
+                progress=False,
+                **options,
+            )
+            for given in ({"x": x.float(), "y": y}, data)
+        )
+        np.testing.assert_allclose(found.loss_trace, expected.loss_trace, rtol=1e-6)
+        assert found.settings["num_samples"] == N
+    assert data.format["type"] == before
+
+
+def _constant(module: nn.Module) -> None:
+    for p in module.parameters():
+        nn.init.constant_(p, 0.1)
+
+
+def test_hugging_face_data_sets_that_are_refused() -> None:
+    """With the line to write."""
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(TypeError, match=r"columns x, y, whose batches are dictionaries: pass loss_fn\(model, batch\)"):
+        make_source(_hugging_face(), 5, CPU)
+    ragged = datasets.Dataset.from_dict({"x": [[1.0], [2.0, 3.0]] * 4})
+    with pytest.raises(ValueError, match=r"rows of different lengths in the column 'x'.*DataCollatorWithPadding"):
+        make_source(ragged, 5, CPU, pairs=False)
+    splits = datasets.DatasetDict(test=_hugging_face(), train=_hugging_face())
+    with pytest.raises(TypeError, match=r"DatasetDict with the splits 'test', 'train'.*data\['test'\]"):
+        make_source(splits, 5, CPU, pairs=False)
+    with pytest.raises(TypeError, match=r'IterableDataset.*DataLoader\(data.with_format\("torch"\)'):
+        make_source(_hugging_face().to_iterable_dataset(), 5, CPU, pairs=False)
+
+
+def test_texts_of_hugging_face_data_sets_stay() -> None:
+    """Beside tensors, for a loss that reads them."""
+    source = make_source(_hugging_face(text=["a text"] * N), 4, CPU, pairs=False)
+    batch = next(iter(source.minibatches(0)))
+    assert batch["text"] == ["a text"] * 4 and batch["x"].shape[0] == 4
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import llc_fast
 PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
-    ("samplers", "batches", "loaders", "data", "traces"),
-    ("objective", "result", "plots", "optim", "problems"),
+    ("samplers", "batches", "loaders", "data", "traces", "weights"),
+    ("objective", "result", "plots", "optim", "problems", "language"),
     ("gradients",),
     ("chains",),
     ("calibration", "cost", "progress", "settings", "checks"),

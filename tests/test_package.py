@@ -79,7 +79,7 @@ def test_type_checkers_are_told_the_same() -> None:
     modules = {name for name, home in told.items() if not home}
     assert {name: home for name, home in told.items() if home} == llc_fast._HOME
     assert sorted([*told, "__version__"]) == sorted(llc_fast.__all__)
-    assert modules == {"samplers", "theory"}
+    assert modules == {"language", "samplers", "theory"}
 
 
 def test_star_import() -> None:
@@ -103,13 +103,23 @@ def test_other_names_are_attribute_errors(name: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["-c", "import llc_fast; llc_fast.SGLD"], ["-m", "llc_fast.cli", "info"]])
 def test_the_source_folder_says_that_nothing_is_built(arguments: list[str], tmp_path: Path) -> None:
-    """With the remedy; the program says it in one line."""
+    """With its name and the remedy; the program says it in one line."""
     shutil.copytree(TOP.parent, tmp_path / "llc_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     environment = os.environ | {"PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "No module named 'llc_fast._native': this is the source folder" in done.stderr
-    assert ("Traceback" in done.stderr) is (arguments[0] == "-c")
+    command = [sys.executable, *arguments]
+
+    def said() -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode != 0 and ("Traceback" in done.stderr) is (arguments[0] == "-c")
+        return done.stderr
+
+    assert f"No module named 'llc_fast._native': {tmp_path / 'llc_fast'} lacks its native module" in said()
+    (tmp_path / "setup.py").touch()
+    text = said()
+    assert f"llc_fast was imported from its source folder, {tmp_path}, where its native module is not built" in text
+    assert "Start Python in another folder" in text and "pip install -e ." in text
+    (tmp_path / "llc_fast" / "_native.cpython-39-x86_64-linux-gnu.so").touch()
+    assert "is built for another Python (_native.cpython-39-x86_64-linux-gnu.so)" in said()
 
 
 def test_a_broken_submodule_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -129,6 +129,22 @@ def test_time_left_of_a_resumed_job(monkeypatch: pytest.MonkeyPatch, clock: _Clo
     ]
 
 
+def test_a_log_of_jobs_of_unknown_number(monkeypatch: pytest.MonkeyPatch, clock: _Clock) -> None:
+    """A line for each that is done, and none for its parts."""
+    log = _stderr(io.StringIO(), monkeypatch)
+    with make_progress(True, None, "LLC at a", unit="checkpoint") as progress:
+        for done in (0.0, 0.5, 1.0, 1.3, 2.0):
+            progress.update(done, 10 + done)
+        progress.title = "LLC at c"
+        progress.update(3, 20.0)
+    assert log.getvalue().splitlines() == [
+        "LLC at a: 1 checkpoint, λ̂ ≈ 11",
+        "LLC at a: 2 checkpoints, λ̂ ≈ 12",
+        "LLC at c: 3 checkpoints, λ̂ ≈ 20",
+        "LLC at c: 3 checkpoints, λ̂ ≈ 20, 0:00 in all",
+    ]
+
+
 def test_a_log_of_a_job_of_unknown_length(monkeypatch: pytest.MonkeyPatch, clock: _Clock) -> None:
     """One line, when it is done, or none if nothing was."""
     log = _stderr(io.StringIO(), monkeypatch)

@@ -499,12 +499,12 @@ def test_html_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("diverged", [0, 1, 3])
 def test_plot(tmp_path: Path, diverged: int) -> None:
-    """A figure with two panels, as a PNG file if a path is given, with chains that diverged too."""
+    """A figure with three panels, as a PNG file if a path is given, with chains that diverged too."""
     pytest.importorskip("matplotlib")
     figure = _rich(diverged=diverged).plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(figure.axes) == 2
-    assert len(_rich(diverged=diverged).plot().axes) == 2
+    assert len(figure.axes) == 3
+    assert len(_rich(diverged=diverged).plot().axes) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
 
 
@@ -512,11 +512,11 @@ def test_plot_shows_the_estimate() -> None:
     """The running means end at each chain's λ̂; a level line is at the estimate, which the legend names."""
     pytest.importorskip("matplotlib")
     result = _rich()
-    _, right = result.plot().axes
-    ends = [line.get_ydata()[-1] for line in right.lines[:3]]
+    _, middle, _ = result.plot().axes
+    ends = [line.get_ydata()[-1] for line in middle.lines[:3]]
     np.testing.assert_allclose(ends, result.llc_per_chain)
-    assert set(right.lines[3].get_ydata()) == {result.llc_mean}
-    assert any(f"{result.llc_mean:.4g}" in t.get_text() for t in right.get_legend().get_texts())
+    assert set(middle.lines[3].get_ydata()) == {result.llc_mean}
+    assert any(f"{result.llc_mean:.4g}" in t.get_text() for t in middle.get_legend().get_texts())
 
 
 def test_plot_of_a_single_draw(tmp_path: Path) -> None:

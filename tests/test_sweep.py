@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
+import warnings
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ import llc_fast
 from llc_fast import calibration
 from llc_fast import estimate as estimate_module
 from llc_fast import sweep as sweep_module
-from llc_fast.checks import Facts
+from llc_fast.checks import CODES, Facts
 from llc_fast.result import LLCResult, Warning
 
 STRATEGIES = ["sequential", "batched"]
@@ -161,6 +165,7 @@ def _sweep(checkpoints: Any = None, **options: Any) -> Any:
         "num_draws": 8,
         "num_burnin": 4,
         "batch_size": 10,
+        "localization": 1.0,  # as that of `estimate`
         "progress": False,
     } | options
     model = chosen.pop("model", None) or mlp()
@@ -285,6 +290,7 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("steps", [5, 40, 70, 110])
 def test_a_stopped_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """In the first checkpoint, the second's warm chains or its cold ones, or the last: what is finished is returned."""
+    _doubt_warm_ones(monkeypatch)
     expected = _sweep()
     with interrupted_after(steps):
         partial = _sweep(folder=tmp_path / "kept" / "here", strategy="sequential")
@@ -316,19 +322,75 @@ class _Quartic(nn.Module):
         return self.steepness * (self.w.pow(4) + self.w.pow(2)).sum()
 
 
-def test_doubtful_warm_estimates_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From w*, with the whole burn-in: what is kept is the cold estimate and what is said of it."""
-    warned: list[bool] = []
+def _examined(monkeypatch: pytest.MonkeyPatch, cold: str, warm: str) -> list[bool]:
+    """Estimates from w* have the warnings with these codes, warm ones those; whether each that is made is warm."""
+    made: list[bool] = []
 
     def examine(result: LLCResult, facts: Facts) -> None:
-        warned.append(result.schedule.num_burnin == 1)  # a warm one
-        result.warnings.extend([Warning("doubtful", "doubt")] * warned[-1])
+        made.append(result.schedule.num_burnin == 1)
+        if result.is_partial:
+            return
+        result.warnings.extend(Warning(f"about {code}", code) for code in (warm if made[-1] else cold).split())
 
     monkeypatch.setattr(estimate_module, "examine", examine)
+    return made
+
+
+def _doubt_warm_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    _examined(monkeypatch, cold="", warm="doubt")
+
+
+def test_doubtful_warm_estimates_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From w*, with the whole burn-in: what is kept is the cold estimate and what is said of it."""
+    made = _examined(monkeypatch, cold="", warm="doubt")
     found = _sweep()
-    assert warned == [False, True, False, True, False] and not found.is_warm.any()
+    assert made == [False, True, False, True, False] and not found.is_warm.any()
     np.testing.assert_array_equal(found.llc_mean, _sweep(warm=False).llc_mean)
     assert list(found.warnings) == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("cold", "warm", "expected"),
+    [
+        ("trend rhat", "trend", [False, True, True]),  # as from w*
+        ("", "ess training-mode", [False, True, True]),  # nothing of the start
+        ("trend", "left", [False, True, False, True, False]),
+        ("ess", "ess burnin", [False, True, False, True, False]),
+    ],
+)
+def test_a_warning_that_a_cold_start_has_too_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, cold: str, warm: str, expected: list[bool]
+) -> None:
+    """Warm chains are blamed for what their start may have done, and an estimate from w* did not have."""
+    made = _examined(monkeypatch, cold, warm)
+    found = _sweep()
+    assert made == expected
+    is_kept = expected == [False, True, True]
+    assert list(found.is_warm) == [False, is_kept, is_kept]
+    assert list(found.warning_codes) == [cold, *([warm if is_kept else cold] * 2)]
+
+
+def test_a_sweep_stops_trying_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two warm estimates in a row that had to be made again all start at w*; one that holds starts the count."""
+    states = [mlp(seed=k).state_dict() for k in range(6)]
+    made = _examined(monkeypatch, cold="", warm="doubt")
+    found = _sweep(states)
+    assert made == [False, True, False, True, False, False, False, False] and not found.is_warm.any()
+    made, warm = _examined(monkeypatch, cold="", warm=""), iter([1, 0, 1, 0, 1])
+    examined = estimate_module.examine
+
+    def sometimes(result: LLCResult, facts: Facts) -> None:
+        examined(result, facts)
+        result.warnings.extend([Warning("doubtful", "doubt")] * (made[-1] and next(warm)))
+
+    monkeypatch.setattr(estimate_module, "examine", sometimes)
+    assert list(_sweep(states).is_warm) == [False, False, True, False, True, False]
+
+
+def test_codes_that_say_nothing_of_the_start_exist() -> None:
+    """And those that chains from afar give rise to are not among them."""
+    assert set(CODES) > sweep_module.NOT_OF_THE_START
+    assert not sweep_module.NOT_OF_THE_START & {"diverged", "rhat", "slow", "trend", "burnin", "left", "negative"}
 
 
 def test_where_a_warm_chain_is_lost_all_start_again() -> None:
@@ -367,8 +429,11 @@ def test_where_a_warm_chain_is_lost_all_start_again() -> None:
 def test_bad_input_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "estimate_llc", None)
     state, other = mlp().state_dict(), nn.Linear(3, 1).state_dict()
-    for checkpoints in (state, "model.pt", tmp_path):
+    for checkpoints in (state, "model.pt", tmp_path / "model.pt"):
         with pytest.raises(TypeError, match=r"checkpoints must be a list .* put it in a list"):
+            _sweep(checkpoints)
+    for checkpoints in (3, nn.Linear(3, 1), torch.zeros(3)):
+        with pytest.raises(TypeError, match=r"checkpoints must be a list of state dicts"):
             _sweep(checkpoints)
     with pytest.raises(ValueError, match="checkpoints is empty"):
         _sweep([])
@@ -461,21 +526,145 @@ def _state() -> dict[str, Tensor]:
     return mlp(seed=1).state_dict()
 
 
+_UNDERSTOOD: dict[str, Any] = {
+    "an entry": lambda state: {"model": state, "optimizer": {"state": {}}, "step": 3},
+    "DataParallel": lambda state: {f"module.{k}": t for k, t in state.items()},
+    "an iterator": lambda state: state,
+}
+
+
+@pytest.mark.parametrize("kind", _UNDERSTOOD)
+def test_checkpoints_of_others_are_the_same(tmp_path: Path, kind: str) -> None:
+    """State dicts, files and what iterators give: the same numbers as those of plain state dicts."""
+    given = [_UNDERSTOOD[kind](state) for state in _states()]
+    expected = _sweep(warm=False)
+    for k, state in enumerate(given):
+        torch.save(state, tmp_path / f"{k}.pt")
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    for checkpoints in (iter(given), iter(files)) if kind == "an iterator" else (given, files):
+        found = _sweep(checkpoints, warm=False)
+        assert found.drop_vars("seconds").identical(expected.drop_vars("seconds"))
+
+
+def test_wrapped_models() -> None:
+    """A compiled model and a DataParallel one take the state dicts of the model inside them."""
+    expected = _sweep(warm=False)
+    for wrapped in (torch.compile(mlp(), backend="eager"), nn.DataParallel(mlp())):
+        found = _sweep(model=wrapped, warm=False)
+        np.testing.assert_allclose(found.llc_mean, expected.llc_mean, rtol=1e-3)
+
+
+def test_a_folder_is_the_list_of_its_checkpoints(tmp_path: Path) -> None:
+    """In the order of their steps, which are the labels."""
+    for step, state in zip((10, 9, 100), _states(), strict=True):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        torch.save(state, tmp_path / f"checkpoint-{step}" / "pytorch_model.bin")
+    found = _sweep(tmp_path, dim="step", warm=False)
+    expected = _sweep([_states()[k] for k in (1, 0, 2)], dim="step", labels=[9, 10, 100], warm=False)
+    assert list(found.step) == [9, 10, 100]
+    np.testing.assert_array_equal(found.llc_mean, expected.llc_mean)
+    assert list(_sweep(str(tmp_path), labels=["a", "b", "c"]).checkpoint) == ["a", "b", "c"]
+    (tmp_path / "checkpoint-9" / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"^checkpoints\[0\] \(step 9\)=.* is a folder that has no model.safetensors"):
+        _sweep(tmp_path, dim="step")
+    with pytest.raises(ValueError, match=r"checkpoints=.* is a folder without names like checkpoint-500"):
+        _sweep(tmp_path / "checkpoint-10")
+
+
+def test_an_iterator_has_one_state_in_memory_at_a_time() -> None:
+    """When it is asked for the next, nobody holds the last; the model is as it was."""
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    alive: list[weakref.ref[Tensor]] = []
+
+    def states() -> Iterator[dict[str, Tensor]]:
+        for k in range(3):
+            assert [r for r in alive if r() is not None] == []
+            torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+            state = mlp(seed=k).state_dict()
+            alive.append(weakref.ref(state["0.weight"]))
+            yield state
+            del state
+
+    found = _sweep(states(), model=model)
+    np.testing.assert_array_equal(found.llc_mean, _sweep().llc_mean)
+
+
+def test_an_iterator_that_trains_the_model() -> None:
+    """It gives the model's own state each time, and finds the model where it left it."""
+    model, seen = mlp(), list[dict[str, Tensor]]()
+
+    def training() -> Iterator[dict[str, Tensor]]:
+        for _ in range(3):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+            seen.append(copy.deepcopy(model.state_dict()))
+            yield model.state_dict()
+            torch.testing.assert_close(model.state_dict(), seen[-1], rtol=0, atol=0)
+
+    found = _sweep(training(), model=model)
+    np.testing.assert_array_equal(found.llc_mean, _sweep(seen).llc_mean)
+
+
+def test_values_of_a_dictionary_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at before any work."""
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    with pytest.raises(ValueError, match=r"^checkpoints\[2\] is no state dict"):
+        _sweep(dict(enumerate([*_states(2), {}])).values())
+
+
+def test_labels_of_an_iterator() -> None:
+    """Too few or too many lose nothing of what was estimated."""
+    assert list(_sweep(iter(_states()), labels=[1, 2, 3]).checkpoint) == [1, 2, 3]
+    with pytest.warns(UserWarning, match="labels has 2 entries, but there are more checkpoints, which were left out"):
+        assert list(_sweep(iter(_states()), labels=[1, 2]).checkpoint) == [1, 2]
+    with pytest.warns(UserWarning, match="labels has 4 entries, but there were 3 checkpoints"):
+        assert list(_sweep(iter(_states()), labels=[1, 2, 3, 4]).checkpoint) == [1, 2, 3]
+
+
+def test_errors_of_an_iterator_name_the_checkpoint() -> None:
+    with pytest.raises(ValueError, match=r"^checkpoints\[1\] \(checkpoint b\) is no state dict of this model"):
+        _sweep(iter([_state(), {}]), labels=["a", "b"])
+    with pytest.raises(TypeError, match=r"^checkpoints\[1\] must be a state dict or a file of one, got int"):
+        _sweep(iter([_state(), 3]))
+
+
+def test_what_is_not_trained_may_be_averaged(tmp_path: Path) -> None:
+    """Where two entries fit, nothing is guessed, and `entry` says which."""
+    first, second = _states(2)
+    both = {"state_dict": first, "state_dict_ema": second}
+    with pytest.raises(ValueError, match=r"^checkpoints\[1\] fits the model in more than one way.*entry='state_dict'"):
+        _sweep([first, both])
+    found = _sweep([both], entry="state_dict_ema", warm=False)
+    np.testing.assert_array_equal(found.llc_mean, _sweep([second], warm=False).llc_mean)
+
+
+def test_files_of_objects(tmp_path: Path) -> None:
+    """Are read only if somebody asks for it."""
+    torch.save(mlp(seed=1), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"^checkpoints\[0\]=.* holds objects of the class .*weights_only=False"):
+        _sweep([tmp_path / "module.pt"])
+    found = _sweep([tmp_path / "module.pt"], weights_only=False)
+    np.testing.assert_array_equal(found.llc_mean, _sweep([_state()]).llc_mean)
+
+
 _WRONG: dict[str, tuple[Any, str]] = {
-    "nested": ({"model": _state(), "optimizer": {"state": {}}, "step": 3}, r"pass {}\['model'\]"),
-    "nested as state_dict": ({"epoch": 1, "state_dict": _state()}, r"pass {}\['state_dict'\]"),
-    "module": ({f"module.{k}": t for k, t in _state().items()}, r"DataParallel.*name.replace\('module.', ''\)"),
-    "_orig_mod": ({f"_orig_mod.{k}": t for k, t in _state().items()}, r"torch.compile.*replace\('_orig_mod.', ''\)"),
-    "both": ({f"module._orig_mod.{k}": t for k, t in _state().items()}, r"replace\('module.', ''\).replace\('_orig"),
-    "within": ({k.replace(".", "._orig_mod."): t for k, t in _state().items()}, r"torch.compile"),
-    "nested module": ({"model": {f"module.{k}": t for k, t in _state().items()}}, r"in {}\['model'\].items\(\)"),
     "a name less": ({k: t for k, t in _state().items() if k != "2.bias"}, r"it has no '2.bias'"),
     "a name more": ({**_state(), "3.bias": torch.zeros(1)}, r"the model has no '3.bias'"),
+    "both": (
+        {"a" + k: t for k, t in _state().items()},
+        r"it has no '0.weight' \(and 3 more\), and the model has no 'a0",
+    ),
     "another shape": ({**_state(), "2.bias": torch.zeros(2)}, r"'2.bias' has shape \(2,\) there, \(1,\) in the model"),
     "integers": ({**_state(), "2.bias": torch.zeros(1, dtype=torch.int64)}, r"has dtype torch.int64 there"),
     "complex": ({**_state(), "2.bias": torch.zeros(1, dtype=torch.complex64)}, r"has dtype torch.complex64 there"),
     "no tensor": ({**_state(), "2.bias": [0.0]}, r"'2.bias' is of type list there"),
     "numbers for names": (dict(enumerate(_state().values())), r"it has no '0.weight' \(and 3 more\)"),
+    "an entry with a name less": (
+        {"model": {k: t for k, t in _state().items() if k != "2.bias"}},
+        r"it has no '2.bias' in its entry \['model'\]",
+    ),
 }
 
 
@@ -484,18 +673,17 @@ _WRONG: dict[str, tuple[Any, str]] = {
 def test_other_state_dicts_are_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, in_file: bool
 ) -> None:
-    """By their index, with the way to make them right where there is one; the last of many files too."""
+    """By their index, with what is wrong; the last of many files too."""
     monkeypatch.setattr(sweep_module, "estimate_llc", None)
     state, words = _WRONG[name]
     model = mlp()
     before = copy.deepcopy(model.state_dict())
-    source = r"torch.load\(path\)" if in_file else "the dictionary"
     if in_file:
         torch.save(state, tmp_path / "wrong.pt")
         state = tmp_path / "wrong.pt"
     with pytest.raises(ValueError, match=r"^checkpoints\[3\].* is no state dict of this model") as caught:
         _sweep([*_states(), state], model=model)
-    assert re.search(words.replace("{}", source), str(caught.value)), caught.value
+    assert re.search(words, str(caught.value)), caught.value
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -517,8 +705,11 @@ def test_files_that_hold_none_are_refused_before_any_work(
     _UNREADABLE[kind](tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.*wrong.pt'.*state_dict\(\)"):
         _sweep([*_states(), tmp_path / "wrong.pt"])
-    with pytest.raises(FileNotFoundError, match=r"checkpoints\[3\]=.* is no file"):
+    with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.* is a folder that has no model.safetensors"):
         _sweep([*_states(), tmp_path])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match=r"checkpoints\[3\]=.* is no file"):
+        _sweep([*_states(), tmp_path / "pipe"])
 
 
 def test_what_torch_loads_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,3 +753,81 @@ def test_the_data_set_can_be_written(tmp_path: Path) -> None:
     with xarray.open_dataset(tmp_path / "sweep.nc") as again:
         np.testing.assert_array_equal(again.llc_mean, found.llc_mean)
         assert list(again.warnings.values) == list(found.warnings.values)
+
+
+# ---- warnings and Ctrl-C -----------------------------------------------------------------------------------
+
+
+def test_warnings_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Python warning for each code, at the line of the call, with the checkpoints that have it; none twice."""
+    losses = [estimate(model=mlp(seed=k)).init_loss for k in range(3)]
+    monkeypatch.setattr(
+        estimate_module,
+        "examine",
+        lambda result, _: result.warnings.extend(
+            [Warning("Too few.", "ess")] + [Warning("No minimum.", "negative")] * (result.init_loss == losses[1])
+        ),
+    )
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = _sweep(labels=[0, 10, 20], dim="step", warm=False)
+    assert [(w.category, w.message.code) for w in seen] == [  # type: ignore[union-attr]
+        (llc_fast.LLCWarning, "ess"),
+        (llc_fast.LLCWarning, "negative"),
+    ]
+    first, second = (str(w.message) for w in seen)
+    assert first == "3 of 3 estimates have the warning 'ess' (step 0, 10, 20). The first says: Too few."
+    assert second == "1 of 3 estimates have the warning 'negative' (step 10). The first says: No minimum."
+    assert seen[0].filename == __file__
+    assert list(found.warning_codes) == ["ess", "ess negative", "ess"]
+
+
+@pytest.mark.parametrize(("slope", "warns"), [(-40.0, True), (-1.0, False), (None, False)])
+def test_several_scales(monkeypatch: pytest.MonkeyPatch, slope: float | None, warns: bool) -> None:
+    """γ follows the weights: where that alone changes λ̂ by 5 %, the sweep says so, with a γ for all."""
+
+    def examine(result: LLCResult, _: Facts) -> None:
+        result.diagnostics["localization_slope"] = slope
+
+    monkeypatch.setattr(estimate_module, "examine", examine)
+    states = [{name: 2**k * t for name, t in mlp().state_dict().items()} for k in range(2)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = _sweep(states, localization=None, warm=False)
+        _sweep(states, localization=3.0, warm=False)
+    gammas = [float(gamma) for gamma in found.localization]
+    assert gammas[0] / gammas[1] == pytest.approx(4, rel=1e-3)
+    assert 1.0 < 0.05 * float(abs(found.llc_mean).max()) / math.log(4) < 40.0  # the premise
+    assert [w.message.code for w in seen] == ["scale"] * warns  # type: ignore[union-attr]
+    if warns:
+        text = str(seen[0].message)
+        assert f"from {gammas[1]:.3g} to {gammas[0]:.3g}, which alone may change λ̂ by {40 * math.log(4):.2g}" in text
+        assert f"localization={math.sqrt(gammas[0] * gammas[1]):.3g} for all" in text
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1, 2])
+def test_ctrl_c_between_chains(monkeypatch: pytest.MonkeyPatch, checkpoint: int) -> None:
+    """While an estimate is prepared it raises KeyboardInterrupt: what is finished is returned, if there is any."""
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    made: list[LLCResult] = []
+    original = sweep_module.estimate_llc
+
+    def stopped(*args: Any, **given: Any) -> LLCResult:
+        if len(made) == checkpoint:
+            raise KeyboardInterrupt
+        made.append(original(*args, **given))
+        return made[-1]
+
+    monkeypatch.setattr(sweep_module, "estimate_llc", stopped)
+    if checkpoint == 0:
+        with pytest.raises(KeyboardInterrupt):
+            _sweep(model=model, warm=False)
+    else:
+        found = _sweep(model=model, warm=False)
+        assert found.attrs["partial"] == 1
+        assert (
+            list(found.llc_mean) == [result.llc_mean for result in made]
+            and list(found.checkpoint) == [0, 1][:checkpoint]
+        )
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import traceback
+from typing import Annotated
 
 import typer
 
+import llc_fast
 from llc_fast import cli
+from llc_fast.cli.options import Command
 
 
 def make_app() -> typer.Typer:
     """The commands of all modules in this folder, in alphabetical order."""
     app = typer.Typer(
-        help="Estimate the local learning coefficient (LLC) of PyTorch models.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_show_locals=False,
@@ -23,8 +25,23 @@ def make_app() -> typer.Typer:
     modules = [importlib.import_module(f"{cli.__name__}.{name}") for name in names]
     commands = [command for module in modules for command in getattr(module, "COMMANDS", ())]
     for command in sorted(commands, key=lambda command: command.__name__):
-        app.command()(command)
+        app.command(cls=Command)(command)
+    app.callback()(_options)
     return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llc-fast {llc_fast.__version__}")
+        raise typer.Exit()
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Estimate the local learning coefficient (LLC) of PyTorch models."""
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.machinery
 import importlib.util
@@ -9,11 +10,17 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from llc_fast.samplers import Sampler
 
 from llc_fast.cli.options import (
     JsonPath,
@@ -21,6 +28,7 @@ from llc_fast.cli.options import (
     Progress,
     Seed,
     check_different,
+    numbers_of,
     writable,
     write_all,
     write_json,
@@ -32,9 +40,13 @@ def estimate(
         str, typer.Argument(help="FILE.py:FUNCTION or module:FUNCTION; the function returns (model, data, loss_fn).")
     ],
     sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, mala, …; default: chosen.")] = None,
+    sampler_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")] = None,
     nbeta: Annotated[float | None, typer.Option(help="nβ; default: n / log n.")] = None,
-    localization: Annotated[float | None, typer.Option(help="γ; default: 1.")] = None,
+    localization: Annotated[float | None, typer.Option(help="γ; default: from the size of the weights.")] = None,
+    preset: Annotated[str | None, typer.Option(help="language-model: nβ = 30 and γ = 300; default: none.")] = None,
     chains: Annotated[int, typer.Option(min=1)] = 4,
     draws: Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: chosen.")] = None,
     burnin: Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")] = None,
@@ -42,6 +54,13 @@ def estimate(
     params: Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: where the model is.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")
+    ] = None,
+    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")] = None,
+    microbatch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples that pass the model at a time; default: the batch.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File to resume from.", dir_okay=False, callback=writable)
     ] = None,
@@ -63,16 +82,20 @@ def estimate(
     place = Path(problem.rpartition(":")[0])
     check_different({"PROBLEM": place if place.is_file() else None} | paths)
     from llc_fast.estimate import estimate_llc
+    from llc_fast.settings import Execution
 
+    chosen = sampler_of(sampler, sampler_option or [])
+    execution = Execution(strategy=strategy, autocast=dtype_of(autocast), microbatch_size=microbatch_size)
     model, data, loss_fn = problem_of(problem)
     result = estimate_llc(
         model,
         data,
         loss_fn,
-        sampler=sampler,
+        sampler=chosen,
         lr=lr,
         nbeta=nbeta,
         localization=localization,
+        preset=preset,
         num_chains=chains,
         num_draws=draws,
         num_burnin=burnin,
@@ -80,22 +103,11 @@ def estimate(
         params=params or None,
         seed=seed,
         device=device,
+        execution=execution,
         checkpoint=checkpoint,
         progress=progress,
     )
     typer.echo(result.summary())
-    low, high = result.interval()
-    numbers = {
-        "llc_mean": result.llc_mean,
-        "llc_stderr": result.llc_stderr,
-        "interval": [low, high],
-        "llc_per_chain": result.llc_per_chain.tolist(),
-        "init_loss": result.init_loss,
-        "nbeta": result.nbeta,
-        "settings": result.settings,
-        "diagnostics": result.diagnostics,
-        "warnings": result.warnings,
-    }
 
     def draw(path: Path) -> None:
         result.plot(path)
@@ -103,7 +115,7 @@ def estimate(
     write_all(
         [
             ("result", save, result.save),
-            ("numbers", json_path, lambda path: write_json(path, numbers)),
+            ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
             ("picture", plot_path, draw),
         ]
     )
@@ -112,6 +124,64 @@ def estimate(
 
 
 COMMANDS = (estimate,)
+
+
+def sampler_of(name: str | None, options: Sequence[str]) -> Sampler | str | None:
+    """The sampler of that name with options, ``["eps=1e-3"]``; None if there is no name.
+
+    Raises:
+        typer.BadParameter: it has no such name, option or value.
+    """
+    from llc_fast.samplers import make_sampler
+    from llc_fast.samplers.registry import sampler_class
+
+    if name is None:
+        if options:
+            raise typer.BadParameter("needs --sampler, whose option it is", param_hint="--sampler-option")
+        return None
+    try:
+        known = sampler_class(name).name
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sampler") from None
+    if not options:
+        return known
+    values = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{option!r} is not NAME=VALUE", param_hint="--sampler-option")
+        values[key.strip().replace("-", "_")] = _value(text.strip())
+    try:
+        return make_sampler(known, **values)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--sampler-option") from None
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value, None, a tuple of these, or else the text."""
+    words = {"true": True, "false": False, "none": None, "inf": math.inf}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The floating-point type of that name.
+
+    Raises:
+        typer.BadParameter: there is none.
+    """
+    import torch
+
+    if name is None:
+        return None
+    found = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}.get(name, name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise typer.BadParameter(f"{name!r} is not bfloat16 or float16", param_hint="--autocast")
+    return found
 
 
 def problem_of(where: str) -> Any:

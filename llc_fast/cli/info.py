@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from llc_fast.cli.options import JsonPath, write_all, write_json
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+
+def info(json_path: JsonPath = None) -> None:
     """Say what is installed and which code will run. Paste this into bug reports."""
-    if as_json:
-        typer.echo(json.dumps(facts := collect_info(), indent=1))
+    if json_path is not None:
+        facts = collect_info()
+        write_all([("facts", json_path, lambda path: write_json(path, facts))])
     else:
         facts = installed()
         _print(facts)

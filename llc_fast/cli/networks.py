@@ -25,7 +25,10 @@ def demo(
     plot_path: PlotPath = Path("llc_fast_demo.png"),
     progress: Progress = True,
 ) -> None:
-    """Estimate deep linear networks whose learning coefficient is known, and draw the comparison."""
+    """Estimate deep linear networks whose learning coefficient is known, and draw the comparison.
+
+    Ctrl-C ends it with what there is.
+    """
     check_different({"--json": json_path, "--plot": plot_path})
     typer.echo(
         "The learning coefficient λ says how fast the volume of almost-as-good parameters grows around a trained\n"
@@ -35,8 +38,8 @@ def demo(
         "its chains were too short, which happens to deep networks of low rank.\n"
     )
     plan = [("1k", seed + k) for k in range(6)] + [("10k", seed + k) for k in range(3)]
-    rows, result = _run_networks(plan, paper=False, chains=2, steps=None, device="cpu", progress=progress)
-    _write(rows, result, json_path, plot_path)
+    found = _run_networks(plan, paper=False, chains=2, steps=None, device="cpu", progress=progress)
+    _write(*found, json_path, plot_path)
 
 
 def dln(
@@ -51,15 +54,18 @@ def dln(
     plot_path: PlotPath = None,
     progress: Progress = True,
 ) -> None:
-    """Estimate deep linear networks of one of the classes of Furman & Lau 2024, calibrated or with its settings."""
+    """Estimate deep linear networks of one of the classes of Furman & Lau 2024, calibrated or with its settings.
+
+    Ctrl-C ends it with what there is.
+    """
     from llc_fast.problems.deep_linear import SIZE_CLASSES
 
     check_different({"--json": json_path, "--plot": plot_path})
     if size not in SIZE_CLASSES:
         raise typer.BadParameter(f"{size!r} is not one of {', '.join(SIZE_CLASSES)}", param_hint="--size")
     plan = [(size, seed + k) for k in range(networks)]
-    rows, result = _run_networks(plan, paper=paper, chains=chains, steps=steps, device=device, progress=progress)
-    _write(rows, result, json_path, plot_path)
+    found = _run_networks(plan, paper=paper, chains=chains, steps=steps, device=device, progress=progress)
+    _write(*found, json_path, plot_path)
 
 
 COMMANDS = (demo, dln)
@@ -104,7 +110,9 @@ def _network_row(
         "rel_error": (result.llc_mean - known) / known if known else math.nan,
         "seconds": result.settings["seconds"],
         "steps": chains * num_steps + result.diagnostics.get("pilot_steps", 0),
-        "warnings": result.warnings,
+        "is_partial": result.is_partial,
+        # λ of these is the same however far chains go from w*.
+        "warnings": [warning for warning in result.warnings if warning.code != "far"],
     }
     return row, result
 
@@ -123,32 +131,53 @@ def _line(row: dict[str, Any]) -> str:
 
 def _run_networks(
     plan: list[tuple[str, int]], *, paper: bool, chains: int, steps: int | None, device: str, progress: bool
-) -> tuple[list[dict[str, Any]], LLCResult | None]:
-    """Estimate the networks of `plan` (size, seed), printing a row as each is done; rows and the last result."""
+) -> tuple[list[dict[str, Any]], LLCResult | None, bool]:
+    """Estimate the networks of `plan` (size, seed), printing a row as each is done.
+
+    Returns:
+        The rows, the last result, and whether Ctrl-C ended it; the last row may be of what there was then.
+    """
     from llc_fast.estimate import check_device
 
     check_device(device)
     typer.echo(_HEADER)
     rows: list[dict[str, Any]] = []
-    result = None
-    for size, seed in plan:
-        row, result = _network_row(
-            size, seed, paper=paper, chains=chains, steps=steps, device=device, progress=progress
-        )
-        rows.append(row)
-        typer.echo(_line(row))
-    if errors := [abs(r["rel_error"]) for r in rows if math.isfinite(r["rel_error"])]:
+    result, is_stopped = None, False
+    try:
+        for size, seed in plan:
+            row, result = _network_row(
+                size, seed, paper=paper, chains=chains, steps=steps, device=device, progress=progress
+            )
+            rows.append(row)
+            typer.echo(_line(row))
+            if result.is_partial:
+                is_stopped = True
+                break
+    except KeyboardInterrupt:  # between the chains of two networks
+        is_stopped = True
+    done = [row for row in rows if not row["is_partial"]]
+    if is_stopped:
+        typer.echo(f"stopped: {len(done)} of {len(plan)} networks are done")
+    if errors := [abs(r["rel_error"]) for r in done if math.isfinite(r["rel_error"])]:
         median = statistics.median(errors)
         typer.echo(f"median |λ̂ − λ| / λ over {len(errors)} networks: {100 * median:.1f} %")
-    return rows, result
+    return rows, result, is_stopped
 
 
 def _write(
-    rows: list[dict[str, Any]], result: LLCResult | None, json_path: Path | None, plot_path: Path | None
+    rows: list[dict[str, Any]],
+    result: LLCResult | None,
+    is_stopped: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
 ) -> None:
     def draw(path: Path) -> None:
         from llc_fast.plots import plot_known, write_figure
 
         write_figure(plot_known(rows, result), path)
 
-    write_all([("numbers", json_path, lambda path: write_json(path, rows)), ("picture", plot_path, draw)])
+    write_all(
+        [("numbers", json_path, lambda path: write_json(path, rows)), ("picture", plot_path if rows else None, draw)]
+    )
+    if is_stopped:
+        raise typer.Exit(130)

@@ -1,16 +1,64 @@
-"""Options that several commands share, and the files that they write."""
+"""Options that several commands share, what they write, and the class of all commands."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from llc_fast.support.files import atomic_write, output_path, plain
+from llc_fast.support.warned import shown_otherwise
+
+if TYPE_CHECKING:
+    from llc_fast.result import LLCResult
+
+STDOUT = Path("-")
+"""The file that stands for standard output."""
+_stdout = contextvars.ContextVar[IO[str] | None]("llc_fast_stdout", default=None)
+"""Where JSON goes while everything else that is printed goes to stderr."""
+
+
+class Command(TyperCommand):
+    """A command whose ``--json`` may stand without a file: then stdout has one JSON document and nothing else.
+
+    Warnings are printed by the commands themselves, so that none are issued as Python's.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, taken = list[str](), list[int]()
+        for k, arg in enumerate(args):
+            given.append(arg)
+            if arg != "--json":
+                continue
+            if k + 1 == len(args) or (args[k + 1].startswith("-") and args[k + 1] != "-"):
+                given.append(str(STDOUT))
+            else:
+                taken.append(len(given))
+        try:
+            return super().parse_args(ctx, list(given))
+        except Exception as error:
+            # What follows --json was meant to be the argument that is missing now.
+            if type(error).__name__ != "MissingParameter" or not taken:
+                raise
+            ctx.params.clear()
+            return super().parse_args(ctx, [*given[: taken[-1]], str(STDOUT), *given[taken[-1] :]])
+
+    def invoke(self, ctx: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(shown_otherwise())
+            if ctx.params.get("json_path") == STDOUT:
+                token = _stdout.set(sys.stdout)
+                stack.callback(_stdout.reset, token)
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            return super().invoke(ctx)
 
 
 def writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -18,8 +66,8 @@ def writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
 
     So no run is lost to it at its end, and the file is where it was asked for, wherever the user's code goes.
     """
-    if path is None:
-        return None
+    if path is None or path == STDOUT:
+        return path
     try:
         return output_path(max(param.opts, key=len).lstrip("-"), path)
     except (OSError, ValueError) as error:
@@ -41,6 +89,8 @@ def check_different(paths: dict[str, Path | None]) -> None:
     """Raise a usage error if two of a command's files, by the names of their options, are one."""
     seen = dict[str, str]()
     for name, path in paths.items():
+        if path == STDOUT and name != "--json":
+            raise typer.BadParameter("give the name of a file: only --json can go to standard output", param_hint=name)
         if path is not None and (other := seen.setdefault(os.path.realpath(path), name)) != name:
             raise typer.BadParameter(f"{path} is the file of {other} too: give another one", param_hint=name)
 
@@ -59,7 +109,8 @@ def write_all(writers: list[tuple[str, Path | None, Callable[[Path], None]]]) ->
         if path is not None:
             try:
                 write(path)
-                typer.echo(f"{what} written to {path}")
+                if path != STDOUT:
+                    typer.echo(f"{what} written to {path}")
             except OSError as error:
                 typer.echo(f"llc-fast: {what} could not be written to {path}: {error.strerror or error}", err=True)
                 has_failed = True
@@ -68,7 +119,15 @@ def write_all(writers: list[tuple[str, Path | None, Callable[[Path], None]]]) ->
 
 
 JsonPath = Annotated[
-    Path | None, typer.Option("--json", help="Write the numbers to this file.", dir_okay=False, callback=writable)
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the numbers to this file; without one, print them as JSON, and all else on stderr.",
+        metavar="[FILE]",
+        dir_okay=False,
+        allow_dash=True,
+        callback=writable,
+    ),
 ]
 PlotPath = Annotated[
     Path | None, typer.Option("--plot", help="Write a picture to this file.", dir_okay=False, callback=picture)
@@ -77,8 +136,29 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
 
 
+def numbers_of(result: LLCResult) -> dict[str, Any]:
+    """What is written of an estimate."""
+    low, high = result.interval()
+    return {
+        "llc_mean": result.llc_mean,
+        "llc_stderr": result.llc_stderr,
+        "interval": [low, high],
+        "llc_per_chain": result.llc_per_chain.tolist(),
+        "init_loss": result.init_loss,
+        "nbeta": result.nbeta,
+        "settings": result.settings,
+        "diagnostics": result.diagnostics,
+        "warnings": result.warnings,
+    }
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write numbers."""
+    """Write numbers to a file, or as one JSON document to standard output."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if path == STDOUT:
+        stream = _stdout.get() or sys.stdout
+        stream.write(text)
+        stream.flush()
+        return
     with atomic_write(path) as file:
         file.write(text.encode(errors="replace"))

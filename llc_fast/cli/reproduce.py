@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llc_fast.cli.options import Progress, Seed
+from llc_fast.cli.options import JsonPath, Progress, Seed, write_all, write_json
 
 
 def reproduce(
@@ -19,6 +19,7 @@ def reproduce(
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU for the paper's scale.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier run has measured.")] = False,
+    json_path: JsonPath = None,
     progress: Progress = True,
 ) -> None:
     """Regenerate a result of the papers: its numbers, its figures, and whether what is claimed came out.
@@ -31,6 +32,7 @@ def reproduce(
     if name is None:
         for known, words in EXPERIMENTS.items():
             typer.echo(f"{known:>18}  {words}")
+        write_all([("list", json_path, lambda path: write_json(path, EXPERIMENTS))])
         return
     from llc_fast.reproduce.run import run_experiments
 
@@ -48,6 +50,8 @@ def reproduce(
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+    found = [{"name": o.name, "folder": str(o.folder), "claims": [vars(claim) for claim in o.claims]} for o in outcomes]
+    write_all([("outcomes", json_path, lambda path: write_json(path, found))])
     if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ from llc_fast.reproduce import EXPERIMENTS
 from llc_fast.reproduce.claims import Claim, judgement, with_verdict
 from llc_fast.reproduce.rows import Tables
 from llc_fast.reproduce.study import Study
+from llc_fast.support.warned import shown_otherwise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,8 @@ def run(experiment: Experiment, study: Study, settings: Any = None) -> list[Clai
         settings: other than those of the study's scale.
     """
     settings = experiment.SCALES[study.scale] if settings is None else settings
-    experiment.measure(study, settings)
+    with shown_otherwise():  # the rows have the warnings
+        experiment.measure(study, settings)
     claims = experiment.claims(study.tables, settings)
     study.finish(claims, experiment.plot(study.tables, settings))
     return claims

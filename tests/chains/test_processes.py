@@ -433,6 +433,7 @@ def test_processes_that_were_given_different_things_are_refused(tmp_path: Path) 
 _LISTENING = """
 import urllib.parse, warnings
 warnings.simplefilter("error")
+warnings.simplefilter("ignore", llc_fast.LLCWarning)
 ours = set()
 def see(draw):
     if rank == 0:

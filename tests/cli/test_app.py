@@ -20,7 +20,13 @@ def test_help() -> None:
     """Without a command the commands are listed."""
     result = invoke()
     listed = re.findall(r"^│ ([a-z]+) ", printed(result), re.MULTILINE)
-    assert listed == ["bench", "demo", "dln", "estimate", "info", "reproduce"]
+    assert listed == ["bench", "demo", "dln", "estimate", "hf", "info", "reproduce"]
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, without a command."""
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"llc-fast {llc_fast.__version__}\n")
 
 
 def test_help_waits_for_nothing() -> None:

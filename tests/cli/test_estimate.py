@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from commands import PNG, invoke, printed
 
 import llc_fast
-from llc_fast.cli.estimate import problem_of
+from llc_fast.cli.estimate import problem_of, sampler_of
 
 PROBLEM = """
 import torch
@@ -74,6 +76,92 @@ def test_estimate_of_some_parameters(tmp_path: Path, problem_file: Path) -> None
     )
     assert done.exit_code == 0, done.output
     assert json.loads(path.read_text())["settings"]["num_parameters"] == 12 + 4 + 1
+
+
+def test_options_of_the_sampler_and_of_execution(tmp_path: Path, problem_file: Path) -> None:
+    """The numbers of `estimate_llc` with a sampler object and an Execution."""
+    options = ["--sampler", "RMSprop SGLD", "--sampler-option", "eps=1e-2", "--sampler-option", "relative-eps=true"]
+    options += ["--strategy", "sequential", "--autocast", "bfloat16", "--lr", "1e-4", "--localization", "10"]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    model, data, loss_fn = problem_of(f"{problem_file}:problem")
+    expected = llc_fast.estimate_llc(
+        model,
+        data,
+        loss_fn,
+        sampler=llc_fast.samplers.RMSpropSGLDSampler(eps=1e-2, relative_eps=True),
+        num_chains=2,
+        num_draws=40,
+        num_burnin=20,
+        batch_size=50,
+        lr=1e-4,
+        localization=10.0,
+        execution=llc_fast.Execution(strategy="sequential", autocast=torch.bfloat16),
+        progress=False,
+    )
+    assert found["llc_mean"] == expected.llc_mean
+    assert found["settings"]["sampler"] == "rmsprop-sgld" and found["settings"]["eps"] == 1e-2
+    assert found["settings"]["strategy"] == "sequential" and found["settings"]["relative_eps"] is True
+
+
+def test_preset(problem_file: Path) -> None:
+    """Its values, and those that are given beside it."""
+    options = ["--preset", "language-model", "--localization", "20", "--lr", "1e-4"]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options, "--json")
+    found = json.loads(done.stdout)
+    assert (found["nbeta"], found["settings"]["localization"]) == (30.0, 20.0)
+    refused = invoke("estimate", f"{problem_file}:problem", *SHORT, "--preset", "vision")
+    assert "preset='vision' is unknown" in str(refused.exception)
+
+
+def test_json_before_the_problem(problem_file: Path) -> None:
+    """What follows --json is no file for the numbers if the problem would be missing."""
+    done = invoke("estimate", *SHORT, "--lr", "1e-4", "--json", f"{problem_file}:problem")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["settings"]["lr"] == 1e-4
+    assert [path.name for path in problem_file.parent.iterdir() if path.suffix == ".py"] == [problem_file.name]
+    refused = invoke("estimate", "--json", "--lr", "1e-4")
+    assert refused.exit_code == 2 and "Missing argument" in printed(refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("num_leapfrog=7", {"num_leapfrog": 7}),
+        ("jitter=0", {"jitter": 0}),
+        ("adapt_steps=None", {"adapt_steps": None}),
+        ("preconditioner=2.5", {"preconditioner": 2.5}),
+    ],
+)
+def test_values_of_options(text: str, value: dict[str, Any]) -> None:
+    assert sampler_of("HMC", [text]) == llc_fast.samplers.HMCSampler(**value)
+    assert sampler_of("adam-sgld", ["betas=(0.8, 0.9)"]) == llc_fast.samplers.AdamSGLDSampler(betas=(0.8, 0.9))
+    assert sampler_of("sgld", []) == "sgld" and sampler_of(None, []) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sampler", "sgldd"], ["--sampler", "did you mean 'sgld'?"]),
+        (["--sampler-option", "eps=1"], ["--sampler-option", "needs --sampler"]),
+        (["--sampler", "sgld", "--sampler-option", "eps=1"], ["--sampler-option", "has no option eps"]),
+        (["--sampler", "rmsprop-sgld", "--sampler-option", "eps"], ["'eps' is not NAME=VALUE"]),
+        (["--sampler", "rmsprop-sgld", "--sampler-option", "eps=wide"], ["eps must be a number"]),
+        (["--sampler", "rmsprop-sgld", "--sampler-option", "eps=-1"], ["--sampler-option", "eps"]),
+        (["--autocast", "int8"], ["--autocast", "'int8' is not bfloat16"]),
+        (["--autocast", "no_grad"], ["--autocast", "'no_grad' is not bfloat16"]),
+        (["--microbatch-size", "0"], ["--microbatch-size"]),
+    ],
+)
+def test_wrong_options_are_found_before_the_file_is_read(
+    problem_file: Path, arguments: list[str], said: list[str]
+) -> None:
+    problem_file.write_text("raise AssertionError('the file was imported')")
+    done = invoke("estimate", f"{problem_file}:problem", *arguments)
+    assert done.exit_code == 2
+    for words in said:
+        assert words in printed(done)
 
 
 @pytest.mark.parametrize(

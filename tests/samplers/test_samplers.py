@@ -22,6 +22,7 @@ from llc_fast.kernels.native import NUM_STATES
 from llc_fast.kernels.step import SUMS
 from llc_fast.samplers import SAMPLERS, Sampler, SGLDSampler, make_sampler, register
 from llc_fast.samplers.state import ChainState
+from llc_fast.settings import Settings
 
 COPIES = 40_000  # independent chains for each curvature, in one tensor
 CURVATURES = torch.tensor([1.0, 100.0])
@@ -297,6 +298,24 @@ def test_frozen_metric_is_that_of_the_specification(name: str) -> None:
     reference.apply(name, x, scalars, step=3)
     by_noise = (x.w - 1).square() / 0.1  # without a gradient w moves by √(εp)·ξ
     torch.testing.assert_close(SAMPLERS[name].frozen_metric(scalars, [squares]), by_noise)
+
+
+@pytest.mark.parametrize("name", ["rmsprop-sgld", "RMSprop-SGLD", "rmsprop_sgld", "RMSpropSGLD", "RMSProp SGLD"])
+def test_names_as_people_write_them(name: str) -> None:
+    assert type(make_sampler(name)) is SAMPLERS["rmsprop-sgld"]
+    assert Settings(sampler=name).template.name == "rmsprop-sgld"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("sgdl", "'sgld'"), ("rms-sgld", "'rmsprop-sgld'"), ("SGHM", "'sghmc'"), ("nuts", None), ("", None)],
+)
+def test_unknown_names_are_refused_with_the_nearest(name: str, near: str | None) -> None:
+    with pytest.raises(
+        ValueError, match=f"sampler='{name}' is unknown; .*choose one of: adam-sgld, hmc, mala"
+    ) as caught:
+        make_sampler(name)
+    assert (f"did you mean {near}?" in str(caught.value)) if near else ("did you mean" not in str(caught.value))
 
 
 def test_a_sampler_can_be_completed_later() -> None:
