@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,34 @@ def test_a_list_of_graphs() -> None:
     pieces = [float(families.graph_loss(model, batch).detach()) for batch in loader]
     assert ordered.init_loss == pytest.approx(np.mean(pieces), rel=1e-5) and ordered.settings["num_samples"] == 50
     assert found.init_loss == pytest.approx(exact, abs=6 * found.diagnostics["init_loss_stderr"] + 0.05)
+
+
+def test_sums_over_graphs_are_refused() -> None:
+    """In a list and from a loader; and so are sums over batches that hold texts beside tensors."""
+    _required("torch_geometric")
+    from torch_geometric.loader import DataLoader as GraphLoader
+
+    def summed(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch), batch.y, reduction="sum")
+
+    graphs = families.made_up_graphs(20)
+    for data in (graphs, GraphLoader(graphs, batch_size=8, shuffle=True)):
+        with pytest.raises(ValueError, match="loss_fn sums over the batch"):
+            llc_fast.estimate_llc(families.graph_network(), data, summed, **SHORT)
+    images, labels = digits()
+    named = [{"x": x, "y": y, "name": "a"} for x, y in zip(images, labels, strict=True)]
+    loader = DataLoader(named, batch_size=32, shuffle=True)
+    for reduction, outcome in (
+        ("sum", pytest.raises(ValueError, match="sums over the batch")),
+        ("mean", nullcontext()),
+    ):
+        with outcome:
+            llc_fast.estimate_llc(
+                families.mlp(64, 8, 10),
+                loader,
+                lambda model, batch, how=reduction: F.cross_entropy(model(batch["x"]), batch["y"], reduction=how),
+                **SHORT,
+            )
 
 
 @pytest.mark.gpu
