@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -120,6 +121,11 @@ def is_graph(batch: object) -> bool:
     return any(kind.__name__ == "BaseData" and kind.__module__.startswith("torch_geometric.") for kind in kinds)
 
 
+def join_graphs(graphs: Sequence[Any]) -> Batch:
+    """Several graphs as one batch of torch_geometric's."""
+    return sys.modules["torch_geometric.data"].Batch.from_data_list(list(graphs))
+
+
 def leaves(batch: Batch) -> list[Any]:
     """Everything in a batch that is not a tuple, list or dictionary."""
     if isinstance(batch, Mapping):
@@ -143,8 +149,12 @@ def split_batch(batch: Batch, size: int | None) -> list[tuple[Batch, int]]:
     length = batch_length(batch)
     if size is None or size >= length:
         return [(batch, length)]
+    if any(map(is_graph, leaves(batch))) and not is_graph(batch):
+        raise ValueError("microbatch_size can't split batches of graphs and something else: make it part of the graphs")
 
     def piece(start: int) -> Batch:
+        if is_graph(batch):
+            return join_graphs(batch[start : start + size])
         return map_tensors(lambda t: t[start : start + size] if t.ndim and len(t) == length else t, batch)
 
     return [(piece(start), min(size, length - start)) for start in range(0, length, size)]

@@ -29,6 +29,7 @@ from llc_fast.batches import (
     batch_length,
     fingerprint,
     is_graph,
+    join_graphs,
     leaves,
     length_of,
     map_tensors,
@@ -284,7 +285,7 @@ class _Collated:
             samples = [self._dataset[i] for i in wanted]
         try:
             if samples and is_graph(samples[0]):
-                return sys.modules["torch_geometric.data"].Batch.from_data_list(samples)
+                return join_graphs(samples)
             return default_collate(samples)
         except TypeError as error:
             raise TypeError(

@@ -100,14 +100,15 @@ def estimate_llc(
     chosen. What takes longer than ten seconds says first how long, on stderr.
 
     Args:
-        model: the trained model, float32 or float64, or bfloat16 or float16 with chains in float32.
-        data: tensors with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a Dataset;
-            or a DataLoader of such batches.
+        model: the trained model, float32 or float64, or bfloat16 or float16, also mixed with float32, with chains in
+            float32.
+        data: tensors or arrays with samples along the first dimension, as a tuple (inputs…, target) or a dictionary; a
+            Dataset; or a DataLoader of such batches.
         loss_fn: ``loss_fn(output, target)``; or ``loss_fn(model, batch)``, which its first parameter being called
             `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
-            over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken. ``"next-token"`` is
-            that of causal language models, on token sequences and in eval mode; see
-            :class:`llc_fast.language.NextToken`.
+            over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken; also in a container,
+            as its `loss` or the only number of a tuple. ``"next-token"`` is that of causal language models, on token
+            sequences and in eval mode; see :class:`llc_fast.language.NextToken`.
         sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
             ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
             too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any

@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from llc_fast.batches import is_graph, join_graphs
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
 from llc_fast.objective.borrowed import plain_attributes, tensor_attributes
 from llc_fast.objective.differences import compare_with_differences, copied, scales_of
@@ -294,10 +295,11 @@ class _Trial:
         if isinstance(owner, nn.Module) and not objective.takes_model:
             name = getattr(objective.loss_fn, "__name__", "")
             return f"{note}. For a method of the model write loss_fn=lambda model, batch: model.{name}(batch, 0)"
-        widths = {t.dtype for t in leaves(batch) if isinstance(t, Tensor) and t.is_floating_point()}
+        inputs = leaves(batch if objective.takes_model else batch[:-1])
         own = {p.dtype for p in objective.reference.values()}
-        if isinstance(error, RuntimeError) and widths - own and "dtype" in str(error):
-            return f"{note}. The data are {_dtypes(widths)}, the parameters {_dtypes(own)}: convert the data"
+        odd = {t.dtype for t in inputs if isinstance(t, Tensor)} - own - {torch.int64, torch.bool}
+        if isinstance(error, RuntimeError) and odd and "dtype" in str(error):
+            return f"{note}. The data are {_dtypes(odd)}, the parameters {_dtypes(own)}: convert the data"
         if isinstance(error, AttributeError) and isinstance(batch, dict) and error.obj is batch and error.name in batch:
             return f"{note}. Batches of mappings are plain dictionaries here: write batch[{error.name!r}]"
         if not objective.takes_model and isinstance(error, (TypeError, AttributeError, ValueError)):
@@ -372,12 +374,10 @@ class _Trial:
         """
         if self._objective.per_sample:
             return
-        tensors, length = leaves(self._piece), batch_length(self._piece)
-        if not all(isinstance(t, Tensor) and t.ndim and len(t) == length for t in tensors):
+        half, found = batch_length(self._piece) // 2, _parts_and_multiples(self._piece)
+        if found is None:
             return
-        half = length // 2
-        parts = [map_tensors(lambda t: t[:half], self._piece), map_tensors(lambda t: t[half:], self._piece)]
-        more = [[map_tensors(functools.partial(_repeated, k), self._piece)] for k in (2, 3)]
+        parts, *more = found
         looks = []
         with _dropout_off(self._objective.model):
             is_random = is_random and len({self._after(seed, params) for seed in range(3)}) > 1
@@ -486,6 +486,29 @@ def _dtypes(found: Iterable[torch.dtype]) -> str:
 
 def _number(evaluation: Evaluation) -> float:
     return float(evaluation.loss.detach().double())
+
+
+def _parts_and_multiples(batch: Batch) -> tuple[list[Batch], list[Batch], list[Batch]] | None:
+    """The halves of a batch, and batches that have each of its samples twice and three times; None: it has no halves.
+
+    What is no tensor, texts say, is the same in all of them.
+    """
+    length = batch_length(batch)
+    if is_graph(batch):
+        graphs = [batch[k] for k in range(length)]
+        half = length // 2
+        parts = [join_graphs(part) for part in (graphs[:half], graphs[half:]) if part]
+        return parts, [join_graphs(2 * graphs)], [join_graphs(3 * graphs)]
+    tensors = [t for t in leaves(batch) if isinstance(t, Tensor) and t.ndim]
+    if not tensors or any(len(t) != length for t in tensors) or any(map(is_graph, leaves(batch))):
+        return None
+
+    def each(function: Callable[[Tensor], Tensor]) -> Batch:
+        return map_tensors(lambda t: function(t) if t.ndim else t, batch)
+
+    half = length // 2
+    twice, thrice = (each(functools.partial(_repeated, k)) for k in (2, 3))
+    return [each(lambda t: t[:half]), each(lambda t: t[half:])], [twice], [thrice]
 
 
 def _repeated(times: int, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import Mixed
 from runs import arguments
 from torch import Tensor, nn
 
@@ -44,6 +45,27 @@ def test_the_chains_of_the_cpu(sampler: str, strategy: str | None) -> None:
     on_gpu, on_cpu = _estimate("cuda", sampler=sampler, strategy=strategy), _estimate("cpu", sampler=sampler)
     assert on_gpu.settings["strategy"] == (strategy or "cuda-graph")
     np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["sgld", "rmsprop-sgld"])
+@pytest.mark.parametrize("strategy", ["sequential", "batched", "cuda-graph"])
+def test_parameters_of_several_dtypes(sampler: str, strategy: str) -> None:
+    """bfloat16 layers, norms in float32: two launches a step; the chains of the CPU to bfloat16's rounding."""
+
+    def run(device: str, strategy: str) -> LLCResult:
+        torch.manual_seed(0)
+        images, labels = torch.randn(100, 64), torch.randint(10, (100,))
+        model, data = Mixed().to(device), (images.to(device), labels.to(device))
+        model.first.bfloat16()
+        options = SETTINGS | {"sampler": sampler, "strategy": strategy, "lr": 1e-4, "num_draws": 20, "num_burnin": 0}
+        return llc_fast.estimate_llc(
+            model, data, nn.functional.cross_entropy, nbeta=20.0, progress=False, **arguments(options)
+        )
+
+    on_gpu, on_cpu = run("cuda", strategy), run("cpu", "sequential")
+    assert on_gpu.settings["strategy"] == strategy
+    np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=2e-2)
+    assert np.ptp(on_cpu.loss_trace) > 0.1
 
 
 @pytest.mark.parametrize("sampler", [name for name, cls in SAMPLERS.items() if cls.kind == "metropolis"])

@@ -286,6 +286,22 @@ def test_along_checkpoints(name: str) -> None:
         case.model.load_state_dict(first)
 
 
+LANGUAGE = ("gpt2", "gpt-neox", "gpt-neox ragged", "llama", "qwen3", "hooked-transformer", "lora")
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_language_models_by_name(name: str) -> None:
+    """``"next-token"`` is the mean over all tokens that plain PyTorch gives, padding apart."""
+    case = case_of(name)
+    before = _state(case.model)
+    data = dict(case.data) if isinstance(case.data, Mapping) else {"input_ids": case.data[0]}
+    data.pop("labels", None)
+    result = llc_fast.estimate_llc(case.model, data, "next-token", lr=1e-5, batch_size=32, **SHORT)
+    _assert_same(before, _state(case.model))
+    assert result.init_loss == pytest.approx(float(loss_of(case, _whole(case)).detach()), rel=1e-4)
+    assert math.isfinite(result.llc_mean) and result.settings["num_samples"] == _size(data)
+
+
 # ---- against an exact sampler --------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_a_module_that_lightning_has_trained(metric: bool) -> None:
     attributes = {name: set(vars(m)) for name, m in model.named_modules()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", llc_fast.LLCWarning)  # of a run as short as this
         found = llc_fast.estimate_llc(
             model, digits(), lambda model, batch: model.training_step(batch, 0), batch_size=32, **SHORT
         )
@@ -110,17 +112,62 @@ def test_a_list_of_graphs() -> None:
 
     options = {**SHORT, "num_burnin": 0, "batch_size": 8, "observables": {"off": look}}
     found = llc_fast.estimate_llc(model, graphs, families.graph_loss, **options)
-    assert found.settings["num_samples"] == 50 and set(sizes) == {8}
+    assert found.settings["num_samples"] == 50 and {*sizes} == {8}
     np.testing.assert_allclose(found.observables["off"], 0, atol=1e-6)
     again = llc_fast.estimate_llc(model, graphs, families.graph_loss, **options)
     np.testing.assert_array_equal(again.loss_trace, found.loss_trace)
     assert not {"irreproducible", "num-samples"} & {w.code for w in found.warnings}
+    pieces = llc_fast.Execution(microbatch_size=3)  # whole graphs, whose losses add up to that of the minibatch
+    split = llc_fast.estimate_llc(model, graphs, families.graph_loss, **options, execution=pieces)
+    np.testing.assert_allclose(split.loss_trace, found.loss_trace, rtol=1e-5)
     exact = float(families.graph_loss(model, Batch.from_data_list(graphs)).detach())
     loader = GraphLoader(graphs, batch_size=8)  # in one order: L(w*) is the mean over its minibatches
     ordered = llc_fast.estimate_llc(model, loader, families.graph_loss, **{**SHORT, "observables": None})
     pieces = [float(families.graph_loss(model, batch).detach()) for batch in loader]
     assert ordered.init_loss == pytest.approx(np.mean(pieces), rel=1e-5) and ordered.settings["num_samples"] == 50
     assert found.init_loss == pytest.approx(exact, abs=6 * found.diagnostics["init_loss_stderr"] + 0.05)
+
+
+def test_sums_over_graphs_are_refused() -> None:
+    """In a list and from a loader; and so are sums over batches that hold texts beside tensors."""
+    _required("torch_geometric")
+    from torch_geometric.loader import DataLoader as GraphLoader
+
+    def summed(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch), batch.y, reduction="sum")
+
+    graphs = families.made_up_graphs(20)
+    for data in (graphs, GraphLoader(graphs, batch_size=8, shuffle=True)):
+        with pytest.raises(ValueError, match="loss_fn sums over the batch"):
+            llc_fast.estimate_llc(families.graph_network(), data, summed, **SHORT)
+    images, labels = digits()
+    named = [{"x": x, "y": y, "name": "a"} for x, y in zip(images, labels, strict=True)]
+    loader = DataLoader(named, batch_size=32, shuffle=True)
+    for reduction, outcome in (
+        ("sum", pytest.raises(ValueError, match="sums over the batch")),
+        ("mean", nullcontext()),
+    ):
+        with outcome:
+            llc_fast.estimate_llc(
+                families.mlp(64, 8, 10),
+                loader,
+                lambda model, batch, how=reduction: F.cross_entropy(model(batch["x"]), batch["y"], reduction=how),
+                **SHORT,
+            )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch_geometric asks the CUDA library, which emulation lacks")
+def test_graphs_on_a_gpu() -> None:
+    """They are moved there, and the user's stay where they are."""
+    _required("torch_geometric")
+    graphs = families.made_up_graphs(20)
+    model = families.graph_network()
+    options = {**SHORT, "batch_size": 8}
+    on_cpu = llc_fast.estimate_llc(copy.deepcopy(model), graphs, families.graph_loss, **options)
+    on_gpu = llc_fast.estimate_llc(model, graphs, families.graph_loss, device="cuda", **options)
+    np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-4)
+    assert graphs[0].x.device.type == "cpu" == next(model.parameters()).device.type
 
 
 # ---- images --------------------------------------------------------------------------------------------------

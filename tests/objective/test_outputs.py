@@ -149,6 +149,9 @@ def test_notes_on_batches() -> None:
     with pytest.raises(RuntimeError) as wide:
         runs.estimate(data=(x.double().numpy(), y.double().numpy()))
     assert "The data are float64, the parameters float32: convert the data" in _notes(wide.value)
+    with pytest.raises(RuntimeError) as whole:
+        runs.estimate(data=((10 * x).to(torch.uint8), y))
+    assert "The data are uint8, the parameters float32: convert the data" in _notes(whole.value)
 
 
 def test_a_note_on_methods() -> None:
