@@ -145,9 +145,9 @@ def by_default(case: Case, seconds: float, limit: float) -> dict[str, Any]:
     result = llc_fast.estimate_llc(case.model, case.data, case.loss_fn, progress=False, **case.options, **more)
     codes = [w.code for w in result.warnings]
     assert math.isfinite(result.llc_mean)
-    shorter = f"{more['num_draws']} draws; " if more else ""
+    remarks = "; ".join(filter(None, [f"{more['num_draws']} draws" if more else "", ", ".join(codes)]))
     return {
-        "works": f"yes ({shorter}{', '.join(codes)})" if codes or more else "yes",
+        "works": f"yes ({remarks})" if remarks else "yes",
         "draws": result.settings["num_draws"],
         "llc": result.llc_mean,
         "llc_stderr": result.llc_stderr,

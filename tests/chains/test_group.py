@@ -170,7 +170,7 @@ def test_an_error_of_the_only_strategy_left_is_raised_as_it_is(monkeypatch: pyte
     """Memory that runs out in a sequential chain leaves nothing to fall back to."""
     from llc_fast.chains import group
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(group, "make_gradient", fail)
