@@ -72,7 +72,7 @@ def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str,
     sampler = SAMPLERS[name](**options)
     state = ChainState(reference, {}, sampler, layout.chains)
     state.start(0, seed=0)
-    table, scalars = state._table, state.scalars
+    ((_, table),), scalars = state._tables, state.scalars  # of one dtype
     grads = [1e-3 * torch.randn(layout.chains, *p.shape, device=device, dtype=p.dtype) for p in reference.values()]
     sums = torch.zeros(layout.chains, NUM_SUMS, dtype=torch.float64, device=device)
     thermostat = state.adaptation.get("thermostat")
