@@ -181,7 +181,8 @@ def overhead_table(device: str) -> list[dict[str, Any]]:
     plain = torch.optim.SGD([w], lr=1e-6)
     state = ChainState({"w": w.detach()}, {}, SAMPLERS["sgld"](**OPTIONS), 1)
     state.start(0, seed=0)
-    table, scalars, key, grads = state._table, state.scalars, NoiseKey(0), [w.grad[None]]
+    ((_, table),) = state._tables  # of one dtype
+    scalars, key, grads = state.scalars, NoiseKey(0), [w.grad[None]]
     for name, step in {
         "fused step (as the chain engine calls it)": lambda: table.step(grads, scalars, key),
         "llc_fast.SGLD.step (as a torch optimizer)": fused.step,
