@@ -273,7 +273,7 @@ def test_a_nested_estimate_does_not_wait_for_itself() -> None:
 @pytest.mark.parametrize("name", ["mlp", "dropout", "counting", "clipping", "weight_norm"])
 def test_ctrl_c_at_random_moments(name: str, times: int) -> None:
     """In preparation, pilot chains or sampling, and again a moment later: everything is as before."""
-    moments, model, raised = random.Random(1), _prepared(name), 0
+    moments, model, stopped = random.Random(1), _prepared(name), 0
     # What torch imports when it is first needed, an interrupt would leave half imported.
     runs.estimate(model=model, lr=None, num_draws=200, num_burnin=50)
     with _default_handler():
@@ -281,11 +281,11 @@ def test_ctrl_c_at_random_moments(name: str, times: int) -> None:
         for _ in range(100):
             with _alarms(moments.uniform(1e-3, 0.3), times):
                 try:
-                    runs.estimate(model=model, lr=None, num_draws=200, num_burnin=50)
+                    stopped += runs.estimate(model=model, lr=None, num_draws=200, num_burnin=50).is_partial
                 except KeyboardInterrupt:
-                    raised += 1
+                    stopped += 1
             _assert_as_before(model, before)
-    assert raised > 3  # how many come before the first step depends on the machine
+    assert stopped > 10
 
 
 @contextlib.contextmanager
