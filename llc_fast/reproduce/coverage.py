@@ -35,7 +35,7 @@ from llc_fast import LLCResult
 from llc_fast.plots import CLASSES, errorbar_by_warning, new_figure
 from llc_fast.problems.exact_posteriors import LOCALIZATION, PROBLEMS, SAMPLES, ExactPosterior
 from llc_fast.reproduce.claims import Claim
-from llc_fast.reproduce.rows import Row, Tables, numbers
+from llc_fast.reproduce.rows import Row, Tables, numbers, that_count
 from llc_fast.reproduce.study import Study
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _run_row(result: LLCResult) -> Row:
         "first_chain": list(replace(result, loss_trace=result.loss_trace[:1]).interval(PROBABILITY)),
         "ess": result.diagnostics.get("ess_bulk"),
         "bias_share": result.diagnostics.get("bias_share"),
-        "codes": [warning.code for warning in result.warnings],
+        "codes": that_count(warning.code for warning in result.warnings),
     }
 
 

@@ -46,7 +46,7 @@ from llc_fast.problems import deep_linear
 from llc_fast.problems.exact_minima import ExactMinimum, tanh_regression, transformer_distillation
 from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
-from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned
+from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, in_words, is_warned, that_count
 from llc_fast.reproduce.study import Study
 from llc_fast.samplers import HMCSampler
 
@@ -316,7 +316,9 @@ def judge(tables: Tables) -> list[Judged]:
         elif row["llc"] is not None:
             error = row["llc"] / exact["llc"] - 1
             sigmas = abs(row["llc"] - exact["llc"]) / math.hypot(row["stderr"], exact["stderr"])
-        found.append(Judged(row["architecture"], place, row["step_size"], error, sigmas, tuple(row["codes"])))
+        found.append(
+            Judged(row["architecture"], place, row["step_size"], error, sigmas, tuple(that_count(row["codes"])))
+        )
     return found
 
 
