@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ from llc_fast.result import LLCResult, Warning
 from llc_fast.settings import DEFAULT_NUM_DRAWS
 from llc_fast.support.optional import require
 from llc_fast.support.warned import issue, shown_otherwise
-from llc_fast.weights import WeightReader, checkpoints_in
+from llc_fast.weights import WeightReader, checkpoints_in, place_of
 
 WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""
@@ -410,14 +409,14 @@ def _check_states(model: nn.Module, given: _Given, reader: WeightReader, params:
     Raises:
         ValueError: one is not of this model, or the values of two of them are in the same memory.
     """
-    sampled, first = list(select(model, params)), dict[tuple[str, int, torch.device], int]()
+    sampled, first = list(select(model, params)), dict[tuple[Any, ...], int]()
     for k, source in enumerate(given.sources or ()):
         state = reader.read(source, _with_path(given.said(k), source))
         for name in sampled if isinstance(source, Mapping) else ():
-            place = _place(state.get(name))
+            place = place_of(state.get(name))
             if place is None:
                 continue
-            other = first.setdefault((name, *place), k)
+            other = first.setdefault((name, *place[:2]), k)
             if other != k:
                 raise ValueError(
                     f"checkpoints[{other}] and checkpoints[{k}] share the memory of {name!r}, so that both hold the "
@@ -425,17 +424,6 @@ def _check_states(model: nn.Module, given: _Given, reader: WeightReader, params:
                     "copy.deepcopy(model.state_dict()) of each step, or save it to a file. If the parameter was frozen "
                     "in training, call requires_grad_(False) on it or leave it out of params="
                 )
-
-
-def _place(tensor: Any) -> tuple[int, torch.device] | None:
-    """Where a tensor's values are; None if it has none, or not in one piece of memory."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
-        return None
-    try:
-        address = tensor.data_ptr()
-    except RuntimeError:  # a tensor of tensors
-        return None
-    return (address, tensor.device) if address else None
 
 
 def _load_into(model: nn.Module, reader: WeightReader, source: Mapping[str, Any] | Path, said: str) -> None:

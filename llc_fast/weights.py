@@ -188,7 +188,7 @@ class _Wanted:
         own_names = _without_wrappers(state)
         places: dict[Any, list[str]] = {}
         for name, own in own_names.items():
-            if (place := _place(state[own])) is not None:
+            if (place := place_of(state[own])) is not None:
                 places.setdefault(place, []).append(name)
         buffers = {".".join(_parts(name)): t.shape for name, t in model.named_buffers(remove_duplicate=False)}
         patterns = next(
@@ -231,7 +231,7 @@ def _without_wrappers(state: Mapping[Any, Any]) -> dict[str, str]:
     return names
 
 
-def _place(tensor: Any) -> tuple[Any, ...] | None:
+def place_of(tensor: Any) -> tuple[Any, ...] | None:
     """Where a tensor's values are, and which they are there; None if it has none of its own."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
         return None
@@ -355,7 +355,7 @@ def _kind(tensor: Tensor) -> str:
 def _twins_differ(name: str, values: Mapping[str, Any], wanted: _Wanted) -> str:
     for twin in wanted.twins.get(name, ()):
         ours, theirs = values[name], values.get(twin)
-        if theirs is not None and _place(ours) != _place(theirs) and not _are_equal(ours, theirs):
+        if theirs is not None and place_of(ours) != place_of(theirs) and not _are_equal(ours, theirs):
             return f"{name!r} and {twin!r} are one tensor in the model, and differ there"
     return ""
 
@@ -525,9 +525,9 @@ def _adapter_names(model: nn.Module) -> dict[str, str]:
     peft, inner = sys.modules.get("peft"), _unwrapped(model)
     if peft is None or not isinstance(inner, peft.PeftModel):
         return {}
-    places = {_place(t): name for name, t in model.state_dict().items()}
+    places = {place_of(t): name for name, t in model.state_dict().items()}
     saved = peft.get_peft_model_state_dict(inner, save_embedding_layers=False)
-    found = {name: places.get(_place(t)) for name, t in saved.items()}
+    found = {name: places.get(place_of(t)) for name, t in saved.items()}
     return {} if None in found.values() else {name: str(own) for name, own in found.items()}
 
 

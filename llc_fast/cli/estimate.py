@@ -28,10 +28,8 @@ from llc_fast.cli.options import (
     Progress,
     Seed,
     check_different,
-    numbers_of,
+    deliver,
     writable,
-    write_all,
-    write_json,
 )
 
 
@@ -107,20 +105,7 @@ def estimate(
         checkpoint=checkpoint,
         progress=progress,
     )
-    typer.echo(result.summary())
-
-    def draw(path: Path) -> None:
-        result.plot(path)
-
-    write_all(
-        [
-            ("result", save, result.save),
-            ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
-            ("picture", plot_path, draw),
-        ]
-    )
-    if math.isnan(result.llc_mean):
-        raise typer.Exit(1)
+    deliver(result, save, json_path, plot_path)
 
 
 COMMANDS = (estimate,)

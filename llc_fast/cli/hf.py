@@ -18,7 +18,7 @@ from llc_fast.cli.options import (
     Progress,
     Seed,
     check_different,
-    numbers_of,
+    deliver,
     writable,
     write_all,
     write_json,
@@ -136,20 +136,7 @@ def hf(
     from llc_fast.estimate import estimate_llc
 
     result = estimate_llc(loaded, data, "next-token", num_draws=draws, checkpoint=checkpoint, **settings)
-    typer.echo(result.summary())
-
-    def draw(path: Path) -> None:
-        result.plot(path)
-
-    write_all(
-        [
-            ("result", output, result.save),
-            ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
-            ("picture", plot_path, draw),
-        ]
-    )
-    if math.isnan(result.llc_mean):
-        raise typer.Exit(1)
+    deliver(result, output, json_path, plot_path)
 
 
 COMMANDS = (hf,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -134,6 +135,28 @@ PlotPath = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
+
+
+def deliver(result: LLCResult, save: Path | None, json_path: Path | None, plot_path: Path | None) -> None:
+    """Print an estimate, and write it where it was asked for.
+
+    Raises:
+        typer.Exit: something could not be written, or there is no estimate, with status 1.
+    """
+    typer.echo(result.summary())
+
+    def draw(path: Path) -> None:
+        result.plot(path)
+
+    write_all(
+        [
+            ("result", save, result.save),
+            ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
+            ("picture", plot_path, draw),
+        ]
+    )
+    if math.isnan(result.llc_mean):
+        raise typer.Exit(1)
 
 
 def numbers_of(result: LLCResult) -> dict[str, Any]:
