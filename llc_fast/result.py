@@ -289,7 +289,7 @@ class LLCResult:
         gamma, reach = self.settings.get("localization", math.nan), self.diagnostics.get("reach")
         slope, error = (self.diagnostics.get(k) for k in ("localization_slope", "localization_slope_stderr"))
         width = "" if reach is None else f", a prior width of {reach:.2g} times the root mean square weight"
-        change = "" if slope is None else f"; dλ̂/dlog γ = {slope:+.2g} ± {error or math.nan:.1g}"
+        change = "" if slope is None else f"; dλ̂/dlog γ = {slope:+.2g} ± {error or math.nan:.2g}"
         return f"λ̂ is at the scale of γ = {gamma:.4g}{width}{change}"
 
     def _tokens(self) -> str:
