@@ -157,10 +157,12 @@ def test_sums_over_graphs_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch_geometric asks the CUDA library, which emulation lacks")
 def test_graphs_on_a_gpu() -> None:
     """They are moved there, and the user's stay where they are."""
-    _required("torch_geometric")
+    try:
+        _required("torch_geometric")
+    except RuntimeError:  # it asks the CUDA library itself
+        pytest.skip("torch_geometric does not import under CUDA emulation")
     graphs = families.made_up_graphs(20)
     model = families.graph_network()
     options = {**SHORT, "batch_size": 8}
