@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from typing import Any
 
 import pytest
@@ -113,3 +114,28 @@ def test_the_nominal_cost_does_not_depend_on_a_checkpoint(tmp_path: Any, monkeyp
     again = llc_fast.estimate_llc(model, data, F.mse_loss, lr=1e-3, checkpoint=path, progress=False)
     assert first.schedule.num_draws == again.schedule.num_draws == cost.LEAST_DRAWS
     assert first.llc_mean == again.llc_mean and dataclasses.asdict(first.schedule) == dataclasses.asdict(again.schedule)
+
+
+class _Slow(torch.utils.data.Dataset[Any]):
+    """Samples that take a while to be read."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(2e-4)
+        return torch.full((3,), float(index)), torch.zeros(1)
+
+
+def test_a_slow_loader_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much of the time went into waiting for it, if that is most; tensors are never waited for."""
+    monkeypatch.setattr("llc_fast.result._MUCH_WAITING", 0.01)
+    options: dict[str, Any] = {"lr": 1e-6, "num_draws": 100, "num_burnin": 0, "num_chains": 1, "progress": False}
+    loader = torch.utils.data.DataLoader(_Slow(), batch_size=20, shuffle=True)
+    slow = llc_fast.estimate_llc(torch.nn.Linear(3, 1), loader, F.mse_loss, **options)
+    waited = slow.diagnostics["seconds_of_data"]
+    assert 100 * 20 * 2e-4 < waited < slow.settings["seconds"]
+    assert ("seconds went into waiting for the loader" in slow.summary()) == (waited > slow.settings["seconds"] / 2)
+    tensors = [torch.stack(column) for column in zip(*[_Slow()[k] for k in range(40)], strict=True)]
+    fast = llc_fast.estimate_llc(torch.nn.Linear(3, 1), tuple(tensors), F.mse_loss, **options)
+    assert fast.diagnostics["seconds_of_data"] == 0 and "waiting" not in fast.summary()
