@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
 from llc_fast.stats.errors import standard_error
+from llc_fast.support.runtime import Stop
 from llc_fast.traces import REFERENCE_LOSS
 
 STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
@@ -100,7 +100,7 @@ def choose_settings(
     *,
     start: Mapping[str, NDArray[Any]] | None = None,
     monitor: Monitor | None = None,
-    stopping: Callable[[], AbstractContextManager[threading.Event | None]] = contextlib.nullcontext,
+    stopping: Callable[[], AbstractContextManager[Stop | None]] = contextlib.nullcontext,
 ) -> Chosen:
     """Fill in what the settings leave open.
 
@@ -232,7 +232,7 @@ class _Pilot:
     start: Mapping[str, NDArray[Any]] | None
     monitor: Monitor | None
 
-    def run(self, stop: threading.Event | None = None) -> Chosen:
+    def run(self, stop: Stop | None = None) -> Chosen:
         """The step size, friction and length that the pilots end with, or have found when `stop` is set.
 
         Raises:
@@ -295,7 +295,7 @@ class _Pilot:
         )
 
     def _chain(
-        self, lr: float, friction: float, length: int, attempt: int, stop: threading.Event | None
+        self, lr: float, friction: float, length: int, attempt: int, stop: Stop | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Losses and bias of one chain from w*."""
         sampler = self.settings.complete_sampler(lr, self.chosen.nbeta, friction=friction)

@@ -29,6 +29,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 import llc_fast
 from llc_fast.support.arrays import from_bytes, to_bytes
+from llc_fast.support.runtime import Stop
 
 PATIENCE = 60.0
 """Seconds without a sign of life after which a process counts as dead. Until all have joined: five times as many."""
@@ -101,7 +102,7 @@ class Team:
         self._session, self._round = "", 0
         self._ended, self._lock = threading.Event(), threading.Lock()
         self._problem, self._dead = "", set[int]()
-        self._stops: list[threading.Event] = []
+        self._stops: list[Stop] = []
 
     def share(self, num_chains: int) -> range:
         """The chains of this process: consecutive, as evenly as they go."""
@@ -149,7 +150,7 @@ class Team:
             raise ProcessFailedError(self._problem)
 
     @contextlib.contextmanager
-    def stopping(self, stop: threading.Event) -> Iterator[None]:
+    def stopping(self, stop: Stop) -> Iterator[None]:
         """Set an event when another process fails, so that this one stops after the present step, with a snapshot."""
         with self._lock:
             self._stops.append(stop)

@@ -19,7 +19,7 @@ from llc_fast.gradients.plan import STRATEGIES, Plan, make_plan
 from llc_fast.gradients.replay import NotReplayableError
 from llc_fast.gradients.strategies import WrongGradientError
 from llc_fast.samplers.state import ChainState
-from llc_fast.support.runtime import CallersSettings, threads
+from llc_fast.support.runtime import CallersSettings, Stop, threads
 from llc_fast.traces import Traces
 
 
@@ -96,7 +96,7 @@ def run_chains(
     *,
     resumed: Sequence[Traces] = (),
     monitor: Monitor | None = None,
-    stop: threading.Event | None = None,
+    stop: Stop | None = None,
 ) -> ChainRun:
     """Run chains from w*, or from where they were, and record the minibatch loss of every step.
 
@@ -118,7 +118,7 @@ def run_chains(
     Raises:
         ValueError: the strategy that the user named is not possible.
     """
-    monitor, stop = monitor or Monitor(), stop or threading.Event()
+    monitor, stop = monitor or Monitor(), stop or Stop()
     with spec.objective.generators.kept(), torch.enable_grad():
         driver = _Driver.with_first_group(spec, chains, resumed, monitor, stop)
         with threads(driver.spec.plan.num_threads):
@@ -145,7 +145,7 @@ class _Slot:
 class _Driver:
     """Takes groups through their steps, one after another or side by side."""
 
-    def __init__(self, spec: RunSpec, slots: list[_Slot], monitor: Monitor, stop: threading.Event) -> None:
+    def __init__(self, spec: RunSpec, slots: list[_Slot], monitor: Monitor, stop: Stop) -> None:
         self.spec, self.slots, self._monitor, self._stop = spec, slots, monitor, stop
         self.notes: list[str] = []
         self.seconds_of_data = 0.0
@@ -167,7 +167,7 @@ class _Driver:
 
     @classmethod
     def with_first_group(
-        cls, spec: RunSpec, chains: range, resumed: Sequence[Traces], monitor: Monitor, stop: threading.Event
+        cls, spec: RunSpec, chains: range, resumed: Sequence[Traces], monitor: Monitor, stop: Stop
     ) -> _Driver:
         """A driver whose first group has been set up, by the first strategy that does not refuse the model."""
         failed: dict[str, str] = {}

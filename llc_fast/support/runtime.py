@@ -36,6 +36,22 @@ class threads:  # noqa: N801
         torch.set_num_threads(self._before)
 
 
+class Stop:
+    """Whether a run is to stop: a flag that a signal handler may set at any moment, and other threads too.
+
+    ``threading.Event.set`` takes a lock, and a signal that comes while a handler holds it would wait for itself.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+
 class Interrupts:
     """What Ctrl-C does while a run lasts, in the main thread of a program that has no other plans for it.
 
@@ -48,7 +64,7 @@ class Interrupts:
 
     def __init__(self, *protected: Callable[..., Any]) -> None:
         self._protected = {function.__code__ for function in protected}
-        self._stop: threading.Event | None = None
+        self._stop: Stop | None = None
         self._has_raised = self.is_pending = False
         self._is_installed = False
 
@@ -64,9 +80,9 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextlib.contextmanager
-    def stopping(self) -> Iterator[threading.Event]:
-        """An event that the first SIGINT (Ctrl-C) sets; the second raises KeyboardInterrupt, as usual."""
-        self._stop = threading.Event()
+    def stopping(self) -> Iterator[Stop]:
+        """A flag that the first SIGINT (Ctrl-C) sets; the second raises KeyboardInterrupt, as usual."""
+        self._stop = Stop()
         try:
             yield self._stop
         finally:

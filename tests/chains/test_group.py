@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from llc_fast.objective.objective import Objective
 from llc_fast.samplers import SGLDSampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import Settings
-from llc_fast.support.runtime import threads
+from llc_fast.support.runtime import Stop, threads
 from llc_fast.traces import Traces
 
 _CPU = torch.device("cpu")
@@ -39,7 +38,7 @@ def _spec(num_chains: int, **options: Any) -> RunSpec:
 
 
 @contextlib.contextmanager
-def _stopping(stop: threading.Event, at: int) -> Any:
+def _stopping(stop: Stop, at: int) -> Any:
     def look(taken: StepTaken) -> None:
         if taken.step == at:
             stop.set()
@@ -52,7 +51,7 @@ def _stopping(stop: threading.Event, at: int) -> Any:
 def test_a_stop_before_the_first_resumed_step_keeps_where_the_chains_are(num_chains: int) -> None:
     spec, chains = _spec(num_chains), range(num_chains)
     whole = run_chains(spec, chains)
-    stop = threading.Event()
+    stop = Stop()
     with _stopping(stop, 5):
         first = run_chains(spec, chains, stop=stop)
     assert first.interrupted
@@ -209,7 +208,7 @@ def test_a_run_that_fell_back_resumes_where_its_chains_have_got_to() -> None:
     """Chain 0 has begun, so it is a group of its own, which can be "batched"; the others can't."""
     objective = Objective(_Unbatchable(), mse, make_source(data(), 10, _CPU), device=_CPU)
     sampler = SGLDSampler(lr=1e-3, nbeta=10.0, localization=1.0)
-    stop = threading.Event()
+    stop = Stop()
     with threads(1):
         spec = RunSpec(objective, sampler, Schedule(8, 4), make_plan(objective, sampler, 3), seed=0)
         whole = run_chains(spec, range(3))

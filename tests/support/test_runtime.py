@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,3 +249,36 @@ def test_the_default_dtype_changes_no_optimizer(name: str) -> None:
             assert steps() == expected
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("line", [1, 2, 3])
+def test_a_signal_inside_of_the_handler_does_not_wait_for_itself(line: int) -> None:
+    """The second comes while the handler of the first sets its flag, at whichever line it is."""
+    program = """
+import signal, sys
+from llc_fast.support.runtime import Interrupts
+
+interrupts, left = Interrupts(), int(sys.argv[1])
+
+def again(frame, event, argument):
+    global left
+    if frame.f_code.co_name == "set" and event == "line":
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+    return again
+
+with interrupts, interrupts.stopping() as stop:
+    sys.settrace(again)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    sys.settrace(None)
+    assert stop.is_set()
+print("went on")
+"""
+    folder = Path(llc_fast.__file__).parents[1]
+    command = [sys.executable, "-c", program, str(line)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+    assert done.stdout == "went on\n", done.stderr
