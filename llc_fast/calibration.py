@@ -111,7 +111,7 @@ def choose_settings(
         plan: of the run.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         monitor: what the pilot chains' progress is reported to.
-        stopping: gives an event that stops the pilot chains once it is set.
+        stopping: gives a flag that stops the pilot chains once it is set.
 
     Raises:
         ValueError: no step size can be chosen.

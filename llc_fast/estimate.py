@@ -901,15 +901,15 @@ def _adapted_lr(result: LLCResult) -> float:
 def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
     objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
     planned_steps = prepared.settings.num_chains * _completed(prepared.settings, chosen)[1].num_steps
-    adapts = sampler.kind == "metropolis" and bool(options["adapt_steps"])
+    adapts, norm = sampler.kind == "metropolis" and bool(options["adapt_steps"]), _norm(objective)
     return Facts(
         step_checks=sampled.traces.checks,
-        reference_norm=_norm(objective),
+        reference_norm=norm,
         init_loss_stderr=init_loss_stderr,
         planned_steps=planned_steps,
         in_calibration=chosen.is_interrupted,
         descent=chosen.descent,
-        local_localization=default_localization(objective.num_parameters, _norm(objective)),
+        local_localization=default_localization(objective.num_parameters, norm),
         random_modules=prepared.mode.random_modules,
         batch_statistics=prepared.mode.batch_statistics,
         not_sampled=objective.not_sampled,

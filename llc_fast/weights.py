@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llc_fast.support.errors import first_line
 from llc_fast.support.optional import require
 
 _FILES = (
@@ -122,9 +123,8 @@ def _unreadable(said: str, error: Exception, weights_only: bool) -> str:
             "are not read. If you trust where the file comes from, pass weights_only=False; or save "
             "model.state_dict() alone with torch.save"
         )
-    first = (text.splitlines() or [type(error).__name__])[0]
     remedy = "Save model.state_dict() with torch.save"
-    return f"{said} can't be read by torch.load(weights_only={weights_only}): {first} {remedy}"
+    return f"{said} can't be read by torch.load(weights_only={weights_only}): {first_line(error)} {remedy}"
 
 
 def _read_safetensors(path: Path, said: str) -> dict[str, Tensor]:
