@@ -23,10 +23,18 @@ if TYPE_CHECKING:
     from llc_fast.samplers import Sampler
 
 from llc_fast.cli.options import (
+    Autocast,
+    Burnin,
+    Chains,
+    Draws,
     JsonPath,
+    Params,
     PlotPath,
     Progress,
+    SamplerOptions,
     Seed,
+    StepSize,
+    Strategy,
     check_different,
     deliver,
     writable,
@@ -38,24 +46,20 @@ def estimate(
         str, typer.Argument(help="FILE.py:FUNCTION or module:FUNCTION; the function returns (model, data, loss_fn).")
     ],
     sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, mala, …; default: chosen.")] = None,
-    sampler_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")] = None,
+    sampler_option: SamplerOptions = None,
+    lr: StepSize = None,
     nbeta: Annotated[float | None, typer.Option(help="nβ; default: n / log n.")] = None,
     localization: Annotated[float | None, typer.Option(help="γ; default: from the size of the weights.")] = None,
     preset: Annotated[str | None, typer.Option(help="language-model: nβ = 30 and γ = 300; default: none.")] = None,
-    chains: Annotated[int, typer.Option(min=1)] = 4,
-    draws: Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: chosen.")] = None,
-    burnin: Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")] = None,
+    chains: Chains = 4,
+    draws: Draws = None,
+    burnin: Burnin = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 512, or what the loader gives.")] = None,
-    params: Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")] = None,
+    params: Params = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: where the model is.")] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")
-    ] = None,
-    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")] = None,
+    strategy: Strategy = None,
+    autocast: Autocast = None,
     microbatch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples that pass the model at a time; default: the batch.")
     ] = None,

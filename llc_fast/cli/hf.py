@@ -13,10 +13,18 @@ import typer
 
 from llc_fast.cli.estimate import dtype_of, sampler_of
 from llc_fast.cli.options import (
+    Autocast,
+    Burnin,
+    Chains,
+    Draws,
     JsonPath,
+    Params,
     PlotPath,
     Progress,
+    SamplerOptions,
     Seed,
+    StepSize,
+    Strategy,
     check_different,
     deliver,
     writable,
@@ -57,24 +65,20 @@ def hf(
     sequences: Annotated[int | None, typer.Option(min=2, help="How many, evenly spread; default: all.")] = None,
     preset: Annotated[str, typer.Option(help="language-model: nβ = 30, γ = 300; or none.")] = "language-model",
     sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, …; default: chosen.")] = None,
-    sampler_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")] = None,
+    sampler_option: SamplerOptions = None,
+    lr: StepSize = None,
     nbeta: Annotated[float | None, typer.Option(help="nβ; default: the preset's, or n / log n.")] = None,
     localization: Annotated[float | None, typer.Option(help="γ; default: the preset's.")] = None,
-    chains: Annotated[int, typer.Option(min=1)] = 4,
-    draws: Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: chosen.")] = None,
-    burnin: Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")] = None,
+    chains: Chains = 4,
+    draws: Draws = None,
+    burnin: Burnin = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences; default: 16,384 tokens.")] = None,
-    params: Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")] = None,
+    params: Params = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model: float32, float64, bfloat16 or float16.")] = "float32",
-    strategy: Annotated[
-        str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")
-    ] = None,
-    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")] = None,
+    strategy: Strategy = None,
+    autocast: Autocast = None,
     microbatch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences that pass the model at a time; default: the batch.")
     ] = None,

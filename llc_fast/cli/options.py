@@ -133,6 +133,16 @@ JsonPath = Annotated[
 PlotPath = Annotated[
     Path | None, typer.Option("--plot", help="Write a picture to this file.", dir_okay=False, callback=picture)
 ]
+SamplerOptions = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
+]
+StepSize = Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")]
+Chains = Annotated[int, typer.Option(min=1)]
+Draws = Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: chosen.")]
+Burnin = Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")]
+Params = Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")]
+Strategy = Annotated[str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")]
+Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
 
