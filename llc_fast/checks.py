@@ -55,10 +55,13 @@ from numpy.typing import NDArray
 from llc_fast.result import LLCResult
 from llc_fast.result import Warning as Warning
 from llc_fast.stats import convergence
-from llc_fast.stats.errors import Covariance, covariance, standard_error
+from llc_fast.stats.errors import standard_error
+from llc_fast.stats.response import UNKNOWN, Response, response_if_settled, response_of_path
 from llc_fast.stats.step_checks import step_check_statistics
 from llc_fast.stats.traces import burnin_needed, chain_spread, slow_part, spike_share, trend
 
+MAX_SLOPE_ERROR = 0.25
+"""Standard error of dλ̂/dlog γ, as a share of λ̂, above which it is not told."""
 MIN_ESS = 100
 """Effective draws over all chains below which the standard error itself is a guess (Vehtari et al. 2021: 400)."""
 
@@ -138,7 +141,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         localization=localization if facts.euclidean else 0.0,
         injected_noise=facts.injected_noise,
     )
-    moved, slow, slope = trend(draws), slow_part(draws), _localization_slope(result)
+    moved, slow, slope = trend(draws), slow_part(draws), _localization_slope(result, facts)
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
     steps = draws.shape[1] * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
@@ -206,17 +209,24 @@ def _reach(result: LLCResult, reference_norm: float) -> float:
     return math.sqrt(result.settings["num_parameters"] / gamma) / reference_norm if gamma * reference_norm else math.nan
 
 
-def _localization_slope(result: LLCResult) -> Covariance:
-    """dλ̂/dlog γ = −(γ/2)·Cov(nβL, ‖w − w*‖²), over the draws: how the posterior mean of nβL answers to γ."""
+def _localization_slope(result: LLCResult, facts: Facts) -> Response:
+    """dλ̂/dlog γ, and its standard error; unknown where the latter is too large a share of λ̂ to say anything."""
     draws, trace = result.kept_draws, result.traces.get("squared_distance")
-    factor = -0.5 * result.settings["localization"]
-    if trace is None or not draws.size:
-        return Covariance(math.nan, math.nan)
-    distance = trace[result.kept_chains, result.schedule.draws][:, : draws.shape[1]]
-    if not np.isfinite(distance).all():
-        return Covariance(math.nan, math.nan)
-    found = covariance(draws, distance)
-    return Covariance(factor * found.value, -factor * found.stderr)
+    gamma, settings = float(result.settings["localization"]), result.settings
+    if trace is None or not draws.size or not gamma:
+        return UNKNOWN
+    steps = np.arange(result.loss_trace.shape[1])[result.schedule.draws][: draws.shape[1]]
+    path, distance = (x[result.kept_chains, : steps[-1] + 1] for x in (result.excess_trace, trace))
+    if not np.isfinite(distance).all() or not np.isfinite(path).all():
+        return UNKNOWN
+    plain = not settings.get("weight_decay") and "bounding_box_size" not in settings
+    if facts.euclidean and plain and math.isfinite(facts.injected_noise):
+        time_step = float(settings["lr"]) / facts.injected_noise  # noise of this variance a step, friction included
+        found = response_of_path(path, distance, draws, steps, localization=gamma, time_step=time_step)
+    else:
+        found = response_if_settled(draws, distance[:, steps], localization=gamma)
+    # In quadratic directions it is between −λ̂ and 0.
+    return found if found.stderr <= MAX_SLOPE_ERROR * abs(result.llc_mean) else UNKNOWN
 
 
 def _draws_before(step: float, result: LLCResult) -> int:

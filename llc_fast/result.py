@@ -101,9 +101,10 @@ class LLCResult:
             ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
             w), ``chains_left``; and ``chains_diverged``. Of γ: ``reach`` (prior width of a weight, 1/√γ, over the root
-            mean square weight), ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ =
-            −(γ/2)·Cov(nβL, ‖w − w*‖²) over the draws). ``descent`` (how far nβ·L + γ/2·‖w − w*‖² falls from w* along
-            its gradient, at least). Their meaning is in ``warnings``.
+            mean square weight), ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ of
+            chains of this length, see :mod:`llc_fast.stats.response`; None where its error is above a quarter of λ̂).
+            ``descent`` (how far nβ·L + γ/2·‖w − w*‖² falls from w* along its gradient, at least). Their meaning is in
+            ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;

@@ -54,19 +54,6 @@ def standard_error(draws: NDArray[np.float64]) -> StandardError:
     return max(candidates, default=StandardError(math.nan, 0))
 
 
-class Covariance(NamedTuple):
-    """The covariance of two quantities over draws, and its standard error."""
-
-    value: float
-    stderr: float
-
-
-def covariance(a: NDArray[np.float64], b: NDArray[np.float64]) -> Covariance:
-    """Over all draws ``[chain, draw]``; the standard error is that of the mean of products, as autocorrelated."""
-    products = (a - a.mean()) * (b - b.mean())
-    return Covariance(float(products.mean()), standard_error(products).value)
-
-
 def batch_means(draws: NDArray[np.float64], batches: int) -> NDArray[np.float64]:
     """Means ``[chain, batch]`` of consecutive batches of equal length; draws left over are dropped at the start."""
     chains, length = draws.shape
