@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "transformer": "a small transformer over its training on text, and each of its attention heads",
     "resnet": "a residual network on digits, trained with several learning rates and batch sizes",
     "sensitivity": "λ̂ over step size, localization, batch size and temperature: where warnings are right",
+    "localization": "λ̂ over γ and nβ on eight networks: what the default γ does, and what others would",
     "ladder": "four ways to λ, from the definition by volumes to local minibatch estimates",
     "accuracy": "deep linear networks: nothing tuned, against samplers whose step size was tuned on them",
     "coverage": "how often the 95 % interval covers the exact answer, on five small problems",
