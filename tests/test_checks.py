@@ -485,6 +485,38 @@ def test_how_lambda_answers_to_localization() -> None:
     assert f"γ = 4, a prior width of {math.sqrt(5 / 4) / math.sqrt(20):.2g} times" in result.summary()
 
 
+def _mean_excess(steps: int, burnin: int, lr: float, curvature: float, gamma: float) -> float:
+    """½·nβh·E[x²] of one direction over the draws of SGLD that starts at w*, exact for steps of any size."""
+    variance, total = 0.0, 0.0
+    for step in range(steps):
+        total += 0.5 * curvature * variance * (step >= burnin)
+        variance = (1 - 0.5 * lr * (curvature + gamma)) ** 2 * variance + lr
+    return total / (steps - burnin)
+
+
+def _around_flat(flat: int, lr: float, **options: Any) -> LLCResult:
+    """Twenty directions at nβh = γ = 4, and so many that the loss does not see."""
+    model, inputs = _Tilted([0.2] * 20 + [0.0] * flat, [0.0] * (20 + flat)), torch.zeros(2, 1, dtype=torch.float64)
+    given = {"nbeta": 20.0, "localization": 4.0, "lr": lr, "num_burnin": 300, **options}
+    return llc_fast.estimate_llc(model, (inputs, inputs), lambda o, _: o, progress=False, **given)
+
+
+@pytest.mark.parametrize(("lr", "chains"), [(0.05, 16), (1e-4, 64)], ids=["settled", "on their way"])
+def test_how_lambda_answers_where_most_directions_are_flat(lr: float, chains: int) -> None:
+    """In chains that have settled and in chains that have not: the derivative of what they find, exactly."""
+    found = _around_flat(100, lr, num_chains=chains, num_draws=1200).diagnostics
+    low, high = (20 * _mean_excess(1500, 300, lr, 4.0, 4.0 * push) for push in (0.999, 1.001))
+    known = (high - low) / 2e-3
+    assert abs(found["localization_slope"] - known) < 4 * found["localization_slope_stderr"]
+    assert lr < 0.05 or found["localization_slope_stderr"] < 0.2 * abs(known)
+
+
+def test_an_answer_that_noise_hides_is_not_told() -> None:
+    result = _around_flat(2000, 0.05, num_chains=2, num_draws=120)
+    assert result.diagnostics["localization_slope"] is result.diagnostics["localization_slope_stderr"] is None
+    assert "prior width" in result.summary() and "dλ̂/dlog γ" not in result.summary()
+
+
 @pytest.mark.parametrize(
     "sampler", ["sgld", "preconditioned-sgld", "rmsprop-sgld", "adam-sgld", "sghmc", "sgnht", "mala"]
 )
