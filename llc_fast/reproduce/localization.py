@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from llc_fast.plots import label_hollow, new_figure
+from llc_fast.plots import CLASSES, label_hollow, new_figure
 from llc_fast.problems import deep_linear
 from llc_fast.problems.digits import load_digits
 from llc_fast.problems.exact_minima import tanh_regression
@@ -47,7 +47,7 @@ from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, number, numbers, plus_minus, relative_error
 from llc_fast.reproduce.study import Study
 from llc_fast.result import LLCResult
-from llc_fast.samplers import HMCSampler
+from llc_fast.samplers import SAMPLERS, HMCSampler
 from llc_fast.settings import DEFAULT_REACH, default_localization, default_nbeta
 from llc_fast.stats.errors import standard_error
 from llc_fast.support.runtime import threads
@@ -471,8 +471,6 @@ def _cell(result: LLCResult) -> Row:
 
 def _sampler(result: LLCResult) -> Any:
     """The sampler of a result, with its momentum."""
-    from llc_fast.samplers import SAMPLERS
-
     made = SAMPLERS[result.settings["sampler"]]
     decay = result.settings.get("momentum_decay")
     return made() if decay is None else made(momentum_decay=decay)  # type: ignore[call-arg]
@@ -664,6 +662,8 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
 
 
 def _plot_network(top: Axes, below: Axes, name: str, tables: Tables, settings: Settings) -> None:
+    from matplotlib.ticker import NullFormatter
+
     network = tables["network"][name]
     lines = [(row["temperature"], row["cells"]) for row in tables["path"].values() if row["name"] == name]
     colors = dict(zip(settings.temperatures, (figures.BLUE, figures.ORANGE, figures.GREEN), strict=False))
@@ -710,11 +710,11 @@ def _plot_network(top: Axes, below: Axes, name: str, tables: Tables, settings: S
     top.set_title(f"{name}: P = {network['num_parameters']}, n = {network['num_samples']}", fontsize=10)
     top.set(ylabel="λ̂ ± 2 standard errors")
     below.set(ylabel="‖w − w*‖/‖w*‖", xlabel="γ", yscale="log")
+    below.yaxis.set_major_formatter("{x:g}")
+    below.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plot_elasticity(axes: Axes, tables: Tables, settings: Settings) -> None:
-    from llc_fast.plots import CLASSES
-
     looks = itertools.cycle(CLASSES)
     for row in tables["path"].values():
         if row["temperature"] != settings.temperatures[0]:
@@ -740,6 +740,9 @@ def _plot_rescaled(axes: Axes, tables: Tables) -> None:
         factors = numbers(row["factor"] for row in chosen)
         figures.estimates(axes, factors, chosen, connect=True, color=color, label=f"γ {way}")
     figures.label_hollow_in(axes, rows)
-    axes.set(xlabel="first layer times this, second over it", ylabel="λ̂ ± 2 standard errors", ylim=(0, None))
+    axes.set(
+        xlabel="first layer times this, second over it", ylabel="λ̂ ± 2 standard errors", ylim=(0, None), xscale="log"
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title("the perceptron, one function in other parameters", fontsize=11)
     axes.legend(fontsize=8)
