@@ -11,7 +11,8 @@ Here it is held against others, at three nβ, with chains that go on from where 
 - deep linear networks, whose known λ is a global one: that of chains that are free to go where the loss lets them.
 
 Beside λ̂ and its error each cell has how far chains went (‖w − w*‖/‖w*‖), their loss, and dλ̂/dlog γ by the difference
-to the next cell. What a single run says of the latter (``diagnostics["localization_slope"]``) is compared with pairs of
+to the next cell, and the share of what the network knows that its draws have lost: 0 at L(w*), 1 at the loss of the
+best constant. What a single run says of the latter (``diagnostics["localization_slope"]``) is compared with pairs of
 runs that share all random numbers and differ in γ alone: their chains stay side by side, so that the difference of
 their λ̂ has a small part of the error that independent runs would leave in it.
 
@@ -276,6 +277,15 @@ class InUnits(nn.Module):
         return functional_call(self._model[0], weights, inputs)
 
 
+def constant_loss(data: Any) -> float:
+    """The loss of the best constant: the variance of the targets, or the entropy of their frequencies in nats."""
+    targets: Tensor = data[1] if isinstance(data, tuple) else data.batch(torch.arange(len(data)))[1]
+    if targets.is_floating_point():
+        return float((targets - targets.mean(dim=0)).square().mean())
+    frequencies = targets.flatten().bincount().double() / targets.numel()
+    return -float(torch.xlogy(frequencies, frequencies).sum())
+
+
 LEAST = 0.01
 """A tensor's root mean square over that of all below which its γ is that of such a tensor: biases begin at zero."""
 
@@ -327,6 +337,7 @@ def measure(study: Study, settings: Settings) -> None:
             "num_samples": network.num_samples,
             "norm": network.norm,
             "default": default[name],
+            "constant_loss": constant_loss(network.data),
             "lambda": network.learning_coefficient,
         }
 
@@ -516,6 +527,13 @@ def _nearest(cells: Sequence[Row], gamma: float) -> Row:
     return min(cells, key=lambda cell: abs(math.log(cell["localization"] / gamma)))
 
 
+def lost(network: Row, cells: Sequence[Row]) -> NDArray[np.float64]:
+    """The share of what the network knows that draws have lost: 0 at L(w*), 1 at the loss of the best constant."""
+    first = column(cells, "init_loss")
+    share: NDArray[np.float64] = (column(cells, "mean_loss") - first) / (network["constant_loss"] - first)
+    return share
+
+
 def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Chains stay near, λ̂ answers to γ as it is said to, and agrees with what is exact."""
     pairs, first = tables["pair"], settings.temperatures[0]
@@ -652,7 +670,8 @@ def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
     axes[0].legend(fontsize=8)
     figure.suptitle(
         "λ̂ against the localization γ; dashed: the default, P/(½‖w*‖)²; dotted: a quarter of it; short lines: "
-        "dλ̂/dlog γ as the run says it",
+        "dλ̂/dlog γ as the run says it;\n"
+        "below, circles: how far draws are from w*; triangles: the share of what the network knows that they have lost",
         fontsize=12,
     )
     choice, (left, right) = new_figure(2, width=5.6)
@@ -674,6 +693,7 @@ def _plot_network(top: Axes, below: Axes, name: str, tables: Tables, settings: S
         below.plot(gamma, column(cells, "distance_over_reference"), "o-", ms=4, lw=1.2, color=color)
         if temperature != settings.temperatures[0]:
             continue
+        below.plot(gamma, lost(network, cells), "v--", ms=4, lw=1.2, color=figures.SKY)
         for cell in cells:
             if cell["slope"] is not None:
                 ends = np.array([-0.5, 0.5])
@@ -709,7 +729,7 @@ def _plot_network(top: Axes, below: Axes, name: str, tables: Tables, settings: S
         axis.set_visible(True)
     top.set_title(f"{name}: P = {network['num_parameters']}, n = {network['num_samples']}", fontsize=10)
     top.set(ylabel="λ̂ ± 2 standard errors")
-    below.set(ylabel="‖w − w*‖/‖w*‖", xlabel="γ", yscale="log")
+    below.set(ylabel="‖w − w*‖/‖w*‖; ▽ share lost", xlabel="γ", yscale="log")
     below.yaxis.set_major_formatter("{x:g}")
     below.yaxis.set_minor_formatter(NullFormatter())
 

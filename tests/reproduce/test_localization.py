@@ -141,13 +141,15 @@ def _row(gamma: float, llc: float, stderr: float = 1.0, **more: Any) -> Row:
         "slope": None,
         "slope_stderr": None,
         "distance_over_reference": 0.4,
+        "init_loss": 0.5,
+        "mean_loss": 1.0,
         **more,
     }
 
 
 def _made_up() -> Tables:
     networks = {"tanh regression": 60.5, "deep linear 1": 100.0, "resnet": None}
-    shared = {"default": 16.0, "num_parameters": 10, "num_samples": 100}
+    shared = {"default": 16.0, "constant_loss": 2.0, "num_parameters": 10, "num_samples": 100}
     cells = [_row(64.0, 50.0), _row(16.0, 80.0), _row(4.0, 90.0), _row(1.0, 98.0)]
     ways = [("one for all", 1.0, 50.0), ("one for all", 5.0, 90.0), ("by tensor", 1.0, 60.0), ("by tensor", 5.0, 61.0)]
     pair = _row(16.0, 80.0, slope=-5.0, slope_stderr=2.0, difference=-6.0, difference_stderr=0.1)
@@ -194,3 +196,16 @@ def test_how_steep() -> None:
     np.testing.assert_allclose(value[:2], -0.3)
     assert error[0] == pytest.approx(math.hypot(0.1 / cells[0]["llc"], 0.1 / cells[1]["llc"]) / math.log(10))
     assert math.isnan(value[2])
+
+
+def test_what_draws_have_lost() -> None:
+    """Against the loss of a constant, which for two classes and for numbers is known in closed form."""
+    labels = torch.tensor([0, 0, 0, 2])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert experiment.constant_loss((torch.zeros(4), labels)) == pytest.approx(entropy)
+    logits = torch.tensor([math.log(0.75), -99.0, math.log(0.25)]).expand(4, 3)
+    assert float(F.cross_entropy(logits, labels)) == pytest.approx(entropy)
+    numbers = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    assert experiment.constant_loss((torch.zeros(2), numbers)) == 0.5
+    cells = [_row(1.0, 1.0), _row(1.0, 1.0, mean_loss=2.0)]
+    assert experiment.lost({"constant_loss": 2.0}, cells).tolist() == pytest.approx([1 / 3, 1.0])
