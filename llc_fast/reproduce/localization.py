@@ -8,7 +8,8 @@ Here it is held against others, at three nβ, with chains that go on from where 
   until the loss hardly falls;
 - regression by a tanh network exactly at a minimum, λ known, for which Hamiltonian Monte Carlo gives the exact answers
   at the γ of ``reproduce sensitivity``;
-- deep linear networks, whose known λ is a global one: that of chains that are free to go where the loss lets them.
+- deep linear networks, whose known λ is a global one: that of chains that are free to go where the loss lets them. They
+  are estimated at γ = 1 from w* on, too.
 
 Beside λ̂ and its error each cell has how far chains went (‖w − w*‖/‖w*‖), their loss, and dλ̂/dlog γ by the difference
 to the next cell, and the share of what the network knows that its draws have lost: 0 at L(w*), 1 at the loss of the
@@ -45,7 +46,17 @@ from llc_fast.problems.text import load_text
 from llc_fast.problems.transformer import Transformer, sequence_losses
 from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
-from llc_fast.reproduce.rows import Row, Tables, column, estimate_row, number, numbers, plus_minus, relative_error
+from llc_fast.reproduce.rows import (
+    Row,
+    Tables,
+    column,
+    estimate_row,
+    in_words,
+    number,
+    numbers,
+    plus_minus,
+    relative_error,
+)
 from llc_fast.reproduce.study import Study
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, HMCSampler
@@ -399,6 +410,22 @@ def measure(study: Study, settings: Settings) -> None:
 
     study.rows("pair", {name: name for name in networks}, pair, _pair_in_words)
 
+    def globally(name: str) -> Row:
+        network = networks[name]
+        result = study.estimate(
+            f"{name} γ=1 from w*",
+            network.model,
+            network.data,
+            network.loss_fn,
+            nbeta=natural[name],
+            localization=1.0,
+            **chains(name),
+        )
+        return _cell(result)
+
+    linear = [name for name in networks if name.startswith("deep linear")]
+    study.rows("global", {name: name for name in linear}, globally, in_words)
+
     def by_tensor(name: str) -> Row:
         network, before = networks[name], None
         model = InUnits(network.model, tensor_units(network.model))
@@ -586,13 +613,9 @@ def _exact_claims(tables: Tables, paths: Mapping[str, Sequence[Row]]) -> list[Cl
             not falls,
         )
     )
-    linear = [name for name in at_minimum if name.startswith("deep linear")]
-    if linear:
+    if linear := tables["global"]:
         errors = {
-            name: [
-                relative_error(_nearest(paths[name], g), networks[name]["lambda"])
-                for g in (networks[name]["default"], 1)
-            ]
+            name: [relative_error(row, networks[name]["lambda"]) for row in (tables["pair"][name], linear[name])]
             for name in linear
         }
         found.append(

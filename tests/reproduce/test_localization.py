@@ -52,7 +52,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     tables = study.tables
     sizes = {name: len(rows) for name, rows in tables.items()}
-    assert sizes == {"network": 2, "path": 4, "pair": 2, "by tensor": 1, "rescaled": 4, "exact": 2}
+    assert sizes == {"network": 2, "path": 4, "pair": 2, "by tensor": 1, "global": 0, "rescaled": 4, "exact": 2}
     for row in tables["path"].values():
         default = tables["network"][row["name"]]["default"]
         found = [cell["localization"] for cell in row["cells"]]
@@ -159,6 +159,7 @@ def _made_up() -> Tables:
             f"{name} nβ×1": {"name": name, "temperature": 1.0, "cells": copy.deepcopy(cells)} for name in networks
         },
         "pair": {name: dict(pair) for name in networks},
+        "global": {"deep linear 1": _row(1.0, 98.0)},
         "rescaled": {f"{way} {f}": _row(1.0, llc, way=way, factor=f) for way, f, llc in ways},
         "exact": {"γ=16": _row(16.0, 80.5, 0.1), "γ=1": _row(1.0, 97.0, 0.1), "γ=1000": _row(1e3, 1.0, 0.1)},
     }
@@ -170,7 +171,7 @@ _CHANGES: dict[str, tuple[int, Any]] = {
     "another slope": (1, lambda t: t["pair"]["resnet"].update(slope=-14.0)),
     "no slope at all": (1, lambda t: [row.update(slope=None) for row in t["pair"].values()]),
     "a fall": (2, lambda t: t["path"]["tanh regression nβ×1"]["cells"][2].update(llc=70.0)),
-    "further at γ = 1": (3, lambda t: t["path"]["deep linear 1 nβ×1"]["cells"][3].update(llc=125.0)),
+    "further at γ = 1": (3, lambda t: t["global"]["deep linear 1"].update(llc=125.0)),
     "not exact": (4, lambda t: t["exact"]["γ=16"].update(llc=90.0)),
     "tensors differ": (5, lambda t: t["rescaled"]["by tensor 5.0"].update(llc=70.0)),
     "all for one": (5, lambda t: t["rescaled"]["one for all 5.0"].update(llc=51.0)),
