@@ -883,7 +883,7 @@ class _Ending:
         codes = {warning.code for warning in result.warnings}
         if not result.kept_draws.size:
             return "diverged"
-        if "negative" in codes:
+        if "negative" in codes and self._settings.target:
             return "negative"
         is_known = result.relative_error <= self._settings.target and not codes & LENGTH_CODES
         return "target" if is_known else ""
