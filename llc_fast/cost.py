@@ -56,7 +56,9 @@ def affordable_length(settings: Settings, flops: float, device: torch.device, nu
         return dataclasses.replace(settings, num_draws=draws, num_burnin=draws * between)
     if not 0 < affordable < num_gradients(settings, settings.longest):
         return settings
-    least_gradients = settings.num_chains * settings.gradients_per_step * 2 * least * between * (1 + PILOT_SHARE)
+    least_gradients = settings.num_chains * settings.gradients_per_step * 2 * least * between
+    if settings.has_pilots:
+        least_gradients = math.ceil(least_gradients * (1 + PILOT_SHARE))
     return dataclasses.replace(settings, max_gradients=int(max(affordable, least_gradients)))
 
 

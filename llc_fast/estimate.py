@@ -134,9 +134,10 @@ def estimate_llc(
         num_burnin: steps before the first draw, of a run of fixed length; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         target_error: chains go on, half of their steps being burn-in, until the total error of λ̂ is this share of it:
-            the standard error plus the systematic one (:attr:`LLCResult.systematic_error`), with nothing left that the
-            length would mend. They are looked at after 1250 steps and then at each doubling. None: 0.02, unless a
-            length was given. What ended them is in ``diagnostics["ended_by"]``.
+            the standard error plus half of the systematic one, which is on one side
+            (:attr:`LLCResult.relative_error`), with nothing left that the length would mend. They are looked at after
+            1250 steps and then at each doubling. None: 0.02, unless a length was given. What ended them is in
+            ``diagnostics["ended_by"]``.
         max_seconds: time that the run may take, from the call on; chains stop at the step that they then have reached,
             so that results differ from run to run. None: no limit.
         max_gradients: gradients that the run may take, pilot chains included. None: 10,000 steps of each chain, and
@@ -444,7 +445,7 @@ def prepare(
     if keeper is not None or team.size > 1:
         identity = {**asked.identity(), **objective.identity()}  # not the length, by which a run may be extended
         identity["warm_start"] = None if start is None else arrays_identity(start)
-        team.agree(identity | {"length": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
+        team.agree(identity | {"schedule": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
     if keeper is not None and (saved := keeper.load(identity)) is not None:
         saved = _fitted(saved, settings, keeper)
     if settings.progress is True and team.rank == 0 and saved is None:
@@ -788,14 +789,13 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         resumed = saved.traces if saved is not None else ()
         ending = _Ending(prepared, chosen, chains, setup)
         with RunningChains(spec, chains, resumed=resumed, monitor=monitor, stop=stop) as running:
-            sampled, following = None, ending.first(resumed)
+            until, following = 0, ending.first(resumed)
             while following:
-                monitor.until(following)
-                sampled = ending.gather(running.run(following), following)
-                following = ending.following(sampled)
-            assert sampled is not None
+                monitor.until(until := following)
+                run = running.run(until)
+                following = ending.following(ending.gather(run, until)) if settings.by_need else 0
             run = running.finish()
-        sampled = dataclasses.replace(ending.gather(run, sampled.until), ended_by=ending.ended_by)
+        sampled = dataclasses.replace(ending.gather(run, until), ended_by=ending.ended_by)
         if keeper is not None and team.rank == 0 and not sampled.interrupted:
             keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), vars(schedule), ending.gathered))
         problems = team.gather("" if keeper is None else keeper.problem)
@@ -839,7 +839,7 @@ class _Ending:
 
     def following(self, sampled: Sampled) -> int:
         """Steps after which to look next; 0: the run is over."""
-        if sampled.interrupted or not self._settings.by_need:
+        if sampled.interrupted:
             return 0
         until = sampled.until
         is_last = until >= self._settings.longest.num_steps
@@ -883,7 +883,7 @@ class _Ending:
         codes = {warning.code for warning in result.warnings}
         if not result.kept_draws.size:
             return "diverged"
-        if "negative" in codes:
+        if "negative" in codes and self._settings.target:
             return "negative"
         is_known = result.relative_error <= self._settings.target and not codes & LENGTH_CODES
         return "target" if is_known else ""

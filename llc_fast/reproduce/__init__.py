@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "localization": "λ̂ over γ and nβ on eight networks: what the default γ does, and what others would",
     "ladder": "four ways to λ, from the definition by volumes to local minibatch estimates",
     "accuracy": "deep linear networks: nothing tuned, against samplers whose step size was tuned on them",
+    "error-bars": "deep linear networks with nothing set: do intervals hold λ, and what a length by need saves",
     "coverage": "how often the 95 % interval covers the exact answer, on five small problems",
     "variance": "why λ̂ varies from seed to seed at equal cost, and what reduces that",
 }
