@@ -167,7 +167,7 @@ def _made_up() -> Tables:
 
 _CHANGES: dict[str, tuple[int, Any]] = {
     "": (-1, lambda t: None),
-    "left": (0, lambda t: t["pair"]["resnet"].update(distance_over_reference=0.6)),
+    "left": (0, lambda t: t["pair"]["resnet"].update(distance_over_reference=0.8)),
     "another slope": (1, lambda t: t["pair"]["resnet"].update(slope=-14.0)),
     "no slope at all": (1, lambda t: [row.update(slope=None) for row in t["pair"].values()]),
     "a fall": (2, lambda t: t["path"]["tanh regression nβ×1"]["cells"][2].update(llc=70.0)),
