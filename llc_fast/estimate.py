@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llc_fast.batches import DataSource
+from llc_fast.behavioral import Behavioral, BehavioralLoss, behavioral_source, named_loss
 from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_settings, num_pilot_steps
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
@@ -30,7 +31,7 @@ from llc_fast.data import IndexedSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
-from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, named_loss, token_source
+from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, token_source
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
@@ -57,7 +58,7 @@ _LEAST_TRIED = 4
 def estimate_llc(
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | NextToken | str | None,
+    loss_fn: LossFunction | NextToken | Behavioral | str | None,
     *,
     sampler: str | Sampler | None = None,
     lr: float | None = None,
@@ -108,7 +109,9 @@ def estimate_llc(
             `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
             over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken; also in a container,
             as its `loss` or the only number of a tuple. ``"next-token"`` is that of causal language models, on token
-            sequences and in eval mode; see :class:`llc_fast.language.NextToken`.
+            sequences and in eval mode; see :class:`llc_fast.language.NextToken`. ``"behavioral"``,
+            ``"behavioral-mse"`` and ``"behavioral-kl"`` compare outputs with those at w*, which is then the exact
+            minimum, whether the model is trained or not; see :func:`llc_fast.behavioral_loss`.
         sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
             ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
             too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
@@ -188,7 +191,7 @@ class Calibration(dict[str, Any]):
 
 
 def calibrate(
-    model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | str | None, **settings: Any
+    model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | Behavioral | str | None, **settings: Any
 ) -> Calibration:
     """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
 
@@ -382,7 +385,7 @@ def prepare(
     settings: Settings,
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | NextToken | None,
+    loss_fn: LossFunction | NextToken | Behavioral | None,
     surroundings: _Surroundings,
 ) -> Prepared:
     """Look at model, loss, data and checkpoint, and take L(w*).
@@ -420,6 +423,8 @@ def prepare(
     if keeper is not None or team.size > 1:
         identity = {**asked.identity(), **objective.identity()}
         identity["warm_start"] = None if start is None else arrays_identity(start)
+        if isinstance(objective.loss_fn, BehavioralLoss):  # L(w*) is 0 with any of them
+            identity["loss_fn"] = objective.loss_fn.settings["loss_fn"]
         team.agree(identity | _more_identity(objective, loss_fn, keeper))
     if keeper is not None:
         saved = keeper.load(identity)
@@ -457,6 +462,12 @@ def prepare(
     )
 
 
+def _loss_settings(objective: Objective) -> dict[str, Any]:
+    """What settings say of a loss that has a name."""
+    loss_fn = objective.loss_fn
+    return loss_fn.settings if isinstance(loss_fn, (TokenLoss, BehavioralLoss)) else {}
+
+
 def _more_identity(objective: Objective, loss_fn: object, keeper: Checkpoint | None) -> dict[str, Any]:
     """What processes compare beyond what names a run in its checkpoint."""
     tensors = objective.reference.values()
@@ -476,7 +487,7 @@ def _affordable(
     settings: Settings,
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | NextToken | None,
+    loss_fn: LossFunction | NextToken | Behavioral | None,
     surroundings: _Surroundings,
 ) -> tuple[Objective, Settings, str]:
     """Model, loss and data, tried once, in minibatches and for a length that a user who gave neither can wait for.
@@ -508,7 +519,11 @@ def _affordable(
 
 
 def _source(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | None, device: torch.device
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | Behavioral | None,
+    device: torch.device,
 ) -> tuple[DataSource, LossFunction | None]:
     """The data as asked for, and the loss as a function."""
     options: dict[str, Any] = {
@@ -518,7 +533,9 @@ def _source(
         "whole": settings.template.kind == "metropolis",
     }
     source: DataSource
-    if isinstance(loss_fn, NextToken):
+    if isinstance(loss_fn, (Behavioral, BehavioralLoss)):
+        source, loss_fn = behavioral_source(loss_fn, model, data, settings.batch_size, device, **options)
+    elif isinstance(loss_fn, NextToken):
         source, loss_fn = token_source(loss_fn, model, data, settings.batch_size, device, **options)
     else:
         data = columns_of_own_loss(model, data) if loss_fn is None else data
@@ -551,6 +568,8 @@ def _objective(
         )
     if isinstance(loss_fn, TokenLoss):
         loss_fn.check_causal(objective)
+    if isinstance(loss_fn, BehavioralLoss):
+        loss_fn.check(objective, settings.nbeta_for(source.num_samples))
     if template.kind == "metropolis":
         _check_exact(template, objective, execution)
     return objective
@@ -630,7 +649,7 @@ def choose(prepared: Prepared) -> Chosen:
 
 def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
     chosen, init_loss = Chosen(**saved.chosen), at_reference.mean
-    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr):
+    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr, 1e-6 / chosen.nbeta):
         raise ValueError(
             f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
             f"{init_loss:.6g}. Other data or another loss_fn?"
@@ -819,7 +838,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "num_steps_bw_draws": planned.num_steps_bw_draws,
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
-            **(objective.loss_fn.settings if isinstance(objective.loss_fn, TokenLoss) else {}),
+            **_loss_settings(objective),
             **({} if settings.preset is None else {"preset": settings.preset}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),

@@ -295,7 +295,7 @@ class LLCResult:
     def _tokens(self) -> str:
         """Of a language model: n in sequences and in tokens, and which of them nβ is made of; empty for others."""
         n, tokens = self.settings.get("num_samples"), self.settings.get("num_tokens")
-        if self.settings.get("loss_fn") != "next-token":
+        if "num_tokens" not in self.settings:
             return ""
         counts = (
             "n is unknown" if n is None else f"n = {n} sequences" + (f" of {tokens} predicted tokens" * bool(tokens))
