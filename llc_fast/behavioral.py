@@ -31,8 +31,9 @@ from llc_fast.language import (
 )
 from llc_fast.language import named_loss as named_token_loss
 from llc_fast.objective.outputs import described
-from llc_fast.support.errors import first_line
+from llc_fast.support.errors import add_note, first_line
 from llc_fast.support.fingerprint import digest
+from llc_fast.support.torch_private import drops, normalizes_batches
 
 if TYPE_CHECKING:
     from llc_fast.objective.objective import LossFunction, Objective
@@ -49,6 +50,10 @@ _LEAST_LOG = -1e4
 """Logarithms of probabilities that are 0 are finite: a masked class has none in both outputs."""
 _FAR = 1.0
 """log p − log p* above which the formula for small differences is not used."""
+
+
+_ROUNDING, _COARSE = 1e-4, 1e-2
+"""How far rounding may move logits, over their standard deviation: an untrained model hardly looks at other tokens."""
 
 
 @dataclass(frozen=True)
@@ -189,13 +194,14 @@ class BehavioralLoss:
             ValueError: the output is no function of parameters and inputs: it is random, or is another each time.
         """
         trial = objective.trial
-        training = [name for name, m in objective.model.named_modules() if m.training and not any(m.children())]
         if trial.is_random or trial.writes_buffers:
+            looked = drops if trial.is_random else normalizes_batches
+            names = [repr(name) for name, m in objective.model.named_modules() if m.training and looked(m)]
             why = "draws random numbers" if trial.is_random else "uses the statistics of each minibatch"
-            named = f" ({', '.join(map(repr, training[:3]))}{', …' * (len(training) > 3)} in training mode)"
+            named = f" ({', '.join(names[:3])}{', …' * (len(names) > 3)})" if names else ""
             raise ValueError(
-                f"loss_fn is a behavioural loss, whose target is the model's own output, and the model {why}"
-                f"{named if training else ''}, so that w* is not its minimum: call model.eval()"
+                f"loss_fn is a behavioural loss, whose target is the model's own output, and the model {why}{named}, "
+                "so that w* is not its minimum: call model.eval()"
             )
         batch = next(iter(objective.source.minibatches(seed=0)))
         with torch.enable_grad():
@@ -223,12 +229,21 @@ class BehavioralLoss:
             if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim == 0:
                 raise TypeError(f"outputs(model, batch) must return a tensor [batch, …], got {described(found)}")
             return _wide(found)
-        if isinstance(batch, Mapping):
-            found = model(**{**self._options, **batch})
-        elif isinstance(batch, (tuple, list)):
-            found = model(*(batch[:-1] if len(batch) > 1 else batch))
-        else:
-            found = model(batch)
+        try:
+            if isinstance(batch, Mapping):
+                found = model(**{**self._options, **batch})
+            elif isinstance(batch, (tuple, list)):
+                found = model(*(batch[:-1] if len(batch) > 1 else batch))
+            else:
+                found = model(batch)
+        except Exception as error:
+            called = "**batch" if isinstance(batch, Mapping) else "*inputs" if isinstance(batch, tuple) else "batch"
+            add_note(
+                error,
+                f"the behavioural loss called model({called}) for the output. If it is had in another way, say how: "
+                "loss_fn=llc_fast.behavioral_loss(model, outputs=lambda model, batch: …)",
+            )
+            raise
         return _wide(_tensor_in(found))
 
     def _kind_for(self, output: Tensor, batch: Batch) -> Kind:
@@ -324,9 +339,11 @@ def _is_batch_of_tokens(batch: Any) -> bool:
 
 def _is_causal(call: ModelCall, model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
     """Whether a model gives logits for each token, by those before it."""
+    is_precise = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    slack = _ROUNDING if is_precise else _COARSE
     try:
         with torch.no_grad():
-            return is_causal(lambda ids: call(model, ids), batch["input_ids"][:4].long())
+            return is_causal(lambda ids: call(model, ids), batch["input_ids"][:4].long(), slack)
     except Exception:  # it is no language model, or not called like one
         return False
 

@@ -67,8 +67,8 @@ def named_loss(loss_fn: LossFunction | NextToken | str | None) -> LossFunction |
     if isinstance(loss_fn, str):
         if loss_fn != "next-token":
             raise TypeError(
-                f'loss_fn must be callable or "next-token", the loss of language models, or "behavioral", got {loss_fn!r}: '
-                "pass other losses as functions, such as torch.nn.functional.cross_entropy"
+                f'loss_fn must be callable or "next-token", the loss of language models, or "behavioral", got '
+                f"{loss_fn!r}: pass other losses as functions, such as torch.nn.functional.cross_entropy"
             )
         return NextToken()
     return loss_fn
@@ -192,14 +192,20 @@ class TokenLoss:
             )
 
 
-def is_causal(logits: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
-    """Whether logits of the first half of sequences, ``[sequence, length]``, stay when the second half changes."""
+def is_causal(logits: Callable[[Tensor], Tensor], ids: Tensor, slack: float = _CAUSAL) -> bool:
+    """Whether logits of the first half of sequences, ``[sequence, length]``, stay when the second half changes.
+
+    Args:
+        logits: of token ids.
+        ids: the sequences.
+        slack: how far they may move, over their standard deviation.
+    """
     half = ids.shape[1] // 2
     others = torch.cat([ids[:, :half], ids.flip(1)[:, half:]], 1)
     if not half or torch.equal(ids, others):
         return True
     here, there = logits(ids)[:, :half], logits(others)[:, :half]
-    return not float((here - there).abs().max()) > _CAUSAL * float(here.std())
+    return not float((here - there).abs().max()) > slack * float(here.std())
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
