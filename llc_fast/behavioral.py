@@ -171,7 +171,8 @@ class BehavioralLoss:
                 'minimum: make it anew, llc_fast.behavioral_loss(model), or pass loss_fn="behavioral", which takes the '
                 "weights that the model has"
             )
-        found._reference.to(device)
+        if any(t.device != device for t in (*found._reference.parameters(), *found._reference.buffers())):
+            found._reference.to(device)
         for mine, theirs in zip(found._reference.modules(), model.modules(), strict=False):
             mine.training = theirs.training
         return found
@@ -363,7 +364,8 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo).eval()
+        with torch.no_grad():  # a scripted module's copy would be part of a graph
+            return copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise TypeError(
             f"model can't be copied ({first_line(error)}), and the behavioural loss needs a copy of it at w*: compute "

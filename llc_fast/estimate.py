@@ -34,6 +34,7 @@ from llc_fast.kernels.native import is_low_precision
 from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, token_source
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
+from llc_fast.objective.curvature import Descent
 from llc_fast.objective.objective import LossFunction, Objective, takes_model
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
@@ -927,7 +928,7 @@ def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sample
         init_loss_stderr=init_loss_stderr,
         planned_steps=planned_steps,
         in_calibration=chosen.is_interrupted,
-        descent=chosen.descent,
+        descent=None if chosen.descent is None else Descent(*(tuple(values) for values in chosen.descent)),
         local_localization=default_localization(objective.num_parameters, norm),
         random_modules=prepared.mode.random_modules,
         batch_statistics=prepared.mode.batch_statistics,

@@ -102,8 +102,9 @@ class LLCResult:
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
             w), ``chains_left``; and ``chains_diverged``. Of γ: ``reach`` (prior width of a weight, 1/√γ, over the root
             mean square weight), ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ =
-            −(γ/2)·Cov(nβL, ‖w − w*‖²) over the draws). ``descent`` (how far nβ·L + γ/2·‖w − w*‖² falls from w* along
-            its gradient, at least). Their meaning is in ``warnings``.
+            −(γ/2)·Cov(nβL, ‖w − w*‖²) over the draws). Of w*: ``descent`` and ``descent_loss`` (how far
+            nβ·L + γ/2·‖w − w*‖², and with it nβ·L, fall from w* in their quadratic model, at least), ``fall`` (how far
+            nβ·L falls below that of w* along the chains, for certain). Their meaning is in ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
