@@ -76,6 +76,7 @@ class Chosen:
         descent: the way down from w*: the squares and the curvatures of :class:`llc_fast.objective.curvature.Descent`;
             None: not measured.
         is_interrupted: whether somebody stopped the pilot chains: this is what they had found by then.
+        refined: what :func:`llc_fast.objective.refinement.refine` has done; None: w* is the model's.
     """
 
     init_loss: float
@@ -90,6 +91,7 @@ class Chosen:
     pilot_bias_share: float | None = None
     descent: list[list[float]] | None = None
     is_interrupted: bool = False
+    refined: dict[str, Any] | None = None
 
 
 def choose_settings(

@@ -75,7 +75,7 @@ class Facts:
         planned_steps: of all chains.
         in_calibration: whether the run was interrupted while pilot chains chose its step size.
         descent: the way down from w*, in the quadratic model of nβ·L + γ/2·‖w − w*‖²; None: unknown.
-        refined: whether w* was made better before the chains started.
+        refining_passes: passes over the data that w* was made better with; None: it was not.
         local_localization: the γ that keeps chains nearer to w* than w* is to 0.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
         euclidean: whether the sampler's metric is 1.
@@ -98,7 +98,7 @@ class Facts:
     planned_steps: int = 0
     in_calibration: bool = False
     descent: Descent | None = None
-    refined: bool = False
+    refining_passes: int | None = None
     local_localization: float = 1.0
     injected_noise: float = math.nan
     euclidean: bool = False
@@ -439,8 +439,11 @@ def _no_minimum(case: _Case) -> str | None:
 def _ways_out(case: _Case, llc: float) -> str:
     """What to do where w* is no minimum, and λ̂ would be about this."""
     found, down, nbeta = [], case.facts.descent, case.result.nbeta
-    if not case.facts.refined:
+    passes = case.facts.refining_passes
+    if passes is None:
         found.append("refine=True, which looks for a better minimum first")
+    elif not case.result.diagnostics.get("refine_is_complete"):
+        found.append(f"refine={4 * passes}, for more passes over the data than {passes}")
     found.append('loss_fn="behavioral", of which w* is the minimum')
     if down is not None and case["descent"] > 0:
         most = down.nbeta_for(0.5 * MAX_DESCENT * llc, nbeta, case.result.settings["localization"])

@@ -26,7 +26,7 @@ from llc_fast.chains.group import RunSpec
 from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
-from llc_fast.cost import affordable_batch, affordable_length, announcement, seconds_of_gradient
+from llc_fast.cost import affordable_batch, affordable_length, announcement, refining_passes, seconds_of_gradient
 from llc_fast.data import IndexedSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
@@ -35,7 +35,8 @@ from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_fo
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.curvature import Descent
-from llc_fast.objective.objective import LossFunction, Objective, takes_model
+from llc_fast.objective.objective import LossFunction, Objective, takes_model, widened
+from llc_fast.objective.refinement import refine
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
@@ -82,6 +83,7 @@ def estimate_llc(
     keep_ends: bool = False,
     progress: bool | ProgressFunction = True,
     preset: str | None = None,
+    refine: bool | int = False,
     **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -154,6 +156,10 @@ def estimate_llc(
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
         preset: values for arguments that are not given, by name. ``"language-model"``: nβ = 30 and γ = 300.
+        refine: look for a better minimum first, by quasi-Newton steps with gradients over all data, which γ holds near
+            w*: L(w*), γ's centre and the start of chains are then those of the place found, and the model stays as it
+            is. A number: of passes over the data at most; True: as many as a quarter of the run's gradients are, but
+            20 at least. What it did is in ``result.diagnostics`` (``refine_fall``, …) and ``summary()``.
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
@@ -235,6 +241,7 @@ def calibrate(
         # A loader decides for itself, and adjusted samplers take everything.
         batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
         bias_correction=chosen.bias_correction,
+        **({"refine": asked.refine} if asked.refine else {}),
     )
     found.reason = _why(chosen, schedule)
     return found
@@ -346,6 +353,8 @@ class Prepared:
         saved: what an earlier process has done of it; None: nothing.
         surroundings: what holds while the run lasts.
         mode: the mode in which the model is evaluated.
+        refined: what was done for a better w*; None: nothing, or it is what was saved.
+        reference: w* by parameter, where it is not the model's.
     """
 
     settings: Settings
@@ -360,6 +369,8 @@ class Prepared:
     saved: Saved | None
     surroundings: _Surroundings
     mode: _Mode
+    refined: dict[str, Any] | None = None
+    reference: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -433,6 +444,10 @@ def prepare(
         with threads(plan.num_threads):
             announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     nbeta = settings.nbeta_for(objective.source.num_samples)
+    refined, reference = None, dict[str, NDArray[Any]]()
+    if settings.refine:
+        with threads(plan.num_threads):
+            refined, reference = _refined(settings, objective, nbeta, saved, team)
     # One sample costs at most what a forward pass does, a third of a gradient: a twelfth of a run.
     affordable = settings.num_chains * settings.schedule.num_steps // 4
     with threads(plan.num_threads):
@@ -460,7 +475,36 @@ def prepare(
         saved,
         surroundings,
         _Mode.of(objective),
+        refined,
+        reference,
     )
+
+
+def _refined(
+    settings: Settings, objective: Objective, nbeta: float, saved: Saved | None, team: Team
+) -> tuple[dict[str, Any] | None, dict[str, NDArray[Any]]]:
+    """Move w* to a better minimum, or to that of the run that is resumed.
+
+    Returns:
+        What was done, where it was done now, and the new w* for the checkpoint.
+
+    Raises:
+        ValueError: there is no gradient over all data.
+    """
+    done, arrays = None, {} if saved is None else saved.reference
+    if not arrays:
+        found, refinement = refine(
+            objective,
+            nbeta,
+            settings.complete_sampler(1.0, nbeta).localization or 0.0,
+            max_passes=refining_passes(settings, objective),
+        )
+        done = dataclasses.asdict(refinement)
+        # One process's place for all: another number of threads may round differently.
+        arrays = {name: widened(w).cpu().numpy() for name, w in found.items()}
+        arrays = team.gather(arrays if team.rank == 0 else {})[0]
+    objective.move_to({name: torch.from_numpy(values) for name, values in arrays.items()})
+    return done, arrays
 
 
 def _loss_settings(objective: Objective) -> dict[str, Any]:
@@ -644,6 +688,7 @@ def choose(prepared: Prepared) -> Chosen:
                     monitor=monitor,
                     stopping=stopping,
                 )
+            chosen = dataclasses.replace(chosen, refined=prepared.refined)
     # One process's numbers for all: another number of threads may round differently.
     return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
 
@@ -751,7 +796,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         traces = [Traces.from_arrays(*t) for found, _ in runs for t in found] if runs else mine
         interrupted = run.interrupted or any(stopped for _, stopped in runs)
         if keeper is not None and team.rank == 0 and not interrupted:
-            keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces))
+            keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces, prepared.reference))
         problems = team.gather("" if keeper is None else keeper.problem)
         problem = next(filter(None, problems if interrupted else problems[:1]), "")
     steps_done = [t.step for t in traces for _ in t.chains]
@@ -799,7 +844,8 @@ class _RunMonitor(Monitor):
         self.report(lambda: traces, sum(t.step * len(t.chains) for t in traces))
         if self._prepared.keeper is not None:
             chosen = dataclasses.asdict(self._chosen)
-            self._prepared.keeper.save(Saved(dict(self._prepared.identity), chosen, traces))
+            prepared = self._prepared
+            self._prepared.keeper.save(Saved(dict(prepared.identity), chosen, traces, prepared.reference))
 
 
 def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
@@ -841,6 +887,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "num_samples": objective.source.num_samples,
             **_loss_settings(objective),
             **({} if settings.preset is None else {"preset": settings.preset}),
+            **({"refine": settings.refine} if settings.refine else {}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),
@@ -870,6 +917,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     if chosen.pilot_bias_share is not None:
         share = None if math.isnan(chosen.pilot_bias_share) else chosen.pilot_bias_share
         result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=share)
+    if chosen.refined is not None:
+        result.diagnostics.update({f"refine_{name}": value for name, value in chosen.refined.items()})
     if sampler.kind == "metropolis":
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
@@ -929,6 +978,7 @@ def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sample
         planned_steps=planned_steps,
         in_calibration=chosen.is_interrupted,
         descent=None if chosen.descent is None else Descent(*(tuple(values) for values in chosen.descent)),
+        refining_passes=None if chosen.refined is None else chosen.refined["passes"],
         local_localization=default_localization(objective.num_parameters, norm),
         random_modules=prepared.mode.random_modules,
         batch_statistics=prepared.mode.batch_statistics,

@@ -135,6 +135,7 @@ class Settings:
     keep_ends: bool = False
     progress: bool | ProgressFunction = True
     preset: str | None = None
+    refine: bool | int = False
 
     def __post_init__(self) -> None:
         for name, number in _of_preset(self.preset).items():
@@ -154,6 +155,8 @@ class Settings:
         if self.localization is not None:
             object.__setattr__(self, "localization", check_number("localization", self.localization, minimum=0))
         check_number("checkpoint_interval", self.checkpoint_interval, minimum=0)
+        if not isinstance(self.refine, bool):
+            object.__setattr__(self, "refine", check_integer("refine", self.refine, 1))
         if not isinstance(self.execution, Execution):
             raise TypeError(
                 f"execution must be an llc_fast.Execution, got {type(self.execution).__name__}: pass for example "
@@ -288,6 +291,7 @@ class Settings:
             "strategy": execution.strategy,
             "seed": self.seed,
             "keep_ends": self.keep_ends,
+            **({"refine": self.refine} if self.refine else {}),
         }
 
 

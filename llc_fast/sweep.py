@@ -265,7 +265,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
             "warnings": column(lambda r: "\n".join(r.warnings)),
             "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),
-            "gradients": column(lambda r: r.loss_trace.size + r.diagnostics.get("pilot_steps", 0)),
+            "gradients": column(_gradients),
             "seconds": column(lambda r: r.settings["seconds"]),
             **{name: column(lambda r, name=name: _number(r.diagnostics.get(name))) for name in _DIAGNOSTICS},
         },
@@ -273,6 +273,11 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
         attrs={"partial": int(is_partial)},
     )
     return found
+
+
+def _gradients(result: LLCResult) -> int:
+    beside = (result.diagnostics.get(name, 0) for name in ("pilot_steps", "refine_gradients"))
+    return int(result.loss_trace.size + sum(beside))
 
 
 def _number(value: float | None) -> float:

@@ -200,8 +200,8 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
     ),
     "no better minimum": (
         "no-minimum",
-        lambda: _judged(_good(), descent=_FOUR, refined=True),
-        ['at a minimum. Use loss_fn="behavioral"'],
+        lambda: _judged(_good(), descent=_FOUR, refining_passes=20),
+        ["at a minimum. Use refine=80, for more passes over the data than 20", "behavioral"],
     ),
     "falling loss": (
         "no-minimum",

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,7 +175,7 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
     iterations = min(_ITERATIONS, int(left / used))
     if iterations < _FEWEST:
         return None
-    slope = gradient_over(objective, objective.reference, None)
+    slope = gradient_over(objective, objective.reference, None).gradient
     size = _dot(slope, slope)
     if not 0 < size < math.inf:
         return Descent() if size == 0 else None
@@ -189,7 +189,7 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
         ends = []
         for sign in (step, -step):
             there = {name: (w + sign * vector[name]).to(w.dtype) for name, w in objective.reference.items()}
-            ends.append(gradient_over(objective, there, used))
+            ends.append(gradient_over(objective, there, used).gradient)
         factor = nbeta / (2 * step)
         return {name: (a - ends[1][name]) * factor + localization * vector[name] for name, a in ends[0].items()}
 
@@ -244,21 +244,33 @@ def reason_without_gradient(objective: Objective) -> str:
     return "" if sampling.full_is_exact else "a pass over the data is one of many, with other samples"
 
 
-def gradient_over(objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None) -> dict[str, Tensor]:
-    """The mean gradient over the first pieces of the data, None: all of them; 0 where a mask lets nothing move."""
+class Gradient(NamedTuple):
+    """Loss and gradient over data, and how many gradients of pieces that took."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+    num_pieces: int
+
+
+def gradient_over(objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None) -> Gradient:
+    """The mean over the first pieces of the data, None: all of them; 0 where a mask lets nothing move."""
     wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in params.items()}
     total = {name: torch.zeros_like(p, dtype=wide[name]) for name, p in params.items()}
-    count = 0.0
-    source = objective.source
+    length, loss = 0.0, torch.zeros((), dtype=torch.float64, device=objective.device)
+    source, count = objective.source, 0
     pieces = itertools.chain(source.full(tail=False), source.tail())  # none larger than the minibatch of a chain
     for batch, weight in itertools.islice(pieces, num_pieces):
-        objective.gradient_at(params, batch, lambda name, grad, w=weight: total[name].add_(grad, alpha=w))  # type: ignore[misc]
-        count += weight
+        loss += weight * objective.gradient_at(
+            params,
+            batch,
+            lambda name, grad, w=weight: total[name].add_(grad, alpha=w),  # type: ignore[misc]
+        )
+        length, count = length + weight, count + 1
     for name, t in total.items():
-        t.div_(count)
+        t.div_(length)
         if name in objective.masks:
             t.mul_(objective.masks[name])
-    return total
+    return Gradient(float(loss) / length, total, count)
 
 
 def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
