@@ -36,7 +36,7 @@ from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.curvature import Descent
 from llc_fast.objective.objective import LossFunction, Objective, takes_model, widened
-from llc_fast.objective.refinement import refine
+from llc_fast.objective.refinement import Refinement, refine
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
@@ -492,6 +492,8 @@ def _refined(
         ValueError: there is no gradient over all data.
     """
     done, arrays = None, {} if saved is None else saved.reference
+    if isinstance(objective.loss_fn, BehavioralLoss):
+        return dataclasses.asdict(Refinement(0.0, 0.0, 0.0, 0.0, 0, 0, True)), {}  # w* is its minimum
     if not arrays:
         found, refinement = refine(
             objective,

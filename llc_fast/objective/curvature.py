@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llc_fast.objective.objective import Objective
+from llc_fast.batches import map_tensors
+from llc_fast.objective.objective import Objective, widened
 
 PILOT_BATCHES = 20
 
@@ -252,8 +253,13 @@ class Gradient(NamedTuple):
     num_pieces: int
 
 
-def gradient_over(objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None) -> Gradient:
-    """The mean over the first pieces of the data, None: all of them; 0 where a mask lets nothing move."""
+def gradient_over(
+    objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None, *, widen: bool = False
+) -> Gradient:
+    """The mean over the first pieces of the data, None: all of them; 0 where a mask lets nothing move.
+
+    With `widen`, data in bfloat16 and float16 become float32, as the parameters of an objective in full precision are.
+    """
     wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in params.items()}
     total = {name: torch.zeros_like(p, dtype=wide[name]) for name, p in params.items()}
     length, loss = 0.0, torch.zeros((), dtype=torch.float64, device=objective.device)
@@ -262,7 +268,7 @@ def gradient_over(objective: Objective, params: Mapping[str, Tensor], num_pieces
     for batch, weight in itertools.islice(pieces, num_pieces):
         loss += weight * objective.gradient_at(
             params,
-            batch,
+            map_tensors(widened, batch) if widen else batch,
             lambda name, grad, w=weight: total[name].add_(grad, alpha=w),  # type: ignore[misc]
         )
         length, count = length + weight, count + 1

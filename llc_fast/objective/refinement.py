@@ -15,7 +15,7 @@ from llc_fast.objective.curvature import gradient_over, reason_without_gradient
 from llc_fast.objective.objective import Objective
 
 Point = dict[str, Tensor]
-_ENOUGH, _GOOD = 0.003, 0.03
+_ENOUGH, _GOOD = 0.003, 0.1
 """What U may still fall by, as steps foretell it, where it has come down; and where a new w* is good enough: λ̂ may be
 too low by twice as much. Going on would be training, and lead away from the model that is measured."""
 _PAIRS, _PAIRS_OF_LARGE, _LARGE = 10, 3, 10_000_000
@@ -101,7 +101,7 @@ class _Descent:
                 self._pairs.clear()
                 way = {name: -f / (self._nbeta + self._gamma) for name, f in force.items()}
                 foretold = -_dot(way, force)
-            if 0.5 * foretold < (_GOOD if here is anchor else _ENOUGH):
+            if 0.5 * self._foretold_at_most(force, foretold) < (_GOOD if here is anchor else _ENOUGH):
                 is_complete = here is anchor
                 anchor = here
                 continue
@@ -158,18 +158,24 @@ class _Descent:
         if product > 1e-10 * _norm(moved) * _norm(change):
             self._pairs.append((moved, change, product))
 
-    def _towards(self, force: Point) -> Point:
-        """−(an inverse Hessian by the remembered steps)·force."""
+    def _foretold_at_most(self, force: Point, foretold: float) -> float:
+        """Twice the fall that is left, if directions nobody has gone are as flat as the flattest one gone."""
+        flattest = max((_dot(moved, moved) / product for moved, _, product in self._pairs), default=0.0)
+        return max(foretold, -_dot(self._towards(force, flattest), force)) if flattest else foretold
+
+    def _towards(self, force: Point, scale: float | None = None) -> Point:
+        """−(an inverse Hessian by the remembered steps, and `scale` where there is none)·force."""
         way = {name: -f for name, f in force.items()}
         shares = []
         for moved, change, product in reversed(self._pairs):
             share = _dot(moved, way) / product
             shares.append(share)
             way = {name: v - share * change[name] for name, v in way.items()}
-        scale = 1 / (self._nbeta + self._gamma)
-        if self._pairs:
-            _, change, product = self._pairs[-1]
-            scale = product / _dot(change, change)
+        if scale is None:
+            scale = 1 / (self._nbeta + self._gamma)
+            if self._pairs:
+                _, change, product = self._pairs[-1]
+                scale = product / _dot(change, change)
         way = {name: scale * v for name, v in way.items()}
         for (moved, change, product), share in zip(self._pairs, reversed(shares), strict=True):
             rest = share - _dot(change, way) / product
@@ -188,7 +194,7 @@ class _Descent:
     def _look(self, here: Point) -> tuple[float, Point]:
         """L and its gradient over all data."""
         self._left, self._passes = self._left - 1, self._passes + 1
-        found = gradient_over(self._exact, here, None)
+        found = gradient_over(self._exact, here, None, widen=True)
         self._gradients += found.num_pieces
         return found.loss, found.gradient
 
