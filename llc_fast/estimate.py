@@ -27,7 +27,7 @@ from llc_fast.chains.processes import Team, default_device, join, telling_early_
 from llc_fast.chains.run import ChainRun, Monitor, run_chains
 from llc_fast.checks import Facts, examine
 from llc_fast.cost import affordable_batch, affordable_length, announcement, refining_passes, seconds_of_gradient
-from llc_fast.data import IndexedSource, LoaderSource, make_source
+from llc_fast.data import IndexedSource, LoaderSource, is_loader, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
@@ -41,7 +41,7 @@ from llc_fast.progress import Progress, ProgressFunction, announce, make_progres
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
-from llc_fast.settings import Execution, Settings, default_localization, with_old_keywords
+from llc_fast.settings import PRESETS, Execution, Settings, default_localization, with_old_keywords
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
@@ -156,6 +156,8 @@ def estimate_llc(
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
         preset: values for arguments that are not given, by name. ``"language-model"``: nβ = 30 and γ = 300.
+            ``"paper"``, as in the papers named above and arXiv 2402.03698: plain SGLD without bias correction, γ = 1,
+            minibatches of 500, and chains of 10,000 steps of which the last 1,000 are draws.
         refine: look for a better minimum first, by quasi-Newton steps with gradients over all data, which γ holds near
             w*: L(w*), γ's centre and the start of chains are then those of the place found, and the model stays as it
             is. A number: of passes over the data at most; True: as many as a quarter of the run's gradients are, but
@@ -227,7 +229,7 @@ def calibrate(
         prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
     sampler, schedule = _completed(prepared.settings, chosen)
-    is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
+    decides, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
         sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None, localization=None),
@@ -239,7 +241,7 @@ def calibrate(
         num_burnin=schedule.num_burnin,
         num_steps_bw_draws=schedule.num_steps_bw_draws,
         # A loader decides for itself, and adjusted samplers take everything.
-        batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
+        batch_size=None if decides else asked.batch_size if is_exact else prepared.objective.source.batch_size,
         bias_correction=chosen.bias_correction,
         **({"refine": asked.refine} if asked.refine else {}),
     )
@@ -573,20 +575,23 @@ def _source(
     device: torch.device,
 ) -> tuple[DataSource, LossFunction | None]:
     """The data as asked for, and the loss as a function."""
+    size = settings.batch_size
+    if settings.preset is not None and size == PRESETS[settings.preset].get("batch_size") and is_loader(data):
+        size = None  # which a preset can't know
     options: dict[str, Any] = {
-        "num_wanted": settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
+        "num_wanted": settings.num_chains * settings.schedule.num_steps * (size or 512),
         "max_batches": settings.schedule.num_steps,
         "independent": settings.wants_bias_correction,
         "whole": settings.template.kind == "metropolis",
     }
     source: DataSource
     if isinstance(loss_fn, (Behavioral, BehavioralLoss)):
-        source, loss_fn = behavioral_source(loss_fn, model, data, settings.batch_size, device, **options)
+        source, loss_fn = behavioral_source(loss_fn, model, data, size, device, **options)
     elif isinstance(loss_fn, NextToken):
-        source, loss_fn = token_source(loss_fn, model, data, settings.batch_size, device, **options)
+        source, loss_fn = token_source(loss_fn, model, data, size, device, **options)
     else:
         data = columns_of_own_loss(model, data) if loss_fn is None else data
-        source = make_source(data, settings.batch_size, device, pairs=not takes_model(loss_fn), **options)
+        source = make_source(data, size, device, pairs=not takes_model(loss_fn), **options)
     settings.nbeta_for(source.num_samples)
     return source, loss_fn
 
