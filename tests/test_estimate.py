@@ -191,7 +191,7 @@ def test_preset_of_the_papers() -> None:
     assert {name: found[name] for name in expected} == expected
     other = Settings(preset="paper", sampler="rmsprop-sgld", localization=0.5, num_draws=10, batch_size=20)
     assert (other.sampler, other.localization, other.num_draws, other.batch_size) == ("rmsprop-sgld", 0.5, 10, 20)
-    assert other.num_burnin == 9000
+    assert other.num_burnin == 9000 and Settings(preset="paper", max_gradients=10**5).num_draws is None
     loader = DataLoader(TensorDataset(x, y), batch_size=100, shuffle=True)
     short = {**options, "num_draws": 5, "num_burnin": 5}
     assert llc_fast.estimate_llc(model, loader, loss, lr=1e-4, **short).settings["batch_size"] == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from llc_fast.support.arrays import read_arrays, read_meta, write_arrays
 from llc_fast.support.files import atomic_write, output_path, remove_partial
 from llc_fast.traces import Traces
 
-_FORMAT = 5
+_FORMAT = 6
 INTERVAL = 60.0
 """Seconds between snapshots."""
 _REFERENCE = "reference/"
@@ -33,12 +34,14 @@ class Saved:
     Attributes:
         identity: what names the run; a checkpoint of another one is refused.
         chosen: what was chosen for settings left open, so that a resumed run goes on with them.
+        schedule: of the chains, as far as they were to go.
         traces: of the chains.
         reference: w* by parameter, where it is not the model's.
     """
 
     identity: dict[str, Any]
     chosen: dict[str, Any]
+    schedule: dict[str, int]
     traces: list[Traces]
     reference: dict[str, NDArray[Any]] = field(default_factory=dict)
 
@@ -85,7 +88,13 @@ class Checkpoint:
         if not found:
             return None
         first = found[0]
-        return Saved(first.identity, first.chosen, [t for saved in found for t in saved.traces], first.reference)
+        for saved in found[1:]:
+            if saved.schedule != first.schedule:
+                raise ValueError(
+                    f"checkpoint={str(self.path)!r} can't be used: its processes were told different lengths: give "
+                    "another path, or delete the files to start again"
+                )
+        return dataclasses.replace(first, traces=[t for saved in found for t in saved.traces])
 
     @property
     def is_due(self) -> bool:
@@ -152,7 +161,13 @@ def write(path: Path, saved: Saved) -> None:
         numbers, named = traces.to_arrays()
         groups.append(numbers)
         arrays |= {f"{k}/{name}": a for name, a in named.items()}
-    meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
+    meta = {
+        "format": _FORMAT,
+        "identity": saved.identity,
+        "chosen": saved.chosen,
+        "schedule": saved.schedule,
+        "groups": groups,
+    }
     with atomic_write(path) as file:
         write_arrays(file, meta, arrays)
 
@@ -177,7 +192,7 @@ def read(path: Path, checkpoint: Path | None = None) -> Saved:
             traces.append(Traces.from_arrays(numbers, mine))
         if is_current:
             reference = {n.removeprefix(_REFERENCE): a for n, a in arrays.items() if n.startswith(_REFERENCE)}
-            return Saved(meta["identity"], meta["chosen"], traces, reference)
+            return Saved(meta["identity"], meta["chosen"], meta["schedule"], traces, reference)
     except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:
