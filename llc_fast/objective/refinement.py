@@ -15,7 +15,7 @@ from llc_fast.objective.curvature import gradient_over, reason_without_gradient
 from llc_fast.objective.objective import Objective
 
 Point = dict[str, Tensor]
-_ENOUGH, _GOOD = 0.003, 0.1
+_ENOUGH, _GOOD = 0.003, 0.05
 """What U may still fall by, as steps foretell it, where it has come down; and where a new w* is good enough: λ̂ may be
 too low by twice as much. Going on would be training, and lead away from the model that is measured."""
 _PAIRS, _PAIRS_OF_LARGE, _LARGE = 10, 3, 10_000_000
