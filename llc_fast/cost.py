@@ -37,8 +37,7 @@ def num_gradients(settings: Settings, schedule: Schedule | None = None) -> int:
 def refining_passes(settings: Settings, objective: Objective) -> int:
     """Passes over the data that ``refine=`` may take: those given, or those of a quarter of the run's gradients, but
     `LEAST_PASSES` at least; 0 where the data have no end."""
-    pieces = objective.source.sampling.num_batches
-    if not settings.refine or pieces is None:
+    if not settings.refine or (pieces := objective.source.sampling.num_batches) is None:
         return 0
     if settings.refine is not True:
         return settings.refine
@@ -101,7 +100,8 @@ def announcement(settings: Settings, objective: Objective, seconds: float, short
         shortened: what was made smaller than the defaults, in words.
     """
     count, pilots = num_gradients(settings, settings.longest), num_pilot_steps(settings)
-    refining = refining_passes(settings, objective) * (objective.source.sampling.num_batches or 0)
+    passes = refining_passes(settings, objective)
+    refining = passes and passes * (objective.source.sampling.num_batches or 0)
     count += refining
     if count * seconds < _WORTH_SAYING:
         return ""

@@ -217,6 +217,15 @@ def test_a_run_is_resumed_around_the_same_place(
             estimate(**options | {"refine": other}, checkpoint=tmp_path / "run")
 
 
+def test_a_finished_run_goes_on_around_the_same_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given more draws, without refining again: the bits of a run that was as long from the start."""
+    options: dict[str, Any] = {"refine": True, "num_burnin": 10}
+    expected = estimate(**options, num_draws=60)
+    estimate(**options, num_draws=30, checkpoint=tmp_path / "run")
+    monkeypatch.setattr(estimate_module, "refine", None)
+    assert_same(estimate(**options, num_draws=60, checkpoint=tmp_path / "run"), expected)
+
+
 def test_sweep_and_calibration() -> None:
     model = mlp()
     states = [copy.deepcopy(model.state_dict()), copy.deepcopy(mlp(seed=9).state_dict())]
@@ -232,6 +241,17 @@ def test_behavioral_loss_has_nothing_to_refine() -> None:
     found = estimate(loss_fn="behavioral", refine=True)
     assert_same(found, estimate(loss_fn="behavioral"))
     assert found.diagnostics["refine_gradients"] == found.diagnostics["refine_fall"] == 0
+
+
+def test_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of a long run say how many of them a better minimum may take."""
+    said: list[str] = []
+    monkeypatch.setattr(estimate_module, "seconds_of_gradient", lambda *_: 10.0)
+    monkeypatch.setattr(estimate_module, "announce", said.append)
+    estimate(refine=7, progress=True)
+    estimate(progress=True)
+    assert "64 gradients on 10 samples each, 28 at most for a better minimum" in said[0]
+    assert "36 gradients" in said[1] and "minimum" not in said[1]
 
 
 def test_result_is_kept_whole(tmp_path: Path) -> None:
