@@ -140,9 +140,10 @@ def estimate_llc(
         num_burnin: steps before the first draw, of a run of fixed length; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
         target_error: chains go on, half of their steps being burn-in, until the total error of λ̂ is this share of it:
-            the standard error plus the systematic one (:attr:`LLCResult.systematic_error`), with nothing left that the
-            length would mend. They are looked at after 1250 steps and then at each doubling. None: 0.02, unless a
-            length was given. What ended them is in ``diagnostics["ended_by"]``.
+            the standard error plus half of the systematic one, which is on one side
+            (:attr:`LLCResult.relative_error`), with nothing left that the length would mend. They are looked at after
+            1250 steps and then at each doubling. None: 0.02, unless a length was given. What ended them is in
+            ``diagnostics["ended_by"]``.
         max_seconds: time that the run may take, from the call on; chains stop at the step that they then have reached,
             so that results differ from run to run. None: no limit.
         max_gradients: gradients that the run may take, pilot chains included. None: 10,000 steps of each chain, and
