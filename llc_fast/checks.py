@@ -439,7 +439,7 @@ def _no_minimum(case: _Case) -> str | None:
     if case["fall"] > 0:
         ways.append(f"along the chains nβ·L falls to {case['fall']:.2g} below that of w*")
     owed = max(value for value in (case["descent_loss"], case["fall"]) if not math.isnan(value))
-    beside = f": λ̂ = {llc:.3g} is lower by that, and would be about {llc + owed:.3g} or more at a minimum"
+    beside = f": λ̂ = {llc:.3g} is lower by that, and would be about {llc + owed:.3g} at a minimum"
     return (
         f"w* is no minimum of the loss at nβ = {case.result.nbeta:.4g}: {'; '.join(ways)}"
         f"{beside if case.draws.size else ''}. Use {_ways_out(case, max(llc + owed, 1.0))}."

@@ -196,7 +196,7 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
         [
             "nβ = 100: following the gradient",
             "by 4 or more, and nβ·L by 4.4: λ̂ = 10",
-            "about 14.5 or more at a minimum",
+            "about 14.5 at a minimum",
         ],
     ),
     "ways out": (
