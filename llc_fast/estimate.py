@@ -464,7 +464,7 @@ def prepare(
         identity["warm_start"] = None if start is None else arrays_identity(start)
         if isinstance(objective.loss_fn, BehavioralLoss):  # L(w*) is 0 with any of them
             identity["loss_fn"] = objective.loss_fn.settings["loss_fn"]
-        team.agree(identity | {"length": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
+        team.agree(identity | {"schedule": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
     if keeper is not None and (saved := keeper.load(identity)) is not None:
         saved = _fitted(saved, settings, keeper)
     if settings.progress is True and team.rank == 0 and saved is None:
@@ -861,14 +861,13 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         resumed = saved.traces if saved is not None else ()
         ending = _Ending(prepared, chosen, chains, setup)
         with RunningChains(spec, chains, resumed=resumed, monitor=monitor, stop=stop) as running:
-            sampled, following = None, ending.first(resumed)
+            until, following = 0, ending.first(resumed)
             while following:
-                monitor.until(following)
-                sampled = ending.gather(running.run(following), following)
-                following = ending.following(sampled)
-            assert sampled is not None
+                monitor.until(until := following)
+                run = running.run(until)
+                following = ending.following(ending.gather(run, until)) if settings.by_need else 0
             run = running.finish()
-        sampled = dataclasses.replace(ending.gather(run, sampled.until), ended_by=ending.ended_by)
+        sampled = dataclasses.replace(ending.gather(run, until), ended_by=ending.ended_by)
         if keeper is not None and team.rank == 0 and not sampled.interrupted:
             chosen_values = dataclasses.asdict(chosen)
             keeper.merge(Saved(prepared.identity, chosen_values, vars(schedule), ending.gathered, prepared.reference))
@@ -913,7 +912,7 @@ class _Ending:
 
     def following(self, sampled: Sampled) -> int:
         """Steps after which to look next; 0: the run is over."""
-        if sampled.interrupted or not self._settings.by_need:
+        if sampled.interrupted:
             return 0
         until = sampled.until
         is_last = until >= self._settings.longest.num_steps
