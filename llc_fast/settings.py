@@ -48,6 +48,8 @@ DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 as draws; if time is limited instead."""
 PILOT_SHARE = 0.13
 """Gradients of the pilot chains, of those of all chains."""
+LIMITS = ("target_error", "max_seconds", "max_gradients")
+"""Arguments that find a length, where `num_draws` and `num_burnin` give one."""
 FIRST_LOOK, UNUSED = 1250, 16
 """Of a length by need: draws, burn-in counted as draws, after which chains are looked at for the first time, and then
 whenever there are twice as many; and steps at the start that are no draws, whatever the length will be."""
@@ -281,7 +283,7 @@ class Settings:
 
     def _check_length(self) -> None:
         """Raise ValueError if the length is both given and to be found."""
-        limits = [n for n in ("target_error", "max_seconds", "max_gradients") if getattr(self, n) is not None]
+        limits = [n for n in LIMITS if getattr(self, n) is not None]
         given = [n for n in ("num_draws", "num_burnin") if getattr(self, n) is not None]
         if limits and given:
             raise ValueError(

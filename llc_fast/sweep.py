@@ -26,7 +26,7 @@ from llc_fast.objective.objective import LossFunction
 from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult, Warning
-from llc_fast.settings import DEFAULT_NUM_DRAWS
+from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS
 from llc_fast.support.optional import require
 from llc_fast.support.warned import issue, shown_otherwise
 from llc_fast.weights import WeightReader, checkpoints_in, place_of
@@ -65,7 +65,7 @@ def sweep_checkpoints(
     labels: Sequence[Any] | None = None,
     dim: str = "checkpoint",
     warm: bool = True,
-    num_draws: int = DEFAULT_NUM_DRAWS,
+    num_draws: int | None = None,
     num_burnin: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     entry: str | None = None,
@@ -99,7 +99,8 @@ def sweep_checkpoints(
         labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …, or a folder's steps.
         dim: name of the dimension.
         warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
-        num_draws: losses of each chain that enter λ̂.
+        num_draws: losses of each chain that enter λ̂. None: 2000, or as many as are needed if `target_error`,
+            `max_seconds` or `max_gradients` is given; a length by need is half burn-in, warm or not.
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
             need be.
@@ -131,7 +132,9 @@ def sweep_checkpoints(
     require("xarray", "xarray")  # before the work
     reader = WeightReader(_a_module(model), entry=entry, weights_only=weights_only)
     given = _gathered(checkpoints, labels, dim, settings)
-    burnin = num_draws if num_burnin is None else num_burnin
+    by_need = num_draws is None and num_burnin is None and any(settings.get(name) is not None for name in LIMITS)
+    draws = DEFAULT_NUM_DRAWS if num_draws is None else num_draws
+    burnin = draws if num_burnin is None else num_burnin
     # Absolute: the program may change its folder while it sweeps.
     kept = None if folder is None else Path(folder).absolute()
     if given.sources is not None:
@@ -155,8 +158,8 @@ def sweep_checkpoints(
                 model,
                 data,
                 loss_fn,
-                num_draws=num_draws,
-                num_burnin=burnin if start is None else -(-burnin // WARM_BURNIN),
+                num_draws=None if by_need else draws,
+                num_burnin=None if by_need else burnin if start is None else -(-burnin // WARM_BURNIN),
                 warm_start=start,
                 keep_ends=warm and rejected < MAX_REJECTED,
                 checkpoint=None if kept is None else kept / f"{name}.npz",
