@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import xarray
+from llc_fast.behavioral import Behavioral
 from llc_fast.estimate import estimate_llc
 from llc_fast.language import NextToken
 from llc_fast.objective.objective import LossFunction
 from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult, Warning
-from llc_fast.settings import DEFAULT_NUM_DRAWS
+from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS
 from llc_fast.support.optional import require
 from llc_fast.support.warned import issue, shown_otherwise
 from llc_fast.weights import WeightReader, checkpoints_in, place_of
@@ -59,12 +60,12 @@ def sweep_checkpoints(
     model: nn.Module,
     checkpoints: Iterable[Source] | str | os.PathLike[str],
     data: Any,
-    loss_fn: LossFunction | NextToken | str | None,
+    loss_fn: LossFunction | NextToken | Behavioral | str | None,
     *,
     labels: Sequence[Any] | None = None,
     dim: str = "checkpoint",
     warm: bool = True,
-    num_draws: int = DEFAULT_NUM_DRAWS,
+    num_draws: int | None = None,
     num_burnin: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     entry: str | None = None,
@@ -93,11 +94,13 @@ def sweep_checkpoints(
             too), or of folders with weights as Hugging Face writes them; or an iterator of these, which is asked for
             the next one when it is needed; or a folder of files or folders whose names say their step, such as
             ``checkpoint-500``. :class:`llc_fast.weights.WeightReader` says which names are understood.
-        data, loss_fn: as for :func:`llc_fast.estimate_llc`.
+        data, loss_fn: as for :func:`llc_fast.estimate_llc`. With ``"behavioral"`` each checkpoint's own outputs are its
+            targets.
         labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …, or a folder's steps.
         dim: name of the dimension.
         warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
-        num_draws: losses of each chain that enter λ̂.
+        num_draws: losses of each chain that enter λ̂. None: 2000, or as many as are needed if `target_error`,
+            `max_seconds` or `max_gradients` is given; a length by need is half burn-in, warm or not.
         num_burnin: steps before the first draw, of chains that start at w*; None: as many as draws.
         folder: keeps every finished estimate, and the one under way: the same call goes on from there. It is made if
             need be.
@@ -129,7 +132,9 @@ def sweep_checkpoints(
     require("xarray", "xarray")  # before the work
     reader = WeightReader(_a_module(model), entry=entry, weights_only=weights_only)
     given = _gathered(checkpoints, labels, dim, settings)
-    burnin = num_draws if num_burnin is None else num_burnin
+    by_need = num_draws is None and num_burnin is None and any(settings.get(name) is not None for name in LIMITS)
+    draws = DEFAULT_NUM_DRAWS if num_draws is None else num_draws
+    burnin = draws if num_burnin is None else num_burnin
     # Absolute: the program may change its folder while it sweeps.
     kept = None if folder is None else Path(folder).absolute()
     if given.sources is not None:
@@ -153,8 +158,8 @@ def sweep_checkpoints(
                 model,
                 data,
                 loss_fn,
-                num_draws=num_draws,
-                num_burnin=burnin if start is None else -(-burnin // WARM_BURNIN),
+                num_draws=None if by_need else draws,
+                num_burnin=None if by_need else burnin if start is None else -(-burnin // WARM_BURNIN),
                 warm_start=start,
                 keep_ends=warm and rejected < MAX_REJECTED,
                 checkpoint=None if kept is None else kept / f"{name}.npz",
@@ -263,7 +268,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
             "warnings": column(lambda r: "\n".join(r.warnings)),
             "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),
-            "gradients": column(lambda r: r.loss_trace.size + r.diagnostics.get("pilot_steps", 0)),
+            "gradients": column(_gradients),
             "seconds": column(lambda r: r.settings["seconds"]),
             **{name: column(lambda r, name=name: _number(r.diagnostics.get(name))) for name in _DIAGNOSTICS},
         },
@@ -271,6 +276,11 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
         attrs={"partial": int(is_partial)},
     )
     return found
+
+
+def _gradients(result: LLCResult) -> int:
+    beside = (result.diagnostics.get(name, 0) for name in ("pilot_steps", "refine_gradients"))
+    return int(result.loss_trace.size + sum(beside))
 
 
 def _number(value: float | None) -> float:

@@ -831,3 +831,10 @@ def test_ctrl_c_between_chains(monkeypatch: pytest.MonkeyPatch, checkpoint: int)
             and list(found.checkpoint) == [0, 1][:checkpoint]
         )
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_length_by_need() -> None:
+    """Where an error or a budget is given, the chains of each checkpoint go on until it is spent, warm or not."""
+    options: dict[str, Any] = {"num_chains": 3, "batch_size": 10, "lr": 1e-3, "localization": 1.0, "progress": False}
+    found = llc_fast.sweep_checkpoints(mlp(), _states(2), data(), mse, target_error=0, max_gradients=600, **options)
+    assert list(found.gradients) == [600, 600]

@@ -18,13 +18,17 @@ from llc_fast.cli.options import (
     Chains,
     Draws,
     JsonPath,
+    MaxGradients,
+    MaxSeconds,
     Params,
     PlotPath,
     Progress,
+    Refine,
     SamplerOptions,
     Seed,
     StepSize,
     Strategy,
+    TargetError,
     check_different,
     deliver,
     writable,
@@ -63,7 +67,11 @@ def hf(
         int | None, typer.Option(min=2, help="Tokens of a sequence; longer ones are cut. Default: 512, or what fits.")
     ] = None,
     sequences: Annotated[int | None, typer.Option(min=2, help="How many, evenly spread; default: all.")] = None,
-    preset: Annotated[str, typer.Option(help="language-model: nβ = 30, γ = 300; or none.")] = "language-model",
+    preset: Annotated[str, typer.Option(help="language-model: nβ = 30, γ = 300; paper; or none.")] = "language-model",
+    loss: Annotated[
+        str, typer.Option(help="next-token, or behavioral: how far outputs are from the model's own.")
+    ] = "next-token",
+    refine: Refine = False,
     sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, …; default: chosen.")] = None,
     sampler_option: SamplerOptions = None,
     lr: StepSize = None,
@@ -72,6 +80,9 @@ def hf(
     chains: Chains = 4,
     draws: Draws = None,
     burnin: Burnin = None,
+    target_error: TargetError = None,
+    max_seconds: MaxSeconds = None,
+    max_gradients: MaxGradients = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences; default: 16,384 tokens.")] = None,
     params: Params = None,
     seed: Seed = 0,
@@ -99,7 +110,8 @@ def hf(
 ) -> None:
     """Estimate the local learning coefficient of a language model of Hugging Face.
 
-    The loss is that of the next token, in eval mode, averaged over all predicted tokens of the data set.
+    The loss is that of the next token, in eval mode, averaged over all predicted tokens of the data set; or how far the
+    predictions are from those of the model itself, of which each revision is a minimum, trained or not.
     """
     check_different({"--dataset": dataset, "--checkpoint": checkpoint, "--output": output, "--json": json_path})
     if dtype not in _DTYPES:
@@ -125,21 +137,25 @@ def hf(
         "localization": localization,
         "num_chains": chains,
         "num_burnin": burnin,
+        "target_error": target_error,
+        "max_seconds": max_seconds,
+        "max_gradients": max_gradients,
         "batch_size": batch_size,
         "params": params or None,
         "seed": seed,
         "device": device,
         "execution": execution,
         "progress": progress,
+        "refine": refine,
     }
     if revisions is not None:
         if draws is not None:
             settings["num_draws"] = draws
-        _sweep(model, loaded, places, data, settings, dtype, checkpoint, output, json_path)
+        _sweep(model, loaded, places, data, loss, settings, dtype, checkpoint, output, json_path)
         return
     from llc_fast.estimate import estimate_llc
 
-    result = estimate_llc(loaded, data, "next-token", num_draws=draws, checkpoint=checkpoint, **settings)
+    result = estimate_llc(loaded, data, loss, num_draws=draws, checkpoint=checkpoint, **settings)
     deliver(result, output, json_path, plot_path)
 
 
@@ -232,6 +248,7 @@ def _sweep(
     loaded: nn.Module,
     places: Sequence[tuple[str, dict[str, str]]],
     data: Any,
+    loss: str,
     settings: dict[str, Any],
     dtype: str,
     folder: Path | None,
@@ -248,9 +265,7 @@ def _sweep(
             yield {name: t.detach().clone() for name, t in source.state_dict().items()}
 
     names = [_name(place) for place in places]
-    found = sweep_checkpoints(
-        loaded, states(), data, "next-token", labels=names, dim="revision", folder=folder, **settings
-    )
+    found = sweep_checkpoints(loaded, states(), data, loss, labels=names, dim="revision", folder=folder, **settings)
     rows = _rows(found)
     width = max(map(len, [*names, "revision"]))
     typer.echo(f"{'revision':>{width}} {'λ̂':>10} {'± error':>9} {'L(w*)':>10}  warnings")

@@ -138,11 +138,19 @@ SamplerOptions = Annotated[
 ]
 StepSize = Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")]
 Chains = Annotated[int, typer.Option(min=1)]
-Draws = Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: chosen.")]
+Draws = Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: as many as λ̂ needs.")]
+TargetError = Annotated[
+    float | None, typer.Option(min=0, help="Total error of λ̂, relative, at which chains end; default: 0.02.")
+]
+MaxSeconds = Annotated[float | None, typer.Option(help="Time that the run may take; default: no limit.")]
+MaxGradients = Annotated[
+    int | None, typer.Option(min=1, help="Gradients that the run may take; default: 10,000 steps of each chain.")
+]
 Burnin = Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")]
 Params = Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")]
 Strategy = Annotated[str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")]
 Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")]
+Refine = Annotated[bool, typer.Option("--refine", help="Look for a better minimum first, near the model's weights.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
 
@@ -175,6 +183,9 @@ def numbers_of(result: LLCResult) -> dict[str, Any]:
     return {
         "llc_mean": result.llc_mean,
         "llc_stderr": result.llc_stderr,
+        "systematic_error": list(result.systematic_error),
+        "extrapolated": result.extrapolated,
+        "extrapolated_stderr": result.extrapolated_stderr,
         "interval": [low, high],
         "llc_per_chain": result.llc_per_chain.tolist(),
         "init_loss": result.init_loss,
