@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llc_fast import language, samplers, theory
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
+    from llc_fast.grid import ScanResult, scan
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
     from llc_fast.settings import Execution, default_localization, default_nbeta
@@ -34,6 +35,7 @@ __all__ = [
     "LLCWarning",
     "PreconditionedSGLD",
     "RMSpropSGLD",
+    "ScanResult",
     "__version__",
     "calibrate",
     "default_localization",
@@ -41,6 +43,7 @@ __all__ = [
     "estimate_llc",
     "language",
     "samplers",
+    "scan",
     "sweep_checkpoints",
     "theory",
 ]
@@ -49,6 +52,7 @@ _HOME = {
     for module, names in {
         "chains.draw": ("Draw",),
         "estimate": ("calibrate", "estimate_llc"),
+        "grid": ("ScanResult", "scan"),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
         "settings": ("Execution", "default_localization", "default_nbeta"),

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +237,20 @@ def calibrate(
 
 
 _ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+
+
+@contextlib.contextmanager
+def prepared_alone(
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | str | None
+) -> Iterator[Prepared]:
+    """Inside ``with`` a run that may begin, in this process alone, for a look at the model.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as :func:`estimate_llc`.
+    """
+    loss = named_loss(loss_fn)
+    with _Surroundings(settings, model, data, loss, alone=True) as surroundings:
+        yield prepare(settings, model, data, loss, surroundings)
 
 
 def _why(chosen: Chosen, schedule: Schedule) -> str:

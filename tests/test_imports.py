@@ -19,7 +19,7 @@ LEVELS = (
     ("chains",),
     ("calibration", "cost", "progress", "settings", "checks"),
     ("estimate",),
-    ("sweep",),
+    ("sweep", "grid"),
     ("reproduce",),
     ("cli",),
 )
