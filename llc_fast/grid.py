@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.figure import Figure
 from llc_fast.calibration import CORRECTED_STIFFNESS, MIN_FRICTION, TARGET_BIAS_SHARE, default_lr
-from llc_fast.checks import MAX_SUBTRACTED_BIAS
 from llc_fast.data import mix
 from llc_fast.estimate import Prepared, estimate_llc, prepared_alone
 from llc_fast.language import NextToken
@@ -56,6 +55,8 @@ _MOST_STEPS, _LEAST_STEPS = 5 / 8, 1 / 16
 """Steps of a cell's chains, over those of a default estimate."""
 _WARM_SHARE = 1 / 5
 """Of a cell's steps, those of burn-in where chains start where those of the neighbour ended."""
+MAX_BIAS_SHARE = 0.2
+"""Share of bias in nβ·(L − L(w*)) above which a cell is run again with a smaller step."""
 _AGAIN = frozenset({"trend", "burnin", "rhat", "slow"})
 """Warnings after which a cell goes on from its own ends: what it has run was too short a burn-in."""
 _ASTRAY = frozenset({"left", "diverged"})
@@ -669,12 +670,14 @@ class _Runner:
     _stiffness: tuple[float, float] | None = None
     _is_default: bool = False
     _is_carried: bool = False
+    _min_friction: float = 1.0
     _spent: float = 0.0
 
     def look(self, prepared: Prepared) -> None:
         """What is known before any chain: the stiffness at w*, and everything at nβ = 0."""
         settings, template = prepared.settings, prepared.settings.template
         self._is_default = settings.is_default_sampler
+        self._min_friction = 1.0 if prepared.plan.release else MIN_FRICTION
         self._is_carried = self.lr is None and settings.wants_bias_correction
         if prepared.shortened and "batch_size" not in self.settings:
             self.settings = {**self.settings, "batch_size": prepared.objective.source.batch_size}
@@ -717,7 +720,7 @@ class _Runner:
         """One cell, run until it is good enough or has been run often enough; False: somebody stopped it."""
         parent = self.plan.parents[place] if self.warm else None
         start = None if parent is None else self._ends.get(parent)
-        sampler, lr = self._step_size(pair, start)
+        sampler, lr = self._step_size(place, pair, start)
         gradients, seconds, is_warm, attempt = 0.0, 0.0, start is not None, 0
         while True:
             result = self._estimate(place, pair, position, attempt, shown, start, sampler, lr)
@@ -794,16 +797,34 @@ class _Runner:
         except ValueError as error:
             raise ValueError(f"nbeta={pair[0]:g}, localization={pair[1]:g}: {error}") from error
 
-    def _step_size(self, pair: tuple[float, float], start: LLCResult | None) -> tuple[Sampler | None, float | None]:
+    def _step_size(
+        self, place: tuple[int, ...], pair: tuple[float, float], start: LLCResult | None
+    ) -> tuple[Sampler | None, float | None]:
         """The sampler, if it is another one than was asked for, and ε; None: found by the estimate itself."""
         if callable(self.lr):
             return None, check_number("lr", self.lr(*pair), minimum=0, exclusive=True)
         if not self._is_carried or start is None:
             return None, self.lr
-        ratio = pair[0] / start.nbeta
-        # Bias grows with nβ as step-size bias does, and with nβ² as that of gradient noise.
-        share = (start.diagnostics.get("bias_share") or TARGET_BIAS_SHARE) * max(ratio, ratio**1.5)
-        return self._with_bias(start, min(max(TARGET_BIAS_SHARE / max(share, 1e-12), 1 / 64), 2.0), pair)
+        # The share of bias changes more with γ than with nβ: what the last nβ had at this γ says more.
+        before = start
+        if len(place) > 1:
+            before = self.results.get((place[0] - 1, place[1]), start)
+        ratio = pair[0] / before.nbeta
+        effective = float(before.settings["lr"]) / float(before.settings.get("momentum_decay", 1.0))
+        share = _bias_per_step(before) * effective * ratio ** self._power(place)
+        return self._with_bias(before, min(max(TARGET_BIAS_SHARE / max(share, 1e-12), 1 / 64), 4.0), pair)
+
+    def _power(self, place: tuple[int, ...]) -> float:
+        """The power of nβ with which the share of bias grows at the same ε, by the last two cells, if there are two.
+
+        It is 1 for step-size bias and 2 for that of gradient noise where λ̂ is constant, and 0 where γ outweighs the
+        loss.
+        """
+        last, one_before = (self.results.get((place[0] - k, *place[1:])) for k in (1, 2))
+        if len(place) < 2 or last is None or one_before is None:
+            return 1.0
+        growth = math.log(_bias_per_step(last) / _bias_per_step(one_before))
+        return min(max(growth / math.log(last.nbeta / one_before.nbeta), 0.0), 2.0)
 
     def _with_bias(
         self, result: LLCResult, change: float, pair: tuple[float, float] | None = None
@@ -815,12 +836,12 @@ class _Runner:
         nbeta, gamma = (result.nbeta, result.settings["localization"]) if pair is None else pair
         assert self._stiffness is not None
         most = CORRECTED_STIFFNESS / (nbeta * self._stiffness[0] + gamma * self._stiffness[1])
-        name, friction = result.settings["sampler"], float(result.settings.get("momentum_decay", 1.0))
+        friction = float(result.settings.get("momentum_decay", 1.0))
         if not self._is_default:
             return None, min(most, result.settings["lr"] * change)
         wanted = result.settings["lr"] / friction * change
         lr = min(most, wanted)
-        friction = min(1.0, max(lr / wanted, MIN_FRICTION if name == "sghmc" else 1.0))
+        friction = min(1.0, max(lr / wanted, self._min_friction))
         return (make_sampler("sghmc", momentum_decay=friction) if friction < 1 else make_sampler("sgld")), lr
 
     def _again(self, result: LLCResult, start: LLCResult | None) -> str:
@@ -829,7 +850,7 @@ class _Runner:
         if codes & _ASTRAY and (start is not None or (result.diverged_chains and self._is_carried)):
             return "astray"
         share = result.diagnostics.get("bias_share")
-        if self._is_carried and share is not None and share > MAX_SUBTRACTED_BIAS and not result.diverged_chains:
+        if self._is_carried and share is not None and share > MAX_BIAS_SHARE and not result.diverged_chains:
             return "bias"
         left = sum(place not in self.rows for place in self.plan.cells) - 1
         each = self.num_chains * (self.plan.warm + self.plan.draws)
@@ -837,6 +858,13 @@ class _Runner:
         if codes & _AGAIN and self.warm and is_affordable and result.ends is not None and "left" not in codes:
             return "length"
         return ""
+
+
+def _bias_per_step(result: LLCResult) -> float:
+    """The share of bias over ε/α, to which it is proportional."""
+    share = result.diagnostics.get("bias_share")
+    effective = float(result.settings["lr"]) / float(result.settings.get("momentum_decay", 1.0))
+    return (TARGET_BIAS_SHARE if share is None or share <= 0 else float(share)) / effective
 
 
 def _number(place: tuple[int, ...]) -> int:
