@@ -39,12 +39,15 @@ from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import Execution, Settings, default_localization, with_old_keywords
+from llc_fast.stats.sensitivity import Sensitivity
+from llc_fast.stats.sensitivity import sensitivity as slopes_of
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
 from llc_fast.support.torch_private import drops, normalizes_batches
 from llc_fast.support.warned import issue
 from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
+from llc_fast.twins import HALF_FACTOR, twin_schedule, twin_traces
 
 _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
 """Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
@@ -78,6 +81,7 @@ def estimate_llc(
     checkpoint_interval: float = INTERVAL,
     warm_start: LLCResult | None = None,
     keep_ends: bool = False,
+    sensitivity: bool = False,
     progress: bool | ProgressFunction = True,
     preset: str | None = None,
     **old: Any,
@@ -146,6 +150,9 @@ def estimate_llc(
         warm_start: an earlier result with as many chains, made with ``keep_ends=True``: each chain starts where that of
             the earlier result ended, moved by as much as w* has moved since. None: at w*.
         keep_ends: keep where the chains end in ``result.ends``, as much memory as all chains' parameters.
+        sensitivity: measure dλ̂/dlog nβ and dλ̂/dlog γ, for ``result.sensitivity``: four short runs with the same random
+            numbers go on from the chains' ends, at γ, and nβ with γ, times and over √2 (:mod:`llc_fast.twins`). They
+            take half as many gradients as the chains, and are no part of the checkpoint.
         progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log; or a
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
@@ -171,7 +178,10 @@ def estimate_llc(
         prepared = prepare(settings, model, data, loss, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
+        slopes = sensitivity_of(prepared, chosen, run) if settings.sensitivity else None
     result = report(prepared, chosen, run)
+    if slopes is not None:
+        result.diagnostics["sensitivity"] = {k: None if math.isnan(v) else v for k, v in slopes._asdict().items()}
     if surroundings.team.rank == 0:
         issue(result.warnings, stacklevel=2)
     return result
@@ -723,7 +733,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
         evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
-        keep_ends=settings.keep_ends,
+        keep_ends=settings.needs_ends,
     )
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
@@ -750,6 +760,41 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         problem = next(filter(None, problems if interrupted else problems[:1]), "")
     steps_done = [t.step for t in traces for _ in t.chains]
     return Sampled(Traces.stack(traces), steps_done, run, interrupted, problem, setup)
+
+
+def sensitivity_of(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> Sensitivity | None:
+    """How λ̂ answers to nβ and γ, by twins of the chains; None if somebody stopped them, or the chains before."""
+    settings, team = prepared.settings, prepared.surroundings.team
+    start = sampled.traces.ends
+    if sampled.interrupted or start is None:
+        return None
+    sampler, planned = _completed(settings, chosen)
+    if sampler.kind == "metropolis" and vars(sampler)["adapt_steps"]:
+        last = sampled.traces.steps["lr"][:, -1]
+        last = last[np.isfinite(last)]
+        sampler = dataclasses.replace(sampler, lr=float(np.exp(np.log(last).mean()))) if last.size else sampler
+    schedule, chains = twin_schedule(planned), team.share(settings.num_chains)
+    with prepared.surroundings.interrupts.stopping() as stop, team.stopping(stop):
+        found = twin_traces(
+            prepared.objective,
+            sampler,
+            schedule,
+            sampled.run.plan,
+            prepared.reference_losses,
+            init_loss=chosen.init_loss,
+            bias_correction=chosen.bias_correction,
+            start=start,
+            seed=settings.seed,
+            chains=chains,
+            stop=stop,
+        )
+        parts = team.gather(found)
+    if any(part is None for part in parts):
+        return None
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    each = sampler.trajectory()[0] if sampler.kind == "metropolis" else 1  # type: ignore[attr-defined]
+    gradients = len(joined) * settings.num_chains * schedule.num_steps * each
+    return slopes_of(joined, 2 * math.log(HALF_FACTOR), gradients)
 
 
 class _RunMonitor(Monitor):
@@ -844,7 +889,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "seconds": time.perf_counter() - prepared.surroundings.started,
         },
         traces={name: values for name, values in traces.steps.items() if name != LOSS},
-        ends=None if sampled.interrupted else traces.ends,
+        ends=traces.ends if settings.keep_ends and not sampled.interrupted else None,
         observables=traces.draws,
         steps_done=sampled.steps_done if sampled.interrupted else None,
     )

@@ -953,7 +953,8 @@ def _prior_offset(w: Tensor, gamma: float, options: Mapping[str, Any], generator
     middle = -decay * w.detach().cpu().double() / precision
     low = torch.zeros_like(middle) if box is None else torch.special.ndtr((-box - middle) / width)
     high = torch.ones_like(middle) if box is None else torch.special.ndtr((box - middle) / width)
-    return middle + width * torch.special.ndtri((low + uniform * (high - low)).clamp(1e-300, 1 - 1e-16))
+    found: Tensor = middle + width * torch.special.ndtri((low + uniform * (high - low)).clamp(1e-300, 1 - 1e-16))
+    return found
 
 
 # ---- what comes out ----------------------------------------------------------------------------------------

@@ -421,7 +421,7 @@ def _scan_map(
         if not np.isfinite(mean[i, j]):
             axes.text(j, i, "–", ha="center", va="center", color="0.6")
             continue
-        color, hollow = colors.to_rgba(float(mean[i, j])), bool(warned[i, j])
+        color, hollow = colors.to_rgba(mean[i : i + 1, j])[0], bool(warned[i, j])
         # A thick edge around nothing is what a hollow marker is among points.
         side = 0.84 if hollow else 0.96
         look: dict[str, Any] = {"facecolor": "white" if hollow else color, "edgecolor": color, "lw": 6 if hollow else 0}

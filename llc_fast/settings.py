@@ -133,6 +133,7 @@ class Settings:
     checkpoint_interval: float = INTERVAL
     warm_start: LLCResult | None = None
     keep_ends: bool = False
+    sensitivity: bool = False
     progress: bool | ProgressFunction = True
     preset: str | None = None
 
@@ -231,6 +232,11 @@ class Settings:
         return self.sampler is None
 
     @property
+    def needs_ends(self) -> bool:
+        """Whether the chains have to say where they end."""
+        return self.keep_ends or self.sensitivity
+
+    @property
     def wants_bias_correction(self) -> bool:
         if self.bias_correction is None:
             return self.lr is None and _can_be_corrected(self._template)
@@ -287,7 +293,7 @@ class Settings:
             "observables": sorted(self.observables or ()),
             "strategy": execution.strategy,
             "seed": self.seed,
-            "keep_ends": self.keep_ends,
+            "keep_ends": self.needs_ends,
         }
 
 

@@ -17,7 +17,7 @@ LEVELS = (
     ("objective", "result", "plots", "optim", "problems", "language"),
     ("gradients",),
     ("chains",),
-    ("calibration", "cost", "progress", "settings", "checks"),
+    ("calibration", "twins", "cost", "progress", "settings", "checks"),
     ("estimate",),
     ("sweep", "grid"),
     ("reproduce",),
