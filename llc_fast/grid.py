@@ -709,7 +709,7 @@ class _Runner:
                     if place not in self.rows:
                         shown.title = f"LLC at nβ = {pair[0]:.3g}, γ = {pair[1]:.3g}"
                         if not self._cell(place, pair, position, shown):
-                            return True
+                            raise KeyboardInterrupt
         except KeyboardInterrupt:
             if not any(row["attempts"] for row in self.rows.values()):
                 raise

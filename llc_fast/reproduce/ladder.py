@@ -72,6 +72,9 @@ BOX, LOCALIZATION = Box(1.0), 1.0
 SIGMAS = 3.0
 EXACT_ERROR = 2e-3
 """Relative error with which exact values are fitted."""
+FIT_JITTER, FIT_ACCEPTANCE = 0.9, 0.9
+"""Steps of trajectories are between a tenth and twice of what adapts to this acceptance: the arms of {K = 0} need short
+ones, and the middle, where most of the posterior is, long ones."""
 CREDIBLE = 0.95
 """Probability of the set of m that the true one must be in."""
 MAX_FIT_ERROR = 0.2
@@ -111,7 +114,7 @@ class Settings:
     curve: int = 60
     fit_nbetas: tuple[float, ...] = tuple(float(f"{t:.4g}") for t in np.logspace(1, 6, 11))
     fit_chains: int = 32
-    fit_burnin: int = 400
+    fit_burnin: int = 600
     fit_draws: int = 400
 
 
@@ -280,9 +283,7 @@ def _temperature_row(study: Study, name: str, settings: Settings) -> Row:
         _population_loss,
         nbeta=settings.fit_nbetas,
         localization=LOCALIZATION,
-        sampler=HMCSampler(),
-        # Stable in the arms of {K = 0}, where the curvature is nβ·|b|², up to |b| of 2 (or |a| for that along b).
-        lr=lambda nbeta, gamma: 1 / (nbeta * max(model.inputs, model.outputs) + gamma),
+        sampler=HMCSampler(jitter=FIT_JITTER, target_acceptance=FIT_ACCEPTANCE),
         num_chains=settings.fit_chains,
         num_burnin=settings.fit_burnin,
         num_draws=settings.fit_draws,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ _FORMS = (
         _next_exponent,
         (SLOWEST, -12.0),
         (FASTEST, 12.0),
-        tuple((delta, size) for delta in (0.2, 0.6, 1.5) for size in (-2.0, -0.3, 0.3, 2.0)),
+        tuple((delta, size) for delta in (0.3, 1.0) for size in (-1.5, -0.3, 0.7)),
     ),
     _Form("multiplicity 2", 2, _logarithms, _LOG[:1], _LOG[1:], ((0.0,), (2.0,))),
     _Form("multiplicity 3", 3, _logarithms, _LOG[:1] * 2, _LOG[1:] * 2, ((0.0, 2.0), (2.0, 2.0))),
@@ -193,8 +193,6 @@ def fit_temperature(nbeta: Array, mean: Array, stderr: Array, *, max_multiplicit
 
 
 def _weighed(fit: FormFit, weight: float) -> FormFit:
-    from dataclasses import replace
-
     return replace(fit, weight=weight)
 
 
