@@ -152,7 +152,7 @@ def estimate_llc(
         keep_ends: keep where the chains end in ``result.ends``, as much memory as all chains' parameters.
         sensitivity: measure dλ̂/dlog nβ and dλ̂/dlog γ, for ``result.sensitivity``: four short runs with the same random
             numbers go on from the chains' ends, at γ, and nβ with γ, times and over √2 (:mod:`llc_fast.twins`). They
-            take half as many gradients as the chains, and are no part of the checkpoint.
+            take as many gradients as the chains, and are no part of the checkpoint.
         progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log; or a
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).

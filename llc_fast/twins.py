@@ -24,8 +24,9 @@ from llc_fast.traces import REFERENCE_LOSS
 HALF_FACTOR = math.sqrt(2)
 """Twins are at nβ and γ times and over this. The third derivative that a difference over a factor of 2 leaves out is
 less than 1 % of the slope in a quadratic direction."""
-SHARE = 1 / 8
-"""Steps of each of the four twins, over those of the chains."""
+SHARE, BURNIN_SHARE = 1 / 4, 3 / 4
+"""Steps of each of the four twins, over those of the chains, and the part of them that is burn-in: twins are together
+when they start, and it takes them a relaxation time of each direction to move apart."""
 _LEAST_STEPS = 64
 _TWINS = 0x7317
 """Sets the twins' seeds apart from those of the chains, whose ends they start from."""
@@ -33,9 +34,10 @@ Array = NDArray[np.float64]
 
 
 def twin_schedule(schedule: Schedule) -> Schedule:
-    """Of each twin: a part of the chains', half of it burn-in, and every step a draw."""
+    """Of each twin: a part of the chains', three quarters of it burn-in, and every step a draw."""
     steps = max(_LEAST_STEPS, int(SHARE * schedule.num_steps))
-    return Schedule(steps - steps // 2, steps // 2)
+    burnin = int(BURNIN_SHARE * steps)
+    return Schedule(steps - burnin, burnin)
 
 
 def twin_traces(

@@ -28,7 +28,7 @@ H, GAMMA = torch.logspace(-1, 2, 30), 100.0
 def _estimate(**settings: Any) -> LLCResult:
     """30 quadratic directions around nβh = γ, and 3,000 flat ones, which only γ holds."""
     model = Quadratic(torch.cat([H, torch.zeros(3000)]))
-    given: dict[str, Any] = {"nbeta": 100.0, "localization": GAMMA, "lr": 2e-5, "bias_correction": True}
+    given: dict[str, Any] = {"nbeta": 100.0, "localization": GAMMA, "lr": 1e-4, "bias_correction": True}
     given |= {"num_draws": 1000, "num_burnin": 600, "sensitivity": True, "progress": False}
     return llc_fast.estimate_llc(model, DATA, lambda output, _: output, **(given | settings))
 
@@ -49,16 +49,16 @@ def test_quadratic_directions(quadratic: LLCResult) -> None:
     assert isinstance(found, Sensitivity)
     assert abs(found.nbeta - exact) < 4 * found.nbeta_stderr
     assert abs(found.localization + exact) < 4 * found.localization_stderr
-    assert max(found.nbeta_stderr, found.localization_stderr) < 0.1 * exact
+    assert max(found.nbeta_stderr, found.localization_stderr) < 0.4 * exact
     # The covariance formula sees how far chains are in flat directions.
-    assert found.localization_stderr < 0.5 * quadratic.diagnostics["localization_slope_stderr"]
+    assert found.localization_stderr < 0.2 * quadratic.diagnostics["localization_slope_stderr"]
 
 
 def test_the_cost_is_what_it_says(quadratic: LLCResult) -> None:
-    """Half of the chains' gradients: four twins of an eighth each, half of which is burn-in."""
+    """As many gradients as the chains: four twins of a quarter each, most of which is burn-in."""
     assert quadratic.sensitivity is not None
-    assert quadratic.sensitivity.gradients == 4 * 4 * (1600 // 8)
-    assert twin_schedule(Schedule(1000, 600)) == Schedule(100, 100)
+    assert quadratic.sensitivity.gradients == 4 * 1600
+    assert twin_schedule(Schedule(1000, 600)) == Schedule(100, 300)
     assert twin_schedule(Schedule(10, 0)).num_steps == 64
 
 
@@ -145,10 +145,10 @@ def test_a_finished_checkpoint_measures_it_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_has_none() -> None:
-    with interrupted_after(30):
+    with interrupted_after(10):
         partial = _estimate(num_draws=20, num_burnin=10)
     assert partial.is_partial and partial.sensitivity is None
-    with interrupted_after(4 * 30 + 70):  # the chains are done, their twins are not
+    with interrupted_after(30 + 70):  # the chains are done, their twins are not
         done = _estimate(num_draws=20, num_burnin=10)
     assert not done.is_partial and done.sensitivity is None and math.isfinite(done.llc_mean)
 

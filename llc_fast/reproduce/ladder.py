@@ -115,7 +115,7 @@ class Settings:
     fit_nbetas: tuple[float, ...] = tuple(float(f"{t:.4g}") for t in np.logspace(1, 6, 11))
     fit_chains: int = 32
     fit_burnin: int = 600
-    fit_draws: int = 400
+    fit_draws: int = 1200
 
 
 SCALES = {

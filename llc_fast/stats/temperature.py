@@ -30,9 +30,10 @@ class FormFit:
         multiplicity: m of the form.
         smallest: the smallest nβ of the range, which reaches to the largest there is.
         value, stderr: λ, and its standard error if this were the form.
-        parameters: of the form, λ among them.
+        parameters: of the form: λ; log δ and log(1 + r) at the smallest nβ of the range; log(c + log nβ) there.
         chi_squared: the sum of squared residuals in units of their errors.
         points: temperatures in the range.
+        score: half of the sum of squared residuals, those of the priors of its parameters included.
         weight: of this fit among all.
     """
 
@@ -44,6 +45,7 @@ class FormFit:
     parameters: tuple[float, ...]
     chi_squared: float
     points: int
+    score: float
     weight: float = 0.0
 
 
@@ -100,6 +102,8 @@ class _Form:
         multiplicity: m.
         correction: of depths ``[point]`` and the parameters beside λ.
         low, high: bounds of these parameters.
+        middle, width: of a normal prior on each, wide against what singular models have; without one, parameters that
+            the values say nothing of would make the error of λ anything.
         starts: where searches begin.
     """
 
@@ -108,12 +112,15 @@ class _Form:
     correction: Callable[[Array, Array], Array]
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    middle: tuple[float, ...] = ()
+    width: tuple[float, ...] = ()
     starts: tuple[tuple[float, ...], ...] = ((),)
 
 
 def _next_exponent(depth: Array, place: Array) -> Array:
     """Z = (nβ)^(−λ)·(1 + b·(nβ)^(−δ)): the correction δ·r/(1 + r) with r = b·(nβ)^(−δ) > −1."""
-    delta, ratio = place[0], math.expm1(place[1]) * np.exp(-place[0] * depth)
+    delta = math.exp(place[0])
+    ratio = math.expm1(place[1]) * np.exp(-delta * depth)
     found: Array = delta * ratio / (1 + ratio)
     return found
 
@@ -131,12 +138,23 @@ _FORMS = (
         "next exponent",
         1,
         _next_exponent,
-        (SLOWEST, -12.0),
-        (FASTEST, 12.0),
-        tuple((delta, size) for delta in (0.3, 1.0) for size in (-1.5, -0.3, 0.7)),
+        (math.log(SLOWEST), -12.0),
+        (math.log(FASTEST), 12.0),
+        (math.log(0.5), 0.0),
+        (1.0, 2.0),
+        tuple((math.log(delta), size) for delta in (0.3, 1.0) for size in (-1.5, -0.3, 0.7)),
     ),
-    _Form("multiplicity 2", 2, _logarithms, _LOG[:1], _LOG[1:], ((0.0,), (2.0,))),
-    _Form("multiplicity 3", 3, _logarithms, _LOG[:1] * 2, _LOG[1:] * 2, ((0.0, 2.0), (2.0, 2.0))),
+    _Form("multiplicity 2", 2, _logarithms, _LOG[:1], _LOG[1:], (math.log(5.0),), (1.0,), ((0.0,), (2.0,))),
+    _Form(
+        "multiplicity 3",
+        3,
+        _logarithms,
+        _LOG[:1] * 2,
+        _LOG[1:] * 2,
+        (math.log(5.0),) * 2,
+        (1.0, 1.0),
+        ((0.0, 2.0), (2.0, 2.0)),
+    ),
 )
 
 
@@ -151,9 +169,11 @@ def fit_temperature(nbeta: Array, mean: Array, stderr: Array, *, max_multiplicit
     - multiplicity 2: λ − 1/(log nβ + c);
     - multiplicity 3: λ − 1/(log nβ + c₁) − 1/(log nβ + c₂).
 
-    Each counts by exp(−½χ² − k − d), with k its parameters and d the temperatures that its range leaves out (Akaike's
-    criterion for forms and for data alike: Jay & Neil 2021, arXiv 2008.01069). λ is the average, and its error has the
-    spread between forms and ranges beside that of each. The probability of m is the weight of its forms.
+    Wide priors hold what the values say nothing of: δ is 0.5 within a factor of e, 1 + b·(nβ)^(−δ) is 1 within e² and
+    c + log nβ is 5 within e, at the smallest nβ of the range. Each fit counts by exp(−½χ² − k − d), with k its
+    parameters and d the temperatures that its range leaves out (Akaike's criterion for forms and for data alike: Jay &
+    Neil 2021, arXiv 2008.01069). λ is the average, and its error has the spread between forms and ranges beside that of
+    each. The probability of m is the weight of its forms.
 
     Args:
         nbeta: nβ ``[point]``, in any order.
@@ -178,7 +198,7 @@ def fit_temperature(nbeta: Array, mean: Array, stderr: Array, *, max_multiplicit
         for first in range(len(nbeta) - max(3, len(form.low) + 2) + 1)
     ]
     left_out = np.array([len(nbeta) - fit.points for fit in found])
-    scores = np.array([0.5 * fit.chi_squared + len(fit.parameters) for fit in found]) + left_out
+    scores = np.array([fit.score + len(fit.parameters) for fit in found]) + left_out
     weights = np.exp(scores.min() - scores)
     weights /= weights.sum()
     values, errors = np.array([fit.value for fit in found]), np.array([fit.stderr for fit in found])
@@ -203,9 +223,11 @@ def _fitted(form: _Form, nbeta: Array, mean: Array, stderr: Array, first: int) -
     depth, y, error = np.log(nbeta[first:] / nbeta[0]), mean[first:], stderr[first:]
     depth = depth - depth[0]
 
+    middle, width = np.array(form.middle), np.array(form.width)
+
     def residuals(place: Array) -> Array:
-        found: Array = (place[0] + form.correction(depth, place[1:]) - y) / error
-        return found
+        found = (place[0] + form.correction(depth, place[1:]) - y) / error
+        return np.concatenate([found, (place[1:] - middle) / width])
 
     low, high = [-np.inf, *form.low], [np.inf, *form.high]
     best: Any = None
@@ -215,18 +237,17 @@ def _fitted(form: _Form, nbeta: Array, mean: Array, stderr: Array, first: int) -
         tried = least_squares(residuals, [level, *start], bounds=(low, high), x_scale="jac")
         if best is None or tried.cost < best.cost:
             best = tried
-    # Directions that are at a bound, or that nothing depends on, are held.
-    free = [0, *(k for k in range(1, len(best.x)) if low[k] + 1e-6 < best.x[k] < high[k] - 1e-6)]
+    free = [0, *(k for k in range(1, len(best.x)) if low[k] + 1e-6 < best.x[k] < high[k] - 1e-6)]  # not at a bound
     jac = best.jac[:, free]
-    information = jac.T @ jac
-    covariance = np.linalg.pinv(information, rcond=1e-12, hermitian=True)
+    covariance = np.linalg.inv(jac.T @ jac)
     return FormFit(
         form.name,
         form.multiplicity,
         float(nbeta[first]),
         float(best.x[0]),
-        math.sqrt(max(float(covariance[0, 0]), 0.0)),
+        math.sqrt(float(covariance[0, 0])),
         tuple(float(p) for p in best.x),
-        float(2 * best.cost),
+        float(np.sum(best.fun[: len(y)] ** 2)),
         len(y),
+        score=float(best.cost),
     )
