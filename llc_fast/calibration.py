@@ -1,4 +1,4 @@
-"""Chooses what the user left open: a step size from short pilot chains, and how long to run.
+"""Chooses the step size that the user left open, from short pilot chains.
 
 The step size is limited by two things. Stability, and the discretization of the stiffest direction: ε·(nβ·h_max + γ)
 starts at 1. And bias, what step size and minibatch noise together add to the loss, which every step measures exactly
@@ -28,8 +28,7 @@ from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
-from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
-from llc_fast.stats.errors import standard_error
+from llc_fast.settings import PILOT_SHARE, Settings
 from llc_fast.support.runtime import Stop
 from llc_fast.traces import REFERENCE_LOSS
 
@@ -41,16 +40,11 @@ the stiffest direction, at 1 by a third, which the correction takes back; stable
 """
 TARGET_BIAS_SHARE = 0.1
 """The share of bias in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
-PILOT_SHARE = 0.13
-"""Gradients of the pilot chains, of those of all chains."""
 _DESCENT_SHARE = 0.02
 """Gradients at most, of those of all chains, that looking for a way down from w* may take."""
 _STAGES = (1 / 16, 3 / 16, 3 / 4)
 """Lengths of the pilot chains, as shares of their gradients: the last is four tenths as long as the four chains of a
 run, long enough to see what becomes of the bias."""
-_RELATIVE_ERROR, _RISE = 0.01, 0.05
-"""What a default run is made longer for: a larger standard error than this, or a pilot that still rises by as much."""
-MAX_NUM_DRAWS = 5000
 MIN_PILOT = 64
 """Gradients below which pilots would show nothing."""
 MIN_FRICTION = 0.5
@@ -69,7 +63,6 @@ class Chosen:
         lr: ε.
         bias_correction: whether bias is subtracted from the loss trace.
         friction: α of the sampler's variant with momentum; 1: the sampler itself.
-        num_draws: draws of a schedule that was open; None: as given.
         pilot_steps: gradients that pilot chains took.
         pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots, NaN where the
             loss was not above L(w*).
@@ -85,7 +78,6 @@ class Chosen:
     lr: float
     bias_correction: bool
     friction: float = 1.0
-    num_draws: int | None = None
     pilot_steps: int = 0
     pilot_bias_share: float | None = None
     descent: float | None = None
@@ -155,13 +147,12 @@ def choose_settings(
         monitor=monitor,
     )
     with stopping() as stop:
-        chosen = pilot.run(stop)
-    return chosen if settings.schedule_is_open else dataclasses.replace(chosen, num_draws=None)
+        return pilot.run(stop)
 
 
 def num_pilot_steps(settings: Settings) -> int:
     """Gradients that pilot chains take, if they take no more than planned; 0: there are none."""
-    if settings.lr is not None or not settings.wants_bias_correction:
+    if not settings.has_pilots:
         return 0
     count = int(PILOT_SHARE * settings.num_chains * settings.schedule.num_steps)
     return count if count >= MIN_PILOT else 0
@@ -233,14 +224,13 @@ class _Pilot:
     monitor: Monitor | None
 
     def run(self, stop: Stop | None = None) -> Chosen:
-        """The step size, friction and length that the pilots end with, or have found when `stop` is set.
+        """The step size and friction that the pilots end with, or have found when `stop` is set.
 
         Raises:
             ValueError: all chains diverged.
         """
         nbeta, most = self.chosen.nbeta, self.chosen.lr
         lr, friction, share = most, 1.0, math.nan
-        corrected: NDArray[np.float64] = np.zeros(0)
         stage, attempt, spent = 0, 0, 0
         while stage < len(_STAGES) and spent < self.num_steps:
             last = stage == len(_STAGES) - 1
@@ -262,7 +252,6 @@ class _Pilot:
             late = slice(length // 2, None)
             if np.isfinite(excess).all() and np.isfinite(bias).all():
                 stage += 1
-                corrected = excess - bias
                 found, added = float(excess[late].mean()), float(bias[late].mean())
                 if found <= 0:  # w* is no minimum: no reason to blame the step size
                     continue
@@ -289,7 +278,6 @@ class _Pilot:
             self.chosen,
             lr=lr,
             friction=friction,
-            num_draws=_length_for(corrected, self.settings.num_chains),
             pilot_steps=spent,
             pilot_bias_share=share,
         )
@@ -331,18 +319,3 @@ _STEEPEST = 0.75
 """Power of the number of steps with which bias is taken to grow at most: what is steeper is noise."""
 _PILOT = 0x9107
 """Sets the pilots' seeds apart from those of all chains."""
-
-
-def _length_for(trace: NDArray[np.float64], num_chains: int) -> int:
-    """Draws that give a relative standard error of 1 %, twice as many if the pilot had not yet settled."""
-    if len(trace) < 64:
-        return DEFAULT_NUM_DRAWS
-    late = trace[len(trace) // 2 :]
-    before, after = (float(half.mean()) for half in np.array_split(late, 2))
-    if after <= 0:
-        return DEFAULT_NUM_DRAWS
-    error = standard_error(late[None]).value / after
-    needed = len(late) * (error / _RELATIVE_ERROR) ** 2 / num_chains
-    if after - before > _RISE * after:
-        needed = max(needed, 2 * DEFAULT_NUM_DRAWS)
-    return int(min(max(needed, DEFAULT_NUM_DRAWS), MAX_NUM_DRAWS))

@@ -28,6 +28,7 @@ ess                the effective sample size is too small
 rhat               the chains have not converged to the same distribution
 slow               a chain spans few autocorrelation times of its slow fluctuations
 trend              the loss trace still has a trend
+unresolved         λ̂ still grows with the length of the chains, slowly and in all of them alike
 burnin             burn-in ended before the loss reached its plateau
 left               chains left the neighbourhood of w*
 far                the draws are further from w* than w* is from 0
@@ -56,6 +57,7 @@ from llc_fast.result import LLCResult
 from llc_fast.result import Warning as Warning
 from llc_fast.stats import convergence
 from llc_fast.stats.errors import Covariance, covariance, standard_error
+from llc_fast.stats.growth import growth
 from llc_fast.stats.step_checks import step_check_statistics
 from llc_fast.stats.traces import burnin_needed, chain_spread, slow_part, spike_share, trend
 
@@ -143,6 +145,8 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
     steps = draws.shape[1] * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
     missed = _draws_before(needed, result)
+    grown = growth(result.excess_trace[chains, : schedule.num_burnin + steps])
+    significant = grown.missing if grown.is_significant else 0.0
     numbers = {
         "chains_diverged": len(result.diverged_chains),
         "r_hat": convergence.r_hat(draws),
@@ -153,6 +157,11 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         "slow_size": slow.size,
         "trend": moved.value,
         "trend_stderr": moved.stderr,
+        "growth": grown.rate,
+        "growth_stderr": grown.rate_stderr,
+        "unresolved": significant if math.isfinite(grown.missing) else math.nan,
+        "extrapolation": grown.likely,
+        "extrapolation_stderr": grown.likely_stderr,
         "burnin_needed": needed,
         "burnin_effect": llc - float(draws[:, missed:].mean()) if 0 < missed < draws.shape[1] else 0.0,
         "spike_share": spike_share(draws),
@@ -173,6 +182,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
     }
     found: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     far = [(c, t) for c, d, t in zip(chains, seen.distance, draws, strict=False) if d > facts.reference_norm > 0]
+    found |= {"growth_means": list(grown.means)}
     found |= {"distance": seen.distance, "chains_left": [chain for chain, trace in far if _rises(trace)]}
     return found | _metropolis_diagnostics(result)
 
@@ -632,6 +642,25 @@ def _trend(case: _Case) -> str | None:
     )
 
 
+UNRESOLVED_ERRORS, UNRESOLVED_SIZE = 4.0, 0.05
+"""Growth per doubling of the length counts from four of its standard errors on, if λ̂ may lack more than 5 %."""
+
+
+@_check("unresolved", unless=("short", "trend"))
+def _unresolved(case: _Case) -> str | None:
+    missing, rate, error = case["unresolved"], case["growth"], case["growth_stderr"]
+    if not (abs(rate) > UNRESOLVED_ERRORS * error and abs(missing) > UNRESOLVED_SIZE * abs(case.llc)):
+        return None
+    steps = case.result.schedule.num_steps
+    low_or_high = "low" if missing > 0 else "high"
+    return (
+        f"λ̂ changes by {rate:+.2g} ± {error:.2g} with each doubling of the chains, in all of them alike: slow "
+        f"directions are not resolved, and λ̂ may be too {low_or_high} by up to {abs(missing):.2g} (extrapolated: "
+        f"{case.result.extrapolated:.4g}). Use max_gradients={_rounded(4 * steps * len(case.result.loss_trace))}, or a "
+        "larger localization."
+    )
+
+
 @_check("burnin", unless=("short", "trend"))
 def _burnin(case: _Case) -> str | None:
     effect, needed = case["burnin_effect"], case["burnin_needed"]
@@ -747,5 +776,7 @@ def _imprecise(case: _Case) -> str | None:
     )
 
 
+LENGTH_CODES = frozenset({"short", "ess", "rhat", "slow", "trend", "unresolved", "burnin"})
+"""Codes of what longer chains would mend: runs whose length is by need go on."""
 CODES = tuple(check.code for check in _CHECKS)
 """The codes of all checks, in the order of their warnings."""

@@ -10,9 +10,10 @@ import time
 import torch
 
 from llc_fast.calibration import num_pilot_steps
+from llc_fast.gradients.plan import LARGE_MODEL
 from llc_fast.objective.objective import Objective
-from llc_fast.samplers.metropolis import MetropolisSampler
-from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
+from llc_fast.schedule import Schedule
+from llc_fast.settings import DEFAULT_NUM_DRAWS, PILOT_SHARE, Settings
 
 AFFORDABLE_SECONDS = 600.0
 """What a run with default length and default minibatches takes at most, at the nominal speed."""
@@ -25,11 +26,10 @@ _WORTH_SAYING = 10.0
 """Seconds above which a run is announced."""
 
 
-def num_gradients(settings: Settings) -> int:
-    """Gradients of a run, those of its pilot chains included."""
-    template, steps = settings.template, settings.num_chains * settings.schedule.num_steps
-    per_step = template.trajectory()[0] if isinstance(template, MetropolisSampler) else 1
-    return steps * per_step + num_pilot_steps(settings)
+def num_gradients(settings: Settings, schedule: Schedule | None = None) -> int:
+    """Gradients of a run of that length, those of its pilot chains included; None: the one costs are measured by."""
+    steps = (schedule or settings.schedule).num_steps
+    return settings.num_chains * steps * settings.gradients_per_step + num_pilot_steps(settings)
 
 
 def affordable_batch(settings: Settings, flops_per_sample: float, batch_size: int, device: torch.device) -> int:
@@ -40,13 +40,26 @@ def affordable_batch(settings: Settings, flops_per_sample: float, batch_size: in
     return size
 
 
-def affordable_length(settings: Settings, flops: float, device: torch.device) -> Settings:
-    """With fewer draws, and burn-in as long, if nobody chose how many and gradients of so many operations need it."""
-    share = _affordable_flops(device) / max(flops * num_gradients(settings), 1.0)
-    is_open = settings.num_draws is None and settings.num_burnin is None
-    if not is_open or not 0 < share < 1:
+def affordable_length(settings: Settings, flops: float, device: torch.device, num_parameters: int) -> Settings:
+    """With a budget, if nobody gave a length or a budget and gradients of so many operations need it.
+
+    Chains of large models, which are not all in memory at once, do not go on by need: they get a length.
+    """
+    limits = (settings.max_gradients, settings.max_seconds)
+    if not settings.by_need or any(limit is not None for limit in limits):
         return settings
-    return dataclasses.replace(settings, num_draws=max(LEAST_DRAWS, int(DEFAULT_NUM_DRAWS * share / 10) * 10))
+    between, least = settings.num_steps_bw_draws, LEAST_DRAWS
+    affordable = _affordable_flops(device) / max(flops, 1.0)
+    if num_parameters > LARGE_MODEL and settings.target_error is None:
+        share = affordable / num_gradients(settings)
+        draws = max(least, int(DEFAULT_NUM_DRAWS * share / 10) * 10) if 0 < share < 1 else DEFAULT_NUM_DRAWS
+        return dataclasses.replace(settings, num_draws=draws, num_burnin=draws * between)
+    if not 0 < affordable < num_gradients(settings, settings.longest):
+        return settings
+    least_gradients = settings.num_chains * settings.gradients_per_step * 2 * least * between
+    if settings.has_pilots:
+        least_gradients = math.ceil(least_gradients * (1 + PILOT_SHARE))
+    return dataclasses.replace(settings, max_gradients=int(max(affordable, least_gradients)))
 
 
 def _affordable_flops(device: torch.device) -> float:
@@ -74,14 +87,16 @@ def announcement(settings: Settings, objective: Objective, seconds: float, short
         seconds: that a gradient takes.
         shortened: what was made smaller than the defaults, in words.
     """
-    count, pilots = num_gradients(settings), num_pilot_steps(settings)
+    count, pilots = num_gradients(settings, settings.longest), num_pilot_steps(settings)
     if count * seconds < _WORTH_SAYING:
         return ""
     size = objective.source.batch_size
     samples = "" if size is None else f" on {size} samples each"
     calibration = f", {pilots} of them in calibration" if pilots else ""
     smaller = f" (shortened to {shortened})" if shortened else ""
-    return f"{count} gradients{samples}{calibration}{smaller}: at most about {_in_words(count * seconds)}"
+    most = "up to " if settings.by_need else ""
+    seconds = min(count * seconds, settings.max_seconds or math.inf)
+    return f"{most}{count} gradients{samples}{calibration}{smaller}: at most about {_in_words(seconds)}"
 
 
 def _in_words(seconds: float) -> str:

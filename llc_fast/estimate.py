@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
 from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
-from llc_fast.chains.run import ChainRun, Monitor, run_chains
-from llc_fast.checks import Facts, examine
+from llc_fast.chains.run import ChainRun, Monitor, RunningChains
+from llc_fast.chains.step_checks import check_steps
+from llc_fast.checks import LENGTH_CODES, Facts, examine
 from llc_fast.cost import affordable_batch, affordable_length, announcement, seconds_of_gradient
 from llc_fast.data import IndexedSource, LoaderSource, make_source
 from llc_fast.gradients.memory import check_memory
@@ -38,7 +39,7 @@ from llc_fast.progress import Progress, ProgressFunction, announce, make_progres
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
-from llc_fast.settings import Execution, Settings, default_localization, with_old_keywords
+from llc_fast.settings import UNUSED, Execution, Settings, default_localization, with_old_keywords
 from llc_fast.stats.sensitivity import Sensitivity
 from llc_fast.stats.sensitivity import sensitivity as slopes_of
 from llc_fast.support.fingerprint import arrays_identity
@@ -53,6 +54,10 @@ _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
 """Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
 _SMALL = 2e7
 """Parameters × batch size below which the trial gradient uses one thread; what it counts decides from there."""
+_SENT = 1_000_000
+"""Parameters up to which processes send each other what chains need to go on."""
+_TIME_SHARE = 0.9
+"""Of the time that is left, what the next steps may take by what steps took so far."""
 _LEAST_TRIED = 4
 """Samples of the trial gradient of a model of any size."""
 
@@ -70,6 +75,9 @@ def estimate_llc(
     num_draws: int | None = None,
     num_burnin: int | None = None,
     num_steps_bw_draws: int = 1,
+    target_error: float | None = None,
+    max_seconds: float | None = None,
+    max_gradients: int | None = None,
     batch_size: int | None = None,
     params: Any = None,
     bias_correction: bool | None = None,
@@ -125,10 +133,19 @@ def estimate_llc(
         localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
             sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
-        num_draws: draws in each chain; None: 2000, or up to 5000 if the pilot chains show that more are needed, or
-            fewer for a model so large that the run would take more than about ten minutes (:mod:`llc_fast.cost`).
-        num_burnin: steps before the first draw; None: as many as there are draws.
+        num_draws: draws in each chain, for a run of fixed length. None, with `num_burnin` None too: as many as λ̂ needs
+            (see `target_error`); with `num_burnin` given, 2000.
+        num_burnin: steps before the first draw, of a run of fixed length; None: as many as there are draws.
         num_steps_bw_draws: steps from a draw to the next.
+        target_error: chains go on, half of their steps being burn-in, until the total error of λ̂ is this share of it:
+            the standard error plus half of the systematic one, which is on one side
+            (:attr:`LLCResult.relative_error`), with nothing left that the length would mend. They are looked at after
+            1250 steps and then at each doubling. None: 0.02, unless a length was given. What ended them is in
+            ``diagnostics["ended_by"]``.
+        max_seconds: time that the run may take, from the call on; chains stop at the step that they then have reached,
+            so that results differ from run to run. None: no limit.
+        max_gradients: gradients that the run may take, pilot chains included. None: 10,000 steps of each chain, and
+            fewer for a model so large that this would take more than about ten minutes (:mod:`llc_fast.cost`).
         batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
             more than about ten minutes, or what the loader gives. Adjusted samplers take all n.
         params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
@@ -145,7 +162,8 @@ def estimate_llc(
         execution: how it is computed: strategy, microbatches, autocast, processes. None: chosen; see
             :class:`llc_fast.Execution`.
         checkpoint: file that the state is written to at intervals. The same call resumes from it and ends with the
-            same bits as if it had never stopped; once done, it returns the result at once.
+            same bits as if it had never stopped; once done, it returns the result at once. A call with a smaller
+            `target_error`, a larger budget or more draws goes on from there (models up to 10 million parameters).
         checkpoint_interval: seconds between writes.
         warm_start: an earlier result with as many chains, made with ``keep_ends=True``: each chain starts where that of
             the earlier result ended, moved by as much as w* has moved since. None: at w*.
@@ -205,8 +223,8 @@ def calibrate(
     The step size ε begins at 1 / (nβ·h_max + γ), with h_max the largest curvature of the loss at w* in the sampler's
     metric, and pilot chains of growing length lower it until bias (:meth:`llc_fast.samplers.Sampler.bias`) is no more
     than a tenth of nβ·(L − L(w*)); for samplers without bias correction it is 0.2 / (nβ·h_max + γ), with no pilot.
-    Without `num_draws` and `num_burnin` both are 2000, or up to 5000 if the pilot needs more for a standard error of
-    1 % or is still rising at its end. All of it takes 13 % of the gradients of the run. Equal seeds choose equally.
+    All of it takes 13 % of the gradients of a run of 4000 steps, or of fewer if fewer are planned. Equal seeds choose
+    equally.
 
     Args:
         model, data, loss_fn: as for :func:`estimate_llc`.
@@ -226,7 +244,8 @@ def calibrate(
     with _Surroundings(asked, model, data, loss, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
-    sampler, schedule = _completed(prepared.settings, chosen)
+    settings_used = prepared.settings
+    sampler, schedule = _completed(settings_used, chosen)
     is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
@@ -235,14 +254,17 @@ def calibrate(
         nbeta=chosen.nbeta,
         localization=sampler.localization,
         num_chains=asked.num_chains,
-        num_draws=schedule.num_draws,
-        num_burnin=schedule.num_burnin,
+        num_draws=None if settings_used.by_need else schedule.num_draws,
+        num_burnin=None if settings_used.by_need else schedule.num_burnin,
         num_steps_bw_draws=schedule.num_steps_bw_draws,
+        target_error=settings_used.target_error,
+        max_seconds=settings_used.max_seconds,
+        max_gradients=settings_used.max_gradients,
         # A loader decides for itself, and adjusted samplers take everything.
         batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
         bias_correction=chosen.bias_correction,
     )
-    found.reason = _why(chosen, schedule)
+    found.reason = _why(chosen, settings_used)
     return found
 
 
@@ -263,9 +285,12 @@ def prepared_alone(
         yield prepare(settings, model, data, loss, surroundings)
 
 
-def _why(chosen: Chosen, schedule: Schedule) -> str:
+def _why(chosen: Chosen, settings: Settings) -> str:
     """What calibration chose, and why."""
-    lr, length = f"lr={chosen.lr:.3g}", f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
+    schedule, lr = settings.longest, f"lr={chosen.lr:.3g}"
+    length = f"{schedule.num_burnin} steps of burn-in and {schedule.num_draws} draws"
+    if settings.by_need:
+        length = f"up to {schedule.num_steps} steps of a chain, until the error of λ̂ is {settings.target:.2g} of it"
     if chosen.is_interrupted:
         return (
             f"{lr}: what pilot chains had found after {chosen.pilot_steps} steps, when they were interrupted; {length}"
@@ -442,11 +467,11 @@ def prepare(
     identity: dict[str, Any] = {}
     saved = None
     if keeper is not None or team.size > 1:
-        identity = {**asked.identity(), **objective.identity()}
+        identity = {**asked.identity(), **objective.identity()}  # not the length, by which a run may be extended
         identity["warm_start"] = None if start is None else arrays_identity(start)
-        team.agree(identity | _more_identity(objective, loss_fn, keeper))
-    if keeper is not None:
-        saved = keeper.load(identity)
+        team.agree(identity | {"length": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
+    if keeper is not None and (saved := keeper.load(identity)) is not None:
+        saved = _fitted(saved, settings, keeper)
     if settings.progress is True and team.rank == 0 and saved is None:
         with threads(plan.num_threads):
             announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
@@ -479,6 +504,39 @@ def prepare(
         surroundings,
         _Mode.of(objective),
     )
+
+
+def _fitted(saved: Saved, settings: Settings, keeper: Checkpoint) -> Saved:
+    """The saved chains as a part of the run at hand, which may be longer than the one that saved them.
+
+    Raises:
+        ValueError: they have done more, or other things, or their state was not kept.
+    """
+    asked, name = settings.longest, f"checkpoint={str(keeper.path)!r}"
+    before = Schedule(**saved.schedule)
+    done = max((t.step for t in saved.traces), default=0)
+    later = asked.num_burnin - before.num_burnin
+    if asked == before:
+        return saved
+    if later < 0 or later % asked.num_steps_bw_draws or asked.num_steps < min(done, before.num_steps):
+        limit = "max_gradients" if settings.by_need else "num_draws"
+        raise ValueError(
+            f"{name} belongs to another run: it has {done} steps of each chain, {before.num_burnin} of them burn-in, "
+            f"and this one would have {asked.num_steps} and {asked.num_burnin}. Raise {limit}=, give another path, or "
+            "delete the file to start again"
+        )
+    if any(t.step and t.state is None and t.step < asked.num_steps for t in saved.traces):
+        raise ValueError(
+            f"{name} can't be extended: it is of a run that is over, of a model so large that the state of its chains "
+            "was not kept. Give another path, or delete the file to start again"
+        )
+    first_look = settings.first_look
+    old, new = (check_steps(schedule, first_look)[0] for schedule in (before, asked))
+    places = [old.index(step) if step in old else None for step in new]
+    traces = [
+        t.resized(asked.num_steps, later // asked.num_steps_bw_draws, asked.num_draws, places) for t in saved.traces
+    ]
+    return dataclasses.replace(saved, schedule=vars(asked), traces=traces)
 
 
 def _more_identity(objective: Objective, loss_fn: object, keeper: Checkpoint | None) -> dict[str, Any]:
@@ -522,12 +580,12 @@ def _affordable(
             objective = _objective(settings, model, loss_fn, source.with_batch_size(affordable), surroundings)
     else:
         objective = _objective(settings, model, loss_fn, source, surroundings)
-    affordable_settings = affordable_length(settings, objective.trial.flops, device)
-    smaller = []
+    affordable_settings = affordable_length(settings, objective.trial.flops, device, objective.num_parameters)
+    smaller, steps = [], affordable_settings.longest.num_steps
     if objective.source.batch_size != size:
         smaller.append(f"minibatches of {objective.source.batch_size} samples instead of {size}")
-    if affordable_settings is not settings:
-        smaller.append(f"{affordable_settings.num_draws} draws of a chain instead of {settings.schedule.num_draws}")
+    if steps < settings.longest.num_steps and affordable_settings.schedule != settings.schedule:
+        smaller.append(f"{steps} steps of a chain instead of {settings.schedule.num_steps} or more")
     return objective, affordable_settings, " and ".join(smaller)
 
 
@@ -690,8 +748,7 @@ class _PilotMonitor(Monitor):
 
 def _completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
     """The sampler and the schedule of the chains."""
-    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, num_draws=chosen.num_draws)
-    return sampler, settings.complete_schedule(chosen.num_draws)
+    return settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction), settings.longest
 
 
 # ---- sample ------------------------------------------------------------------------------------------------
@@ -704,18 +761,22 @@ class Sampled:
     Attributes:
         traces: of all chains.
         steps_done: of each chain.
+        until: steps that each chain was to take.
         run: of this process.
         interrupted: whether somebody stopped a process early.
+        ended_by: what ended a run whose length is by need, see :func:`_reason_to_end`; empty for others.
         problem: why the checkpoint could not be written; empty if it was.
         seconds_of_setup: from the start to the first step.
     """
 
     traces: Traces
     steps_done: list[int]
+    until: int
     run: ChainRun
     interrupted: bool
-    problem: str
-    seconds_of_setup: float
+    ended_by: str = ""
+    problem: str = ""
+    seconds_of_setup: float = 0.0
 
 
 def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
@@ -734,12 +795,14 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
         keep_ends=settings.needs_ends,
+        keep_state=keeper is not None and objective.num_parameters <= (LARGE_MODEL if team.size == 1 else _SENT),
+        first_look=settings.first_look,
     )
     setup = time.perf_counter() - prepared.surroundings.started
     chains = team.share(settings.num_chains)
     if chosen.is_interrupted:
         run = ChainRun([spec.blank_traces(chains)], True, prepared.plan, "")
-        return Sampled(run.traces[0], [0] * len(chains), run, True, "", setup)
+        return Sampled(run.traces[0], [0] * len(chains), 0, run, True, seconds_of_setup=setup)
     # Ctrl-C reaches all processes, those that wait for others too: these must not leave without the results.
     # When another process fails this one stops too, with a snapshot of its own chains; `gather` says why.
     with (
@@ -748,18 +811,107 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         team.stopping(stop),
     ):
         resumed = saved.traces if saved is not None else ()
-        run = run_chains(spec, chains, resumed=resumed, monitor=monitor, stop=stop)
-        # The state of chains under way, as large as the model, stays in the checkpoint of their own process.
-        mine = [dataclasses.replace(t, state=None) for t in run.traces]
-        runs = team.gather(([t.to_arrays() for t in mine], run.interrupted)) if team.size > 1 else []
+        ending = _Ending(prepared, chosen, chains, setup)
+        with RunningChains(spec, chains, resumed=resumed, monitor=monitor, stop=stop) as running:
+            sampled, following = None, ending.first(resumed)
+            while following:
+                monitor.until(following)
+                sampled = ending.gather(running.run(following), following)
+                following = ending.following(sampled)
+            assert sampled is not None
+            run = running.finish()
+        sampled = dataclasses.replace(ending.gather(run, sampled.until), ended_by=ending.ended_by)
+        if keeper is not None and team.rank == 0 and not sampled.interrupted:
+            keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), vars(schedule), ending.gathered))
+        problems = team.gather("" if keeper is None else keeper.problem)
+        problem = next(filter(None, problems if sampled.interrupted else problems[:1]), "")
+    return dataclasses.replace(sampled, problem=problem)
+
+
+class _Ending:
+    """Says how far chains go, and when a run is over whose length is by need; all processes agree.
+
+    Attributes:
+        gathered: the traces of all processes, with what chains need to go on, where that is kept.
+        ended_by: ``"target"``: λ̂ is known well enough. ``"budget"``, ``"time"``: it is not, and no more may be spent.
+            ``"negative"``, ``"diverged"``: more steps would not help. Empty for a run of given length.
+    """
+
+    def __init__(self, prepared: Prepared, chosen: Chosen, chains: range, setup: float) -> None:
+        self._prepared, self._chosen, self._chains, self._setup = prepared, chosen, chains, setup
+        self._settings, self._team = prepared.settings, prepared.surroundings.team
+        self._began, self._done_before = time.perf_counter(), 0
+        self.gathered: list[Traces] = []
+        self.ended_by = ""
+
+    def first(self, resumed: Sequence[Traces]) -> int:
+        """Steps after which to look for the first time: where the chains are, if that was a time to look."""
+        last = self._settings.longest.num_steps
+        self._done_before = max((t.step for t in resumed if t.step < last), default=0)
+        return self._agreed(self._within_time(self._look_from(max(self._done_before, 1)), 0))
+
+    def gather(self, run: ChainRun, until: int) -> Sampled:
+        """What all processes have done."""
+        keeps_state = bool(run.traces) and self._prepared.keeper is not None and self._is_small
+        mine = [t if keeps_state else dataclasses.replace(t, state=None) for t in run.traces]
+        runs = self._team.gather(([t.to_arrays() for t in mine], run.interrupted)) if self._team.size > 1 else []
         traces = [Traces.from_arrays(*t) for found, _ in runs for t in found] if runs else mine
         interrupted = run.interrupted or any(stopped for _, stopped in runs)
-        if keeper is not None and team.rank == 0 and not interrupted:
-            keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), traces))
-        problems = team.gather("" if keeper is None else keeper.problem)
-        problem = next(filter(None, problems if interrupted else problems[:1]), "")
-    steps_done = [t.step for t in traces for _ in t.chains]
-    return Sampled(Traces.stack(traces), steps_done, run, interrupted, problem, setup)
+        self.gathered = traces
+        steps_done = [t.step for t in traces for _ in t.chains]
+        stacked = Traces.stack([dataclasses.replace(t, state=None) for t in traces])
+        return Sampled(stacked, steps_done, until, run, interrupted, seconds_of_setup=self._setup)
+
+    def following(self, sampled: Sampled) -> int:
+        """Steps after which to look next; 0: the run is over."""
+        if sampled.interrupted or not self._settings.by_need:
+            return 0
+        until = sampled.until
+        is_last = until >= self._settings.longest.num_steps
+        if until in self._settings.looks:
+            self.ended_by = self._reason_to_end(sampled) or ("budget" if is_last else "")
+        following = 0
+        if not self.ended_by:
+            following = self._within_time(self._look_from(until + 1), until)
+            self.ended_by = "" if following else "time"
+        agreed = self._team.gather([following, self.ended_by])[0]
+        self.ended_by = agreed[1]
+        return int(agreed[0])
+
+    @property
+    def _is_small(self) -> bool:
+        most = LARGE_MODEL if self._team.size == 1 else _SENT
+        return self._prepared.objective.num_parameters <= most
+
+    def _agreed(self, steps: int) -> int:
+        return int(self._team.gather(steps)[0])
+
+    def _look_from(self, step: int) -> int:
+        looks = self._settings.looks or (self._settings.longest.num_steps,)
+        return next((look for look in looks if look >= step), looks[-1])
+
+    def _within_time(self, look: int, until: int) -> int:
+        """As many of these steps as there is time for, by what steps have taken so far; 0: none."""
+        most = self._settings.max_seconds
+        if most is None:
+            return look
+        now, between = time.perf_counter(), self._settings.num_steps_bw_draws
+        if until <= self._done_before:  # nobody knows yet what a step takes
+            return min(look, self._done_before + UNUSED + 2 * between)
+        speed = (until - self._done_before) / (now - self._began)
+        affordable = int(_TIME_SHARE * speed * (most - (now - self._prepared.surroundings.started)))
+        affordable -= affordable % between
+        return min(look, until + affordable) if affordable > 0.01 * until else 0
+
+    def _reason_to_end(self, sampled: Sampled) -> str:
+        result = report(self._prepared, self._chosen, sampled)
+        codes = {warning.code for warning in result.warnings}
+        if not result.kept_draws.size:
+            return "diverged"
+        if "negative" in codes and self._settings.target:
+            return "negative"
+        is_known = result.relative_error <= self._settings.target and not codes & LENGTH_CODES
+        return "target" if is_known else ""
 
 
 def sensitivity_of(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> Sensitivity | None:
@@ -768,12 +920,12 @@ def sensitivity_of(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> Sens
     start = sampled.traces.ends
     if sampled.interrupted or start is None:
         return None
-    sampler, planned = _completed(settings, chosen)
+    sampler, _ = _completed(settings, chosen)
     if sampler.kind == "metropolis" and vars(sampler)["adapt_steps"]:
-        last = sampled.traces.steps["lr"][:, -1]
+        last = sampled.traces.steps["lr"][:, sampled.until - 1]
         last = last[np.isfinite(last)]
         sampler = dataclasses.replace(sampler, lr=float(np.exp(np.log(last).mean()))) if last.size else sampler
-    schedule, chains = twin_schedule(planned), team.share(settings.num_chains)
+    schedule, chains = twin_schedule(sampled.until), team.share(settings.num_chains)
     with prepared.surroundings.interrupts.stopping() as stop, team.stopping(stop):
         found = twin_traces(
             prepared.objective,
@@ -807,12 +959,17 @@ class _RunMonitor(Monitor):
         title = "LLC" if team.size == 1 else f"LLC (1 of {team.size} processes)"
         shown = wanted if callable(wanted) or (wanted and team.rank == 0) else False
         self._progress = make_progress(shown, len(chains) * schedule.num_steps, title)
+        self._num_chains = len(chains)
 
     def __enter__(self) -> _RunMonitor:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.close()
+
+    def until(self, steps: int) -> None:
+        """So many steps of each chain are to be done now."""
+        self._progress.extend(self._num_chains * steps)
 
     def report(self, traces: Callable[[], list[Traces]], steps: int) -> None:
         if self._progress.is_shown:
@@ -822,7 +979,8 @@ class _RunMonitor(Monitor):
         """λ̂ of the steps since burn-in, without chains that diverged; NaN before."""
         chosen, means = self._chosen, list[float]()
         for t in traces:
-            steps = slice(self._schedule.num_burnin, t.step)
+            by_need = self._prepared.settings.by_need
+            steps = slice(max(self._schedule.num_burnin, t.step // 2 if by_need else 0), t.step)
             if t.step > steps.start:
                 rows = _corrected(t, chosen, steps)
                 if REFERENCE_LOSS in t.steps:
@@ -838,7 +996,8 @@ class _RunMonitor(Monitor):
         self.report(lambda: traces, sum(t.step * len(t.chains) for t in traces))
         if self._prepared.keeper is not None:
             chosen = dataclasses.asdict(self._chosen)
-            self._prepared.keeper.save(Saved(dict(self._prepared.identity), chosen, traces))
+            saved = Saved(dict(self._prepared.identity), chosen, vars(self._schedule), traces)
+            self._prepared.keeper.save(saved)
 
 
 def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
@@ -858,7 +1017,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, run = prepared.settings, prepared.objective, sampled.run
     sampler, planned = _completed(settings, chosen)
-    traces, schedule = _so_far(sampled, planned)
+    traces, schedule = _so_far(sampled, settings)
+    planned = schedule if settings.by_need else planned
     losses = _corrected(traces, chosen).copy()
     losses[(~np.isfinite(losses)).cumsum(axis=1) > 0] = np.nan
     result = LLCResult(
@@ -891,7 +1051,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         traces={name: values for name, values in traces.steps.items() if name != LOSS},
         ends=traces.ends if settings.keep_ends and not sampled.interrupted else None,
         observables=traces.draws,
-        steps_done=sampled.steps_done if sampled.interrupted else None,
+        steps_done=[min(s, schedule.num_steps) for s in sampled.steps_done] if sampled.interrupted else None,
     )
     result, init_loss_stderr = _with_reference(result, chosen, objective)
     saved = prepared.saved
@@ -900,6 +1060,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         unpaired_reason=chosen.unpaired_reason,
         paired_with=prepared.reference_losses.pairing,
         shortened=prepared.shortened,
+        ended_by=sampled.ended_by,
         seconds_of_data=run.seconds_of_data,
         chains_per_group=run.plan.group_size,
         workers=run.plan.num_workers,
@@ -913,18 +1074,36 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
         result.diagnostics["gradients_per_draw"] = sampler.trajectory()[0] * schedule.num_steps_bw_draws  # type: ignore[attr-defined]
-    examine(result, _facts(prepared, chosen, sampler, sampled, init_loss_stderr))
+    if settings.by_need:
+        result.diagnostics["target_error"] = settings.target
+    examine(result, _facts(prepared, chosen, sampler, sampled, traces, init_loss_stderr))
     return result
 
 
-def _so_far(sampled: Sampled, planned: Schedule) -> tuple[Traces, Schedule]:
-    """The traces, and which steps are draws: those that were planned, or, of a run that was interrupted before the
-    first of them, the second half of what there is, the best estimate that can be had."""
-    traces, reached = sampled.traces, max(sampled.steps_done)
-    if not sampled.interrupted or reached < 2 or len(range(reached)[planned.draws]):
+def _so_far(sampled: Sampled, settings: Settings) -> tuple[Traces, Schedule]:
+    """The traces, and which steps are draws.
+
+    Those that were planned; or, where the length is by need and of a run that was interrupted before the first of them,
+    the second half of what there is, the best estimate that can be had.
+    """
+    traces, planned = sampled.traces, settings.longest
+    reached = max((steps for steps in sampled.steps_done if steps <= sampled.until), default=sampled.until)
+    between = planned.num_steps_bw_draws
+    if settings.by_need and reached >= planned.num_burnin + 2 * between:
+        burnin = max(reached // 2 // between * between, planned.num_burnin)
+        schedule = Schedule((reached - burnin) // between, burnin, between)
+        first = (burnin - planned.num_burnin) // between
+        draws = {name: values[:, first : first + schedule.num_draws] for name, values in traces.draws.items()}
+    elif sampled.interrupted and reached >= 2 and not len(range(reached)[planned.draws]):
+        schedule, draws = Schedule(reached - reached // 2, reached // 2), {}
+    else:
         return traces, planned
-    steps = {name: values[:, :reached] for name, values in traces.steps.items()}
-    return dataclasses.replace(traces, steps=steps, draws={}), Schedule(reached - reached // 2, reached // 2)
+    steps = {name: values[:, : schedule.num_steps] for name, values in traces.steps.items()}
+    checks = traces.checks
+    if settings.by_need:
+        places = check_steps(planned, settings.first_look)[0]
+        checks = checks[:, [schedule.num_burnin <= step < schedule.num_steps for step in places]]
+    return dataclasses.replace(traces, steps=steps, draws=draws, checks=checks), schedule
 
 
 def _with_reference(result: LLCResult, chosen: Chosen, objective: Objective) -> tuple[LLCResult, float]:
@@ -957,12 +1136,15 @@ def _adapted_lr(result: LLCResult) -> float:
     return math.exp(float(np.log(last).mean())) if last else float(result.settings["lr"])
 
 
-def _facts(prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled, init_loss_stderr: float) -> Facts:
+def _facts(
+    prepared: Prepared, chosen: Chosen, sampler: Sampler, sampled: Sampled, traces: Traces, init_loss_stderr: float
+) -> Facts:
     objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
-    planned_steps = prepared.settings.num_chains * _completed(prepared.settings, chosen)[1].num_steps
+    settings = prepared.settings
+    planned_steps = settings.num_chains * (sampled.until if settings.by_need else settings.longest.num_steps)
     adapts, norm = sampler.kind == "metropolis" and bool(options["adapt_steps"]), _norm(objective)
     return Facts(
-        step_checks=sampled.traces.checks,
+        step_checks=traces.checks,
         reference_norm=norm,
         init_loss_stderr=init_loss_stderr,
         planned_steps=planned_steps,

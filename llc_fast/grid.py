@@ -57,7 +57,7 @@ _WARM_SHARE = 1 / 5
 """Of a cell's steps, those of burn-in where chains start where those of the neighbour ended."""
 MAX_BIAS_SHARE = 0.2
 """Share of bias in nβ·(L − L(w*)) above which a cell is run again with a smaller step."""
-_AGAIN = frozenset({"trend", "burnin", "rhat", "slow"})
+_AGAIN = frozenset({"trend", "burnin", "rhat", "slow", "unresolved"})
 """Warnings after which a cell goes on from its own ends: what it has run was too short a burn-in."""
 _ASTRAY = frozenset({"left", "diverged"})
 """Warnings after which a cell is run again from w*."""
@@ -488,7 +488,7 @@ def scan(
         lr: step size; or a function of nβ and γ that returns it; None: calibrated.
         num_chains: of each cell.
         num_draws: of each chain in each cell; None: such that all cells together take as many gradients as four
-            default estimates, at least an eighth and at most as many as a default estimate's.
+            estimates of 2000 draws, with as much burn-in and with pilots; but a cell's steps are 250 to 2500.
         num_burnin: steps before the first draw, of chains that start at w*; those that start at the neighbour's ends
             take a quarter; None: chosen with the length.
         warm: False: all chains start at w*, with full burn-in.
@@ -535,7 +535,11 @@ def scan(
     return result
 
 
-_OURS = {"checkpoint": "pass folder instead", "warm_start": "warm=True does it", "keep_ends": "warm=True does it"}
+_OURS = {
+    "checkpoint": "pass folder instead",
+    **dict.fromkeys(("warm_start", "keep_ends"), "warm=True does it"),
+    **dict.fromkeys(("target_error", "max_seconds", "max_gradients"), "cells have one length, num_draws"),
+}
 _ARGUMENTS = frozenset(f.name for f in dataclasses.fields(Settings))
 
 

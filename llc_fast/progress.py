@@ -44,6 +44,10 @@ class Progress:
             llc: λ̂ so far; None or NaN if there is none yet.
         """
 
+    def extend(self, total: int) -> None:
+        """The job has so many units: more, or fewer, than was said before."""
+        self._total = total
+
     def close(self) -> None:
         """The job is over, or has been stopped."""
 
@@ -156,6 +160,10 @@ class _Bar(Progress):
             return
         bar.update(done - bar.n)
 
+    def extend(self, total: int) -> None:
+        super().extend(total)
+        self._bar.total = total
+
     def close(self) -> None:
         self._bar.close()
 
@@ -190,6 +198,11 @@ class _Log(Progress):
         if done > before:  # what an earlier run has done is not this one's speed
             left = f", {_clock((now - since) * (self._total - done) / (done - before))} left"
         self._print(f"{percent} % ({self._count(done)}){_so_far(llc)}{left}")
+
+    def extend(self, total: int) -> None:
+        if self._last is not None and self._total:  # percents of another number now
+            self._lines = math.floor(100 * self._last[0] / total) // LOG_EVERY
+        super().extend(total)
 
     def close(self) -> None:
         if self._last is None:

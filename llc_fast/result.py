@@ -31,6 +31,13 @@ _SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
 """Traces that ArviZ has a name for."""
 
 
+_ENDED = {
+    "target": "ended when the total error was {:.2g} of λ̂ (target_error={:.2g})",
+    "budget": "ended when the gradients were spent, with a total error of {:.2g} of λ̂ (target_error={:.2g})",
+    "time": "ended when the time was spent, with a total error of {:.2g} of λ̂ (target_error={:.2g})",
+    "negative": "ended because λ̂ is negative, which more steps would not mend",
+    "diverged": "ended because chains diverged",
+}
 _MUCH_WAITING = 2.0
 """Seconds of waiting for a loader that are worth a word."""
 
@@ -94,6 +101,10 @@ class LLCResult:
             ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``slow_times`` and ``slow_size`` (of
             fluctuations that the noise of single draws hides: the length of a chain in their autocorrelation times,
             their standard deviation in λ̂), ``trend`` ± ``trend_stderr`` (change of λ̂ from the first draw to the last),
+            ``growth`` ± ``growth_stderr`` (of λ̂ with a doubling of the chains, :mod:`llc_fast.stats.growth`),
+            ``growth_means`` (λ̂ of the second half of chains of 1/2^k, …, ¼, ½ and the whole of their length),
+            ``unresolved`` (what λ̂ lacks at most by that, 0 where it is not significant), ``extrapolation`` ±
+            ``extrapolation_stderr`` (what it likely lacks), ``ended_by`` and ``target_error`` (of a length by need),
             ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``, ``init_loss_stderr``,
             ``init_loss_sensitivity`` (its share of λ̂). Of the bias trace: ``bias_share`` (the share of step-size and
             gradient-noise bias in the mean of nβ·(L − L(w*)), before it is subtracted, if it is). Of step checks:
@@ -232,19 +243,51 @@ class LLCResult:
         found = self.diagnostics.get("sensitivity")
         return None if found is None else Sensitivity.from_numbers(found)
 
-    def interval(self, prob: float = 0.95) -> tuple[float, float]:
-        """A central interval for the sampler's long-run λ̂, from `llc_stderr` and Student's t.
+    @property
+    def systematic_error(self) -> tuple[float, float]:
+        """How far λ may be below and above `llc_mean` because of slow directions, both ≥ 0; (0, 0) if nothing shows.
 
-        It covers Monte Carlo error only, not a bias of the sampler (step size, localization, too short a burn-in).
+        λ̂ grows with the length of the chains until their slowest directions are in equilibrium. Where it still does,
+        significantly, this is what the slowest approach to a limit would add to it (:mod:`llc_fast.stats.growth`).
+        """
+        missing = float(self.diagnostics.get("unresolved") or 0.0)
+        return max(0.0, -missing), max(0.0, missing)
+
+    @property
+    def extrapolated(self) -> float:
+        """λ̂ of endlessly long chains, if it approaches its limit like the inverse of their length.
+
+        It is `llc_mean` where no growth shows. Its error is `extrapolated_stderr`.
+        """
+        grows = any(self.systematic_error)
+        return self.llc_mean + (float(self.diagnostics.get("extrapolation") or 0.0) if grows else 0.0)
+
+    @property
+    def extrapolated_stderr(self) -> float:
+        """Standard error of `extrapolated`, with half of what another law of approach would change."""
+        grows = any(self.systematic_error)
+        added = float(self.diagnostics.get("extrapolation_stderr") or 0.0) if grows else 0.0
+        return math.hypot(self.llc_stderr, added)
+
+    @property
+    def relative_error(self) -> float:
+        """The total error of λ̂ over λ̂: the standard error plus half of what is systematic, below or above."""
+        llc = abs(self.llc_mean)
+        return (self.llc_stderr + sum(self.systematic_error) / 2) / llc if llc > 0 else math.inf
+
+    def interval(self, prob: float = 0.95) -> tuple[float, float]:
+        """A central interval for the λ̂ of endlessly long chains, from `llc_stderr`, Student's t and `systematic_error`.
+
+        It does not cover what γ and nβ leave out, nor what is wrong with a sampler whose step size was given.
 
         Raises:
             ValueError: `prob` is not between 0 and 1.
         """
         if not 0 < prob < 1:
             raise ValueError(f"prob must be between 0 and 1, got {prob}")
-        error = self._error
+        error, (below, above) = self._error, self.systematic_error
         half = error.quantile(prob) * error.value
-        return self.llc_mean - half, self.llc_mean + half
+        return self.llc_mean - half - below, self.llc_mean + half + above
 
     # ---- for people --------------------------------------------------------------------------------------------
 
@@ -257,8 +300,11 @@ class LLCResult:
         """The lines that matter most."""
         low, high = self.interval()
         draws, diverged = self.kept_draws, len(self.diverged_chains)
+        below, above = self.systematic_error
+        grows = f" (sampling) +{above:.2g}/−{below:.2g} (slow directions; extrapolated {self.extrapolated:.4g}; 95 % "
+        error = grows if below or above else " (standard error; 95 % "
         lines = [
-            f"λ̂ = {self.llc_mean:.4g} ± {self.llc_stderr:.2g} (standard error; 95 % interval {low:.4g} to {high:.4g})",
+            f"λ̂ = {self.llc_mean:.4g} ± {self.llc_stderr:.2g}{error}interval {low:.4g} to {high:.4g})",
             f"{len(draws)} chains × {draws.shape[1] if len(draws) else 0} draws"
             + (f" ({diverged} diverged)" if diverged else "")
             + (" (interrupted)" if self.is_partial else "")
@@ -287,6 +333,8 @@ class LLCResult:
                 f"{waiting:.0f} of {self.settings['seconds']:.0f} seconds went into waiting for the loader: pass "
                 "tensors or the data set itself if they fit the memory"
             )
+        if ended_by := self.diagnostics.get("ended_by"):
+            found.append(_ENDED.get(ended_by, ended_by).format(self.relative_error, self.diagnostics["target_error"]))
         if shortened := self.diagnostics.get("shortened"):
             found.append(f"shortened to {shortened}, to take ten minutes rather than longer")
         return found

@@ -20,6 +20,7 @@ from llc_fast.chains.draw import Observable
 from llc_fast.progress import ProgressFunction
 from llc_fast.result import LLCResult
 from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.registry import make_sampler
 from llc_fast.schedule import Schedule
 from llc_fast.support.arguments import check_integer, check_number
@@ -28,6 +29,14 @@ from llc_fast.support.fingerprint import option_identity
 DEFAULT_REACH = 0.5
 """r of the default localization: the prior width of a weight over the root mean square weight."""
 DEFAULT_NUM_DRAWS = 2000
+DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
+"""Of a length by need: the total relative error at which chains stop, and the draws that they stop at, burn-in counted
+as draws; if time is limited instead."""
+PILOT_SHARE = 0.13
+"""Gradients of the pilot chains, of those of all chains."""
+FIRST_LOOK, UNUSED = 1250, 16
+"""Of a length by need: draws, burn-in counted as draws, after which chains are looked at for the first time, and then
+whenever there are twice as many; and steps at the start that are no draws, whatever the length will be."""
 PRESETS: Mapping[str, Mapping[str, float]] = {"language-model": {"nbeta": 30.0, "localization": 300.0}}
 """Arguments by the name of a preset; those that are given win. For language models: those of arXiv 2510.12077."""
 
@@ -106,9 +115,8 @@ class Execution:
 class Settings:
     """The arguments of :func:`llc_fast.estimate_llc`, which documents them, checked before any work.
 
-    `localization` may be open until the model has been looked at (:meth:`localized`); `lr`, `nbeta` and, with
-    ``schedule_is_open``, the schedule until calibration fills them in (:meth:`complete_sampler`,
-    :meth:`complete_schedule`).
+    `localization` may be open until the model has been looked at (:meth:`localized`), `lr` and `nbeta` until
+    calibration fills them in (:meth:`complete_sampler`).
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of range.
@@ -122,6 +130,9 @@ class Settings:
     num_draws: int | None = None
     num_burnin: int | None = None
     num_steps_bw_draws: int = 1
+    target_error: float | None = None
+    max_seconds: float | None = None
+    max_gradients: int | None = None
     batch_size: int | None = None
     params: Any = None
     bias_correction: bool | None = None
@@ -149,11 +160,12 @@ class Settings:
             object.__setattr__(self, name, check_integer(name, value, minimum))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        for name in ("lr", "nbeta"):
+        for name in ("lr", "nbeta", "max_seconds"):
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_number(name, number, minimum=0, exclusive=True))
-        if self.localization is not None:
-            object.__setattr__(self, "localization", check_number("localization", self.localization, minimum=0))
+        for name in ("localization", "target_error"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_number(name, number, minimum=0))
         check_number("checkpoint_interval", self.checkpoint_interval, minimum=0)
         if not isinstance(self.execution, Execution):
             raise TypeError(
@@ -164,6 +176,7 @@ class Settings:
             raise TypeError(
                 f"warm_start must be the result of an earlier estimate, got {type(self.warm_start).__name__}"
             )
+        self._check_length()
         _check_observables(self.observables)
         template = self._template
         for name in ("lr", "nbeta", "localization"):  # which the sampler may have brought
@@ -201,7 +214,7 @@ class Settings:
     @property
     def template(self) -> Sampler:
         """The sampler as it was asked for, with the steps in which it adapts; lr and nβ may be open."""
-        return _adapting(self._template, self.schedule.num_burnin, self.lr)
+        return _adapting(self._template, self._adapts_for, self.lr)
 
     def localized(self, num_parameters: int, norm: float) -> Settings:
         """With γ; by default that of so many sampled elements of this norm, see :func:`default_localization`."""
@@ -209,22 +222,18 @@ class Settings:
             return self
         return dataclasses.replace(self, localization=default_localization(num_parameters, norm))
 
-    def complete_sampler(
-        self, lr: float, nbeta: float, *, friction: float = 1.0, num_draws: int | None = None
-    ) -> Sampler:
+    def complete_sampler(self, lr: float, nbeta: float, *, friction: float = 1.0) -> Sampler:
         """The sampler of the chains.
 
         Args:
             lr, nbeta: ε and nβ.
             friction: α < 1 replaces the sampler by its variant with momentum (``Sampler.momentum_variant``).
-            num_draws: what calibration chose for a schedule that was open.
         """
         template = self._template
         if friction != 1 and template.momentum_variant is not None:
             shared = {f.name: getattr(template, f.name) for f in dataclasses.fields(Sampler)}
             template = make_sampler(template.momentum_variant, **shared, momentum_decay=friction)
-        adapting = _adapting(template, self.complete_schedule(num_draws).num_burnin, self.lr)
-        return dataclasses.replace(adapting, lr=lr, nbeta=nbeta)
+        return dataclasses.replace(_adapting(template, self._adapts_for, self.lr), lr=lr, nbeta=nbeta)
 
     @property
     def is_default_sampler(self) -> bool:
@@ -256,23 +265,88 @@ class Settings:
             )
         return default_nbeta(num_samples)
 
-    # ---- the schedule --------------------------------------------------------------------------------------
+    # ---- the length ----------------------------------------------------------------------------------------
+
+    def _check_length(self) -> None:
+        """Raise ValueError if the length is both given and to be found."""
+        limits = [n for n in ("target_error", "max_seconds", "max_gradients") if getattr(self, n) is not None]
+        given = [n for n in ("num_draws", "num_burnin") if getattr(self, n) is not None]
+        if limits and given:
+            raise ValueError(
+                f"{limits[0]}={getattr(self, limits[0])} finds the length of the chains, and {given[0]}="
+                f"{getattr(self, given[0])} sets it: give one of them"
+            )
+        if self.max_gradients is not None and self.longest.num_draws < 2:
+            least = (UNUSED + 2 * self.num_steps_bw_draws) * self.num_chains * self.gradients_per_step
+            raise ValueError(
+                f"max_gradients={self.max_gradients} is too few for {self.num_chains} chains: give at least "
+                f"{math.ceil(least * (1 + PILOT_SHARE)) + 1}"
+            )
+
+    @property
+    def by_need(self) -> bool:
+        """Whether chains go on until λ̂ is known well enough, rather than for a length that was given."""
+        return self.num_draws is None and self.num_burnin is None
+
+    @property
+    def gradients_per_step(self) -> int:
+        template = self._template
+        return template.trajectory()[0] if isinstance(template, MetropolisSampler) else 1
+
+    @property
+    def has_pilots(self) -> bool:
+        """Whether pilot chains choose the step size, if the run is not too short for them."""
+        return self.lr is None and self.wants_bias_correction
 
     @property
     def schedule(self) -> Schedule:
-        """With the default length where it is open."""
+        """The length that was given; of a length by need the one that pilots and costs are measured by."""
+        if self.by_need:
+            draws = min(DEFAULT_NUM_DRAWS, self.longest.num_steps // (2 * self.num_steps_bw_draws))
+            return Schedule(draws, draws * self.num_steps_bw_draws, self.num_steps_bw_draws)
         draws = DEFAULT_NUM_DRAWS if self.num_draws is None else self.num_draws
         return Schedule(draws, draws if self.num_burnin is None else self.num_burnin, self.num_steps_bw_draws)
 
     @property
-    def schedule_is_open(self) -> bool:
-        """Whether calibration may choose the length."""
-        given = self._template.metric == "adaptive" and getattr(self._template, "adapt_steps", None) is not None
-        return self.num_draws is None and self.num_burnin is None and not given
+    def longest(self) -> Schedule:
+        """What the chains are prepared to do: of a length by need every step but the first few may become a draw."""
+        if not self.by_need:
+            return self.schedule
+        between, most = self.num_steps_bw_draws, DEFAULT_MOST
+        if self.max_gradients is not None:
+            affordable = self.max_gradients / (self.num_chains * self.gradients_per_step)
+            if self.has_pilots:
+                nominal = 2 * DEFAULT_NUM_DRAWS * between
+                affordable = max(affordable / (1 + PILOT_SHARE), affordable - PILOT_SHARE * nominal)
+            most = int(affordable / between)
+        elif self.max_seconds is not None:
+            most = DEFAULT_MOST_TIMED
+        return Schedule(max(0, most - -(-UNUSED // between)), -(-UNUSED // between) * between, between)
 
-    def complete_schedule(self, num_draws: int | None) -> Schedule:
-        """With the number of draws that calibration chose, and burn-in as long; None: as it is."""
-        return self.schedule if num_draws is None else Schedule(num_draws, num_draws, self.num_steps_bw_draws)
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Steps after which chains of a length by need are looked at, the last of them all; empty for others."""
+        if not self.by_need:
+            return ()
+        last, found = self.longest.num_steps, [FIRST_LOOK * self.num_steps_bw_draws]
+        while found[-1] < last:
+            found.append(2 * found[-1])
+        return (*found[:-1], last)
+
+    @property
+    def target(self) -> float:
+        """The total relative error at which a length by need ends; 0: where the budget does."""
+        return DEFAULT_TARGET if self.target_error is None else self.target_error
+
+    @property
+    def first_look(self) -> int:
+        """Steps after which chains of a length by need may be over for the first time; 0 for others."""
+        return FIRST_LOOK * self.num_steps_bw_draws if self.by_need else 0
+
+    @property
+    def _adapts_for(self) -> int:
+        """Steps in which samplers adapt if nobody says for how many."""
+        return self.looks[0] // 2 if self.by_need else self.schedule.num_burnin
 
     # ---- what names a run ----------------------------------------------------------------------------------
 
@@ -286,7 +360,8 @@ class Settings:
             "lr": self.lr,
             "nbeta": self.nbeta,
             "bias_correction": self.wants_bias_correction,
-            "schedule": vars(self.schedule),
+            "length": "by need" if self.by_need else "given",
+            "num_steps_bw_draws": self.num_steps_bw_draws,
             "num_chains": self.num_chains,
             "microbatch_size": execution.microbatch_size,
             "autocast": None if execution.autocast is None else str(execution.autocast),
@@ -302,11 +377,12 @@ _COUNTS = {
     "num_draws": 1,
     "num_burnin": 0,
     "num_steps_bw_draws": 1,
+    "max_gradients": 1,
     "batch_size": 1,
     "seed": 0,
 }
 """The least that each count may be."""
-_OPTIONAL = ("num_draws", "num_burnin", "batch_size")
+_OPTIONAL = ("num_draws", "num_burnin", "max_gradients", "batch_size")
 
 
 def _of_preset(preset: str | None) -> Mapping[str, float]:

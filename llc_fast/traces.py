@@ -87,6 +87,27 @@ class Traces:
         """With the same arrays, of which later steps write only what this one does not say is done."""
         return replace(self, steps=dict(self.steps), draws=dict(self.draws))
 
+    def resized(self, num_steps: int, first_draw: int, num_draws: int, checks: Sequence[int | None]) -> Traces:
+        """Those of a run of another length, with the same steps as far as they are done.
+
+        Args:
+            num_steps: of each chain.
+            first_draw: the draw of this run that is the first of the other one.
+            num_draws: of each chain.
+            checks: which step check of this run each of the other one is; None: none of them.
+        """
+        table = np.full((len(self.loss), len(checks), *self.checks.shape[2:]), np.nan)
+        for new, old in enumerate(checks):
+            if old is not None:
+                table[:, new] = self.checks[:, old]
+        return replace(
+            self,
+            step=min(self.step, num_steps),
+            steps={name: _as_long(values, num_steps) for name, values in self.steps.items()},
+            draws={name: _as_long(values[:, first_draw:], num_draws) for name, values in self.draws.items()},
+            checks=table,
+        )
+
     def copy(self) -> Traces:
         """Apart from the memory that the chains go on to write to."""
         groups = [{name: a.copy() for name, a in group.items()} for group in self._groups()]
@@ -151,6 +172,14 @@ class Traces:
             part("state") if numbers["has_state"] else None,
             part("end") if numbers["has_ends"] else None,
         )
+
+
+def _as_long(values: NDArray[Any], length: int) -> NDArray[Any]:
+    """``[chain, length, …]``, cut off or filled up with NaN."""
+    found = np.full((len(values), length, *values.shape[2:]), np.nan)
+    kept = min(length, values.shape[1])
+    found[:, :kept] = values[:, :kept]
+    return found
 
 
 def _rows(

@@ -33,9 +33,9 @@ _TWINS = 0x7317
 Array = NDArray[np.float64]
 
 
-def twin_schedule(schedule: Schedule) -> Schedule:
+def twin_schedule(num_steps: int) -> Schedule:
     """Of each twin: a part of the chains', three quarters of it burn-in, and every step a draw."""
-    steps = max(_LEAST_STEPS, int(SHARE * schedule.num_steps))
+    steps = max(_LEAST_STEPS, int(SHARE * num_steps))
     burnin = int(BURNIN_SHARE * steps)
     return Schedule(steps - burnin, burnin)
 

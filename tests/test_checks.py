@@ -80,6 +80,12 @@ def _slow_beneath_noise() -> Traces:
     return ar1(rng, 4, 2000, 0.996) + 3 * rng.standard_normal((4, 2000))
 
 
+def _doublings() -> Traces:
+    """A step up at each doubling of the length, by ever less: 0.4, 0.5, 0.6, … below the last level."""
+    steps = np.arange(1, 2001)
+    return -1.2 * np.sqrt(2.0) ** np.floor(np.log2(2000 / steps).clip(0, 6))
+
+
 def _spiky() -> Traces:
     trace = _good()
     trace[2, 1000:1004] = 1000
@@ -222,6 +228,11 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
         "trend",
         lambda: _judged(_good() + np.linspace(-1, 1, 2000)),
         ["The loss trace still has a trend", "λ̂ changes by +", "num_burnin=4000."],
+    ),
+    "slow in all chains": (
+        "unresolved",
+        lambda: _judged(_good() + _doublings(), burnin=1000),
+        ["with each doubling of the chains", "too low by up to", "max_gradients=32000"],
     ),
     "short burn-in": (
         "burnin",

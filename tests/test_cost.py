@@ -38,15 +38,35 @@ def test_default_minibatches_are_affordable(flops: float) -> None:
 
 
 def test_default_length_is_affordable() -> None:
-    """Draws in proportion, 200 at least; what the user chose is kept."""
-    assert cost.affordable_length(Settings(), 1e6, CPU) == Settings()
+    """A budget of ten minutes at the nominal speed, 400 steps at least; what the user chose is kept."""
+
+    def of(settings: Settings, flops: float, device: torch.device = CPU, parameters: int = 1000) -> Settings:
+        return cost.affordable_length(settings, flops, device, parameters)
+
+    assert of(Settings(), 1e6) == Settings()
+    assert of(Settings(), 600 * 2e10 / 20_000) == Settings(max_gradients=20_000)
+    assert of(Settings(target_error=0.1), 600 * 2e10 / 20_000).max_gradients == 20_000
+    shortest = of(Settings(), 1e15)
+    assert shortest.longest.num_steps == 2 * cost.LEAST_DRAWS and cost.num_gradients(shortest) == 4 * 400 + 208
+    chosen: list[dict[str, int]] = [
+        {"num_draws": 3000},
+        {"num_burnin": 3000},
+        {"max_gradients": 9999},
+        {"max_seconds": 9},
+    ]
+    for given in (Settings(**options) for options in chosen):  # type: ignore[arg-type]
+        assert of(given, 1e15) is given
+    assert of(Settings(), float("inf")) == Settings()  # nobody knows
+    assert of(Settings(), 1e9, torch.device("cuda")) == Settings()
+
+
+def test_large_models_have_a_length() -> None:
+    """Their chains are not all in memory at once: draws in proportion, 200 at least, unless an error was asked for."""
     flops = 2 * 600 * 2e10 / 18_080  # twice too many
-    assert cost.affordable_length(Settings(), flops, CPU) == Settings(num_draws=1000)
-    assert cost.affordable_length(Settings(), 1e15, CPU) == Settings(num_draws=cost.LEAST_DRAWS)
-    for given in (Settings(num_draws=3000), Settings(num_burnin=3000)):
-        assert cost.affordable_length(given, 1e15, CPU) is given
-    assert cost.affordable_length(Settings(), float("inf"), CPU) == Settings()  # nobody knows
-    assert cost.affordable_length(Settings(), 1e9, torch.device("cuda")) == Settings()
+    large = cost.affordable_length(Settings(), flops, CPU, 20_000_000)
+    assert large == Settings(num_draws=1000, num_burnin=1000)
+    assert cost.affordable_length(Settings(), 1e15, CPU, 20_000_000).num_draws == cost.LEAST_DRAWS
+    assert cost.affordable_length(Settings(target_error=0.1), flops, CPU, 20_000_000).by_need
 
 
 class _Dear(torch.nn.Module):

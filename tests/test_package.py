@@ -27,6 +27,7 @@ OF_NO_MODULE = {
     "fuzz/test_fuzz_optimizers.py": "of optim: any sequence of calls",
     "kernels/test_sanitizers.py": "a build of the native module",
     "test_imports.py": "which module may import which",
+    "test_length.py": "how long chains run when nobody gives their length",
     "test_package.py": "the package as a whole",
     "kernels/test_native_minibatch.py": "of native and reference: the samples of a minibatch",
     "kernels/test_noise.py": "of native and reference: the normals",

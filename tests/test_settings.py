@@ -37,7 +37,7 @@ def _model() -> nn.Module:
 @pytest.fixture(autouse=True)
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever starts to sample has not refused the input."""
-    monkeypatch.setattr("llc_fast.estimate.run_chains", lambda *_, **__: pytest.fail("sampling began"))
+    monkeypatch.setattr("llc_fast.estimate.RunningChains", lambda *_, **__: pytest.fail("sampling began"))
 
 
 def _refused(

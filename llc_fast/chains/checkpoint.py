@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from llc_fast.support.arrays import read_arrays, read_meta, write_arrays
 from llc_fast.support.files import atomic_write, output_path, remove_partial
 from llc_fast.traces import Traces
 
-_FORMAT = 5
+_FORMAT = 6
 INTERVAL = 60.0
 """Seconds between snapshots."""
 _MAX_RANKS = 4096
@@ -30,11 +31,13 @@ class Saved:
     Attributes:
         identity: what names the run; a checkpoint of another one is refused.
         chosen: what was chosen for settings left open, so that a resumed run goes on with them.
+        schedule: of the chains, as far as they were to go.
         traces: of the chains.
     """
 
     identity: dict[str, Any]
     chosen: dict[str, Any]
+    schedule: dict[str, int]
     traces: list[Traces]
 
 
@@ -79,7 +82,14 @@ class Checkpoint:
                 compare(path, found[-1].identity, identity)
         if not found:
             return None
-        return Saved(found[0].identity, found[0].chosen, [t for saved in found for t in saved.traces])
+        first = found[0]
+        for saved in found[1:]:
+            if saved.schedule != first.schedule:
+                raise ValueError(
+                    f"checkpoint={str(self.path)!r} can't be used: its processes were told different lengths: give "
+                    "another path, or delete the files to start again"
+                )
+        return dataclasses.replace(first, traces=[t for saved in found for t in saved.traces])
 
     @property
     def is_due(self) -> bool:
@@ -146,7 +156,13 @@ def write(path: Path, saved: Saved) -> None:
         numbers, named = traces.to_arrays()
         groups.append(numbers)
         arrays |= {f"{k}/{name}": a for name, a in named.items()}
-    meta = {"format": _FORMAT, "identity": saved.identity, "chosen": saved.chosen, "groups": groups}
+    meta = {
+        "format": _FORMAT,
+        "identity": saved.identity,
+        "chosen": saved.chosen,
+        "schedule": saved.schedule,
+        "groups": groups,
+    }
     with atomic_write(path) as file:
         write_arrays(file, meta, arrays)
 
@@ -170,7 +186,7 @@ def read(path: Path, checkpoint: Path | None = None) -> Saved:
             mine = {name.removeprefix(f"{k}/"): a for name, a in arrays.items() if name.startswith(f"{k}/")}
             traces.append(Traces.from_arrays(numbers, mine))
         if is_current:
-            return Saved(meta["identity"], meta["chosen"], traces)
+            return Saved(meta["identity"], meta["chosen"], meta["schedule"], traces)
     except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -53,6 +54,8 @@ class RunSpec:
         evaluates_reference: whether the minibatches of draws are evaluated at w* too.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
         keep_ends: whether traces say where the chains stopped.
+        keep_state: whether chains that are done can go on: traces keep what changes from step to step.
+        first_look: steps after which chains may be over for the first time; 0: they are over when all steps are done.
         is_pilot: whether these are pilot chains, for :func:`llc_fast.chains.run.after_each_step`.
     """
 
@@ -66,11 +69,18 @@ class RunSpec:
     evaluates_reference: bool = False
     start: Mapping[str, NDArray[Any]] | None = None
     keep_ends: bool = False
+    keep_state: bool = False
+    first_look: int = 0
     is_pilot: bool = False
+
+    @functools.cached_property
+    def check_steps(self) -> tuple[list[int], list[int]]:
+        """Where step checks are made, and which take gradients."""
+        return check_steps(self.schedule, self.first_look)
 
     def blank_traces(self, chains: range) -> Traces:
         """Of chains that have done nothing."""
-        table = len(check_steps(self.schedule)[0]), len(COLUMNS)
+        table = len(self.check_steps[0]), len(COLUMNS)
         names = (*self.sampler.traces, REFERENCE_LOSS) if self.evaluates_reference else self.sampler.traces
         return Traces.blank(chains, self.schedule.num_steps, names, table)
 
@@ -128,7 +138,7 @@ class Group:
             mine = slice(first, first + len(traces.chains))
             self.state.displace({name: torch.from_numpy(a[mine]) for name, a in spec.start.items()})
         checks = StepChecks(
-            objective, sampler, spec.plan, spec.schedule, self.state, gradient, self._feed, spec.seed, traces
+            objective, sampler, spec.plan, spec.check_steps, self.state, gradient, self._feed, spec.seed, traces
         )
         # The user's code runs in one thread at a time, backward too; a recording is none of it.
         guard = model if self.note else contextlib.nullcontext()
@@ -149,7 +159,7 @@ class Group:
             at_draws = _AtDraws(spec, gradient) if spec.evaluates_reference else None
             parts = (transition, self._feed, checks, spec.control_variate, at_draws, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
-        traces.state = None  # only now: nothing above may lose it
+        traces.state = traces.ends = None  # only now: nothing above may lose it
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -221,12 +231,19 @@ class Group:
         """The same with where the chains are; with `copy`, apart from that memory."""
         found = self.report()
         found = found.copy() if copy else replace(found)
-        self._complete(found, copy)
+        self._add_state(found, copy)
         return found
 
-    def finish(self) -> ChainState:
-        """Complete the traces, and give the memory to whoever comes next."""
-        self._complete(self.report(), copy=False)
+    def finish(self, *, copy: bool) -> ChainState:
+        """Complete the traces, with where the chains are if they may go on, and give the memory away.
+
+        Args:
+            copy: somebody else will use it.
+        """
+        traces = self.report()
+        self._add_state(traces, copy)
+        if self._spec.keep_ends:
+            traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
         self.close()
         return self.state
 
@@ -234,12 +251,9 @@ class Group:
         """There is no further step, after an error either."""
         self._feed.close()
 
-    def _complete(self, traces: Traces, copy: bool) -> None:
-        """Add where the chains are, or, if they are done and it was asked, where they ended."""
-        if not self.is_done:
+    def _add_state(self, traces: Traces, copy: bool) -> None:
+        if not self.is_done or self._spec.keep_state:
             traces.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
-        elif self._spec.keep_ends:
-            traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
 
     def _arrays(self) -> dict[str, Tensor]:
         """Where the chains are: all that changes from step to step."""

@@ -98,7 +98,19 @@ def run_chains(
     monitor: Monitor | None = None,
     stop: Stop | None = None,
 ) -> ChainRun:
-    """Run chains from w*, or from where they were, and record the minibatch loss of every step.
+    """Run chains to their end, or until somebody stops them; see :class:`RunningChains`."""
+    with RunningChains(spec, chains, resumed=resumed, monitor=monitor, stop=stop) as running:
+        running.run(spec.schedule.num_steps)
+        return running.finish()
+
+
+class RunningChains:
+    """Chains that start at w*, or where they were, take steps, and record the minibatch loss of each.
+
+        with RunningChains(spec, range(4)) as running:
+            running.run(1000)
+            running.run(2000)
+            run = running.finish()
 
     A step evaluates loss and gradient on a minibatch, records the loss, then moves the parameters. Chain c's noise and
     minibatches are functions of (seed, c) alone, so it is the same chain, to rounding, whichever others run beside it,
@@ -118,15 +130,56 @@ def run_chains(
     Raises:
         ValueError: the strategy that the user named is not possible.
     """
-    monitor, stop = monitor or Monitor(), stop or Stop()
-    with spec.objective.generators.kept(), torch.enable_grad():
-        driver = _Driver.with_first_group(spec, chains, resumed, monitor, stop)
-        with threads(driver.spec.plan.num_threads):
-            driver.run()
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        chains: range,
+        *,
+        resumed: Sequence[Traces] = (),
+        monitor: Monitor | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        self._given = spec, chains, resumed
+        self._monitor, self._stop = monitor or Monitor(), stop or Stop()
+        self._stack = contextlib.ExitStack()
+        self._driver: _Driver | None = None
+
+    def __enter__(self) -> RunningChains:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._given[0].objective.generators.kept())
+            stack.enter_context(torch.enable_grad())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+    def run(self, until: int) -> ChainRun:
+        """Go on until every chain has taken so many steps, or somebody stops them; what there is then."""
+        if self._driver is None or not self._driver.has_begun:
+            self._driver = _Driver.with_first_group(*self._given, until, self._monitor, self._stop)
+            self._stack.callback(self._driver.close)
+        with threads(self._driver.spec.plan.num_threads):
+            self._driver.run(until)
+        return self._report(self._driver)
+
+    def finish(self) -> ChainRun:
+        """There is no further step: what there is, with the state of the chains, which goes to the monitor, too.
+
+        To be called after :meth:`run`.
+        """
+        assert self._driver is not None
+        self._driver.finish()
+        found = self._report(self._driver)
+        self._monitor.snapshot(found.traces)
+        return found
+
+    def _report(self, driver: _Driver) -> ChainRun:
+        interrupted = self._stop.is_set() and not driver.has_reached
+        note = next(filter(None, driver.notes), "")
         traces = [slot.traces for slot in driver.slots]
-        monitor.snapshot(traces)
-        interrupted = stop.is_set() and not all(slot.is_done for slot in driver.slots)
-    return ChainRun(traces, interrupted, driver.spec.plan, next(filter(None, driver.notes), ""), driver.seconds_of_data)
+        return ChainRun(traces, interrupted, driver.spec.plan, note, driver.seconds_of_data)
 
 
 @dataclass(eq=False)
@@ -134,28 +187,23 @@ class _Slot:
     """A group of chains: what they have done, and, while they run, the running object."""
 
     traces: Traces
-    num_steps: int
     group: Group | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.traces.step == self.num_steps
 
 
 class _Driver:
     """Takes groups through their steps, one after another or side by side."""
 
-    def __init__(self, spec: RunSpec, slots: list[_Slot], monitor: Monitor, stop: Stop) -> None:
+    def __init__(self, spec: RunSpec, slots: list[_Slot], until: int, monitor: Monitor, stop: Stop) -> None:
         self.spec, self.slots, self._monitor, self._stop = spec, slots, monitor, stop
         self.notes: list[str] = []
         self.seconds_of_data = 0.0
         self._observables = Observables(spec.observables, spec.schedule.num_draws)
         for slot in slots:
             self._observables.know(slot.traces.draws)
-        # The largest group first: what refuses to run in a group refuses it, while there is a way back.
-        waiting = [slot for slot in slots if not slot.is_done]
-        self._waiting = sorted(waiting, key=lambda slot: len(slot.traces.chains), reverse=True)
-        self._workers = min(spec.plan.num_workers, len(self._waiting))
+        self._until = until
+        self._waiting = self._behind()
+        self._stays = len(self._waiting) <= max(1, spec.plan.num_workers)
+        self._free: list[ChainState] = []
         self._lock = threading.Lock()
         self._model = threading.Lock()  # functional_call writes to the module while it runs
         self._failed = threading.Event()
@@ -167,18 +215,18 @@ class _Driver:
 
     @classmethod
     def with_first_group(
-        cls, spec: RunSpec, chains: range, resumed: Sequence[Traces], monitor: Monitor, stop: Stop
+        cls, spec: RunSpec, chains: range, resumed: Sequence[Traces], until: int, monitor: Monitor, stop: Stop
     ) -> _Driver:
         """A driver whose first group has been set up, by the first strategy that does not refuse the model."""
         failed: dict[str, str] = {}
         while True:
-            slots = [_Slot(t, spec.schedule.num_steps) for t in _grouped(spec, chains, resumed)]
-            driver = cls(spec, slots, monitor, stop)
+            slots = [_Slot(t) for t in _grouped(spec, chains, resumed)]
+            driver = cls(spec, slots, until, monitor, stop)
             if not driver._waiting:
                 return driver
             try:
                 with threads(spec.plan.num_threads):  # not around `make_plan`, which asks how many there are
-                    driver._start(driver._waiting[0], None)
+                    driver._start(driver._waiting[0])
                 return driver
             except RefusedError as error:
                 plan, cause = spec.plan, error.__cause__
@@ -196,33 +244,59 @@ class _Driver:
                 )
                 spec = dataclasses.replace(spec, plan=plan)
 
-    def _start(self, slot: _Slot, state: ChainState | None) -> Group:
-        fits = state is not None and state.num_chains == len(slot.traces.chains)
-        slot.group = Group(self.spec, slot.traces, self._observables, self._model, state if fits else None)
+    def _behind(self) -> list[_Slot]:
+        """The groups that have steps to take, the largest first: what refuses to run in a group refuses it, while there
+        is a way back."""
+        waiting = [slot for slot in self.slots if slot.traces.step < self._until]
+        return sorted(waiting, key=lambda slot: len(slot.traces.chains), reverse=True)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a group has been set up."""
+        return bool(self.notes)
+
+    @property
+    def has_reached(self) -> bool:
+        """Whether all groups have taken the steps that they were to take."""
+        return not self._behind()
+
+    def _start(self, slot: _Slot) -> Group:
+        fits = [k for k, state in enumerate(self._free) if state.num_chains == len(slot.traces.chains)]
+        state = self._free.pop(fits[0]) if fits else None
+        slot.group = Group(self.spec, slot.traces, self._observables, self._model, state)
         self.notes.append(slot.group.note)
         return slot.group
 
-    def run(self) -> None:
-        """Take all groups to their end, or until somebody stops them; the traces then say where the chains are."""
-        try:
-            if self._workers <= 1:
-                self._work(alone=True)
-            else:
-                self._work_side_by_side()
-            for slot in self.slots:
-                if slot.group is not None:  # set up, and stopped before its first step
-                    self.seconds_of_data += slot.group.seconds_of_data
-                    slot.group.finish()
-        finally:
-            for slot in self.slots:
-                if slot.group is not None:
-                    slot.group.close()
+    def run(self, until: int) -> None:
+        """Take all groups so far, or as far as they get until somebody stops them."""
+        self._until = until
+        self._waiting = self._behind()
+        workers = min(self.spec.plan.num_workers, len(self._waiting))
+        if workers <= 1:
+            self._work(alone=True)
+        else:
+            self._work_side_by_side(workers)
+        self._collecting, self._collected, self._complete = False, {}, None  # what comes now is newer
 
-    def _work_side_by_side(self) -> None:
+    def finish(self) -> None:
+        """There is no further step: the traces say where the chains are."""
+        for slot in self.slots:
+            if slot.group is not None:
+                self.seconds_of_data += slot.group.seconds_of_data
+                slot.group.finish(copy=False)
+                slot.group = None
+
+    def close(self) -> None:
+        """After an error, too."""
+        for slot in self.slots:
+            if slot.group is not None:
+                slot.group.close()
+
+    def _work_side_by_side(self, workers: int) -> None:
         # Threads, not processes: kernels release the interpreter, and w* and data are in memory once.
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="llc_fast") as pool:
+        with ThreadPoolExecutor(workers, thread_name_prefix="llc_fast") as pool:
             caller = CallersSettings()
-            futures = {pool.submit(caller.run, self._enter) for _ in range(self._workers)}
+            futures = {pool.submit(caller.run, self._enter) for _ in range(workers)}
             try:
                 while futures:
                     done, futures = wait(futures, timeout=self._monitor.interval)
@@ -239,7 +313,6 @@ class _Driver:
             self._work(alone=False)
 
     def _work(self, alone: bool) -> None:
-        state: ChainState | None = None
         while not self._ended():
             with self._lock:
                 if not self._waiting:
@@ -249,10 +322,10 @@ class _Driver:
             if group is None:
                 with self._model:
                     try:
-                        group = self._start(slot, state)
+                        group = self._start(slot)
                     except RefusedError as error:  # too late for another strategy
                         raise error.__cause__ or error from None
-            while not group.is_done and not self._ended():
+            while slot.traces.step < self._until and not self._ended():
                 group.advance()
                 if _listeners:
                     taken = StepTaken(slot.traces.chains, slot.traces.step - 1, self.spec.is_pilot)
@@ -262,8 +335,12 @@ class _Driver:
                     self._report()
                 if self._collecting:
                     self._hand_in(slot, copy=not alone)
-            self.seconds_of_data += group.seconds_of_data
-            state, slot.group = group.finish(), None
+            if self._stays:
+                continue
+            with self._lock:  # others are waiting for its memory
+                self.seconds_of_data += group.seconds_of_data
+                self._free.append(group.finish(copy=True))
+                slot.group = None
 
     def _ended(self) -> bool:
         return self._stop.is_set() or self._failed.is_set()
@@ -294,14 +371,19 @@ class _Driver:
                 return
             assert slot.group is not None
             self._collected[index] = slot.group.snapshot(copy=copy)
-            running = [k for k, s in enumerate(self.slots) if not s.is_done and s not in self._waiting]
+            running = [k for k, s in enumerate(self.slots) if s.traces.step < self._until and s not in self._waiting]
             if any(k not in self._collected for k in running):
                 return
             # Of groups that wait, as they are now: a worker may start one before this is written.
-            self._complete = [self._collected.get(k) or s.traces.as_now() for k, s in enumerate(self.slots)]
+            self._complete = [self._collected.get(k) or _at_rest(s) for k, s in enumerate(self.slots)]
             self._collected, self._collecting = {}, False
         if not copy:  # the chains must not go on before it is written
             self._report()
+
+
+def _at_rest(slot: _Slot) -> Traces:
+    """What there is of a group that nobody takes steps of."""
+    return slot.traces.as_now() if slot.group is None else slot.group.snapshot(copy=True)
 
 
 def _grouped(spec: RunSpec, chains: range, resumed: Sequence[Traces]) -> Iterator[Traces]:

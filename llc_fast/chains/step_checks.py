@@ -7,6 +7,7 @@ checkpoints and processes; :mod:`llc_fast.stats.step_checks` makes statistics of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,17 +32,37 @@ from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.traces import Traces
 
 MAX_CHECKS = 16
+_EARLIER = 5
+"""Halvings of the first look at a length by need, with as many step checks each."""
 _GRADIENTS = 3  # that one step check takes
 _BUDGET = 0.02  # of the gradients of a run
 _ELSEWHERE = 2**32
 """Steps from a minibatch to another one that no step of the chain has in its epoch."""
 
 
-def check_steps(schedule: Schedule) -> tuple[list[int], list[int]]:
-    """Where step checks are made, evenly spread from the first draw to the last, and which of them take gradients."""
+def check_steps(schedule: Schedule, first_look: int = 0) -> tuple[list[int], list[int]]:
+    """Where step checks are made, evenly spread from the first draw to the last, and which of them take gradients.
+
+    Chains that may be over sooner have as many between half and all of `first_look` steps, of twice as many, of half as
+    many, and so on. Where these are does not depend on the length, so that a longer run has the same and more.
+    """
     draws = range(schedule.num_steps)[schedule.draws]
+    if not first_look:
+        return _checked(draws, schedule.num_steps)
+    steps, with_gradients = list[int](), list[int]()
+    for octave in itertools.count(-_EARLIER):
+        end = first_look << octave if octave >= 0 else first_look >> -octave
+        if end // 2 >= schedule.num_steps:
+            break
+        among = range(end // 2 if steps else 0, end)
+        found = _checked([s for s in among if schedule.draw_at(s) is not None], end)
+        steps, with_gradients = steps + found[0], with_gradients + found[1]
+    return [s for s in steps if s in draws], [s for s in with_gradients if s in draws]
+
+
+def _checked(draws: Sequence[int], num_steps: int) -> tuple[list[int], list[int]]:
     steps = _spread(draws, min(MAX_CHECKS, len(draws)))
-    return steps, _spread(steps, min(len(steps), int(_BUDGET * schedule.num_steps / _GRADIENTS)))
+    return steps, _spread(steps, min(len(steps), int(_BUDGET * num_steps / _GRADIENTS)))
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
@@ -52,7 +73,8 @@ class StepChecks:
     """The step checks of a group of chains.
 
     Args:
-        objective, sampler, plan, schedule: of the run; they say what can be measured, and when.
+        objective, sampler, plan: of the run; they say what can be measured.
+        where: the steps of :func:`check_steps`.
         state, gradient, feed: of the group.
         seed: of the run.
         traces: of the group; ``traces.checks`` is written to.
@@ -66,7 +88,7 @@ class StepChecks:
         objective: Objective,
         sampler: Sampler,
         plan: Plan,
-        schedule: Schedule,
+        where: tuple[list[int], list[int]],
         state: ChainState,
         gradient: Gradient,
         feed: Feed,
@@ -76,7 +98,7 @@ class StepChecks:
         self._objective, self._sampler = objective, sampler
         self._state, self._gradient, self._feed = state, gradient, feed
         self._seed, self._first_chain, self._table = seed, traces.first_chain, traces.checks
-        steps, self._with_gradients = check_steps(schedule)
+        steps, self._with_gradients = where
         self.places = {step: k for k, step in enumerate(steps)}
         self._is_langevin = sampler.kind == "langevin"
         has_noise = math.isfinite(sampler.injected_noise(vars(sampler)))

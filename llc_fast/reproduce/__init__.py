@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "sensitivity": "λ̂ over step size, localization, batch size and temperature: where warnings are right",
     "ladder": "four ways to λ, from the definition by volumes to local minibatch estimates",
     "accuracy": "deep linear networks: nothing tuned, against samplers whose step size was tuned on them",
+    "error-bars": "deep linear networks with nothing set: do intervals hold λ, and what a length by need saves",
     "coverage": "how often the 95 % interval covers the exact answer, on five small problems",
     "variance": "why λ̂ varies from seed to seed at equal cost, and what reduces that",
 }

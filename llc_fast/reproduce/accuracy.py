@@ -4,9 +4,9 @@ Random deep linear networks of Furman & Lau 2024 (arXiv 2402.03698), λ by Aoyag
 (the global one; where single layers have a higher rank than the product, the local coefficient at w* is larger).
 ``dln-scaling`` has larger networks and how the error depends on depth; here several methods estimate the same networks:
 
-- "nothing tuned": `estimate_llc` with nothing given but the length. 4 chains × 8,800 steps, the pilots' 13 % and some
-  curvature make less than 40,000 gradients;
-- "defaults": not even the length is given;
+- "nothing tuned": `estimate_llc` with nothing given but the length, and γ = 1 since λ is the global one. 4 chains ×
+  8,800 steps, the pilots' 13 % and some curvature make less than 40,000 gradients;
+- "defaults": not even the length is given (``error-bars`` looks at this);
 - "paper's": SGLD with the step size that the paper chose by hand for the class, one chain of 10,000 steps, the last
   tenth of which are draws;
 - "RMSprop, ε = …": RMSprop-SGLD as devinterp 1.3.2 defines it, one chain of 10,000 steps, half of which are draws. Read
@@ -117,9 +117,10 @@ def options_of(method: str, size: str, settings: Settings) -> dict[str, Any]:
         ValueError: there is no such method.
     """
     if method == OURS:
-        return {"num_burnin": settings.steps // 2, "num_draws": settings.steps - settings.steps // 2}
+        burnin = settings.steps // 2
+        return {"localization": LOCALIZATION, "num_burnin": burnin, "num_draws": settings.steps - burnin}
     if method == "defaults":
-        return {}
+        return {"localization": LOCALIZATION}
     single: dict[str, Any] = {"localization": LOCALIZATION, "num_chains": 1}
     if method == "paper's":
         burnin = settings.rival_steps * 9 // 10

@@ -140,7 +140,7 @@ def test_unwritable_files_are_no_traceback(
 
 def test_unwritable_files_are_found_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The minutes of a run are not lost to a folder that isn't there."""
-    monkeypatch.setattr("llc_fast.estimate.run_chains", lambda *_, **__: pytest.fail("sampling began"))
+    monkeypatch.setattr("llc_fast.estimate.RunningChains", lambda *_, **__: pytest.fail("sampling began"))
     arguments = ["dln", "--networks", "1", "--steps", "10", "--no-progress"]
     assert _main([*arguments, "--json", str(tmp_path / "nowhere" / "rows.json")], monkeypatch) == 2
 

@@ -50,9 +50,10 @@ def test_methods() -> None:
     assert (paper["lr"], paper["num_burnin"], paper["num_draws"], paper["num_chains"]) == (5e-7, 9000, 1000, 1)
     rmsprop = options_of("RMSprop, ε = 3e-07", "1k", Settings())
     assert (rmsprop["lr"], rmsprop["num_burnin"], rmsprop["num_draws"]) == (3e-7, 5000, 5000)
-    assert options_of(OURS, "1k", Settings()) == {"num_burnin": 4400, "num_draws": 4400}
+    ours = options_of(OURS, "1k", Settings())
+    assert ours == {"localization": 1.0, "num_burnin": 4400, "num_draws": 4400}
     for settings in SCALES.values():
-        assert all(options_of(method, "1k", settings) or method == "defaults" for method in settings.methods)
+        assert all(options_of(method, "1k", settings) for method in settings.methods)
     with pytest.raises(ValueError, match="method='guess' is unknown"):
         options_of("guess", "1k", Settings())
 
