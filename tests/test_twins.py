@@ -184,3 +184,19 @@ def test_the_model_is_as_it_was() -> None:
     assert result.sensitivity is not None and math.isfinite(result.sensitivity.nbeta)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_length_by_need() -> None:
+    """Twins are a quarter of what the chains have run, wherever they ended."""
+    problem = linear_regression(1.0)
+    result = llc_fast.estimate_llc(
+        problem.model, problem.data, problem.loss_fn, localization=30.0, max_gradients=20_000, sensitivity=True,
+        progress=False, target_error=0.05,
+    )  # fmt: skip
+    found = result.sensitivity
+    assert found is not None and result.diagnostics["ended_by"] in ("target", "budget")
+    assert found.gradients == 4 * 4 * (result.loss_trace.shape[1] // 4)
+    x = problem.data[0].double()
+    a = NBETA * torch.linalg.eigvalsh(2 * x.T @ x / SAMPLES)
+    exact = float((0.5 * a * 30 / (a + 30) ** 2).sum())
+    assert abs(found.localization + exact) < 4 * found.localization_stderr < 1
