@@ -469,7 +469,7 @@ def prepare(
     if keeper is not None or team.size > 1:
         identity = {**asked.identity(), **objective.identity()}  # not the length, by which a run may be extended
         identity["warm_start"] = None if start is None else arrays_identity(start)
-        team.agree(identity | {"length": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
+        team.agree(identity | {"schedule": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
     if keeper is not None and (saved := keeper.load(identity)) is not None:
         saved = _fitted(saved, settings, keeper)
     if settings.progress is True and team.rank == 0 and saved is None:
@@ -813,14 +813,13 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         resumed = saved.traces if saved is not None else ()
         ending = _Ending(prepared, chosen, chains, setup)
         with RunningChains(spec, chains, resumed=resumed, monitor=monitor, stop=stop) as running:
-            sampled, following = None, ending.first(resumed)
+            until, following = 0, ending.first(resumed)
             while following:
-                monitor.until(following)
-                sampled = ending.gather(running.run(following), following)
-                following = ending.following(sampled)
-            assert sampled is not None
+                monitor.until(until := following)
+                run = running.run(until)
+                following = ending.following(ending.gather(run, until)) if settings.by_need else 0
             run = running.finish()
-        sampled = dataclasses.replace(ending.gather(run, sampled.until), ended_by=ending.ended_by)
+        sampled = dataclasses.replace(ending.gather(run, until), ended_by=ending.ended_by)
         if keeper is not None and team.rank == 0 and not sampled.interrupted:
             keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), vars(schedule), ending.gathered))
         problems = team.gather("" if keeper is None else keeper.problem)
@@ -864,7 +863,7 @@ class _Ending:
 
     def following(self, sampled: Sampled) -> int:
         """Steps after which to look next; 0: the run is over."""
-        if sampled.interrupted or not self._settings.by_need:
+        if sampled.interrupted:
             return 0
         until = sampled.until
         is_last = until >= self._settings.longest.num_steps

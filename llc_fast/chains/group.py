@@ -232,6 +232,8 @@ class Group:
         found = self.report()
         found = found.copy() if copy else replace(found)
         self._add_state(found, copy)
+        if self.is_done:
+            self._add_ends(found)
         return found
 
     def finish(self, *, copy: bool) -> ChainState:
@@ -242,14 +244,17 @@ class Group:
         """
         traces = self.report()
         self._add_state(traces, copy)
-        if self._spec.keep_ends:
-            traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
+        self._add_ends(traces)
         self.close()
         return self.state
 
     def close(self) -> None:
         """There is no further step, after an error either."""
         self._feed.close()
+
+    def _add_ends(self, traces: Traces) -> None:
+        if self._spec.keep_ends:
+            traces.ends = {name: _numpy(t, copy=False) for name, t in self.state.displacement().items()}
 
     def _add_state(self, traces: Traces, copy: bool) -> None:
         if not self.is_done or self._spec.keep_state:

@@ -144,6 +144,7 @@ class RunningChains:
         self._monitor, self._stop = monitor or Monitor(), stop or Stop()
         self._stack = contextlib.ExitStack()
         self._driver: _Driver | None = None
+        self._is_finished = False
 
     def __enter__(self) -> RunningChains:
         with contextlib.ExitStack() as stack:
@@ -156,13 +157,13 @@ class RunningChains:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
     def run(self, until: int) -> ChainRun:
-        """Go on until every chain has taken so many steps, or somebody stops them; what there is then."""
+        """Go on until every chain has taken so many steps; what there is then. If somebody stops them, that is all."""
         if self._driver is None or not self._driver.has_begun:
             self._driver = _Driver.with_first_group(*self._given, until, self._monitor, self._stop)
             self._stack.callback(self._driver.close)
         with threads(self._driver.spec.plan.num_threads):
             self._driver.run(until)
-        return self._report(self._driver)
+        return self.finish() if self._stop.is_set() else self._report(self._driver)
 
     def finish(self) -> ChainRun:
         """There is no further step: what there is, with the state of the chains, which goes to the monitor, too.
@@ -170,9 +171,12 @@ class RunningChains:
         To be called after :meth:`run`.
         """
         assert self._driver is not None
-        self._driver.finish()
         found = self._report(self._driver)
-        self._monitor.snapshot(found.traces)
+        if not self._is_finished:
+            self._driver.finish()
+            self._is_finished = True
+            found = self._report(self._driver)
+            self._monitor.snapshot(found.traces)
         return found
 
     def _report(self, driver: _Driver) -> ChainRun:

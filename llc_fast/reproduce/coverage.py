@@ -9,10 +9,12 @@ form where the loss is quadratic, otherwise by quadrature (:mod:`llc_fast.proble
 - "w⁴": f(x) = w²x likewise;
 - "logistic": logistic regression with three parameters, at the maximum of likelihood.
 
-In two ways:
+In three ways:
 
 - "defaults": nothing given but the length, 4 chains × (300 + 500) steps with minibatches of 64; the step size comes
   from pilot chains, and its bias is subtracted;
+- "by need": not even the length is given, but the total error that chains are to end at, 5 % of λ̂. Stopping when
+  it looks good would cost coverage if errors were too small by chance then;
 - "small step": ε·(nβ·h_max + γ) = 0.05 and half of the data at every step, so that there is next to no bias (and none
   is subtracted), 4 chains × (500 + 2000) steps, strongly correlated.
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
 
 PROBABILITY, LEAST, MOST = 0.95, 0.90, 0.99
 """Of the intervals, and what their coverage must lie between."""
-MODES = ("defaults", "small step")
-BATCH, SMALL = 64, 0.05
+MODES = ("defaults", "by need", "small step")
+BATCH, SMALL, TARGET_ERROR = 64, 0.05, 0.05
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Settings:
         runs: of each problem in each mode.
         block: runs that are kept together; a run that was stopped goes on with the next block.
         length: how many times the draws and the burn-in of the docstring.
+        target_error: of "by need".
     """
 
     problems: tuple[str, ...] = tuple(PROBLEMS)
@@ -65,6 +68,7 @@ class Settings:
     runs: int = 40
     block: int = 20
     length: float = 1.0
+    target_error: float = TARGET_ERROR
 
 
 SCALES = {"small": Settings(), "paper": Settings(runs=200)}
@@ -90,6 +94,8 @@ def _estimate(study: Study, name: str, problem: ExactPosterior, mode: str, seed:
     burnin, draws, batch, lr = (300, 500, BATCH, None)
     if mode == "small step":
         burnin, draws, batch, lr = 500, 2000, SAMPLES // 2, SMALL / problem.stiffness
+    given = {"num_burnin": round(settings.length * burnin), "num_draws": round(settings.length * draws)}
+    length: dict[str, Any] = {"target_error": settings.target_error} if mode == "by need" else given
     return study.estimate(
         f"{name} {mode} {seed}",
         problem.model,
@@ -98,8 +104,7 @@ def _estimate(study: Study, name: str, problem: ExactPosterior, mode: str, seed:
         lr=lr,
         localization=LOCALIZATION,
         num_chains=4,
-        num_burnin=round(settings.length * burnin),
-        num_draws=round(settings.length * draws),
+        **length,
         batch_size=batch,
         seed=seed,
         progress=False,  # each takes less than a second

@@ -391,7 +391,8 @@ def _saved() -> Saved:
             )
         )
     identity = {"sampler": "sgld", "lr": None, "box": float("inf"), "betas": [0.9, 0.99], "seed": 2**64 - 1}
-    return Saved(identity, {"init_loss": 1 / 3, "lr": 5e-324}, traces)
+    schedule = {"num_draws": 5, "num_burnin": 15, "num_steps_bw_draws": 1}
+    return Saved(identity, {"init_loss": 1 / 3, "lr": 5e-324}, schedule, traces)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -641,9 +642,9 @@ _CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "localization": ({}, {"localization": 2.0}, r"localization was 1.0, is 2.0"),
     "seed": ({}, {"seed": 1}, "seed was 0, is 1"),
     "sampler": ({}, {"sampler": "sghmc"}, 'sampler was "sgld", is "sghmc"'),
-    "num_draws": ({}, {"num_draws": 9}, "schedule was"),
-    "num_burnin": ({}, {"num_burnin": 5}, "schedule was"),
-    "num_steps_bw_draws": ({}, {"num_steps_bw_draws": 2}, "schedule was"),
+    "length by need": ({}, {"num_draws": None, "num_burnin": None}, "length was"),
+    "num_burnin": ({}, {"num_burnin": 3}, "it has 4 steps of each chain, 4 of them burn-in"),
+    "num_steps_bw_draws": ({}, {"num_steps_bw_draws": 2}, "num_steps_bw_draws was 1, is 2"),
     "num_chains": ({}, {"num_chains": 4}, "num_chains was 3, is 4"),
     "params": ({}, {"params": "0.*"}, "model was"),
     "mask": ({"params": _MASK}, {"params": ["0.*", "2.weight"]}, "masks was"),

@@ -71,7 +71,7 @@ def test_acceptance_is_the_plain_formula(name: str, chains: int) -> None:
     # One draw, the last of 153 steps: enough for a step check with gradients.
     spec = RunSpec(objective, sampler, Schedule(1, 3, 150), plan, 5)
     traces = spec.blank_traces(range(chains))
-    checks = StepChecks(objective, sampler, plan, spec.schedule, state, gradient, feed, 5, traces)
+    checks = StepChecks(objective, sampler, plan, spec.check_steps, state, gradient, feed, 5, traces)
     (last,) = checks.places
     before = state.w.clone()
     checks.take(last, feed(last))
