@@ -95,7 +95,7 @@ def test_what_can_not_be_fitted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "outputs", "power"), [(2, 1, 1), (1, 2, 2), (1, 1, 3), (3, 1, 0), (2, 2, 1)])
 def test_models_that_the_fit_was_not_made_with(inputs: int, outputs: int, power: int) -> None:
-    """Errors of 1 %, eight sets of noise: the true m is never improbable, and λ within 2.5 errors, of 12 % at most."""
+    """Errors of 1 %, eight sets of noise: the true m is never improbable, and λ within 2.5 errors, of 16 % at most."""
     model = ProductRegression(inputs, outputs, power)
     prior, truth = Gaussian(1.0, np.zeros(inputs), np.zeros(outputs if power else 0)), model.learning_coefficient
     mean = np.array([model.expected_excess(t, prior) for t in NBETA])
@@ -103,7 +103,7 @@ def test_models_that_the_fit_was_not_made_with(inputs: int, outputs: int, power:
     for seed in range(100, 108):
         noise = np.random.default_rng(seed).standard_normal(len(mean))
         found = fit_temperature(NBETA, mean * (1 + 0.01 * noise), 0.01 * mean)
-        assert abs(found.value - truth.value) < 2.5 * found.stderr < 0.3 * truth.value
+        assert abs(found.value - truth.value) < 2.5 * found.stderr < 0.4 * truth.value
         assert found.probabilities[truth.multiplicity] > 0.05
         right += found.multiplicity == truth.multiplicity
     assert right >= 4
