@@ -120,7 +120,7 @@ class Plateau:
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ScanResult:
     """λ̂ of every cell, see :func:`llc_fast.scan`.
 
