@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llc_fast import language, samplers, theory
+    from llc_fast.behavioral import behavioral_loss
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.grid import ScanResult, scan
@@ -37,6 +38,7 @@ __all__ = [
     "RMSpropSGLD",
     "ScanResult",
     "__version__",
+    "behavioral_loss",
     "calibrate",
     "default_localization",
     "default_nbeta",
@@ -50,6 +52,7 @@ __all__ = [
 _HOME = {
     name: module
     for module, names in {
+        "behavioral": ("behavioral_loss",),
         "chains.draw": ("Draw",),
         "estimate": ("calibrate", "estimate_llc"),
         "grid": ("ScanResult", "scan"),

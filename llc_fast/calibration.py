@@ -66,9 +66,10 @@ class Chosen:
         pilot_steps: gradients that pilot chains took.
         pilot_bias_share: share of bias in nβ·(L − L(w*)) at their end; None without pilots, NaN where the
             loss was not above L(w*).
-        descent: how far nβ·L + γ/2·‖w − w*‖² falls from w* in its quadratic model, see
-            :func:`llc_fast.objective.curvature.descent`; None: not measured.
+        descent: the way down from w*: the squares and the curvatures of :class:`llc_fast.objective.curvature.Descent`;
+            None: not measured.
         is_interrupted: whether somebody stopped the pilot chains: this is what they had found by then.
+        refined: what :func:`llc_fast.objective.refinement.refine` has done; None: w* is the model's.
     """
 
     init_loss: float
@@ -80,8 +81,9 @@ class Chosen:
     friction: float = 1.0
     pilot_steps: int = 0
     pilot_bias_share: float | None = None
-    descent: float | None = None
+    descent: list[list[float]] | None = None
     is_interrupted: bool = False
+    refined: dict[str, Any] | None = None
 
 
 def choose_settings(
@@ -111,6 +113,12 @@ def choose_settings(
     nbeta = settings.nbeta_for(objective.source.num_samples)
     lr = settings.lr
     corrected = settings.wants_bias_correction
+    found = descent(
+        objective,
+        nbeta,
+        settings.complete_sampler(1.0, nbeta).localization or 0.0,
+        max_gradients=_DESCENT_SHARE * settings.num_chains * settings.schedule.num_steps,
+    )
     chosen = Chosen(
         init_loss=at_reference.mean,
         init_loss_stderr=at_reference.stderr,
@@ -118,12 +126,7 @@ def choose_settings(
         nbeta=nbeta,
         lr=math.nan if lr is None else lr,
         bias_correction=corrected,
-        descent=descent(
-            objective,
-            nbeta,
-            settings.complete_sampler(1.0, nbeta).localization or 0.0,
-            max_gradients=_DESCENT_SHARE * settings.num_chains * settings.schedule.num_steps,
-        ),
+        descent=None if found is None else [list(found.squares), list(found.curvatures)],
     )
     if lr is not None:
         return chosen

@@ -14,7 +14,7 @@ dropped            a loader never gives the samples at the end of the data set
 num-samples        n may be meant to be another number
 irreproducible     the data are others in every run, whatever the seed
 standing-still     a chain that stands still would not have λ̂ = 0
-no-minimum         the gradient at w* leads down from it: w* is no minimum at this nβ
+no-minimum         the gradient at w*, or the chains, lead down from it: w* is no minimum at this nβ
 gradient           the gradient is not the derivative of the loss where the chains are
 diverged           the loss of some chains became non-finite
 partial            the run was interrupted
@@ -53,13 +53,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llc_fast.objective.curvature import Descent
 from llc_fast.result import LLCResult
 from llc_fast.result import Warning as Warning
 from llc_fast.stats import convergence
 from llc_fast.stats.errors import Covariance, covariance, standard_error
 from llc_fast.stats.growth import growth
 from llc_fast.stats.step_checks import step_check_statistics
-from llc_fast.stats.traces import burnin_needed, chain_spread, slow_part, spike_share, trend
+from llc_fast.stats.traces import burnin_needed, chain_spread, fall, slow_part, spike_share, trend
 
 MIN_ESS = 100
 """Effective draws over all chains below which the standard error itself is a guess (Vehtari et al. 2021: 400)."""
@@ -75,7 +76,8 @@ class Facts:
         init_loss_stderr: what L(w*) adds to the standard error of λ̂, over nβ: rounding.
         planned_steps: of all chains.
         in_calibration: whether the run was interrupted while pilot chains chose its step size.
-        descent: how far nβ·L + γ/2·‖w − w*‖² falls from w* along its gradient, in its quadratic model; None: unknown.
+        descent: the way down from w*, in the quadratic model of nβ·L + γ/2·‖w − w*‖²; None: unknown.
+        refining_passes: passes over the data that w* was made better with; None: it was not.
         local_localization: the γ that keeps chains nearer to w* than w* is to 0.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
         euclidean: whether the sampler's metric is 1.
@@ -97,7 +99,8 @@ class Facts:
     init_loss_stderr: float = 0.0
     planned_steps: int = 0
     in_calibration: bool = False
-    descent: float | None = None
+    descent: Descent | None = None
+    refining_passes: int | None = None
     local_localization: float = 1.0
     injected_noise: float = math.nan
     euclidean: bool = False
@@ -144,7 +147,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
     steps = draws.shape[1] * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
-    missed = _draws_before(needed, result)
+    missed, down = _draws_before(needed, result), facts.descent
     grown = growth(result.excess_trace[chains, : schedule.num_burnin + steps])
     significant = grown.missing if grown.is_significant else 0.0
     numbers = {
@@ -173,7 +176,9 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         "relaxations": seen.relaxation_rate * steps,
         "gradient_error": seen.gradient_error,
         "distance_over_prior": norm**2 * localization / num_parameters,
-        "descent": math.nan if facts.descent is None else facts.descent,
+        "descent": math.nan if down is None else down.of_posterior(result.nbeta, localization),
+        "descent_loss": math.nan if down is None else down.of_loss(result.nbeta, localization),
+        "fall": fall(_excess(result)),
         "reach": _reach(result, facts.reference_norm),
         "localization_slope": slope.value,
         "localization_slope_stderr": slope.stderr,
@@ -208,6 +213,15 @@ def _bias_share(result: LLCResult) -> float:
     bias = float(result.bias_trace[result.kept_chains, result.schedule.draws][:, : draws.shape[1]].mean())
     total = result.llc_mean + (bias if result.settings.get("bias_correction") else 0.0)
     return bias / total if total > 0 else math.nan
+
+
+def _excess(result: LLCResult) -> NDArray[np.float64]:
+    """nβ·(L − L(w*)) of every step of the chains that are kept, with the bias that was subtracted from it."""
+    steps = result.schedule.num_burnin + result.kept_draws.shape[1] * result.schedule.num_steps_bw_draws
+    excess, bias = result.excess_trace[result.kept_chains, :steps], result.bias_trace
+    if bias is not None and result.settings.get("bias_correction"):
+        excess = excess + bias[result.kept_chains, :steps]
+    return excess
 
 
 def _reach(result: LLCResult, reference_norm: float) -> float:
@@ -406,20 +420,47 @@ def _standing_still(case: _Case) -> str | None:
 
 MAX_DESCENT = 0.1
 """Of λ̂: twice as much may be missing from it."""
+_ROUND_DOWN = 2
+"""Digits of an nβ that is recommended."""
 
 
 @_check("no-minimum", min_draws=0)
 def _no_minimum(case: _Case) -> str | None:
-    fall, llc = case["descent"], case.llc if case.draws.size else 0.0
-    if not fall > MAX_DESCENT * max(abs(llc), 1.0):
+    llc = case.llc if case.draws.size else 0.0
+    falls = [value for value in (case["descent"], case["fall"]) if value > MAX_DESCENT * max(abs(llc), 1.0)]
+    if not falls:
         return None
-    beside = f", against λ̂ = {llc:.3g}" if case.draws.size else ""
+    ways = []
+    if case["descent"] in falls:
+        ways.append(
+            f"following the gradient from w* lowers nβ·L + γ/2·‖w − w*‖² by {case['descent']:.2g} or more, and nβ·L by "
+            f"{case['descent_loss']:.2g}"
+        )
+    if case["fall"] > 0:
+        ways.append(f"along the chains nβ·L falls to {case['fall']:.2g} below that of w*")
+    owed = max(value for value in (case["descent_loss"], case["fall"]) if not math.isnan(value))
+    beside = f": λ̂ = {llc:.3g} is lower by that, and would be about {llc + owed:.3g} at a minimum"
     return (
-        f"w* is no minimum of the loss at nβ = {case.result.nbeta:.4g}: following the gradient from w* lowers "
-        f"nβ·L + γ/2·‖w − w*‖² by {fall:.2g} or more{beside}, so λ̂ is too small by between once and twice as much, and "
-        f"depends on how far chains get. Train the model to convergence, or use a smaller nbeta or "
-        f"localization={case.stronger_localization:g}."
+        f"w* is no minimum of the loss at nβ = {case.result.nbeta:.4g}: {'; '.join(ways)}"
+        f"{beside if case.draws.size else ''}. Use {_ways_out(case, max(llc + owed, 1.0))}."
     )
+
+
+def _ways_out(case: _Case, llc: float) -> str:
+    """What to do where w* is no minimum, and λ̂ would be about this."""
+    found, down, nbeta = [], case.facts.descent, case.result.nbeta
+    passes = case.facts.refining_passes
+    if passes is None:
+        found.append("refine=True, which looks for a better minimum first")
+    elif not case.result.diagnostics.get("refine_is_complete"):
+        found.append(f"refine={4 * passes}, for more passes over the data than {passes}")
+    found.append('loss_fn="behavioral", of which w* is the minimum')
+    if down is not None and case["descent"] > 0:
+        most = down.nbeta_for(0.5 * MAX_DESCENT * llc, nbeta, case.result.settings["localization"])
+        if 1 < most < nbeta:
+            unit = 10.0 ** (math.floor(math.log10(most)) - _ROUND_DOWN + 1)
+            found.append(f"nbeta={math.floor(most / unit) * unit:.3g}, at which w* is one")
+    return "; ".join(found) + "; or train the model to convergence"
 
 
 MAX_GRADIENT_ERROR = 0.5

@@ -22,6 +22,8 @@ _NOMINAL_SPEED = {"cpu": 2e10, "cuda": 1e13}
 choose otherwise on another day, and equal seeds give equal results."""
 LEAST_BATCH, LEAST_DRAWS = 32, 200
 """What is not made smaller."""
+LEAST_PASSES, _REFINING_SHARE = 20, 0.25
+"""Passes over the data for a better minimum at most: at least so many, and as a share of the run's gradients."""
 _WORTH_SAYING = 10.0
 """Seconds above which a run is announced."""
 
@@ -30,6 +32,16 @@ def num_gradients(settings: Settings, schedule: Schedule | None = None) -> int:
     """Gradients of a run of that length, those of its pilot chains included; None: the one costs are measured by."""
     steps = (schedule or settings.schedule).num_steps
     return settings.num_chains * steps * settings.gradients_per_step + num_pilot_steps(settings)
+
+
+def refining_passes(settings: Settings, objective: Objective) -> int:
+    """Passes over the data that ``refine=`` may take: those given, or those of a quarter of the run's gradients, but
+    `LEAST_PASSES` at least; 0 where the data have no end."""
+    if not settings.refine or (pieces := objective.source.sampling.num_batches) is None:
+        return 0
+    if settings.refine is not True:
+        return settings.refine
+    return max(LEAST_PASSES, int(_REFINING_SHARE * settings.num_chains * settings.schedule.num_steps / max(pieces, 1)))
 
 
 def affordable_batch(settings: Settings, flops_per_sample: float, batch_size: int, device: torch.device) -> int:
@@ -88,11 +100,15 @@ def announcement(settings: Settings, objective: Objective, seconds: float, short
         shortened: what was made smaller than the defaults, in words.
     """
     count, pilots = num_gradients(settings, settings.longest), num_pilot_steps(settings)
+    passes = refining_passes(settings, objective)
+    refining = passes and passes * (objective.source.sampling.num_batches or 0)
+    count += refining
     if count * seconds < _WORTH_SAYING:
         return ""
     size = objective.source.batch_size
     samples = "" if size is None else f" on {size} samples each"
     calibration = f", {pilots} of them in calibration" if pilots else ""
+    calibration += f", {refining} at most for a better minimum" if refining else ""
     smaller = f" (shortened to {shortened})" if shortened else ""
     most = "up to " if settings.by_need else ""
     seconds = min(count * seconds, settings.max_seconds or math.inf)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from llc_fast.batches import DataSource
+from llc_fast.behavioral import Behavioral, BehavioralLoss, behavioral_source, named_loss
 from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_settings, num_pilot_steps
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
@@ -26,20 +27,22 @@ from llc_fast.chains.processes import Team, default_device, join, telling_early_
 from llc_fast.chains.run import ChainRun, Monitor, RunningChains
 from llc_fast.chains.step_checks import check_steps
 from llc_fast.checks import LENGTH_CODES, Facts, examine
-from llc_fast.cost import affordable_batch, affordable_length, announcement, seconds_of_gradient
-from llc_fast.data import IndexedSource, LoaderSource, make_source
+from llc_fast.cost import affordable_batch, affordable_length, announcement, refining_passes, seconds_of_gradient
+from llc_fast.data import IndexedSource, LoaderSource, is_loader, make_source
 from llc_fast.gradients.memory import check_memory
 from llc_fast.gradients.plan import LARGE_MODEL, Plan, make_plan
 from llc_fast.kernels.native import is_low_precision
-from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, named_loss, token_source
+from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_for, token_source
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
-from llc_fast.objective.objective import LossFunction, Objective, takes_model
+from llc_fast.objective.curvature import Descent
+from llc_fast.objective.objective import LossFunction, Objective, takes_model, widened
+from llc_fast.objective.refinement import Refinement, refine
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
-from llc_fast.settings import UNUSED, Execution, Settings, default_localization, with_old_keywords
+from llc_fast.settings import PRESETS, UNUSED, Execution, Settings, default_localization, with_old_keywords
 from llc_fast.stats.sensitivity import Sensitivity
 from llc_fast.stats.sensitivity import sensitivity as slopes_of
 from llc_fast.support.fingerprint import arrays_identity
@@ -65,7 +68,7 @@ _LEAST_TRIED = 4
 def estimate_llc(
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | NextToken | str | None,
+    loss_fn: LossFunction | NextToken | Behavioral | str | None,
     *,
     sampler: str | Sampler | None = None,
     lr: float | None = None,
@@ -92,6 +95,7 @@ def estimate_llc(
     sensitivity: bool = False,
     progress: bool | ProgressFunction = True,
     preset: str | None = None,
+    refine: bool | int = False,
     **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -120,7 +124,9 @@ def estimate_llc(
             `model` says; or None for models that return their own loss, ``model(**batch).loss``. It returns the mean
             over the batch, or one loss for each sample, ``[batch]``, of which the mean is taken; also in a container,
             as its `loss` or the only number of a tuple. ``"next-token"`` is that of causal language models, on token
-            sequences and in eval mode; see :class:`llc_fast.language.NextToken`.
+            sequences and in eval mode; see :class:`llc_fast.language.NextToken`. ``"behavioral"``,
+            ``"behavioral-mse"`` and ``"behavioral-kl"`` compare outputs with those at w*, which is then the exact
+            minimum, whether the model is trained or not; see :func:`llc_fast.behavioral_loss`.
         sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
             ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
             too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
@@ -175,6 +181,12 @@ def estimate_llc(
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
         preset: values for arguments that are not given, by name. ``"language-model"``: nβ = 30 and γ = 300.
+            ``"paper"``, as in the papers named above and arXiv 2402.03698: plain SGLD without bias correction, γ = 1,
+            minibatches of 500, and chains of 10,000 steps of which the last 1,000 are draws.
+        refine: look for a better minimum first, by quasi-Newton steps with gradients over all data, which γ holds near
+            w*: L(w*), γ's centre and the start of chains are then those of the place found, and the model stays as it
+            is. A number: of passes over the data at most; True: as many as a quarter of the run's gradients are, but
+            20 at least. What it did is in ``result.diagnostics`` (``refine_fall``, …) and ``summary()``.
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
@@ -216,7 +228,7 @@ class Calibration(dict[str, Any]):
 
 
 def calibrate(
-    model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | str | None, **settings: Any
+    model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | Behavioral | str | None, **settings: Any
 ) -> Calibration:
     """Choose what :func:`estimate_llc` needs and was not given, as it does itself when ``lr`` is None.
 
@@ -246,7 +258,7 @@ def calibrate(
         chosen = choose(prepared)
     settings_used = prepared.settings
     sampler, schedule = _completed(settings_used, chosen)
-    is_loader, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
+    decides, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
         sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None, localization=None),
@@ -261,8 +273,9 @@ def calibrate(
         max_seconds=settings_used.max_seconds,
         max_gradients=settings_used.max_gradients,
         # A loader decides for itself, and adjusted samplers take everything.
-        batch_size=asked.batch_size if is_loader or is_exact else prepared.objective.source.batch_size,
+        batch_size=None if decides else asked.batch_size if is_exact else prepared.objective.source.batch_size,
         bias_correction=chosen.bias_correction,
+        **({"refine": asked.refine} if asked.refine else {}),
     )
     found.reason = _why(chosen, settings_used)
     return found
@@ -391,6 +404,8 @@ class Prepared:
         saved: what an earlier process has done of it; None: nothing.
         surroundings: what holds while the run lasts.
         mode: the mode in which the model is evaluated.
+        refined: what was done for a better w*; None: nothing, or it is what was saved.
+        reference: w* by parameter, where it is not the model's.
     """
 
     settings: Settings
@@ -405,6 +420,8 @@ class Prepared:
     saved: Saved | None
     surroundings: _Surroundings
     mode: _Mode
+    refined: dict[str, Any] | None = None
+    reference: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -431,7 +448,7 @@ def prepare(
     settings: Settings,
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | NextToken | None,
+    loss_fn: LossFunction | NextToken | Behavioral | None,
     surroundings: _Surroundings,
 ) -> Prepared:
     """Look at model, loss, data and checkpoint, and take L(w*).
@@ -469,6 +486,8 @@ def prepare(
     if keeper is not None or team.size > 1:
         identity = {**asked.identity(), **objective.identity()}  # not the length, by which a run may be extended
         identity["warm_start"] = None if start is None else arrays_identity(start)
+        if isinstance(objective.loss_fn, BehavioralLoss):  # L(w*) is 0 with any of them
+            identity["loss_fn"] = objective.loss_fn.settings["loss_fn"]
         team.agree(identity | {"schedule": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
     if keeper is not None and (saved := keeper.load(identity)) is not None:
         saved = _fitted(saved, settings, keeper)
@@ -476,6 +495,10 @@ def prepare(
         with threads(plan.num_threads):
             announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     nbeta = settings.nbeta_for(objective.source.num_samples)
+    refined, reference = None, dict[str, NDArray[Any]]()
+    if settings.refine:
+        with threads(plan.num_threads):
+            refined, reference = _refined(settings, objective, nbeta, saved, team)
     # One sample costs at most what a forward pass does, a third of a gradient: a twelfth of a run.
     affordable = settings.num_chains * settings.schedule.num_steps // 4
     with threads(plan.num_threads):
@@ -503,7 +526,44 @@ def prepare(
         saved,
         surroundings,
         _Mode.of(objective),
+        refined,
+        reference,
     )
+
+
+def _refined(
+    settings: Settings, objective: Objective, nbeta: float, saved: Saved | None, team: Team
+) -> tuple[dict[str, Any] | None, dict[str, NDArray[Any]]]:
+    """Move w* to a better minimum, or to that of the run that is resumed.
+
+    Returns:
+        What was done, where it was done now, and the new w* for the checkpoint.
+
+    Raises:
+        ValueError: there is no gradient over all data.
+    """
+    done, arrays = None, {} if saved is None else saved.reference
+    if isinstance(objective.loss_fn, BehavioralLoss):
+        return dataclasses.asdict(Refinement(0.0, 0.0, 0.0, 0.0, 0, 0, True)), {}  # w* is its minimum
+    if not arrays:
+        found, refinement = refine(
+            objective,
+            nbeta,
+            settings.complete_sampler(1.0, nbeta).localization or 0.0,
+            max_passes=refining_passes(settings, objective),
+        )
+        done = dataclasses.asdict(refinement)
+        # One process's place for all: another number of threads may round differently.
+        arrays = {name: widened(w).cpu().numpy() for name, w in found.items()}
+        arrays = team.gather(arrays if team.rank == 0 else {})[0]
+    objective.move_to({name: torch.from_numpy(values) for name, values in arrays.items()})
+    return done, arrays
+
+
+def _loss_settings(objective: Objective) -> dict[str, Any]:
+    """What settings say of a loss that has a name."""
+    loss_fn = objective.loss_fn
+    return loss_fn.settings if isinstance(loss_fn, (TokenLoss, BehavioralLoss)) else {}
 
 
 def _fitted(saved: Saved, settings: Settings, keeper: Checkpoint) -> Saved:
@@ -558,7 +618,7 @@ def _affordable(
     settings: Settings,
     model: nn.Module,
     data: Any,
-    loss_fn: LossFunction | NextToken | None,
+    loss_fn: LossFunction | NextToken | Behavioral | None,
     surroundings: _Surroundings,
 ) -> tuple[Objective, Settings, str]:
     """Model, loss and data, tried once, in minibatches and for a length that a user who gave neither can wait for.
@@ -590,21 +650,30 @@ def _affordable(
 
 
 def _source(
-    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | None, device: torch.device
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | Behavioral | None,
+    device: torch.device,
 ) -> tuple[DataSource, LossFunction | None]:
     """The data as asked for, and the loss as a function."""
+    size = settings.batch_size
+    if settings.preset is not None and size == PRESETS[settings.preset].get("batch_size") and is_loader(data):
+        size = None  # which a preset can't know
     options: dict[str, Any] = {
-        "num_wanted": settings.num_chains * settings.schedule.num_steps * (settings.batch_size or 512),
+        "num_wanted": settings.num_chains * settings.schedule.num_steps * (size or 512),
         "max_batches": settings.schedule.num_steps,
         "independent": settings.wants_bias_correction,
         "whole": settings.template.kind == "metropolis",
     }
     source: DataSource
-    if isinstance(loss_fn, NextToken):
-        source, loss_fn = token_source(loss_fn, model, data, settings.batch_size, device, **options)
+    if isinstance(loss_fn, (Behavioral, BehavioralLoss)):
+        source, loss_fn = behavioral_source(loss_fn, model, data, size, device, **options)
+    elif isinstance(loss_fn, NextToken):
+        source, loss_fn = token_source(loss_fn, model, data, size, device, **options)
     else:
         data = columns_of_own_loss(model, data) if loss_fn is None else data
-        source = make_source(data, settings.batch_size, device, pairs=not takes_model(loss_fn), **options)
+        source = make_source(data, size, device, pairs=not takes_model(loss_fn), **options)
     settings.nbeta_for(source.num_samples)
     return source, loss_fn
 
@@ -633,6 +702,8 @@ def _objective(
         )
     if isinstance(loss_fn, TokenLoss):
         loss_fn.check_causal(objective)
+    if isinstance(loss_fn, BehavioralLoss):
+        loss_fn.check(objective, settings.nbeta_for(source.num_samples))
     if template.kind == "metropolis":
         _check_exact(template, objective, execution)
     return objective
@@ -706,13 +777,14 @@ def choose(prepared: Prepared) -> Chosen:
                     monitor=monitor,
                     stopping=stopping,
                 )
+            chosen = dataclasses.replace(chosen, refined=prepared.refined)
     # One process's numbers for all: another number of threads may round differently.
     return Chosen(**team.gather(dataclasses.asdict(chosen))[0])
 
 
 def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
     chosen, init_loss = Chosen(**saved.chosen), at_reference.mean
-    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr):
+    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr, 1e-6 / chosen.nbeta):
         raise ValueError(
             f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
             f"{init_loss:.6g}. Other data or another loss_fn?"
@@ -821,7 +893,8 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
             run = running.finish()
         sampled = dataclasses.replace(ending.gather(run, until), ended_by=ending.ended_by)
         if keeper is not None and team.rank == 0 and not sampled.interrupted:
-            keeper.merge(Saved(prepared.identity, dataclasses.asdict(chosen), vars(schedule), ending.gathered))
+            chosen_values = dataclasses.asdict(chosen)
+            keeper.merge(Saved(prepared.identity, chosen_values, vars(schedule), ending.gathered, prepared.reference))
         problems = team.gather("" if keeper is None else keeper.problem)
         problem = next(filter(None, problems if sampled.interrupted else problems[:1]), "")
     return dataclasses.replace(sampled, problem=problem)
@@ -995,7 +1068,7 @@ class _RunMonitor(Monitor):
         self.report(lambda: traces, sum(t.step * len(t.chains) for t in traces))
         if self._prepared.keeper is not None:
             chosen = dataclasses.asdict(self._chosen)
-            saved = Saved(dict(self._prepared.identity), chosen, vars(self._schedule), traces)
+            saved = Saved(dict(self._prepared.identity), chosen, vars(self._schedule), traces, self._prepared.reference)
             self._prepared.keeper.save(saved)
 
 
@@ -1037,8 +1110,9 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "num_steps_bw_draws": planned.num_steps_bw_draws,
             "batch_size": objective.source.batch_size,
             "num_samples": objective.source.num_samples,
-            **(objective.loss_fn.settings if isinstance(objective.loss_fn, TokenLoss) else {}),
+            **_loss_settings(objective),
             **({} if settings.preset is None else {"preset": settings.preset}),
+            **({"refine": settings.refine} if settings.refine else {}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),
@@ -1069,6 +1143,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     if chosen.pilot_bias_share is not None:
         share = None if math.isnan(chosen.pilot_bias_share) else chosen.pilot_bias_share
         result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=share)
+    if chosen.refined is not None:
+        result.diagnostics.update({f"refine_{name}": value for name, value in chosen.refined.items()})
     if sampler.kind == "metropolis":
         if vars(sampler)["adapt_steps"]:
             result.settings["lr"] = _adapted_lr(result)
@@ -1148,7 +1224,8 @@ def _facts(
         init_loss_stderr=init_loss_stderr,
         planned_steps=planned_steps,
         in_calibration=chosen.is_interrupted,
-        descent=chosen.descent,
+        descent=None if chosen.descent is None else Descent(*(tuple(values) for values in chosen.descent)),
+        refining_passes=None if chosen.refined is None else chosen.refined["passes"],
         local_localization=default_localization(objective.num_parameters, norm),
         random_modules=prepared.mode.random_modules,
         batch_statistics=prepared.mode.batch_statistics,

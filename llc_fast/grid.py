@@ -538,6 +538,7 @@ def scan(
 _OURS = {
     "checkpoint": "pass folder instead",
     **dict.fromkeys(("warm_start", "keep_ends"), "warm=True does it"),
+    "refine": "each cell would find a w* of its own",
     **dict.fromkeys(("target_error", "max_seconds", "max_gradients"), "cells have one length, num_draws"),
 }
 _ARGUMENTS = frozenset(f.name for f in dataclasses.fields(Settings))

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import numbers
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,8 @@ def named_loss(loss_fn: LossFunction | NextToken | str | None) -> LossFunction |
     if isinstance(loss_fn, str):
         if loss_fn != "next-token":
             raise TypeError(
-                f'loss_fn must be callable or "next-token", the loss of language models, got {loss_fn!r}: pass other '
-                "losses as functions, such as torch.nn.functional.cross_entropy"
+                f'loss_fn must be callable or "next-token", the loss of language models, or "behavioral", got '
+                f"{loss_fn!r}: pass other losses as functions, such as torch.nn.functional.cross_entropy"
             )
         return NextToken()
     return loss_fn
@@ -154,14 +154,14 @@ class TokenLoss:
     """
 
     def __init__(self, call: ModelCall, mean_tokens: float, num_tokens: int | None, num_left_out: int = 0) -> None:
-        self._call, self.mean_tokens = call, mean_tokens
+        self.call, self.mean_tokens = call, mean_tokens
         self.num_tokens, self.num_left_out = num_tokens, num_left_out
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         ids = batch["input_ids"].long()
-        logits = self._call(model, ids)
+        logits = self.call(model, ids)
         losses = F.cross_entropy(
-            logits.flatten(0, 1), _targets(ids, batch.get("labels")).flatten(), ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1), next_tokens(batch).flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(ids.shape).sum(1) / self.mean_tokens
 
@@ -181,15 +181,10 @@ class TokenLoss:
             return
         batch = next(iter(objective.source.minibatches(seed=0)))
         ids = batch["input_ids"][:4].long()
-        half = ids.shape[1] // 2
-        others = torch.cat([ids[:, :half], ids.flip(1)[:, half:]], 1)
-        if not half or torch.equal(ids, others):
-            return
         held = objective.holding(objective.reference, objective.fresh_buffers())
         with objective.generators.kept(), torch.no_grad(), held:
-            here = self._call(objective.model, ids)[:, :half]
-            there = self._call(objective.model, others)[:, :half]
-        if float((here - there).abs().max()) > _CAUSAL * float(here.std()):
+            found = is_causal(lambda ids: self.call(objective.model, ids), ids)
+        if not found:
             raise ValueError(
                 'loss_fn="next-token" is for causal models, and the logits of this one change with tokens that come '
                 "later, so that it sees what it is to predict: use a causal model (is_decoder=True?), or write the "
@@ -197,9 +192,25 @@ class TokenLoss:
             )
 
 
-def _targets(ids: Tensor, labels: Tensor | None) -> Tensor:
+def is_causal(logits: Callable[[Tensor], Tensor], ids: Tensor, slack: float = _CAUSAL) -> bool:
+    """Whether logits of the first half of sequences, ``[sequence, length]``, stay when the second half changes.
+
+    Args:
+        logits: of token ids.
+        ids: the sequences.
+        slack: how far they may move, over their standard deviation.
+    """
+    half = ids.shape[1] // 2
+    others = torch.cat([ids[:, :half], ids.flip(1)[:, half:]], 1)
+    if not half or torch.equal(ids, others):
+        return True
+    here, there = logits(ids)[:, :half], logits(others)[:, :half]
+    return not float((here - there).abs().max()) > slack * float(here.std())
+
+
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """What each position predicts, −100 where that is nothing; int64 ``[batch, length]``."""
-    return F.pad((ids if labels is None else labels.long())[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(batch.get("labels", batch["input_ids"]).long()[:, 1:], (0, 1), value=IGNORED)
 
 
 class ModelCall:
@@ -215,8 +226,7 @@ class ModelCall:
         forwards = [_Forward(module) for module in _wrapped(model)]
         own = next((forward for forward in forwards if forward.names), None)
         self._by_name = own is not None and "input_ids" in own.names
-        caches = any(forward.takes_use_cache for forward in forwards)
-        self._options: dict[str, Any] = {"use_cache": False} if self._by_name and caches else {}
+        self._options = call_options(model) if self._by_name else {}
 
     def __call__(self, model: nn.Module, ids: Tensor) -> Tensor:
         output = model(input_ids=ids, **self._options) if self._by_name else model(ids)
@@ -235,6 +245,11 @@ class ModelCall:
                 "function: def loss_fn(model, batch): … batch['input_ids'] …"
             )
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def call_options(model: nn.Module) -> dict[str, Any]:
+    """Keywords that keep a model of Hugging Face from filling a cache."""
+    return {"use_cache": False} if any(_Forward(module).takes_use_cache for module in _wrapped(model)) else {}
 
 
 _WRAPPERS = ("_orig_mod", "module", "base_model", "model")
@@ -312,7 +327,7 @@ def _counted(source: DataSource) -> tuple[float, int | None]:
     has_end = source.sampling.num_batches is not None
     tokens = sequences = 0.0
     for batch, weight in itertools.islice(source.full(), None if has_end else _STREAM_BATCHES):
-        counts = (_targets(batch["input_ids"], batch.get("labels")) != IGNORED).sum(1)
+        counts = (next_tokens(batch) != IGNORED).sum(1)
         tokens += float(counts.double().mean()) * weight
         sequences += weight
     if not tokens:

@@ -31,6 +31,7 @@ _SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
 """Traces that ArviZ has a name for."""
 
 
+_REFINED = ("fall", "distance", "gradient_before", "gradient_after", "gradients")
 _ENDED = {
     "target": "ended when the total error was {:.2g} of λ̂ (target_error={:.2g})",
     "budget": "ended when the gradients were spent, with a total error of {:.2g} of λ̂ (target_error={:.2g})",
@@ -114,8 +115,11 @@ class LLCResult:
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
             w), ``chains_left``; and ``chains_diverged``. Of γ: ``reach`` (prior width of a weight, 1/√γ, over the root
             mean square weight), ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ =
-            −(γ/2)·Cov(nβL, ‖w − w*‖²) over the draws). ``descent`` (how far nβ·L + γ/2·‖w − w*‖² falls from w* along
-            its gradient, at least). Their meaning is in ``warnings``.
+            −(γ/2)·Cov(nβL, ‖w − w*‖²) over the draws). Of w*: ``descent`` and ``descent_loss`` (how far
+            nβ·L + γ/2·‖w − w*‖², and with it nβ·L, fall from w* in their quadratic model, at least), ``fall`` (how far
+            nβ·L falls below that of w* along the chains, for certain); with ``refine=`` what
+            :class:`llc_fast.objective.refinement.Refinement` has, as ``refine_fall`` and so on. Their meaning is in
+            ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
@@ -323,7 +327,19 @@ class LLCResult:
         }
         known = {name: self.diagnostics.get(name) for name in formats}
         health = ", ".join(formats[name].format(value) for name, value in known.items() if value is not None)
-        return lines + [health] * bool(health) + [self._scale()] + self._costs()
+        return lines + [health] * bool(health) + [self._scale()] + self._refinement() + self._costs()
+
+    def _refinement(self) -> list[str]:
+        """What was done for a better w*."""
+        found = {name: self.diagnostics.get(f"refine_{name}") for name in _REFINED}
+        if found["fall"] is None:
+            return []
+        end = "" if self.diagnostics.get("refine_is_complete") else ", and was not done"
+        moved, before, after = found["distance"], found["gradient_before"], found["gradient_after"]
+        return [
+            f"w* is not the model's: refining it took {found['gradients']} gradients{end}, lowered nβ·L by "
+            f"{found['fall']:.3g} and moved it by {moved:.2g}·‖w*‖; ‖∇L‖ was {before:.2g}, is {after:.2g}"
+        ]
 
     def _costs(self) -> list[str]:
         """What made the run slow, or short."""
@@ -350,7 +366,7 @@ class LLCResult:
     def _tokens(self) -> str:
         """Of a language model: n in sequences and in tokens, and which of them nβ is made of; empty for others."""
         n, tokens = self.settings.get("num_samples"), self.settings.get("num_tokens")
-        if self.settings.get("loss_fn") != "next-token":
+        if "num_tokens" not in self.settings:
             return ""
         counts = (
             "n is unknown" if n is None else f"n = {n} sequences" + (f" of {tokens} predicted tokens" * bool(tokens))

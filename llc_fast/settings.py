@@ -29,6 +29,20 @@ from llc_fast.support.fingerprint import option_identity
 DEFAULT_REACH = 0.5
 """r of the default localization: the prior width of a weight over the root mean square weight."""
 DEFAULT_NUM_DRAWS = 2000
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "language-model": {"nbeta": 30.0, "localization": 300.0},
+    "paper": {
+        **{"sampler": "sgld", "bias_correction": False, "localization": 1.0},
+        **{"batch_size": 500, "num_burnin": 9000, "num_draws": 1000},
+    },
+}
+"""Arguments by the name of a preset; those that are given win, and a loader keeps its own minibatches.
+
+For language models: those of arXiv 2510.12077. The papers' (Lau et al. 2023, arXiv 2308.12108; Furman & Lau 2024,
+arXiv 2402.03698): plain SGLD at nβ = n / log n and γ = 1, chains of 10,000 steps of which the last tenth are draws.
+They chose ε by hand for each class of networks; where no `lr` is given, it is chosen so that bias, which is not
+subtracted, stays small.
+"""
 DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 """Of a length by need: the total relative error at which chains stop, and the draws that they stop at, burn-in counted
 as draws; if time is limited instead."""
@@ -37,8 +51,6 @@ PILOT_SHARE = 0.13
 FIRST_LOOK, UNUSED = 1250, 16
 """Of a length by need: draws, burn-in counted as draws, after which chains are looked at for the first time, and then
 whenever there are twice as many; and steps at the start that are no draws, whatever the length will be."""
-PRESETS: Mapping[str, Mapping[str, float]] = {"language-model": {"nbeta": 30.0, "localization": 300.0}}
-"""Arguments by the name of a preset; those that are given win. For language models: those of arXiv 2510.12077."""
 
 
 def default_nbeta(n: int) -> float:
@@ -147,11 +159,15 @@ class Settings:
     sensitivity: bool = False
     progress: bool | ProgressFunction = True
     preset: str | None = None
+    refine: bool | int = False
 
     def __post_init__(self) -> None:
-        for name, number in _of_preset(self.preset).items():
+        is_limited = any(getattr(self, name) is not None for name in ("target_error", "max_seconds", "max_gradients"))
+        for name, value in _of_preset(self.preset).items():
+            if is_limited and name in ("num_draws", "num_burnin"):
+                continue
             if getattr(self, name) is None and getattr(self.sampler, name, None) is None:
-                object.__setattr__(self, name, number)
+                object.__setattr__(self, name, value)
         for name, minimum in _COUNTS.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -167,6 +183,8 @@ class Settings:
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_number(name, number, minimum=0))
         check_number("checkpoint_interval", self.checkpoint_interval, minimum=0)
+        if not isinstance(self.refine, bool):
+            object.__setattr__(self, "refine", check_integer("refine", self.refine, 1))
         if not isinstance(self.execution, Execution):
             raise TypeError(
                 f"execution must be an llc_fast.Execution, got {type(self.execution).__name__}: pass for example "
@@ -369,6 +387,7 @@ class Settings:
             "strategy": execution.strategy,
             "seed": self.seed,
             "keep_ends": self.needs_ends,
+            **({"refine": self.refine} if self.refine else {}),
         }
 
 
@@ -385,7 +404,7 @@ _COUNTS = {
 _OPTIONAL = ("num_draws", "num_burnin", "max_gradients", "batch_size")
 
 
-def _of_preset(preset: str | None) -> Mapping[str, float]:
+def _of_preset(preset: str | None) -> Mapping[str, Any]:
     if preset is None:
         return {}
     if not isinstance(preset, str):

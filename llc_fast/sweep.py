@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import xarray
+from llc_fast.behavioral import Behavioral
 from llc_fast.estimate import estimate_llc
 from llc_fast.language import NextToken
 from llc_fast.objective.objective import LossFunction
@@ -59,7 +60,7 @@ def sweep_checkpoints(
     model: nn.Module,
     checkpoints: Iterable[Source] | str | os.PathLike[str],
     data: Any,
-    loss_fn: LossFunction | NextToken | str | None,
+    loss_fn: LossFunction | NextToken | Behavioral | str | None,
     *,
     labels: Sequence[Any] | None = None,
     dim: str = "checkpoint",
@@ -93,7 +94,8 @@ def sweep_checkpoints(
             too), or of folders with weights as Hugging Face writes them; or an iterator of these, which is asked for
             the next one when it is needed; or a folder of files or folders whose names say their step, such as
             ``checkpoint-500``. :class:`llc_fast.weights.WeightReader` says which names are understood.
-        data, loss_fn: as for :func:`llc_fast.estimate_llc`.
+        data, loss_fn: as for :func:`llc_fast.estimate_llc`. With ``"behavioral"`` each checkpoint's own outputs are its
+            targets.
         labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …, or a folder's steps.
         dim: name of the dimension.
         warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
@@ -263,7 +265,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
             "warnings": column(lambda r: "\n".join(r.warnings)),
             "warning_codes": column(lambda r: " ".join(w.code for w in r.warnings)),
             "is_warm": column(lambda r: r.diagnostics["is_warm"]),
-            "gradients": column(lambda r: r.loss_trace.size + r.diagnostics.get("pilot_steps", 0)),
+            "gradients": column(_gradients),
             "seconds": column(lambda r: r.settings["seconds"]),
             **{name: column(lambda r, name=name: _number(r.diagnostics.get(name))) for name in _DIAGNOSTICS},
         },
@@ -271,6 +273,11 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
         attrs={"partial": int(is_partial)},
     )
     return found
+
+
+def _gradients(result: LLCResult) -> int:
+    beside = (result.diagnostics.get(name, 0) for name in ("pilot_steps", "refine_gradients"))
+    return int(result.loss_trace.size + sum(beside))
 
 
 def _number(value: float | None) -> float:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import llc_fast
 from llc_fast import checks
 from llc_fast.checks import CODES, Facts, examine
+from llc_fast.objective.curvature import Descent
 from llc_fast.result import LLCResult
 from llc_fast.schedule import Schedule
 from llc_fast.stats import convergence, errors
@@ -121,6 +122,8 @@ def _rising() -> Traces:
     return _good() + np.linspace(-2, 2, 2000) * np.array([[0], [1], [0], [0]])
 
 
+_FOUR = Descent((4 * 9 / 100**2 * 2,), (0.08,))
+"""½·nβ²·(g·u)²/(nβh + γ) = 4 at nβ = 100 and γ = 1."""
 _STANDING = {"curvature": 1.0, "squared_curvature": 4.0}
 _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
     "dropout": (
@@ -189,8 +192,27 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
     ),
     "no minimum": (
         "no-minimum",
-        lambda: _judged(_good(), descent=4.0),
-        ["no minimum of the loss at nβ", "by 4 or more, against λ̂ = 10", "localization=10"],
+        lambda: _judged(_good(), descent=_FOUR),
+        [
+            "nβ = 100: following the gradient",
+            "by 4 or more, and nβ·L by 4.4: λ̂ = 10",
+            "about 14.5 at a minimum",
+        ],
+    ),
+    "ways out": (
+        "no-minimum",
+        lambda: _judged(_good(), descent=_FOUR),
+        ["Use refine=True", 'loss_fn="behavioral"', "nbeta=24, at which w* is one"],
+    ),
+    "no better minimum": (
+        "no-minimum",
+        lambda: _judged(_good(), descent=_FOUR, refining_passes=20),
+        ["at a minimum. Use refine=80, for more passes over the data than 20", "behavioral"],
+    ),
+    "falling loss": (
+        "no-minimum",
+        lambda: _judged(_good() - 8 * np.exp(-np.arange(2000) / 150) - 6, burnin=1000),
+        ["along the chains nβ·L falls to 1.", "below that of w*: λ̂ = 3.9", "or train the model to convergence"],
     ),
     "far": (
         "far",
@@ -524,8 +546,15 @@ def test_a_tilted_place_is_said_to_be_no_minimum_first(lr: float | None, burnin:
     known = 0.5 * 20.0**2 * (1 / 21 + 1 / 81)
     assert tilted.diagnostics["descent"] == pytest.approx(known, rel=1e-4)
     assert codes(tilted)[0] == "no-minimum" and "above-bound" not in codes(tilted)
+    # By as much as nβ·L falls to where the chains' mean is, λ̂ is lower than at a minimum.
+    fall = 20.0**2 * ((1 - 0.5 * 20 / 21) / 21 + (1 - 0.5 * 80 / 81) / 81)
+    assert tilted.diagnostics["descent_loss"] == pytest.approx(fall, rel=1e-4)
+    level_llc = 0.5 * sum(20 * a / (20 * a + 1) for a in h)
+    assert abs(tilted.llc_mean - (level_llc - fall)) < 4 * tilted.llc_stderr + 0.1
+    assert 0.8 * (fall - level_llc) < tilted.diagnostics["fall"] < 1.2 * fall
+    assert f"nβ·L by {fall:.2g}" in tilted.warnings[0]
     level = llc_fast.estimate_llc(_Tilted(h, [0.0] * 3), inputs, lambda o, _: o, progress=False, **options)
-    assert level.diagnostics["descent"] == 0 and "no-minimum" not in codes(level)
+    assert level.diagnostics["descent"] == level.diagnostics["fall"] == 0 and "no-minimum" not in codes(level)
 
 
 @pytest.mark.parametrize("scale", [0.03, 1.0, 30.0])

@@ -7,14 +7,18 @@ compare with that exact value, and the exact value with λ.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from closed_forms import NormalCrossing, Quadratic, ReducedRank, crossing_mean, reduced_rank_mean, run
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import llc_fast
 from llc_fast import estimate_llc, theory
 from llc_fast.problems.deep_linear import SIZE_CLASSES, make_problem, network
+from llc_fast.settings import Settings
 
 SIGMAS = 4.0
 
@@ -174,3 +178,24 @@ def test_deep_linear_networks_of_the_paper() -> None:
         )
         errors.append(abs(result.llc_mean / problem.learning_coefficient - 1))
     assert sorted(errors)[2] <= 0.06, errors
+
+
+def test_preset_of_the_papers() -> None:
+    """Plain SGLD at γ = 1 in minibatches of 500, 9,000 + 1,000 steps, nβ = n / log n; what is given wins."""
+    x, y = torch.randn(600, 2), torch.randn(600, 1)
+    model, loss = nn.Linear(2, 1), nn.functional.mse_loss
+    options: dict[str, Any] = {"preset": "paper", "num_chains": 2, "progress": False}
+    found = llc_fast.estimate_llc(model, (x, y), loss, lr=1e-4, **options).settings
+    expected = {"sampler": "sgld", "lr": 1e-4, "localization": 1.0, "batch_size": 500, "num_burnin": 9000}
+    expected |= {"num_draws": 1000, "bias_correction": False, "preset": "paper"}
+    assert {name: found[name] for name in expected} == expected
+    other = Settings(preset="paper", sampler="rmsprop-sgld", localization=0.5, num_draws=10, batch_size=20)
+    assert (other.sampler, other.localization, other.num_draws, other.batch_size) == ("rmsprop-sgld", 0.5, 10, 20)
+    assert other.num_burnin == 9000 and Settings(preset="paper", max_gradients=10**5).num_draws is None
+    loader = DataLoader(TensorDataset(x, y), batch_size=100, shuffle=True)
+    short = {**options, "num_draws": 5, "num_burnin": 5}
+    assert llc_fast.estimate_llc(model, loader, loss, lr=1e-4, **short).settings["batch_size"] == 100
+    chosen = llc_fast.calibrate(model, loader, loss, **short)
+    assert chosen["batch_size"] is None and chosen["bias_correction"] is False
+    result = llc_fast.estimate_llc(model, (x, y), loss, **short)
+    assert result.nbeta == pytest.approx(600 / math.log(600))

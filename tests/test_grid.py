@@ -351,6 +351,8 @@ def test_values_that_make_no_grid(settings: dict[str, Any], message: str) -> Non
         ({"nbeta": "4"}, "nbeta must be a number or several"),
         ({"checkpoint": "file"}, "checkpoint is not for scans: pass folder"),
         ({"warm_start": None}, "warm_start is not for scans"),
+        ({"refine": True}, "refine is not for scans: each cell would find a w\\* of its own"),
+        ({"target_error": 0.1}, "target_error is not for scans: cells have one length"),
         ({"no_such": 1}, "unexpected keyword argument 'no_such'"),
     ],
 )
@@ -529,3 +531,21 @@ def test_loss_functions_of_the_model() -> None:
         progress=False,
     )
     assert np.isfinite(result.dataset["mean_loss"]).all() and float(result.dataset["mean_loss"][0, 0]) > 0
+
+
+@quiet
+def test_behavioral_losses() -> None:
+    """w* is the minimum whatever the data say, at every temperature, and the prior alone is above it."""
+    model = mlp()
+    result = llc_fast.scan(
+        model,
+        data()[0],
+        "behavioral",
+        nbeta=[0, 5.0, 20.0],
+        localization=2.0,
+        num_draws=60,
+        num_burnin=40,
+        progress=False,
+    )
+    assert (result.dataset["init_loss"] == 0).all() and (result.dataset["llc_mean"].values[1:] > 0).all()
+    assert float(result.dataset["mean_loss"][0, 0]) > float(result.dataset["mean_loss"][1, 0]) > 0

@@ -9,9 +9,11 @@ import re
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from llc_fast.support.arrays import read_arrays, read_meta, write_arrays
 from llc_fast.support.files import atomic_write, output_path, remove_partial
@@ -20,6 +22,7 @@ from llc_fast.traces import Traces
 _FORMAT = 6
 INTERVAL = 60.0
 """Seconds between snapshots."""
+_REFERENCE = "reference/"
 _MAX_RANKS = 4096
 """Processes whose leavings are looked for."""
 
@@ -33,12 +36,14 @@ class Saved:
         chosen: what was chosen for settings left open, so that a resumed run goes on with them.
         schedule: of the chains, as far as they were to go.
         traces: of the chains.
+        reference: w* by parameter, where it is not the model's.
     """
 
     identity: dict[str, Any]
     chosen: dict[str, Any]
     schedule: dict[str, int]
     traces: list[Traces]
+    reference: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -151,7 +156,7 @@ def write(path: Path, saved: Saved) -> None:
     Raises:
         OSError: it can't be written; what was at `path` before is still there.
     """
-    groups, arrays = [], dict[str, Any]()
+    groups, arrays = [], {f"{_REFERENCE}{name}": values for name, values in saved.reference.items()}
     for k, traces in enumerate(saved.traces):
         numbers, named = traces.to_arrays()
         groups.append(numbers)
@@ -186,7 +191,8 @@ def read(path: Path, checkpoint: Path | None = None) -> Saved:
             mine = {name.removeprefix(f"{k}/"): a for name, a in arrays.items() if name.startswith(f"{k}/")}
             traces.append(Traces.from_arrays(numbers, mine))
         if is_current:
-            return Saved(meta["identity"], meta["chosen"], meta["schedule"], traces)
+            reference = {n.removeprefix(_REFERENCE): a for n, a in arrays.items() if n.startswith(_REFERENCE)}
+            return Saved(meta["identity"], meta["chosen"], meta["schedule"], traces, reference)
     except (PermissionError, IsADirectoryError):
         raise
     except Exception as error:

@@ -31,6 +31,7 @@ from llc_fast.cli.options import (
     Params,
     PlotPath,
     Progress,
+    Refine,
     SamplerOptions,
     Seed,
     StepSize,
@@ -50,7 +51,20 @@ def estimate(
     lr: StepSize = None,
     nbeta: Annotated[float | None, typer.Option(help="nβ; default: n / log n.")] = None,
     localization: Annotated[float | None, typer.Option(help="γ; default: from the size of the weights.")] = None,
-    preset: Annotated[str | None, typer.Option(help="language-model: nβ = 30 and γ = 300; default: none.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="language-model: nβ = 30 and γ = 300; paper: plain SGLD, γ = 1, minibatches of 500, 9,000 steps of "
+            "burn-in and 1,000 draws; default: none."
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of the problem's: behavioral (-mse, -kl), the model's own output as target; next-token."
+        ),
+    ] = None,
+    refine: Refine = False,
     chains: Chains = 4,
     draws: Draws = None,
     burnin: Burnin = None,
@@ -92,12 +106,13 @@ def estimate(
     result = estimate_llc(
         model,
         data,
-        loss_fn,
+        loss_fn if loss is None else loss,
         sampler=chosen,
         lr=lr,
         nbeta=nbeta,
         localization=localization,
         preset=preset,
+        refine=refine,
         num_chains=chains,
         num_draws=draws,
         num_burnin=burnin,

@@ -21,6 +21,7 @@ from llc_fast.cli.options import (
     Params,
     PlotPath,
     Progress,
+    Refine,
     SamplerOptions,
     Seed,
     StepSize,
@@ -63,7 +64,11 @@ def hf(
         int | None, typer.Option(min=2, help="Tokens of a sequence; longer ones are cut. Default: 512, or what fits.")
     ] = None,
     sequences: Annotated[int | None, typer.Option(min=2, help="How many, evenly spread; default: all.")] = None,
-    preset: Annotated[str, typer.Option(help="language-model: nβ = 30, γ = 300; or none.")] = "language-model",
+    preset: Annotated[str, typer.Option(help="language-model: nβ = 30, γ = 300; paper; or none.")] = "language-model",
+    loss: Annotated[
+        str, typer.Option(help="next-token, or behavioral: how far outputs are from the model's own.")
+    ] = "next-token",
+    refine: Refine = False,
     sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, …; default: chosen.")] = None,
     sampler_option: SamplerOptions = None,
     lr: StepSize = None,
@@ -99,7 +104,8 @@ def hf(
 ) -> None:
     """Estimate the local learning coefficient of a language model of Hugging Face.
 
-    The loss is that of the next token, in eval mode, averaged over all predicted tokens of the data set.
+    The loss is that of the next token, in eval mode, averaged over all predicted tokens of the data set; or how far the
+    predictions are from those of the model itself, of which each revision is a minimum, trained or not.
     """
     check_different({"--dataset": dataset, "--checkpoint": checkpoint, "--output": output, "--json": json_path})
     if dtype not in _DTYPES:
@@ -131,15 +137,16 @@ def hf(
         "device": device,
         "execution": execution,
         "progress": progress,
+        "refine": refine,
     }
     if revisions is not None:
         if draws is not None:
             settings["num_draws"] = draws
-        _sweep(model, loaded, places, data, settings, dtype, checkpoint, output, json_path)
+        _sweep(model, loaded, places, data, loss, settings, dtype, checkpoint, output, json_path)
         return
     from llc_fast.estimate import estimate_llc
 
-    result = estimate_llc(loaded, data, "next-token", num_draws=draws, checkpoint=checkpoint, **settings)
+    result = estimate_llc(loaded, data, loss, num_draws=draws, checkpoint=checkpoint, **settings)
     deliver(result, output, json_path, plot_path)
 
 
@@ -232,6 +239,7 @@ def _sweep(
     loaded: nn.Module,
     places: Sequence[tuple[str, dict[str, str]]],
     data: Any,
+    loss: str,
     settings: dict[str, Any],
     dtype: str,
     folder: Path | None,
@@ -248,9 +256,7 @@ def _sweep(
             yield {name: t.detach().clone() for name, t in source.state_dict().items()}
 
     names = [_name(place) for place in places]
-    found = sweep_checkpoints(
-        loaded, states(), data, "next-token", labels=names, dim="revision", folder=folder, **settings
-    )
+    found = sweep_checkpoints(loaded, states(), data, loss, labels=names, dim="revision", folder=folder, **settings)
     rows = _rows(found)
     width = max(map(len, [*names, "revision"]))
     typer.echo(f"{'revision':>{width}} {'λ̂':>10} {'± error':>9} {'L(w*)':>10}  warnings")

@@ -143,6 +143,7 @@ Burnin = Annotated[int | None, typer.Option(min=0, help="Steps before the first 
 Params = Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")]
 Strategy = Annotated[str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")]
 Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")]
+Refine = Annotated[bool, typer.Option("--refine", help="Look for a better minimum first, near the model's weights.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
 

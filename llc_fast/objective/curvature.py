@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llc_fast.objective.objective import Objective
+from llc_fast.batches import map_tensors
+from llc_fast.objective.objective import Objective, widened
 
 PILOT_BATCHES = 20
 
@@ -96,17 +98,64 @@ def in_float32(value: Any) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32 if isinstance(value, (int, float)) else None)
 
 
-_ITERATIONS, _BATCHES = 10, 4
-"""Of conjugate gradients, and minibatches at most that their Hessian is that of."""
+_FLAT = 1e-12
+"""Curvature of U where there is none, so that a fall without end is a number."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The way down from w* in the quadratic model of U = nβ·L + γ/2·‖w − w*‖², in a few directions that go furthest.
+
+    Attributes:
+        squares: (g·u)² of the gradient g of L and each direction u, all orthogonal.
+        curvatures: uᵀHu, of L.
+    """
+
+    squares: tuple[float, ...] = ()
+    curvatures: tuple[float, ...] = ()
+
+    def of_posterior(self, nbeta: float, localization: float) -> float:
+        """How far U falls: ½·nβ²·Σ(g·u)²/(nβh + γ), that is ½·nβ²·gᵀ(nβH + γ)⁻¹g; 0 at a minimum."""
+        return 0.5 * sum(nbeta**2 * square / a for square, a, _ in self._terms(nbeta, localization))
+
+    def of_loss(self, nbeta: float, localization: float) -> float:
+        """How far nβ·L falls where U is lowest: by so much λ̂ is too low, as the chains' mean is there."""
+        terms = self._terms(nbeta, localization)
+        return sum(nbeta**2 * square / a * (1 - 0.5 * nbeta * h / a) for square, a, h in terms)
+
+    def nbeta_for(self, most: float, nbeta: float, localization: float) -> float:
+        """The largest nβ, up to the one given, at which U falls by no more than `most`: with it w* is a minimum."""
+        low, high = 0.0, nbeta
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if self.of_posterior(middle, localization) <= most:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _terms(self, nbeta: float, localization: float) -> list[tuple[float, float, float]]:
+        """(g·u)², nβh + γ and h of each direction; one that leads down without end counts as flat."""
+        found = []
+        for square, h in zip(self.squares, self.curvatures, strict=True):
+            a = nbeta * h + localization
+            found.append((square, a, h) if a > 0 else (square, max(localization, _FLAT), 0.0))
+        return found
+
+
+_ITERATIONS, _BATCHES, _FEWEST = 10, 4, 3
+"""Of conjugate gradients, minibatches at most that their Hessian is that of, and iterations that are worth it."""
 
 
 @torch.no_grad()
-def descent(objective: Objective, nbeta: float, localization: float, *, max_gradients: float) -> float | None:
+def descent(objective: Objective, nbeta: float, localization: float, *, max_gradients: float) -> Descent | None:
     """How far U = nβ·L + γ/2·‖w − w*‖² falls from w* in its quadratic model, ½·nβ²·gᵀ(nβH + γ)⁻¹g; 0 at a minimum.
 
     g is the gradient of L over all data, H its Hessian on a few minibatches. Conjugate gradients (Hestenes & Stiefel
-    1952) go the way; each iteration takes them further down, so what a few of them find is a lower bound. Chains end
-    up lower by it, and λ̂ is too small by between once and twice as much, in the quadratic model.
+    1952) go the way; each iteration takes them further down, so what a few of them find is a lower bound, and where
+    gradients are few, three iterations will do. Chains end up lower by it, and λ̂ is too small by between once and
+    twice as much, in the quadratic model. The coefficients are those of Lanczos' recurrence, which knows the fall at
+    any nβ and γ.
 
     Args:
         objective: the model, its loss and data.
@@ -117,17 +166,20 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
         None where it can't be had: a gradient over all data and a few iterations would take more, the data have no end,
         the loss or the data are random, or the gradient is not finite.
     """
-    source, trial = objective.source, objective.trial
+    source = objective.source
     pieces = source.sampling.num_batches
-    if pieces is None or trial.is_random or source.sampling.reads_randomly or not source.sampling.full_is_exact:
+    if pieces is None or reason_without_gradient(objective):
         return None
-    used = min(pieces, _BATCHES)
-    if pieces + 2 * used * _ITERATIONS > max_gradients:
+    used, left = min(pieces, _BATCHES), (max_gradients - pieces) / 2
+    while used > 1 and left < _FEWEST * used:
+        used -= 1
+    iterations = min(_ITERATIONS, int(left / used))
+    if iterations < _FEWEST:
         return None
-    slope = _gradient(objective, objective.reference, None)
+    slope = gradient_over(objective, objective.reference, None).gradient
     size = _dot(slope, slope)
     if not 0 < size < math.inf:
-        return 0.0 if size == 0 else None
+        return Descent() if size == 0 else None
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.reference.values())
     scale = math.sqrt(_dot(objective.reference, objective.reference))
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
@@ -138,42 +190,93 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
         ends = []
         for sign in (step, -step):
             there = {name: (w + sign * vector[name]).to(w.dtype) for name, w in objective.reference.items()}
-            ends.append(_gradient(objective, there, used))
+            ends.append(gradient_over(objective, there, used).gradient)
         factor = nbeta / (2 * step)
         return {name: (a - ends[1][name]) * factor + localization * vector[name] for name, a in ends[0].items()}
 
     residual = {name: nbeta * g for name, g in slope.items()}
-    direction, found, squared = dict(residual), 0.0, nbeta**2 * size
-    for _ in range(_ITERATIONS):
+    direction, squared = dict(residual), nbeta**2 * size
+    diagonal, beside = list[float](), list[float]()  # of the tridiagonal matrix of Lanczos
+    before_last = 0.0  # what the step before adds to the next element of the diagonal
+    for _ in range(iterations):
         image = curved(direction)
         along = _dot(direction, image)
         if not 0 < along < math.inf:  # a direction that leads down without end, or rounding
+            if not diagonal and math.isfinite(along):
+                diagonal.append(localization)
             break
         length = squared / along
-        found += 0.5 * length * squared
+        diagonal.append(1 / length + before_last)
         residual = {name: r - length * image[name] for name, r in residual.items()}
         before, squared = squared, _dot(residual, residual)
-        if squared <= 1e-6 * nbeta**2 * size:
+        if squared <= 1e-6 * nbeta**2 * size or len(diagonal) == iterations:
             break
-        direction = {name: r + squared / before * direction[name] for name, r in residual.items()}
-    return found
+        ratio = squared / before
+        beside.append(math.sqrt(ratio) / length)
+        before_last = ratio / length
+        direction = {name: r + ratio * direction[name] for name, r in residual.items()}
+    return _in_directions(diagonal, beside[: len(diagonal) - 1], size, nbeta, localization)
 
 
-def _gradient(objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None) -> dict[str, Tensor]:
-    """The mean gradient over the first pieces of the data, None: all of them; 0 where a mask lets nothing move."""
+def _in_directions(
+    diagonal: list[float], beside: list[float], size: float, nbeta: float, localization: float
+) -> Descent:
+    """The directions of a tridiagonal matrix of nβH + γ that begins with the gradient, of squared length `size`."""
+    if not diagonal:
+        return Descent()
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if beside:
+        sides = torch.tensor(beside, dtype=torch.float64)
+        matrix = matrix + torch.diag(sides, 1) + torch.diag(sides, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    curvatures = ((values - localization) / nbeta).tolist()
+    return Descent(tuple((size * vectors[0].square()).tolist()), tuple(curvatures))
+
+
+def reason_without_gradient(objective: Objective) -> str:
+    """Why there is no gradient over all data; empty if there is one."""
+    sampling, trial = objective.source.sampling, objective.trial
+    if sampling.num_batches is None:
+        return "the data have no end"
+    if trial.is_random:
+        return "the loss is random (dropout?)"
+    if sampling.reads_randomly or not sampling.is_reproducible:
+        return "the data are other ones each time they are read (augmentation?)"
+    return "" if sampling.full_is_exact else "a pass over the data is one of many, with other samples"
+
+
+class Gradient(NamedTuple):
+    """Loss and gradient over data, and how many gradients of pieces that took."""
+
+    loss: float
+    gradient: dict[str, Tensor]
+    num_pieces: int
+
+
+def gradient_over(
+    objective: Objective, params: Mapping[str, Tensor], num_pieces: int | None, *, widen: bool = False
+) -> Gradient:
+    """The mean over the first pieces of the data, None: all of them; 0 where a mask lets nothing move.
+
+    With `widen`, data in bfloat16 and float16 become float32, as the parameters of an objective in full precision are.
+    """
     wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in params.items()}
     total = {name: torch.zeros_like(p, dtype=wide[name]) for name, p in params.items()}
-    count = 0.0
-    source = objective.source
+    length, loss = 0.0, torch.zeros((), dtype=torch.float64, device=objective.device)
+    source, count = objective.source, 0
     pieces = itertools.chain(source.full(tail=False), source.tail())  # none larger than the minibatch of a chain
     for batch, weight in itertools.islice(pieces, num_pieces):
-        objective.gradient_at(params, batch, lambda name, grad, w=weight: total[name].add_(grad, alpha=w))  # type: ignore[misc]
-        count += weight
+        loss += weight * objective.gradient_at(
+            params,
+            map_tensors(widened, batch) if widen else batch,
+            lambda name, grad, w=weight: total[name].add_(grad, alpha=w),  # type: ignore[misc]
+        )
+        length, count = length + weight, count + 1
     for name, t in total.items():
-        t.div_(count)
+        t.div_(length)
         if name in objective.masks:
             t.mul_(objective.masks[name])
-    return total
+    return Gradient(float(loss) / length, total, count)
 
 
 def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -238,6 +238,10 @@ class Objective:
         """Whether the loss function is called as ``loss_fn(model, batch)``."""
         return self._module._takes_model
 
+    def move_to(self, reference: Mapping[str, Tensor]) -> None:
+        """Another w*, of the same parameters; the model keeps its own."""
+        self.reference = {name: reference[name].to(w.device, w.dtype) for name, w in self.reference.items()}
+
     def freeze(self, name: str) -> None:
         """Leave a parameter at w* instead of sampling it."""
         self.frozen[name] = self.reference.pop(name)
@@ -416,15 +420,21 @@ class Objective:
         losses = [self.evaluate(params, piece, buffers, share).loss.detach() for piece, share in pieces]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(dtype=torch.float64)
 
-    def gradient_at(self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]) -> None:
+    def gradient_at(self, params: Mapping[str, Tensor], batch: Batch, take: Callable[[str, Tensor], object]) -> Tensor:
         """The gradient of a batch's loss, each parameter's handed to `take` and freed as soon as it is complete.
 
         With microbatches `take` is called for each: gradients add up.
+
+        Returns:
+            The loss.
         """
-        buffers = self.fresh_buffers()
+        buffers, total = self.fresh_buffers(), torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.enable_grad(), self.holding(params, buffers):
             for piece, share in self.pieces(copy.deepcopy(batch) if self.trial.writes_batch else batch):
-                self.consume_gradients(self.loss(piece, share).loss, take, plain=self.trial.is_reentrant)
+                loss = self.loss(piece, share).loss
+                self.consume_gradients(loss, take, plain=self.trial.is_reentrant)
+                total += loss.detach()
+        return total
 
     def identity(self) -> dict[str, Any]:
         """What names model and data: the values of w*, of what is not sampled, of buffers and masks, and the data."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llc_fast.stats.convergence import error_within, ess_mean
-from llc_fast.stats.errors import batch_means
+from llc_fast.stats.errors import batch_means, standard_error
 
 
 class Trend(NamedTuple):
@@ -84,6 +84,26 @@ def burnin_needed(losses: NDArray[np.float64], num_windows: int = 100) -> int:
     entered = int(np.argmax(distance <= 3))
     beyond = [int(k) for k in np.flatnonzero(distance[: count // 2] > 5)]
     return size * max(entered, 1 + max(beyond, default=-1))
+
+
+_FALL_WINDOWS, _FALL_ERRORS = 20, 5.0
+"""Parts of a trace that are looked at for a fall, and standard errors that their mean is below 0."""
+
+
+def fall(excess: NDArray[np.float64]) -> float:
+    """How far a trace ``[chain, step]`` of nβ·(L − L(w*)), burn-in included, goes below 0: at a minimum it never does.
+
+    It is the lowest mean of a twentieth of the run, over all chains, where that is below 0 for certain; 0 if it is not.
+    NaN with fewer than 160 steps.
+    """
+    chains, length = excess.shape
+    size = length // _FALL_WINDOWS
+    if not chains or size < 8:
+        return math.nan
+    windows = excess[:, : size * _FALL_WINDOWS].reshape(chains, _FALL_WINDOWS, size)
+    lowest = windows[:, int(windows.mean(axis=(0, 2)).argmin())]
+    value = float(lowest.mean())
+    return -value if value < -_FALL_ERRORS * standard_error(lowest).value else 0.0
 
 
 def spike_share(draws: NDArray[np.float64]) -> float:

@@ -42,6 +42,8 @@ for name, options in {
     "few": dict(strategy="sequential", num_chains=1, lr=None),
     "lost": dict(lr=1e3, num_draws=70, num_chains=4, strategy="sequential"),
     "adjusted": dict(sampler="hmc", lr=None, batch_size=None, num_chains=4, strategy="sequential"),
+    "refined": dict(strategy="sequential", refine=True, num_chains=3),
+    "behavioral": dict(strategy="batched", loss_fn="behavioral", num_chains=3),
 }.items():
     runs.estimate(**options, checkpoint=name, progress=True).save(f"{name}.{rank}")
 alone = runs.estimate(distributed=False, num_chains=2)
@@ -75,7 +77,20 @@ def _check_estimates(tmp_path: Path, size: int) -> None:
     assert_same(load("adjusted")[0], adjusted)
     for name in ("acceptance_per_chain", "lr_per_chain"):
         assert load("adjusted")[0].diagnostics[name] == adjusted.diagnostics[name]
-    for name in ("sequential", "batched", "few", "lost", "adjusted"):  # merged: one file with all chains
+    refined, behavioral = load("refined")[0], load("behavioral")[0]
+    assert_same(refined, estimate(strategy="sequential", refine=True, num_chains=3))
+    assert refined.diagnostics["refine_fall"] > 0
+    one_process = estimate(strategy="batched", loss_fn="behavioral", num_chains=3)
+    np.testing.assert_allclose(behavioral.loss_trace, one_process.loss_trace, rtol=1e-3, atol=1e-12)
+    for name in (
+        "sequential",
+        "batched",
+        "few",
+        "lost",
+        "adjusted",
+        "refined",
+        "behavioral",
+    ):  # merged: one file with all chains
         assert not list(tmp_path.glob(f"{name}.rank*"))
     again = estimate(**one, checkpoint=tmp_path / "sequential")
     assert again.diagnostics["resumed_steps"] == 60

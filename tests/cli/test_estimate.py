@@ -115,6 +115,18 @@ def test_preset(problem_file: Path) -> None:
     assert "preset='vision' is unknown" in str(refused.exception)
 
 
+def test_other_loss_and_a_better_minimum(problem_file: Path) -> None:
+    """The problem's loss gives way to a named one; refining says what it did."""
+    options = ["--lr", "1e-4", "--json"]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, "--loss", "behavioral-mse", *options)
+    found = json.loads(done.stdout)
+    assert found["settings"]["loss_fn"] == "behavioral-mse" and found["init_loss"] == 0
+    found = json.loads(invoke("estimate", f"{problem_file}:problem", *SHORT, "--refine", *options).stdout)
+    assert found["settings"]["refine"] is True and found["diagnostics"]["refine_passes"] > 0
+    refused = invoke("estimate", f"{problem_file}:problem", *SHORT, "--loss", "l1")
+    assert "behavioral" in str(refused.exception)
+
+
 def test_json_before_the_problem(problem_file: Path) -> None:
     """What follows --json is no file for the numbers if the problem would be missing."""
     done = invoke("estimate", *SHORT, "--lr", "1e-4", "--json", f"{problem_file}:problem")

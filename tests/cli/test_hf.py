@@ -196,6 +196,14 @@ def test_options_and_files(folder: Path, tmp_path: Path) -> None:
     assert "preset" not in without["settings"]
 
 
+def test_behavioral_loss(folder: Path, tmp_path: Path) -> None:
+    """The model's own predictions as targets."""
+    data = _jsonl(tmp_path / "a.jsonl", ROWS)
+    found = _numbers(folder, tmp_path / "o.json", data, "--loss", "behavioral")
+    assert found["settings"]["loss_fn"] == "behavioral-kl" and found["init_loss"] == 0 < found["llc_mean"]
+    assert found["settings"]["num_tokens"] == sum(len(row) - 1 for row in ROWS)
+
+
 @pytest.mark.parametrize(
     ("revisions", "labels"),
     [

@@ -319,3 +319,25 @@ def test_as_hamiltonian_monte_carlo_has_it(name: str, draws: int) -> None:
     error = math.hypot(ours.llc_stderr, exact.llc_stderr)
     assert error < 0.05 * exact.llc_mean
     assert abs(ours.llc_mean - exact.llc_mean) < 4 * error
+
+
+BEHAVIORAL = {
+    "resnet train": "statistics of each minibatch",
+    "resnet18 train": "statistics of each minibatch",
+    "gcn": "missing 1 required",  # the graph's edges are not part of a batch
+    "lightning": "forward",
+}
+"""Families that a behavioural loss refuses as they are."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_behavioral_loss(name: str) -> None:
+    """The model's own output as the target: L(w*) = 0, and what chains find is above it."""
+    case = case_of(name)
+    if name in BEHAVIORAL:
+        with pytest.raises(Exception, match=BEHAVIORAL[name]):
+            llc_fast.estimate_llc(case.model, case.data, "behavioral", **SHORT, **case.options)
+        return
+    found = llc_fast.estimate_llc(case.model, case.data, "behavioral", **SHORT, **case.options)
+    assert found.init_loss == 0 and found.llc_mean > 0 and "no-minimum" not in {w.code for w in found.warnings}

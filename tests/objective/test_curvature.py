@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import runs
 import torch
 from regression import NUM_SAMPLES, estimate, initialized, samples
-from torch import nn
+from torch import Tensor, nn
+
+from llc_fast.data import make_source
+from llc_fast.objective.curvature import Descent, descent
+from llc_fast.objective.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -46,3 +52,82 @@ def test_default_step_size_of_a_mask(gamma: float) -> None:
     kept = x[:, mask[0]]
     exact = 0.2 / (5.0 * float(torch.linalg.eigvalsh(2 * kept.T @ kept / NUM_SAMPLES)[-1]) + gamma)
     assert exact * (1 - 1e-3) <= result.settings["lr"] <= 1.1 * exact
+
+
+# ---- the way down ------------------------------------------------------------------------------------------
+
+
+def _linear(n: int = 60, batch_size: int = 10) -> tuple[Objective, Tensor, Tensor]:
+    """Linear regression away from its solution, the gradient of its loss, and its Hessian."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 6)
+    y = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    model = runs.initialized(nn.Linear(6, 1, bias=False).double())
+    device = torch.device("cpu")
+    objective = Objective(model, runs.mse, make_source((x, y), batch_size, device), device=device)
+    gradient = 2 * x.T @ (x @ model.weight[0].detach() - y[:, 0]) / n
+    return objective, gradient, 2 * x.T @ x / n
+
+
+@pytest.mark.parametrize("gamma", [0.5, 50.0])
+def test_way_down_of_a_quadratic_loss(gamma: float) -> None:
+    """½·nβ²·gᵀ(nβH + γ)⁻¹g, and the fall of nβ·L at that place, at the nβ it was measured at and at others."""
+    objective, g, hessian = _linear(batch_size=60)
+    found = descent(objective, 30.0, gamma, max_gradients=1000)
+    assert found is not None
+    for nbeta in (30.0, 3.0, 0.3):
+        away = -nbeta * torch.linalg.solve(nbeta * hessian + gamma * torch.eye(6), g)
+        assert found.of_posterior(nbeta, gamma) == pytest.approx(-0.5 * nbeta * float(g @ away), rel=1e-3)
+        exact = nbeta * float(g @ away + 0.5 * away @ hessian @ away)
+        assert found.of_loss(nbeta, gamma) == pytest.approx(-exact, rel=1e-3)
+
+
+def test_nbeta_at_which_it_is_a_minimum() -> None:
+    objective, _, _ = _linear()
+    found = descent(objective, 30.0, 2.0, max_gradients=1000)
+    assert found is not None
+    most = 0.1 * found.of_posterior(30.0, 2.0)
+    nbeta = found.nbeta_for(most, 30.0, 2.0)
+    assert 0 < nbeta < 30 and found.of_posterior(nbeta, 2.0) == pytest.approx(most, rel=1e-6)
+    assert Descent().nbeta_for(0.1, 30.0, 2.0) == pytest.approx(30)
+
+
+@pytest.mark.parametrize(("budget", "is_known"), [(3, False), (7, False), (8, True), (20, True), (200, True)])
+def test_way_down_by_few_gradients(budget: int, is_known: bool) -> None:
+    """With fewer iterations, and then fewer minibatches for the Hessian; no more than it may take."""
+    objective, _, _ = _linear(batch_size=30)
+    spent = 0
+    before = objective.gradient_at
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal spent
+        spent += 1
+        return before(*args)
+
+    objective.gradient_at = counted  # type: ignore[method-assign]
+    found = descent(objective, 30.0, 2.0, max_gradients=budget)
+    assert (found is not None) == is_known and spent <= budget
+    if found is not None:
+        complete = descent(objective, 30.0, 2.0, max_gradients=1000)
+        assert complete is not None
+        ratio = found.of_posterior(30.0, 2.0) / complete.of_posterior(30.0, 2.0)
+        assert 0.3 < ratio < (1.5 if budget < 20 else 1 + 1e-6)  # of a Hessian of half of the data
+
+
+def test_a_ridge_leads_down() -> None:
+    """Where the curvature along the gradient is negative, the way down counts as flat: at least as far as γ allows."""
+
+    class Ridge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cos(self.w) + 0 * x
+
+    x, device = torch.zeros(4, 1, dtype=torch.float64), torch.device("cpu")
+    objective = Objective(Ridge(), lambda out, _: out.mean(), make_source((x, x), 4, device), device=device)
+    found = descent(objective, 100.0, 1.0, max_gradients=1000)
+    assert found is not None
+    slope = torch.sin(torch.tensor(0.5, dtype=torch.float64)).item()
+    assert found.of_posterior(100.0, 1.0) == pytest.approx(0.5 * (100 * slope) ** 2, rel=1e-3)

@@ -82,7 +82,8 @@ def estimate(**options: Any) -> LLCResult:
         "progress": False,
     } | options
     model = chosen.pop("model", None) or mlp()
-    inputs = chosen.pop("data", None) or data()
+    inputs = chosen.pop("data", None)
+    inputs = data() if inputs is None else inputs
     return llc_fast.estimate_llc(model, inputs, chosen.pop("loss_fn", mse), **arguments(chosen))
 
 

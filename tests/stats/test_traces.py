@@ -70,3 +70,22 @@ def test_slow_part() -> None:
     # By draws alone the chains look well mixed.
     assert np.median([convergence.ess_bulk(x + 6 * rng.standard_normal(x.shape)) for x in slow]) > 400
     assert math.isnan(traces.slow_part(slow[0][:, :255]).times)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.8, 0.95])
+def test_no_fall_at_a_minimum(phi: float) -> None:
+    """Chains that begin at 0 and rise to a plateau hardly ever fall; noise alone, of mean 0, does so in few runs."""
+    noise = ar1(np.random.default_rng(3), 4 * 300, 2000, phi).reshape(300, 4, 2000)
+    rise = 5 * (1 - np.exp(-np.arange(2000) / 200))
+    assert not any(traces.fall(x + rise) for x in noise)
+    assert sum(traces.fall(x) > 0 for x in noise) <= 0.05 * 300
+    assert math.isnan(traces.fall(np.ones((4, 100))))
+
+
+def test_a_fall_is_as_deep_as_its_lowest_part() -> None:
+    """Down to −4 after a fifth of the run, and up again: the mean of a twentieth there."""
+    t = np.arange(4000) / 4000
+    path = -4 * np.exp(-(((t - 0.2) / 0.15) ** 2)) + 3 * t
+    expected = -path.reshape(20, 200).mean(axis=1).min()
+    found = traces.fall(path + 0.3 * np.random.default_rng(4).standard_normal((4, 4000)))
+    assert found == pytest.approx(expected, abs=0.05)
