@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llc_fast.behavioral import behavioral_loss
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
+    from llc_fast.grid import ScanResult, scan
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
     from llc_fast.settings import Execution, default_localization, default_nbeta
@@ -35,6 +36,7 @@ __all__ = [
     "LLCWarning",
     "PreconditionedSGLD",
     "RMSpropSGLD",
+    "ScanResult",
     "__version__",
     "behavioral_loss",
     "calibrate",
@@ -43,6 +45,7 @@ __all__ = [
     "estimate_llc",
     "language",
     "samplers",
+    "scan",
     "sweep_checkpoints",
     "theory",
 ]
@@ -52,6 +55,7 @@ _HOME = {
         "behavioral": ("behavioral_loss",),
         "chains.draw": ("Draw",),
         "estimate": ("calibrate", "estimate_llc"),
+        "grid": ("ScanResult", "scan"),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
         "settings": ("Execution", "default_localization", "default_nbeta"),

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,15 @@ from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import PRESETS, UNUSED, Execution, Settings, default_localization, with_old_keywords
+from llc_fast.stats.sensitivity import Sensitivity
+from llc_fast.stats.sensitivity import sensitivity as slopes_of
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
 from llc_fast.support.torch_private import drops, normalizes_batches
 from llc_fast.support.warned import issue
 from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
+from llc_fast.twins import HALF_FACTOR, twin_schedule, twin_traces
 
 _CHECKS_SHARE, _FORWARD_PASSES = 0.01, 3
 """Of a run's gradients, what comparing gradients with differences may cost; forward passes that cost as much as one."""
@@ -89,6 +92,7 @@ def estimate_llc(
     checkpoint_interval: float = INTERVAL,
     warm_start: LLCResult | None = None,
     keep_ends: bool = False,
+    sensitivity: bool = False,
     progress: bool | ProgressFunction = True,
     preset: str | None = None,
     refine: bool | int = False,
@@ -170,6 +174,9 @@ def estimate_llc(
         warm_start: an earlier result with as many chains, made with ``keep_ends=True``: each chain starts where that of
             the earlier result ended, moved by as much as w* has moved since. None: at w*.
         keep_ends: keep where the chains end in ``result.ends``, as much memory as all chains' parameters.
+        sensitivity: measure dλ̂/dlog nβ and dλ̂/dlog γ, for ``result.sensitivity``: four short runs with the same random
+            numbers go on from the chains' ends, at γ, and nβ with γ, times and over √2 (:mod:`llc_fast.twins`). They
+            take as many gradients as the chains, and are no part of the checkpoint.
         progress: show progress with λ̂ so far: a bar on a terminal or in a notebook, a line each 10 % in a log; or a
             function that is called a few times a second with the steps done, the steps in all and λ̂ so far (NaN before
             the first draw).
@@ -201,7 +208,10 @@ def estimate_llc(
         prepared = prepare(settings, model, data, loss, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
+        slopes = sensitivity_of(prepared, chosen, run) if settings.sensitivity else None
     result = report(prepared, chosen, run)
+    if slopes is not None:
+        result.diagnostics["sensitivity"] = {k: None if math.isnan(v) else v for k, v in slopes._asdict().items()}
     if surroundings.team.rank == 0:
         issue(result.warnings, stacklevel=2)
     return result
@@ -272,6 +282,20 @@ def calibrate(
 
 
 _ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+
+
+@contextlib.contextmanager
+def prepared_alone(
+    settings: Settings, model: nn.Module, data: Any, loss_fn: LossFunction | NextToken | str | None
+) -> Iterator[Prepared]:
+    """Inside ``with`` a run that may begin, in this process alone, for a look at the model.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as :func:`estimate_llc`.
+    """
+    loss = named_loss(loss_fn)
+    with _Surroundings(settings, model, data, loss, alone=True) as surroundings:
+        yield prepare(settings, model, data, loss, surroundings)
 
 
 def _why(chosen: Chosen, settings: Settings) -> str:
@@ -842,7 +866,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
         evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
-        keep_ends=settings.keep_ends,
+        keep_ends=settings.needs_ends,
         keep_state=keeper is not None and objective.num_parameters <= (LARGE_MODEL if team.size == 1 else _SENT),
         first_look=settings.first_look,
     )
@@ -962,6 +986,41 @@ class _Ending:
         return "target" if is_known else ""
 
 
+def sensitivity_of(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> Sensitivity | None:
+    """How λ̂ answers to nβ and γ, by twins of the chains; None if somebody stopped them, or the chains before."""
+    settings, team = prepared.settings, prepared.surroundings.team
+    start = sampled.traces.ends
+    if sampled.interrupted or start is None:
+        return None
+    sampler, _ = _completed(settings, chosen)
+    if sampler.kind == "metropolis" and vars(sampler)["adapt_steps"]:
+        last = sampled.traces.steps["lr"][:, sampled.until - 1]
+        last = last[np.isfinite(last)]
+        sampler = dataclasses.replace(sampler, lr=float(np.exp(np.log(last).mean()))) if last.size else sampler
+    schedule, chains = twin_schedule(sampled.until), team.share(settings.num_chains)
+    with prepared.surroundings.interrupts.stopping() as stop, team.stopping(stop):
+        found = twin_traces(
+            prepared.objective,
+            sampler,
+            schedule,
+            sampled.run.plan,
+            prepared.reference_losses,
+            init_loss=chosen.init_loss,
+            bias_correction=chosen.bias_correction,
+            start=start,
+            seed=settings.seed,
+            chains=chains,
+            stop=stop,
+        )
+        parts = team.gather(found)
+    if any(part is None for part in parts):
+        return None
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    each = sampler.trajectory()[0] if sampler.kind == "metropolis" else 1  # type: ignore[attr-defined]
+    gradients = len(joined) * settings.num_chains * schedule.num_steps * each
+    return slopes_of(joined, 2 * math.log(HALF_FACTOR), gradients)
+
+
 class _RunMonitor(Monitor):
     """Shows progress, and keeps the checkpoint."""
 
@@ -1063,7 +1122,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "seconds": time.perf_counter() - prepared.surroundings.started,
         },
         traces={name: values for name, values in traces.steps.items() if name != LOSS},
-        ends=None if sampled.interrupted else traces.ends,
+        ends=traces.ends if settings.keep_ends and not sampled.interrupted else None,
         observables=traces.draws,
         steps_done=[min(s, schedule.num_steps) for s in sampled.steps_done] if sampled.interrupted else None,
     )

@@ -347,3 +347,99 @@ def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None)
         plot_traces(axes[1], example, known=rows[-1]["lambda_true"])
         axes[1].set_title("loss along the chains of the last network")
     return figure
+
+
+def plot_scan(
+    nbeta: np.ndarray[Any, Any],
+    localization: np.ndarray[Any, Any],
+    mean: np.ndarray[Any, Any],
+    stderr: np.ndarray[Any, Any],
+    warned: np.ndarray[Any, Any],
+    *,
+    cells: Sequence[tuple[int, ...]] = (),
+    title: str = "",
+) -> Figure:
+    """λ̂ over nβ and γ: a heat map of a grid, a line of a path or where there is one nβ or one γ.
+
+    Args:
+        nbeta, localization, mean, stderr: a number for each cell, ``[nβ, γ]`` or ``[cell]``; NaN is left out.
+        warned: cells that are hollow.
+        cells: places of the cells that get a frame.
+        title: of the figure.
+    """
+    lines = mean.ndim == 1 or 1 in mean.shape
+    rows, columns = (1, 1) if lines else mean.shape
+    figure, (axes,) = new_figure(1, width=max(5.6, 1.9 + 1.25 * columns), height=max(4.0, 1.7 + 0.62 * rows))
+    draw = _scan_line if lines else _scan_map
+    draw(axes, nbeta, localization, mean, stderr, warned, cells)
+    figure.suptitle("\n".join(textwrap.wrap(title, int(12 * figure.get_figwidth()))), fontsize=10)
+    return figure
+
+
+def _scan_line(
+    axes: Axes, nbeta: Any, localization: Any, mean: Any, stderr: Any, warned: Any, cells: Sequence[tuple[int, ...]]
+) -> None:
+    framed = np.zeros(mean.shape, dtype=bool)
+    for place in cells:
+        framed[place] = True
+    nbeta, localization, mean, stderr, warned, framed = (
+        np.ravel(values) for values in (nbeta, localization, mean, stderr, warned, framed)
+    )
+    moving = [(values, name) for values, name in ((nbeta, "nβ"), (localization, "γ")) if len(np.unique(values)) > 1]
+    one = len(moving) == 1
+    x, name = moving[0] if one else (np.arange(len(mean)), "cell")
+    known = np.isfinite(mean)
+    axes.plot(x[known], mean[known], color=OKABE_ITO["sky"], lw=1, zorder=1)
+    if framed.any():
+        look: dict[str, Any] = {"lw": 0, "marker": "o", "ms": 16, "alpha": 0.35, "zorder": 0}
+        axes.plot(x[framed], mean[framed], color=OKABE_ITO["orange"], label="plateau", **look)
+    errorbar_by_warning(axes, x[known], mean[known], 2 * stderr[known], warned[known], label="λ̂ ± 2 standard errors")
+    if warned[known].any():
+        label_hollow(axes)
+    axes.legend(fontsize=9)
+    axes.set(xlabel=name, ylabel="λ̂")
+    if not one:
+        labels = [f"nβ = {n:.3g}\nγ = {g:.3g}" for n, g in zip(nbeta, localization, strict=True)]
+        axes.set_xticks(x, labels, fontsize=7)
+    elif (x > 0).all():
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=float(x[x > 0].min()))
+
+
+def _scan_map(
+    axes: Axes, nbeta: Any, localization: Any, mean: Any, stderr: Any, warned: Any, cells: Sequence[tuple[int, ...]]
+) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    known = mean[np.isfinite(mean)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    colors = ScalarMappable(Normalize(low, high if high > low else low + 1), "cividis")
+    for i, j in np.ndindex(*mean.shape):
+        if not np.isfinite(mean[i, j]):
+            axes.text(j, i, "–", ha="center", va="center", color="0.6")
+            continue
+        color, hollow = colors.to_rgba(mean[i : i + 1, j])[0], bool(warned[i, j])
+        # A thick edge around nothing is what a hollow marker is among points.
+        side = 0.84 if hollow else 0.96
+        look: dict[str, Any] = {"facecolor": "white" if hollow else color, "edgecolor": color, "lw": 6 if hollow else 0}
+        axes.add_patch(Rectangle((j - side / 2, i - side / 2), side, side, **look))
+        text = f"{mean[i, j]:.4g}\n± {stderr[i, j]:.2g}"
+        ink = "white" if sum(color[:3]) < 1.5 and not hollow else "black"
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
+    inside = {(place[0], place[1]) for place in cells}
+    for i, j in inside:  # the outer edges only
+        for other, ends in (
+            ((i - 1, j), ((j - 0.5, j + 0.5), (i - 0.5, i - 0.5))),
+            ((i + 1, j), ((j - 0.5, j + 0.5), (i + 0.5, i + 0.5))),
+            ((i, j - 1), ((j - 0.5, j - 0.5), (i - 0.5, i + 0.5))),
+            ((i, j + 1), ((j + 0.5, j + 0.5), (i - 0.5, i + 0.5))),
+        ):
+            if other not in inside:
+                axes.plot(*ends, color=OKABE_ITO["vermillion"], lw=2.5, solid_capstyle="projecting")
+    axes.set_xticks(range(mean.shape[1]), [f"{g:.3g}" for g in localization[0]])
+    axes.set_yticks(range(mean.shape[0]), [f"{n:.3g}" for n in nbeta[:, 0]])
+    axes.set(xlabel="γ", ylabel="nβ", xlim=(-0.55, mean.shape[1] - 0.45), ylim=(-0.55, mean.shape[0] - 0.45))
+    axes.figure.colorbar(colors, ax=axes, label="λ̂ ± standard error; hollow: with a warning")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from llc_fast.schedule import Schedule
 from llc_fast.stats.errors import StandardError, standard_error
+from llc_fast.stats.sensitivity import Sensitivity
 from llc_fast.support.arrays import read_arrays, write_arrays
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
@@ -240,6 +241,12 @@ class LLCResult:
         error = standard_error(self.kept_draws)
         of_init_loss = self.nbeta * float(self.diagnostics.get("init_loss_stderr") or 0.0)
         return error._replace(value=math.hypot(error.value, of_init_loss))
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """dλ̂/dlog nβ and dλ̂/dlog γ with standard errors; None without ``estimate_llc(sensitivity=True)``."""
+        found = self.diagnostics.get("sensitivity")
+        return None if found is None else Sensitivity.from_numbers(found)
 
     @property
     def systematic_error(self) -> tuple[float, float]:

@@ -158,6 +158,7 @@ class Settings:
     checkpoint_interval: float = INTERVAL
     warm_start: LLCResult | None = None
     keep_ends: bool = False
+    sensitivity: bool = False
     progress: bool | ProgressFunction = True
     preset: str | None = None
     refine: bool | int = False
@@ -258,6 +259,11 @@ class Settings:
     def is_default_sampler(self) -> bool:
         """Whether the sampler may be replaced by its variant with momentum."""
         return self.sampler is None
+
+    @property
+    def needs_ends(self) -> bool:
+        """Whether the chains have to say where they end."""
+        return self.keep_ends or self.sensitivity
 
     @property
     def wants_bias_correction(self) -> bool:
@@ -382,7 +388,7 @@ class Settings:
             "observables": sorted(self.observables or ()),
             "strategy": execution.strategy,
             "seed": self.seed,
-            "keep_ends": self.keep_ends,
+            "keep_ends": self.needs_ends,
             **({"refine": self.refine} if self.refine else {}),
         }
 

@@ -17,9 +17,9 @@ LEVELS = (
     ("objective", "result", "plots", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
-    ("calibration", "cost", "progress", "settings", "checks"),
+    ("calibration", "twins", "cost", "progress", "settings", "checks"),
     ("estimate",),
-    ("sweep",),
+    ("sweep", "grid"),
     ("reproduce",),
     ("cli",),
 )

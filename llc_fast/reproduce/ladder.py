@@ -20,18 +20,26 @@ prior uniform on the box |w_i| ≤ 1 for the first three):
    2023, arXiv 2308.12108): :func:`llc_fast.estimate_llc` with all its defaults. Training ends beside the origin, where
    the model may be less singular: this λ̂ may be above λ.
 
+The second has a way out. Sampled at several nβ, the way in which nβ·E[K] tends to λ tells λ and m:
+:meth:`llc_fast.ScanResult.fit` averages over the forms that −d log Z/d log nβ can take. It is told neither λ nor m, nor
+which exponents the model has. Here the prior is a Gaussian of precision 1, so that it is flat over what chains explore
+at the nβ that matter, and no proposal leaves a box. The same fit is made to the exact values by quadrature, as if they
+had errors of 0.2 %.
+
 The last three have exact answers too: what a sampler without any error would find at this nβ, on these data, by
 quadrature. So there are two things to look at: whether the sampler is right (the estimate is where quadrature says),
 and whether λ is what is being sampled (quadrature is where λ is).
 
-Estimates must be within three standard errors of their exact answer. The local estimate has a known error on top: the
-bias that is subtracted is right in quadratic wells, and too large elsewhere. Of what is subtracted in a well of degree
-D only the share 2/D was there (docs/calibration.md), so λ̂ may be too low by (1 − 2/D) of it.
+Estimates must be within three standard errors of their exact answer, and what is fitted over nβ within three of its own
+of λ; and m must be among those values that together have 95 % of the probability. The local estimate has a known error
+on top: the bias that is subtracted is right in quadratic wells, and too large elsewhere. Of what is subtracted in a
+well of degree D only the share 2/D was there (docs/calibration.md), so λ̂ may be too low by (1 − 2/D) of it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +52,10 @@ import llc_fast
 from llc_fast.problems.products import Box, Gaussian, ProductRegression, correlation
 from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
-from llc_fast.reproduce.rows import Row, Tables, estimate_row, in_words, is_warned
+from llc_fast.reproduce.rows import Row, Tables, estimate_row, in_words, is_warned, plus_minus
 from llc_fast.reproduce.study import Study
 from llc_fast.samplers import HMCSampler
+from llc_fast.stats.temperature import TemperatureFit, fit_temperature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +70,15 @@ MODELS = {
 """Arguments of :class:`ProductRegression`."""
 BOX, LOCALIZATION = Box(1.0), 1.0
 SIGMAS = 3.0
+EXACT_ERROR = 2e-3
+"""Relative error with which exact values are fitted."""
+FIT_JITTER, FIT_ACCEPTANCE = 0.9, 0.9
+"""Steps of trajectories are between a tenth and twice of what adapts to this acceptance: the arms of {K = 0} need short
+ones, and the middle, where most of the posterior is, long ones."""
+CREDIBLE = 0.95
+"""Probability of the set of m that the true one must be in."""
+MAX_FIT_ERROR = 0.2
+"""Of λ fitted over nβ, relative: with a larger error it would be right without saying anything."""
 LEAST, MOST, BINS = -24, 1, 100
 """Powers of ten between which V(ε) is kept for the figure, and at how many places."""
 LEAST_COUNT = 10
@@ -81,6 +99,8 @@ class Settings:
         chains, burnin, draws: of Hamiltonian Monte Carlo.
         data_sets: other data sets whose exact answers show what the noise does.
         curve: values of nβ at which the exact answer is plotted.
+        fit_nbetas: nβ that λ and m are fitted over.
+        fit_chains, fit_burnin, fit_draws: of Hamiltonian Monte Carlo at each of them; burn-in is that of the first.
     """
 
     points: int = 2 * 10**7
@@ -92,6 +112,10 @@ class Settings:
     draws: int = 2000
     data_sets: int = 100
     curve: int = 60
+    fit_nbetas: tuple[float, ...] = tuple(float(f"{t:.4g}") for t in np.logspace(1, 6, 11))
+    fit_chains: int = 32
+    fit_burnin: int = 600
+    fit_draws: int = 1200
 
 
 SCALES = {
@@ -105,6 +129,9 @@ SCALES = {
         burnin=2000,
         draws=10_000,
         data_sets=400,
+        fit_chains=128,
+        fit_burnin=2000,
+        fit_draws=10_000,
     ),
 }
 
@@ -117,6 +144,7 @@ def measure(study: Study, settings: Settings) -> None:
     ideal = {f"{name}, nβ = {nbeta:g}": (name, nbeta) for name in models for nbeta in settings.nbetas}
     study.rows("idealized", ideal, lambda case: _ideal_row(study, case[0], case[1], settings), _about)
     names = {name: name for name in models}
+    study.rows("temperature", names, lambda name: _temperature_row(study, name, settings), _about_temperature)
     study.rows("empirical", names, lambda name: _empirical_row(study, name, settings), _about)
     study.rows("local", names, lambda name: _local_row(study, name, settings), _about)
 
@@ -241,6 +269,73 @@ def _about(row: Row) -> str:
     return f"{in_words(row)}; by quadrature {row['exact']:.4g}"
 
 
+# ---- λ and m from temperature ------------------------------------------------------------------------------
+
+
+def _temperature_row(study: Study, name: str, settings: Settings) -> Row:
+    """The fit over nβ, to sampled values and to exact ones."""
+    model, no_data = _model(name), (torch.zeros(2, 1), torch.zeros(2, 1))
+    truth = model.learning_coefficient
+    scanned = study.scan(
+        f"{name} temperature",
+        model,
+        no_data,
+        _population_loss,
+        nbeta=settings.fit_nbetas,
+        localization=LOCALIZATION,
+        sampler=HMCSampler(jitter=FIT_JITTER, target_acceptance=FIT_ACCEPTANCE),
+        num_chains=settings.fit_chains,
+        num_burnin=settings.fit_burnin,
+        num_draws=settings.fit_draws,
+    )
+    prior = Gaussian.around(model, LOCALIZATION)
+    exact = np.array([model.expected_excess(t, prior) for t in settings.fit_nbetas])
+    cells = scanned.dataset.isel(localization=0)
+    found, by_quadrature = scanned.fit(), fit_temperature(np.array(settings.fit_nbetas), exact, EXACT_ERROR * exact)
+    return {
+        "lambda": truth.value,
+        "multiplicity": truth.multiplicity,
+        **_fit_row(found),
+        "exact_fit": _fit_row(by_quadrature),
+        "nbetas": settings.fit_nbetas,
+        "mean": cells["llc_mean"].values,
+        "mean_stderr": cells["llc_stderr"].values,
+        "exact": exact,
+        "codes_by_nbeta": [str(codes) for codes in cells["warning_codes"].values],
+        "gradients": float(cells["gradients"].sum()),
+        "warnings": [],
+    }
+
+
+def _fit_row(found: TemperatureFit) -> Row:
+    best = found.fits[0]
+    return {
+        "llc": found.value,
+        "stderr": found.stderr,
+        "sampling_error": found.sampling_error,
+        "form_error": found.form_error,
+        "fitted_multiplicity": found.multiplicity,
+        "probabilities": {str(m): p for m, p in found.probabilities.items()},
+        "best_form": best.form,
+        "best_from": best.smallest,
+    }
+
+
+def _about_temperature(row: Row) -> str:
+    chances = ", ".join(f"m = {m}: {p:.2f}" for m, p in row["probabilities"].items())
+    return f"λ = {plus_minus(row['llc'], row['stderr'])}, {chances}; truly {row['lambda']:g} and {row['multiplicity']}"
+
+
+def credible(probabilities: Mapping[str, float]) -> set[int]:
+    """The smallest set of m, the most probable first, that has 95 % of the probability."""
+    chosen, total = set[int](), 0.0
+    for m, p in sorted(probabilities.items(), key=lambda item: -item[1]):
+        if total < CREDIBLE:
+            chosen.add(int(m))
+            total += p
+    return chosen
+
+
 # ---- 3 and 4: data -----------------------------------------------------------------------------------------
 
 
@@ -334,6 +429,41 @@ def _claim(text: str, rows: dict[str, Row], exact: str) -> Claim:
     return Claim(text, f"{found}; the furthest, {worst}, uses {used[worst]:.0%} of it", used[worst] <= 1)
 
 
+def _fit_claims(rows: Mapping[str, Row]) -> list[Claim]:
+    """λ and m from temperature, by sampled and by exact values."""
+
+    def judged(of: Mapping[str, Row], text: str, is_good: Callable[[str, Row], bool]) -> Claim:
+        wrong = [key for key, row in of.items() if not is_good(key, row)]
+        found = "; ".join(
+            f"{key}: {plus_minus(row['llc'], row['stderr'])}, m = {row['fitted_multiplicity']} "
+            f"({row['probabilities'][str(row['fitted_multiplicity'])]:.2f})"
+            for key, row in of.items()
+        )
+        which = f"not {', '.join(wrong)}" if wrong else f"all {len(of)}"
+        return Claim(text, f"{which}; {found}", not wrong)
+
+    def is_near(key: str, row: Row) -> bool:
+        size = rows[key]["lambda"]
+        return bool(abs(row["llc"] - size) <= SIGMAS * row["stderr"] and row["stderr"] <= MAX_FIT_ERROR * size)
+
+    exact = {key: row["exact_fit"] for key, row in rows.items()}
+    bound = f"within {SIGMAS:g} of its standard errors of λ, and these are at most {MAX_FIT_ERROR:.0%} of it"
+    return [
+        judged(rows, f"temperature: λ fitted to sampled nβ·E[K] over nβ is {bound}", is_near),
+        judged(
+            rows,
+            f"temperature: m is among the values that have {CREDIBLE:.0%} of the probability",
+            lambda key, row: rows[key]["multiplicity"] in credible(row["probabilities"]),
+        ),
+        judged(
+            exact,
+            f"temperature: fitted to values by quadrature, with errors of {EXACT_ERROR:.1%}, λ is {bound}, and m is "
+            "the most probable",
+            lambda key, row: is_near(key, row) and row["fitted_multiplicity"] == rows[key]["multiplicity"],
+        ),
+    ]
+
+
 def claims(tables: Tables, settings: Settings) -> list[Claim]:
     """Each rung against its own exact answer."""
     error = f"{SIGMAS:g} standard errors"
@@ -347,6 +477,7 @@ def claims(tables: Tables, settings: Settings) -> list[Claim]:
             tables["local"],
             "exact",
         ),
+        *_fit_claims(tables["temperature"]),
     ]
 
 
@@ -354,8 +485,12 @@ def claims(tables: Tables, settings: Settings) -> list[Claim]:
 
 
 def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
-    """The ladder, a panel for each model; and what lies behind its first two rungs."""
-    return {"ladder": _plot_ladder(tables, settings), "ladder-asymptotics": _plot_asymptotics(tables)}
+    """The ladder, a panel for each model; what lies behind its first two rungs; and λ and m from temperature."""
+    return {
+        "ladder": _plot_ladder(tables, settings),
+        "ladder-asymptotics": _plot_asymptotics(tables),
+        "ladder-temperature": _plot_temperature(tables["temperature"]),
+    }
 
 
 def _plot_ladder(tables: Tables, settings: Settings) -> Figure:
@@ -455,4 +590,28 @@ def _plot_asymptotics(tables: Tables) -> Figure:
         "Volumes give λ where they can be measured; sampling gives it as nβ grows,\nlogarithmically slowly "
         "where the multiplicity is 2"
     )
+    return figure
+
+
+def _plot_temperature(rows: Mapping[str, Row]) -> Figure:
+    from llc_fast.plots import errorbar_by_warning, new_figure
+
+    figure, axes = new_figure(4, width=3.6, height=4.2)
+    for axis, (name, row) in zip(axes, rows.items(), strict=True):
+        axis.axhspan(
+            row["llc"] - 2 * row["stderr"], row["llc"] + 2 * row["stderr"], color=figures.ORANGE, alpha=0.25, lw=0
+        )
+        axis.axhline(row["llc"], color=figures.ORANGE, lw=1.5, label="λ by the fit ± 2 standard errors")
+        axis.axhline(row["lambda"], color="k", lw=1.2, label="λ")
+        axis.plot(row["nbetas"], row["exact"], color=figures.GREY, lw=1.2, label="nβ·E[K], exact")
+        bars = 2 * np.array(row["mean_stderr"], dtype=np.float64)
+        errorbar_by_warning(axis, row["nbetas"], row["mean"], bars, row["codes_by_nbeta"], ms=4, label="sampled")
+        chances = "\n".join(f"P(m = {m}) = {p:.2f}" for m, p in row["probabilities"].items())
+        axis.text(0.96, 0.05, chances, transform=axis.transAxes, ha="right", va="bottom", fontsize=9)
+        axis.set(xscale="log", xlabel="nβ", ylim=(0, 1.35 * row["lambda"]))
+        axis.set_title(f"{name}:  λ = {row['lambda']:g}, m = {row['multiplicity']}", fontsize=10)
+    axes[0].set_ylabel("nβ·E[K]")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.suptitle("λ and its multiplicity from how the tempered mean moves with nβ")
     return figure

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 import llc_fast
+from llc_fast.grid import ScanResult
 from llc_fast.progress import make_progress, print_line
 from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, sweep_rows
@@ -166,6 +167,21 @@ class Study:
 
         cases = {f"{key}, step {step}": step for step in steps}
         return self.rows(table, cases, lambda step: {"step": step, **about(step), **found()[step]}, say)
+
+    def scan(self, key: str, model: torch.nn.Module, data: Any, loss_fn: Any, **settings: Any) -> ScanResult:
+        """:func:`llc_fast.scan` with this study's device, seed and progress bar, resumed if it was stopped.
+
+        Call it while a row is measured; `key` names the scan within the study.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the same study goes on from there.
+        """
+        wanted: dict[str, Any] = {"device": self.device, "seed": self.seed, "progress": self.progress} | settings
+        found = llc_fast.scan(model, data, loss_fn, folder=self.path(key), **wanted)
+        if found.is_partial:
+            raise KeyboardInterrupt
+        shutil.rmtree(self.path(key), ignore_errors=True)
+        return found
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make` returns, made once and kept for later runs of the study: tensors, numbers, strings, and lists,

@@ -30,6 +30,10 @@ TINY = Settings(
     draws=8,
     data_sets=2,
     curve=4,
+    fit_nbetas=(10.0, 100.0, 1e3, 1e4, 1e5),
+    fit_chains=2,
+    fit_burnin=8,
+    fit_draws=8,
 )
 
 
@@ -48,11 +52,16 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Study, "estimate", shorter)
     claims = run(load("ladder"), _study(tmp_path), TINY)
     written = json.loads((tmp_path / "data.json").read_text())
-    assert len(claims) == 4
+    assert len(claims) == 7
     tables = written["tables"]
     assert all(list(tables[rung]) == list(ladder.MODELS) for rung in ("volume", "empirical", "local"))
     assert list(tables["idealized"]) == [f"{name}, nβ = 100" for name in ladder.MODELS]
-    for name in ("ladder", "ladder-asymptotics"):
+    for name, row in tables["temperature"].items():
+        truth = ProductRegression(**ladder.MODELS[name]).learning_coefficient
+        assert (row["lambda"], row["multiplicity"]) == (truth.value, truth.multiplicity)
+        assert len(row["mean"]) == len(row["exact"]) == 5 and set(row["probabilities"]) == {"1", "2", "3"}
+        assert not list((tmp_path / "work").glob("*temperature*"))  # resumable until it is done
+    for name in ("ladder", "ladder-asymptotics", "ladder-temperature"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
     assert all(row["sampler"] == "hmc" for rung in ("idealized", "empirical") for row in tables[rung].values())
     assert {row["nbeta"] for row in tables["local"].values()} == {50 / math.log(50)}
@@ -128,9 +137,25 @@ def _row(llc: float | None, **figures: Any) -> Row:
     return {"llc": llc, "stderr": None if llc is None else 0.01, "exact": 1.0, "lambda": 1.0, "warnings": []} | figures
 
 
+def _fitted(llc: float, stderr: float, m: int, chance: float, **figures: Any) -> Row:
+    rest = (1 - chance) / 2
+    chances = {str(k): chance if k == m else rest for k in (1, 2, 3)}
+    return {"llc": llc, "stderr": stderr, "fitted_multiplicity": m, "probabilities": chances} | figures
+
+
+def _temperature(
+    llc: float = 1.04, stderr: float = 0.05, m: int = 1, chance: float = 0.9, exact: dict[str, Any] | None = None
+) -> Row:
+    """Of a model with λ = 1 and m = 1."""
+    by_quadrature = _fitted(**({"llc": 1.0, "stderr": 0.01, "m": 1, "chance": 0.9} | (exact or {})))
+    return _fitted(llc, stderr, m, chance, exact_fit=by_quadrature, **{"lambda": 1.0}, multiplicity=1)
+
+
 def _tables(**changed: Row) -> dict[str, dict[str, Row]]:
     good = {name: _row(1.02, model="w₁²w₂²", bias_share=0.1) for name in ("volume", "idealized", "empirical", "local")}
-    return {name: {"a": _row(1.0, model="w₁²w₂²"), "b": row} for name, row in (good | changed).items()}
+    fitted = {"a": _temperature(), "b": changed.pop("temperature", _temperature())}
+    tables = {name: {"a": _row(1.0, model="w₁²w₂²"), "b": row} for name, row in (good | changed).items()}
+    return tables | {"temperature": fitted}
 
 
 def test_claims() -> None:
@@ -149,3 +174,16 @@ def test_claims() -> None:
     assert failing(local=_row(0.90, model="w₁²w₂²", bias_share=0.1)) == [3]
     assert failing(local=_row(0.93, model="regular, 4 parameters", bias_share=0.1)) == [3]
     assert "not b" in ladder.claims(_tables(volume=_row(2.0)), TINY)[0].found
+    # λ beyond three errors, or with an error that says nothing; m without a chance; and the same of exact values.
+    assert failing(temperature=_temperature(llc=1.16)) == [4]
+    assert failing(temperature=_temperature(stderr=0.21)) == [4]
+    assert failing(temperature=_temperature(m=2, chance=0.97)) == [5]
+    assert failing(temperature=_temperature(m=2, chance=0.8)) == []
+    for wrong in ({"llc": 1.04}, {"m": 2}, {"stderr": 0.3}):
+        assert failing(temperature=_temperature(exact=wrong)) == [6]
+
+
+def test_credible_sets() -> None:
+    assert ladder.credible({"1": 0.96, "2": 0.03, "3": 0.01}) == {1}
+    assert ladder.credible({"1": 0.05, "2": 0.75, "3": 0.2}) == {2, 3}
+    assert ladder.credible({"1": 0.3, "2": 0.4, "3": 0.3}) == {1, 2, 3}
