@@ -313,7 +313,7 @@ class LLCResult:
             f"{len(draws)} chains × {draws.shape[1] if len(draws) else 0} draws"
             + (f" ({diverged} diverged)" if diverged else "")
             + (" (interrupted)" if self.is_partial else "")
-            + f", L(w*) = {self.init_loss:.6g}, nβ = {self.nbeta:.6g}",
+            + f", L(w*) = {self.init_loss:.6g}, {self.llc_mean / self.nbeta:+.2g} at the draws, nβ = {self.nbeta:.6g}",
         ]
         if tokens := self._tokens():
             lines.append(tokens)

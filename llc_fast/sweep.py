@@ -20,6 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import xarray
 from llc_fast.behavioral import Behavioral
+from llc_fast.data import mix
 from llc_fast.estimate import estimate_llc
 from llc_fast.language import NextToken
 from llc_fast.objective.objective import LossFunction
@@ -78,12 +79,12 @@ def sweep_checkpoints(
     Step sizes are chosen anew at every checkpoint, as curvature changes by orders of magnitude in training; pass ``lr``
     to fix it. With `warm`, the chains of a checkpoint start where those of the one before ended, moved by as much as w*
     has moved between them (``estimate_llc(warm_start=…)``). They are chains of their own checkpoint, only better
-    begun, so that a quarter of the burn-in will do. Where training has learned something in between, they may be worse
-    begun: far from where that holds. So a checkpoint is estimated again from w* if its warm chains give rise to a
-    warning that their start may have caused, and that the last estimate from w* did not have; the second estimate is
-    kept, with its own warnings. After two of these, one after another, all others start at w*. Chains that are all led
-    astray together are not noticed; where a jump between checkpoints is what you look for, pass ``warm=False``. The
-    model is as it was whenever a checkpoint is asked for, and at the end.
+    begun, so that a quarter of the burn-in will do, with random numbers of their own. Where training has learned
+    something in between, they may be worse begun: far from where that holds. So a checkpoint is estimated again from
+    w* if its warm chains give rise to a warning that their start may have caused, and that the last estimate from w*
+    did not have; the second estimate is kept, with its own warnings. After two of these, one after another, all others
+    start at w*. Chains that are all led astray together are not noticed; where a jump between checkpoints is what you
+    look for, pass ``warm=False``. The model is as it was whenever a checkpoint is asked for, and at the end.
 
     Ctrl-C ends the sweep after the present step; the checkpoints that were finished are returned, with the attribute
     ``partial``.
@@ -153,6 +154,8 @@ def sweep_checkpoints(
         def report(steps: int, total: int, llc: float) -> None:
             shown.update(k + steps / total, llc)
 
+        # With the noise that led them to their start, slow directions would add it up from checkpoint to checkpoint.
+        seed = settings.get("seed", 0) if start is None else mix(int(settings.get("seed", 0)), k)
         with shown_otherwise():
             return estimate_llc(
                 model,
@@ -164,7 +167,7 @@ def sweep_checkpoints(
                 keep_ends=warm and rejected < MAX_REJECTED,
                 checkpoint=None if kept is None else kept / f"{name}.npz",
                 progress=report if shown.is_shown else False,
-                **settings,
+                **settings | {"seed": seed},
             )
 
     try:

@@ -24,6 +24,7 @@ from llc_fast import calibration
 from llc_fast import estimate as estimate_module
 from llc_fast import sweep as sweep_module
 from llc_fast.checks import CODES, Facts
+from llc_fast.data import mix
 from llc_fast.result import LLCResult, Warning
 
 STRATEGIES = ["sequential", "batched"]
@@ -190,13 +191,39 @@ def test_a_cold_sweep_is_an_estimate_for_each() -> None:
 
 
 def test_a_warm_sweep_goes_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second estimate is that of a warm start from the first, with a quarter of its burn-in."""
+    """The second estimate is a warm start from the first, with a quarter of its burn-in and other random numbers."""
     monkeypatch.setattr(estimate_module, "examine", lambda result, facts: None)
     found = _sweep()
     first = estimate(model=mlp(seed=0), keep_ends=True)
-    second = estimate(model=mlp(seed=1), warm_start=first, num_burnin=1)
+    second = estimate(model=mlp(seed=1), warm_start=first, num_burnin=1, seed=mix(0, 1))
     assert list(found.is_warm) == [False, True, True]
     assert float(found.llc_mean[0]) == first.llc_mean and float(found.llc_mean[1]) == second.llc_mean
+
+
+def test_noise_does_not_add_up_along_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a direction that nothing holds, what chains do at each checkpoint is independent of what they did before.
+
+    Over eight equal checkpoints the square of the displacement grows eight times, not sixty-four: chains are as far as
+    of one run of the same steps, ε for each, within four standard errors of a mean square.
+    """
+    monkeypatch.setattr(estimate_module, "examine", lambda result, facts: None)
+    ends: list[dict[str, Any]] = []
+    original = sweep_module.estimate_llc
+
+    def kept(*args: Any, **given: Any) -> LLCResult:
+        result = original(*args, **given)
+        assert result.ends is not None
+        ends.append(result.ends)
+        return result
+
+    monkeypatch.setattr(sweep_module, "estimate_llc", kept)
+    states = [{name: t.clone() for name, t in mlp().state_dict().items()} for _ in range(8)]
+    options: dict[str, Any] = {"lr": 1e-4, "nbeta": 1e-6, "localization": 0.0, "num_chains": 20, "batch_size": 10}
+    llc_fast.sweep_checkpoints(mlp(), states, data(), mse, num_draws=20, num_burnin=20, progress=False, **options)
+    steps = 40 + 7 * 25
+    assert len(ends) == 8
+    for name, last in ends[-1].items():
+        assert float((last**2).mean()) == pytest.approx(1e-4 * steps, rel=4 * math.sqrt(2 / last.size)), name
 
 
 class _Bowl(Quadratic):
