@@ -63,6 +63,9 @@ from llc_fast.stats.response import UNKNOWN, Response, response_if_settled, resp
 from llc_fast.stats.step_checks import step_check_statistics
 from llc_fast.stats.traces import burnin_needed, chain_spread, fall, slow_part, spike_share, trend
 
+COARSEST = 0.02
+"""ε·γ above which a path is too coarse for a derivative that treats time as continuous; such chains settle in some
+fifty steps, and the covariance of their draws will do."""
 MAX_SLOPE_ERROR = 0.25
 """Standard error of dλ̂/dlog γ, as a share of λ̂, above which it is not told."""
 MIN_ESS = 100
@@ -244,8 +247,9 @@ def _localization_slope(result: LLCResult, facts: Facts) -> Response:
     if not np.isfinite(distance).all() or not np.isfinite(path).all():
         return UNKNOWN
     plain = not settings.get("weight_decay") and "bounding_box_size" not in settings
-    if facts.euclidean and plain and math.isfinite(facts.injected_noise):
-        time_step = float(settings["lr"]) / facts.injected_noise  # noise of this variance a step, friction included
+    # Noise of this variance a step, friction included.
+    time_step = float(settings["lr"]) / facts.injected_noise if facts.injected_noise > 0 else math.nan
+    if facts.euclidean and plain and gamma * time_step < COARSEST:
         found = response_of_path(path, distance, draws, steps, localization=gamma, time_step=time_step)
     else:
         found = response_if_settled(draws, distance[:, steps], localization=gamma)

@@ -50,8 +50,8 @@ def test_quadratic_directions(quadratic: LLCResult) -> None:
     assert abs(found.nbeta - exact) < 4 * found.nbeta_stderr
     assert abs(found.localization + exact) < 4 * found.localization_stderr
     assert max(found.nbeta_stderr, found.localization_stderr) < 0.4 * exact
-    # The covariance formula sees how far chains are in flat directions.
-    assert found.localization_stderr < 0.2 * quadratic.diagnostics["localization_slope_stderr"]
+    # The covariance formula sees how far chains are in flat directions, so that it says nothing.
+    assert quadratic.diagnostics["localization_slope"] is None
 
 
 def test_the_cost_is_what_it_says(quadratic: LLCResult) -> None:
