@@ -47,6 +47,9 @@ _STAGES = (1 / 16, 3 / 16, 3 / 4)
 run, long enough to see what becomes of the bias."""
 MIN_PILOT = 64
 """Gradients below which pilots would show nothing."""
+RESTART_STEP, MAX_RESTARTS = 1 / 4, 3
+"""ε of a run that begins again, as a share of the one with which its chains diverged; and how often. Pilots can't see
+everything: near very singular places the curvature grows for thousands of steps."""
 MIN_FRICTION = 0.5
 """With less, bias feeds on itself where gradient noise grows with the loss: chains diverged at 0.25."""
 
@@ -68,6 +71,7 @@ class Chosen:
             loss was not above L(w*).
         descent: the way down from w*: the squares and the curvatures of :class:`llc_fast.objective.curvature.Descent`;
             None: not measured.
+        restarts: how often most chains diverged on the way, and all began again with a quarter of ε.
         is_interrupted: whether somebody stopped the pilot chains: this is what they had found by then.
         refined: what :func:`llc_fast.objective.refinement.refine` has done; None: w* is the model's.
     """
@@ -82,6 +86,7 @@ class Chosen:
     pilot_steps: int = 0
     pilot_bias_share: float | None = None
     descent: list[list[float]] | None = None
+    restarts: int = 0
     is_interrupted: bool = False
     refined: dict[str, Any] | None = None
 

@@ -19,7 +19,15 @@ from torch import nn
 
 from llc_fast.batches import DataSource
 from llc_fast.behavioral import Behavioral, BehavioralLoss, behavioral_source, named_loss
-from llc_fast.calibration import MIN_FRICTION, STIFFNESS, Chosen, choose_settings, num_pilot_steps
+from llc_fast.calibration import (
+    MAX_RESTARTS,
+    MIN_FRICTION,
+    RESTART_STEP,
+    STIFFNESS,
+    Chosen,
+    choose_settings,
+    num_pilot_steps,
+)
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
 from llc_fast.chains.draw import Observable
 from llc_fast.chains.group import RunSpec
@@ -208,6 +216,12 @@ def estimate_llc(
         prepared = prepare(settings, model, data, loss, surroundings)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
+        while may_begin_again(prepared, chosen, run):
+            # The checkpoint goes on with the new step size as soon as it is written.
+            prepared = dataclasses.replace(prepared, saved=None)
+            lr, restarts = chosen.lr * RESTART_STEP, chosen.restarts + 1
+            chosen = dataclasses.replace(chosen, lr=lr, friction=1.0, restarts=restarts)
+            run = sample(prepared, chosen)
         slopes = sensitivity_of(prepared, chosen, run) if settings.sensitivity else None
     result = report(prepared, chosen, run)
     if slopes is not None:
@@ -1082,6 +1096,15 @@ def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> ND
     return corrected
 
 
+def may_begin_again(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> bool:
+    """Whether most chains diverged, with a step size that was chosen for them and can be smaller."""
+    if prepared.settings.lr is not None or sampled.interrupted or chosen.restarts >= MAX_RESTARTS:
+        return False
+    losses = sampled.traces.loss[:, : sampled.until]
+    diverged = ~np.isfinite(losses).all(axis=1)
+    return bool(2 * diverged.sum() > len(losses)) and prepared.settings.template.kind != "metropolis"
+
+
 # ---- report ------------------------------------------------------------------------------------------------
 
 
@@ -1133,6 +1156,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         unpaired_reason=chosen.unpaired_reason,
         paired_with=prepared.reference_losses.pairing,
         shortened=prepared.shortened,
+        restarts=chosen.restarts,
         ended_by=sampled.ended_by,
         seconds_of_data=run.seconds_of_data,
         chains_per_group=run.plan.group_size,

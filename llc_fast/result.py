@@ -352,6 +352,10 @@ class LLCResult:
             )
         if ended_by := self.diagnostics.get("ended_by"):
             found.append(_ENDED.get(ended_by, ended_by).format(self.relative_error, self.diagnostics["target_error"]))
+        if restarts := self.diagnostics.get("restarts"):
+            found.append(
+                f"chains diverged with larger steps: begun again {restarts} times, with a quarter of ε each time"
+            )
         if shortened := self.diagnostics.get("shortened"):
             found.append(f"shortened to {shortened}, to take ten minutes rather than longer")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from runs import assert_same, codes, data, estimate, interrupted_after, mlp, mse
 from torch.utils.data import DataLoader, TensorDataset
 
 import llc_fast
+from llc_fast import estimate as estimate_module
 from llc_fast.chains.run import after_each_step
 from llc_fast.checks import Facts, examine
 from llc_fast.result import LLCResult
@@ -242,3 +244,33 @@ def test_interval_and_summary_have_the_slow_directions() -> None:
     assert result.llc_mean < result.extrapolated < result.llc_mean + above
     assert f"(sampling) +{above:.2g}/−0 (slow directions" in result.summary()
     assert result.relative_error == pytest.approx((result.llc_stderr + above / 2) / result.llc_mean)
+
+
+@pytest.mark.parametrize("length", [{"num_draws": 200, "num_burnin": 100}, {"num_draws": None, "num_burnin": None}])
+def test_chains_that_diverge_begin_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: Any) -> None:
+    """With a quarter of a step size that was chosen for them, not of one that was given; and so after a resume."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 5)
+    model = torch.nn.Linear(5, 1, bias=False)
+    inputs = x, model(x).detach()
+    stiffest = 2 * float(torch.linalg.eigvalsh(x.T @ x / 400).max()) * 100 + 1
+    original = estimate_module.choose
+    monkeypatch.setattr(
+        estimate_module, "choose", lambda prepared: dataclasses.replace(original(prepared), lr=10 / stiffest)
+    )
+    options: dict[str, Any] = {
+        "nbeta": 100.0,
+        "num_chains": 4,
+        "batch_size": 400,
+        "model": model,
+        "data": inputs,
+    } | length
+    found = estimate(lr=None, checkpoint=tmp_path / "run.npz", **options)
+    assert found.diagnostics["restarts"] == 1 and found.settings["lr"] == pytest.approx(2.5 / stiffest)
+    h = 100 * 2 * torch.linalg.eigvalsh(x.double().T @ x.double() / 400)
+    exact = float((0.5 * h / (h + 1)).sum())
+    assert abs(found.llc_mean - exact) < 4 * found.llc_stderr and "begun again 1 times" in found.summary()
+    monkeypatch.undo()
+    assert_same(estimate(lr=None, checkpoint=tmp_path / "run.npz", **options), found)
+    given = estimate(lr=10 / stiffest, **options)
+    assert given.diagnostics["restarts"] == 0 and math.isnan(given.llc_mean)
