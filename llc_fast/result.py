@@ -276,9 +276,9 @@ class LLCResult:
 
     @property
     def relative_error(self) -> float:
-        """The total error of λ̂ over λ̂: the standard error plus half of what is systematic, below or above."""
+        """The total error of λ̂ over λ̂: the standard error, plus what λ̂ likely lacks (`extrapolated` − `llc_mean`)."""
         llc = abs(self.llc_mean)
-        return (self.llc_stderr + sum(self.systematic_error) / 2) / llc if llc > 0 else math.inf
+        return (self.llc_stderr + abs(self.extrapolated - self.llc_mean)) / llc if llc > 0 else math.inf
 
     def interval(self, prob: float = 0.95) -> tuple[float, float]:
         """A central interval for the λ̂ of endlessly long chains, from `llc_stderr`, Student's t and `systematic_error`.

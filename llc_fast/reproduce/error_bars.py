@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BY_NEED, BUDGET, NOTHING = "by need", "to the budget", "nothing set"
-FIRST_SEED = 1_700_000
-"""Of the first network with seed 0: far from those that this package was developed with."""
+FIRST_SEED = 2_700_000
+"""Of the first network with seed 0. Those of 820,000 and 1,700,000 on were developed with."""
 COVERED, MEDIAN, PERCENTILE_90, TOTAL_ERRORS, SAVED = 0.90, 0.03, 0.10, 5.0, 0.6
 
 

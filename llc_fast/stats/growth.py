@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from llc_fast.stats.errors import standard_error
 
-SLOWEST, LIKELY = 0.4, 1.0
+SLOWEST, LIKELY = 0.25, 1.0
 """Powers p of the length T with which λ̂ is taken to approach its limit, λ − c/T^p. What has relaxed leaves c/T in a
-mean. What diffuses crosses a distance √T, and singular directions are a little slower: 0.4 was chosen on development
-networks of known λ (docs/calibration.md), and tried on others."""
-_WINDOWS, _LATEST = 4, 3
+mean. What diffuses crosses a distance √T, and singular directions are slower still: with ¼, 95 % intervals held λ of
+nineteen in twenty development networks (docs/decisions/52-growth-is-an-error.md)."""
+_WINDOWS, _LATEST = 5, 3
 """Windows that the slowest and the likely approach are fitted to."""
 _LEAST = 16
 """Steps of a window."""
@@ -60,10 +60,10 @@ def growth(trace: NDArray[np.float64]) -> Growth:
     """The growth of a trace ``[chain, step]`` from its first step on, burn-in included.
 
     Means m_k over windows (T/2^(k+1), T/2^k] are fitted by λ − A·2^(p·k), weighted by their standard errors, which are
-    enlarged where the fit is worse than they allow. A is what the last window lacks: by p = 0.4 over four windows, the
+    enlarged where the fit is worse than they allow. A is what the last window lacks: by p = ¼ over five windows, the
     slowest approach, and by p = 1 over three.
 
-    NaN for traces shorter than four windows of 16 steps.
+    NaN for traces shorter than five windows of 16 steps.
     """
     windows = []
     end = trace.shape[1]
