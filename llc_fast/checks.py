@@ -193,7 +193,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
     }
     found: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     far = [(c, t) for c, d, t in zip(chains, seen.distance, draws, strict=False) if d > facts.reference_norm > 0]
-    found |= {"growth_means": list(grown.means)}
+    found |= {"growth_means": list(grown.means), "growth_stderrs": list(grown.stderrs)}
     found |= {"distance": seen.distance, "chains_left": [chain for chain, trace in far if _rises(trace)]}
     return found | _metropolis_diagnostics(result)
 

@@ -103,7 +103,8 @@ class LLCResult:
             fluctuations that the noise of single draws hides: the length of a chain in their autocorrelation times,
             their standard deviation in λ̂), ``trend`` ± ``trend_stderr`` (change of λ̂ from the first draw to the last),
             ``growth`` ± ``growth_stderr`` (of λ̂ with a doubling of the chains, :mod:`llc_fast.stats.growth`),
-            ``growth_means`` (λ̂ of the second half of chains of 1/2^k, …, ¼, ½ and the whole of their length),
+            ``growth_means`` and ``growth_stderrs`` (λ̂ of the second half of chains of 1/2^k, …, ¼, ½ and the whole of
+            their length, and its standard errors),
             ``unresolved`` (what λ̂ lacks at most by that, 0 where it is not significant), ``extrapolation`` ±
             ``extrapolation_stderr`` (what it likely lacks), ``ended_by`` and ``target_error`` (of a length by need),
             ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``, ``init_loss_stderr``,
