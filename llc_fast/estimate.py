@@ -157,7 +157,7 @@ def estimate_llc(
             1250 steps and then at each doubling. None: 0.02, unless a length was given. What ended them is in
             ``diagnostics["ended_by"]``.
         max_seconds: time that the run may take, from the call on; chains stop at the step that they then have reached,
-            so that results differ from run to run. None: no limit.
+            so that results differ from run to run. Pilot chains are not cut short by it. None: no limit.
         max_gradients: gradients that the run may take, pilot chains included. None: 10,000 steps of each chain, and
             fewer for a model so large that this would take more than about ten minutes (:mod:`llc_fast.cost`).
         batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
@@ -850,7 +850,7 @@ class Sampled:
         until: steps that each chain was to take.
         run: of this process.
         interrupted: whether somebody stopped a process early.
-        ended_by: what ended a run whose length is by need, see :func:`_reason_to_end`; empty for others.
+        ended_by: what ended a run whose length is by need, see :class:`_Ending`; empty for others.
         problem: why the checkpoint could not be written; empty if it was.
         seconds_of_setup: from the start to the first step.
     """
@@ -881,7 +881,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
         keep_ends=settings.needs_ends,
-        keep_state=keeper is not None and objective.num_parameters <= (LARGE_MODEL if team.size == 1 else _SENT),
+        keep_state=_keeps_state(prepared),
         first_look=settings.first_look,
     )
     setup = time.perf_counter() - prepared.surroundings.started
@@ -897,7 +897,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         team.stopping(stop),
     ):
         resumed = saved.traces if saved is not None else ()
-        ending = _Ending(prepared, chosen, chains, setup)
+        ending = _Ending(prepared, chosen, setup)
         with RunningChains(spec, chains, resumed=resumed, monitor=monitor, stop=stop) as running:
             until, following = 0, ending.first(resumed)
             while following:
@@ -914,6 +914,12 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     return dataclasses.replace(sampled, problem=problem)
 
 
+def _keeps_state(prepared: Prepared) -> bool:
+    """Whether the checkpoint of a run that is over has what its chains need to go on."""
+    most = LARGE_MODEL if prepared.surroundings.team.size == 1 else _SENT
+    return prepared.keeper is not None and prepared.objective.num_parameters <= most
+
+
 class _Ending:
     """Says how far chains go, and when a run is over whose length is by need; all processes agree.
 
@@ -923,8 +929,8 @@ class _Ending:
             ``"negative"``, ``"diverged"``: more steps would not help. Empty for a run of given length.
     """
 
-    def __init__(self, prepared: Prepared, chosen: Chosen, chains: range, setup: float) -> None:
-        self._prepared, self._chosen, self._chains, self._setup = prepared, chosen, chains, setup
+    def __init__(self, prepared: Prepared, chosen: Chosen, setup: float) -> None:
+        self._prepared, self._chosen, self._setup = prepared, chosen, setup
         self._settings, self._team = prepared.settings, prepared.surroundings.team
         self._began, self._done_before = time.perf_counter(), 0
         self.gathered: list[Traces] = []
@@ -938,7 +944,7 @@ class _Ending:
 
     def gather(self, run: ChainRun, until: int) -> Sampled:
         """What all processes have done."""
-        keeps_state = bool(run.traces) and self._prepared.keeper is not None and self._is_small
+        keeps_state = _keeps_state(self._prepared)
         mine = [t if keeps_state else dataclasses.replace(t, state=None) for t in run.traces]
         runs = self._team.gather(([t.to_arrays() for t in mine], run.interrupted)) if self._team.size > 1 else []
         traces = [Traces.from_arrays(*t) for found, _ in runs for t in found] if runs else mine
@@ -963,11 +969,6 @@ class _Ending:
         agreed = self._team.gather([following, self.ended_by])[0]
         self.ended_by = agreed[1]
         return int(agreed[0])
-
-    @property
-    def _is_small(self) -> bool:
-        most = LARGE_MODEL if self._team.size == 1 else _SENT
-        return self._prepared.objective.num_parameters <= most
 
     def _agreed(self, steps: int) -> int:
         return int(self._team.gather(steps)[0])
