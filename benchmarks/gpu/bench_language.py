@@ -221,7 +221,8 @@ def with_devinterp() -> Run:
             calls += 1
             if calls > first + 1:
                 marks.step()
-            return compute_per_token_loss(model, input_ids)
+            loss: Tensor = compute_per_token_loss(model, input_ids)
+            return loss
 
         found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -262,7 +263,7 @@ def with_loop() -> Run:
                 ids = tokens[torch.randint(len(tokens), (spec["batch"],), generator=generator)].to(spec["device"])
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 del logits
                 value = float(loss)
                 with torch.no_grad():

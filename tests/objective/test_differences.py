@@ -379,11 +379,11 @@ def test_large_models_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """With directions that are made anew each time, where the parameters are, and in float32."""
     monkeypatch.setattr(differences, "_LARGE", 10)
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    layers = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
     assert _objective(layers).trial.unused == ()
     assert _objective(layers.bfloat16()).trial.unused == ()
     with pytest.raises(ValueError, match="is not its derivative"):
-        _objective(nn.Sequential(nn.Linear(3, 6), PartDetached(), nn.Linear(6, 2)))
+        _objective(nn.Sequential(nn.Linear(3, 6), PartDetached(), nn.Linear(6, 1)))
 
 
 def test_directions_of_large_models_are_normal_and_apart() -> None:
@@ -399,7 +399,7 @@ def test_directions_of_large_models_are_normal_and_apart() -> None:
 
 def test_no_second_copy_in_float32() -> None:
     """Of a bfloat16 model only the tensors that move are widened."""
-    objective = _objective(nn.Linear(3, 2).bfloat16())
+    objective = _objective(nn.Linear(3, 1).bfloat16())
     params = {name: w.float() for name, w in objective.reference.items()}
     exact = objective.in_precision(Tensor.float, reference=params)
     assert all(exact.reference[name] is w for name, w in params.items())
