@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -84,6 +85,35 @@ def test_what_a_step_launches(benchmark_module: Any) -> None:
     assert counts == {"step_kernel": 1, "Memcpy HtoD": 1}
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_compiled_rivals_make_the_same_step(
+    benchmark_module: Any, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Where gradients are large against the noise, whose size, √ε = 0.001, is right too."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    module, generator = benchmark_module("bench_step"), torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(5000, generator=generator)) for _ in range(3)]
+    references = [torch.randn(5000, generator=generator) for _ in params]
+    torch.manual_seed(0)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn(5000, generator=generator)
+    module.compiled_formula(params, references, together=together)()
+    for p, w, reference in zip(params, before, references, strict=True):
+        noise = p.detach() - (w - 0.5e-6 * (1000 * p.grad + (w - reference)))
+        assert abs(float(noise.mean())) < 5 * 0.001 / 5000**0.5
+        assert float(noise.std()) == pytest.approx(0.001, rel=5 / 10000**0.5)
+
+
+def test_steps_by_key(tmp_path: Path) -> None:
+    """Ratios to llc_fast's step are there if it is."""
+    options = ["--parameters", "1000", "--tensors", "2", "--repeats", "1"]
+    rows = _run("speed/bench_step.py", *options, "--contenders", "copy", "ours", path=tmp_path / "some.json")["rows"]
+    assert [row["step"] for row in rows] == ["tensor copy", "llc_fast SGLD"] and rows[1]["times llc_fast"] == 1
+    rows = _run("speed/bench_step.py", *options, "--contenders", "adam", path=tmp_path / "one.json")["rows"]
+    assert rows[0]["µs"] > 0 and rows[0]["times llc_fast"] is None
+
+
 # ---- the modes that a GPU session runs -----------------------------------------------------------------------
 
 
@@ -121,6 +151,35 @@ def test_the_large_network(tmp_path: Path) -> None:
     assert whole["done"] == 60 and whole["λ̂"] > 0 and network.exists()
     assert whole["λ̂/λ − 1"] == pytest.approx(whole["λ̂"] / tables["network"]["lambda"] - 1)
     assert short["done"] == 20 and short["λ̂"] is None and "extrapolated" in short["contender"]
+
+
+def test_a_language_model(tmp_path: Path) -> None:
+    """What llc_fast says that it needs, and how it does it, stands beside what it takes."""
+    pytest.importorskip("transformers")
+    options = ["--size", "tiny", "--steps", "6", "--context", "16", "--contenders", "llc_fast", "loop"]
+    tables = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json")
+    ours, loop = tables["rows"]
+    # Embeddings of 512 tokens, and a matrix back; in each layer two norms, attention and what follows, with biases.
+    layer = 2 * 2 * 64 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64)
+    assert tables["parameters"] == 2 * 512 * 64 + 2 * layer + 2 * 64
+    assert ours["steps"] == loop["steps"] == 6 and min(ours["s per step"], loop["s per step"]) > 0
+    assert ours["strategy"] == "sequential" and ours["said, bytes a parameter"] > 10
+    assert abs(ours["L(w*)"] - math.log(512)) < 0.1 and abs(loop["loss"] - math.log(512)) < 0.1
+
+
+def test_a_contender_that_takes_too_long_says_so(tmp_path: Path) -> None:
+    """It ends after the steps that it has made, of which there are seconds a step."""
+    pytest.importorskip("transformers")
+    options = ["--size", "tiny", "--steps", "100000", "--context", "16", "--seconds", "1", "--contenders", "loop"]
+    (row,) = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json")["rows"]
+    assert 1 < row["steps"] < 100000 and 0 < row["s per step"] < 1
+
+
+def test_a_process_that_takes_too_long(benchmark_module: Any, tmp_path: Path) -> None:
+    script = tmp_path / "sleeps.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    found = benchmark_module("harness").in_fresh_process(str(script), {}, seconds=0.5)
+    assert found == {"error": "ended after 0.5 s", "short": "timed out"}
 
 
 def test_an_estimate_that_takes_too_long_is_interrupted_once(benchmark_module: Any) -> None:
