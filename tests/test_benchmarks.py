@@ -227,7 +227,7 @@ def test_stages_of_the_script(tmp_path: Path) -> None:
     done = _gpu_script(tmp_path, "ncu", "step", "memcheck", "samplers", PYTHON=python)
     out = tmp_path / "out"
     lines = [line.split("\t")[:2] for line in (out / "stages.tsv").read_text().splitlines()]
-    assert lines == [["info", "0"], ["memcheck", "0"], ["step", "124"], ["samplers", "0"], ["ncu", "0"]]
+    assert lines == [["info", "0"], ["samplers", "0"], ["step", "124"], ["memcheck", "0"], ["ncu", "0"]]
     assert done.returncode == 1 and done.stdout.rstrip().endswith("FAILED: step")
     assert "| memcheck on the kernels | ERROR SUMMARY: 0 errors | passes | yes |" in (out / "report.md").read_text()
     with tarfile.open(out / "results.tar.gz") as packed:
@@ -245,7 +245,15 @@ def test_the_whole_script(tmp_path: Path) -> None:
     done = _gpu_script(tmp_path, PYTHON=sys.executable, REPRODUCE="5")
     assert done.returncode == 0, done.stdout[-3000:]
     names = {path.name for path in (tmp_path / "out").glob("*.json")}
-    assert names == {f"{n}.json" for n in ("step", "samplers", "chains", "memory", "large-tf32", "large-float32")}
+    stages = ["samplers", "step", "chains", "large-tf32", "language", "language-large", "step-devinterp2"]
+    assert names == {f"{name}.json" for name in [*stages, "step-compiled", "memory"]}
+
+
+def test_a_time_limit(tmp_path: Path) -> None:
+    """Stages for which no time is left are skipped, and it is said."""
+    done = _gpu_script(tmp_path, "-t", "5", "samplers", PYTHON=str(tmp_path / "bin" / "python"))
+    assert "==> samplers: skipped, no time left" in done.stdout
+    assert not (tmp_path / "out" / "samplers.json").exists()
 
 
 # ---- the report ----------------------------------------------------------------------------------------------
@@ -279,6 +287,14 @@ def _made_up(good: bool) -> dict[str, dict[str, Any]]:
         "memory": gpu | {"rows": [{"contender": "sgld", "besides": 11.9 if good else 13.0, "asked": "≤ 12.50"}]},
         "large-tf32": large("tf32"),
         "large-float32": large("float32"),
+        "step-devinterp2": gpu
+        | {"rows": [{"step": "devinterp 2.0.1 SGLD", "times llc_fast": 12.0 if good else 9.0}]},
+        "language-large": {
+            "info": info,
+            "device": "cuda",
+            "parameters": 6_857_302_016,
+            "rows": [{"contender": "llc_fast", "s per step": 0.3, "peak, GiB": 60.0 if good else 79.0}],
+        },
     }
 
 
@@ -286,10 +302,11 @@ def _write(folder: Path, tables: dict[str, dict[str, Any]], status: int = 0, pas
     folder.mkdir()
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
-    stages = ("build", "tests", "memcheck", "racecheck")
+    stages = ("build", "smoke", "tests", "memcheck", "racecheck")
     (folder / "stages.tsv").write_text("".join(f"{name}\t{status}\t1\n" for name in stages))
     said = {
         "build": "",
+        "smoke": "40 passed" if passed else "40 skipped",
         "tests": "145 passed, 2855 deselected in 60.00s" if passed else "145 skipped in 1.00s",
         "memcheck": "========= ERROR SUMMARY: 0 errors" if passed else "========= ERROR SUMMARY: 10 errors",
         "racecheck": "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" if passed else "killed",
@@ -302,7 +319,7 @@ def test_report_of_targets_held(benchmark_module: Any, tmp_path: Path) -> None:
     _write(tmp_path / "a", _made_up(good=True))
     results = module.Results([tmp_path / "a"])
     found = module.targets(results)
-    assert len(found) == 5 + 18 + 1 + 4 + 1 and all(target.holds is True for target in found)
+    assert len(found) == 6 + 1 + 18 + 1 + 4 + 1 + 1 and all(target.holds is True for target in found)
     text = module.report(results)
     assert text.startswith("# NVIDIA H100, 2026-11-22\n") and "**no**" not in text and "not measured" not in text
     assert "| 1 × step_kernel<0u, Sgld<float>, float> | 1 kernel | yes |" in text
