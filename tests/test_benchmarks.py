@@ -67,7 +67,7 @@ def test_a_gpu_is_timed_by_events_around_several_steps(benchmark_module: Any, mo
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     seconds = harness.time_in_turn({"ours": lambda: log.append("step")}, 2, "cuda")
-    one_round = ["synchronize", "record", *["step"] * harness.STEPS_BETWEEN_EVENTS, "record", "synchronize"]
+    one_round = ["step", "synchronize", "record", *["step"] * harness.STEPS_BETWEEN_EVENTS, "record", "synchronize"]
     assert log == 3 * one_round
     assert seconds == {"ours": [2 * len(one_round), 3 * len(one_round)]}
 
@@ -287,8 +287,7 @@ def _made_up(good: bool) -> dict[str, dict[str, Any]]:
         "memory": gpu | {"rows": [{"contender": "sgld", "besides": 11.9 if good else 13.0, "asked": "≤ 12.50"}]},
         "large-tf32": large("tf32"),
         "large-float32": large("float32"),
-        "step-devinterp2": gpu
-        | {"rows": [{"step": "devinterp 2.0.1 SGLD", "times llc_fast": 12.0 if good else 9.0}]},
+        "step-devinterp2": gpu | {"rows": [{"step": "devinterp 2.0.1 SGLD", "times llc_fast": 12.0 if good else 9.0}]},
         "language-large": {
             "info": info,
             "device": "cuda",
