@@ -249,7 +249,7 @@ def sample_losses(
         ValueError: `length` does not divide the number of tokens; a sample has no token that counts; a loss that counts
             is not finite.
     """
-    chains, draws, items = _shape("tokens", tokens)
+    chains, draws, items = shape_of("tokens", tokens)
     if length < 1 or items % length:
         raise ValueError(f"length={length} does not divide the {items} tokens; pass the number of tokens per sample.")
     samples = items // length
@@ -267,7 +267,7 @@ def sample_losses(
         part = np.asarray(tokens[:, :, chosen.start * length : chosen.stop * length])
         kept = counts[chosen].reshape(-1)
         part = np.where(kept, part, np.zeros((), part.dtype)) if mask is not None else part
-        _check_finite("tokens", part, chosen.start * length)
+        check_finite("tokens", part, chosen.start * length)
         if standardize:
             spread = np.sqrt(part.var(axis=1, ddof=1, dtype=np.float64).mean(axis=0))
             part = (part - part.mean(axis=1, keepdims=True, dtype=np.float64)) / np.where(spread > 0, spread, math.inf)
@@ -281,14 +281,14 @@ def sample_losses(
     return found
 
 
-def _shape(name: str, draws: Draws) -> tuple[int, int, int]:
+def shape_of(name: str, draws: Draws) -> tuple[int, int, int]:
     shape = tuple(int(size) for size in draws.shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{name} has shape {shape}; it must be [chain, draw, item], with at least one of each.")
     return shape
 
 
-def _check_finite(name: str, part: NDArray[Any], first: int) -> None:
+def check_finite(name: str, part: NDArray[Any], first: int) -> None:
     if np.isfinite(part.sum(dtype=np.float64)) or np.isfinite(part).all():
         return
     chain, draw, item = (int(k) for k in np.argwhere(~np.isfinite(part))[0])
@@ -335,7 +335,7 @@ class _Plan:
         return (self.chains * self.draws / self.length - 1) / left**2
 
 
-def _plan(chains: int, draws: int, time: float, length: int | None, pooled: bool) -> _Plan:
+def plan_blocks(chains: int, draws: int, time: float, length: int | None, pooled: bool) -> _Plan:
     at_least = length or math.ceil(BLOCK_TIMES * max(time, 1.0))
     per_chain = max(1, draws // at_least)
     if length is None:
@@ -380,8 +380,8 @@ class _Work:
         centred: str,
         memory: int,
     ) -> None:
-        shape = _shape("train", train)
-        if query is not None and _shape("query", query)[:2] != shape[:2]:
+        shape = shape_of("train", train)
+        if query is not None and shape_of("query", query)[:2] != shape[:2]:
             raise ValueError(
                 f"query has {tuple(query.shape[:2])} chains and draws, but train has {shape[:2]}: pass equal ones."
             )
@@ -407,7 +407,7 @@ class _Work:
         looked_at = [_spread_over(part, _LOOKED_AT) for part in self.raw]
         self.time = _longest_time(looked_at)
         self.ess, self.r_hat = _entries(looked_at[0], looked_at[-1])
-        plan = _plan(self.chains, self.draws, self.time, block_length, centred == "pooled")
+        plan = plan_blocks(self.chains, self.draws, self.time, block_length, centred == "pooled")
         self.has_errors = stderr and plan.num_blocks >= MIN_BLOCKS
         self.plan = plan if self.has_errors else _Plan(self.chains, self.draws, 0, 0, plan.pooled)
         self.planned = plan
@@ -418,7 +418,7 @@ class _Work:
     def _read(self, side: int, items: slice) -> NDArray[Any]:
         name = ("train", "query")[side]
         part = np.asarray(self._sides()[side][:, :, items])
-        _check_finite(name, part, items.start)
+        check_finite(name, part, items.start)
         return part
 
     def _panels(self, side: int) -> Iterator[Callable[[], _Panel]]:
