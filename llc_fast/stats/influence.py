@@ -462,6 +462,8 @@ class _Work:
                 within += _squares(blocks[chain, k, :length])
             within += _squares(rest[chain])
         variance = within / plan.freedom
+        # The mean of numbers that are all the same may be off by its rounding.
+        variance[variance < (1e-14 * np.abs(means).max(axis=0)) ** 2] = 0.0
         blocks, rest = blocks.reshape(-1, length + 1, width), rest.reshape(-1, width)
         squares = np.empty((0, width), self.dtype)
         if self.kind == "correlation":
@@ -501,8 +503,12 @@ class _Work:
             self._add_blocks(left, right, a, b, value, errors)
             errors *= self.plan.error_scale / self.plan.num_blocks
             np.sqrt(errors, out=errors)
-            errors *= abs(sign) if self.kind == "influence" else 1
+            errors *= abs(sign)
         value *= scale
+        if self.symmetric and self.kind == "correlation" and rows == columns and errors is not None:
+            # Of an item with itself it is 1, exactly.
+            with_itself = np.arange(len(value))
+            errors[with_itself, with_itself] *= 0
         return value, errors
 
     def _add_blocks(self, left: _Panel, right: _Panel, a: slice, b: slice, value: Floats, errors: Floats) -> None:
