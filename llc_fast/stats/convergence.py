@@ -54,7 +54,7 @@ def autocorrelation_time(draws: NDArray[np.float64]) -> float:
 
     NaN with fewer than four draws, where something is not finite, or where nothing moves.
     """
-    if not _is_valid(draws):
+    if not _is_valid(draws) or not np.ptp(draws, axis=1).any():
         return math.nan
     covariance = _autocovariance(draws).mean(axis=0)
     return _time(covariance / covariance[0]) if covariance[0] > 0 else math.nan

@@ -119,12 +119,14 @@ class Influence:
     def significant(self, q: float = 0.05) -> NDArray[np.bool_]:
         """Entries that differ from 0, with at most a share `q` of false ones among them (Benjamini & Hochberg 1995).
 
-        Entries without an error, such as the correlation of an item with itself, are left out of the count and False.
+        Those whose error is 0, such as the correlation of an item with itself, are no part of the count: they are
+        significant unless they are 0. Where the error is NaN, they are not.
         """
-        errors = self._errors()
+        value, errors = self.value[:], self._errors()
         with np.errstate(divide="ignore", invalid="ignore"):
-            z = np.where(errors > 0, self.value[:] / errors, math.nan)
-        return benjamini_hochberg(p_values(z, self.degrees_of_freedom), q)
+            z = np.where(errors > 0, value / errors, math.nan)
+        certain: NDArray[np.bool_] = (errors == 0) & (value != 0)
+        return benjamini_hochberg(p_values(z, self.degrees_of_freedom), q) | certain
 
     def _errors(self) -> Floats:
         if self.stderr is None:
@@ -463,7 +465,8 @@ class _Work:
             within += _squares(rest[chain])
         variance = within / plan.freedom
         # The mean of numbers that are all the same may be off by its rounding.
-        variance[variance < (1e-14 * np.abs(means).max(axis=0)) ** 2] = 0.0
+        still = variance <= (1e-14 * np.abs(means).max(axis=0)) ** 2
+        variance[still], blocks[..., still], rest[..., still] = 0.0, 0.0, 0.0
         blocks, rest = blocks.reshape(-1, length + 1, width), rest.reshape(-1, width)
         squares = np.empty((0, width), self.dtype)
         if self.kind == "correlation":

@@ -134,7 +134,7 @@ def test_an_item_that_never_moves() -> None:
     others = np.arange(20) != 3
     with np.errstate(all="raise"):
         covariance, kernel = influence(left, right, kind="covariance"), influence(left, right, kind="correlation")
-    np.testing.assert_allclose(covariance.value[3], 0, atol=1e-15)
+    assert not covariance.value[3].any() and not covariance.stderr[3].any()
     assert np.isnan(kernel.value[3]).all() and np.isnan(kernel.stderr[3]).all()
     expected = influence(left[:, :, others], right, kind="correlation", block_length=kernel.block_length)
     np.testing.assert_allclose(kernel.value[others], expected.value)
@@ -424,5 +424,5 @@ def test_what_is_significant() -> None:
     direction, noise = rng.standard_normal((4, 1000, 1)), rng.standard_normal((4, 1000, 100))
     noise[:, :, :30] += direction
     found = loss_kernel(noise).significant()
-    assert found[:30, :30].sum() == 30 * 29  # all but the diagonal, which has no error
-    assert found[30:, :30].mean() < 0.03 and found[30:, 30:].mean() < 0.03
+    assert found[:30, :30].all() and found[30:, :30].mean() < 0.03
+    assert found[30:, 30:].sum() < 70 + 0.03 * 70 * 69 and np.diag(found).all()  # an item with itself for certain

@@ -20,8 +20,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 class _Grid:
     """u and v on a grid with probabilities ∝ exp(−nβL − (γ/2)(u² + v²)), from which draws are exact.
 
-    L is the mean over eight samples of ½(y − f)² with f = (1 + u)(1 + v)x + u²; w* is (0, 0); the probe is the losses of
-    four of these and of two others. The component is v: its chains have u = 0.
+    L is the mean over eight samples of ½(y − f)² with f = (1 + u)(1 + v)x + u²; w* is (0, 0); the probe is the losses
+    of four of these and of two others. The component is v: its chains have u = 0.
     """
 
     nbeta, gamma = 20.0, 3.0
