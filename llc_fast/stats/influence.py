@@ -8,7 +8,7 @@ Give each training loss ℓ_i a weight 1 + ε_i in the posterior. Then d⟨φ_j�
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -45,6 +45,55 @@ class Draws(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, key: Any, /) -> Any: ...
+
+
+class FlatDraws:
+    """An array ``[chain, draw, …]`` of any number of axes as :class:`Draws`, its last axes as one; read in slices.
+
+    Args:
+        array: NumPy, memmap, zarr, an xarray variable; slices along its first three axes are all that is read.
+        chains: which chains, by number; None: all.
+        keep: which items, a mask of the shape of the axes after the second (tokens without a loss may be left out);
+            None: all.
+
+    Raises:
+        ValueError: fewer than three axes, or `keep` of another shape.
+    """
+
+    def __init__(
+        self, array: Any, *, chains: Sequence[int] | None = None, keep: NDArray[np.bool_] | None = None
+    ) -> None:
+        size = tuple(int(n) for n in array.shape)
+        if len(size) < 3:
+            raise ValueError(f"array has shape {size}; it must be [chain, draw, …], with three axes or more.")
+        self._array, self._inner = array, math.prod(size[3:])
+        self._chains = None if chains is None else np.asarray(chains, int)
+        self._places: NDArray[np.intp] | None = None
+        count = size[2] * self._inner
+        if keep is not None:
+            if np.shape(keep) != size[2:]:
+                raise ValueError(f"keep has shape {np.shape(keep)}, but an item has its place in {size[2:]}.")
+            self._places = np.flatnonzero(keep)
+            count = len(self._places)
+        self.shape = (size[0] if chains is None else len(chains), size[1], count)
+
+    def __getitem__(self, key: tuple[slice, slice, slice]) -> NDArray[Any]:
+        of_chains, of_draws, items = key
+        first, stop, _ = items.indices(self.shape[2])
+        places = np.arange(first, stop) if self._places is None else self._places[first:stop]
+        low, high = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        outer = slice(low // self._inner, -(-high // self._inner))
+        if self._chains is None:
+            read = np.asarray(self._array[of_chains, of_draws, outer])
+        else:
+            chosen = [int(k) for k in self._chains[of_chains]]
+            parts = [np.asarray(self._array[k : k + 1, of_draws, outer]) for k in chosen]
+            read = np.concatenate(parts) if parts else np.empty((0, self.shape[1], 0))
+        flat = read.reshape(*read.shape[:2], -1)
+        places = places - outer.start * self._inner
+        if self._places is None or high - low == len(places):
+            return flat[:, :, slice(places[0], places[-1] + 1) if len(places) else slice(0)]
+        return flat[:, :, places]
 
 
 class Spread(NamedTuple):

@@ -12,7 +12,15 @@ import pytest
 
 from llc_fast.stats import influence as module
 from llc_fast.stats.convergence import ess_mean, r_hat
-from llc_fast.stats.influence import Draws, Influence, influence, influence_blocks, loss_kernel, sample_losses
+from llc_fast.stats.influence import (
+    Draws,
+    FlatDraws,
+    Influence,
+    influence,
+    influence_blocks,
+    loss_kernel,
+    sample_losses,
+)
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -214,6 +222,40 @@ def test_kinds_of_arrays(kind_of: Callable[[Array, Path], Draws], tmp_path: Path
     found = influence(kind_of(left, tmp_path), right, kind="covariance")
     np.testing.assert_array_equal(found.value, expected.value)
     np.testing.assert_allclose(sample_losses(kind_of(left, tmp_path), 4), sample_losses(left, 4))
+
+
+@pytest.mark.parametrize("kind_of", [_as_array, _as_memmap, _as_xarray, _as_zarr])
+def test_tokens_of_some_chains(kind_of: Callable[[Array, Path], Draws], tmp_path: Path) -> None:
+    """Without those that have no loss: whatever is asked for comes as if the whole were in memory."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4, 30, 60)).reshape(4, 30, 12, 5)
+    keep = rng.random((12, 5)) < 0.7
+    expected = values.reshape(4, 30, 60)[[0, 2, 3]][:, :, keep.ravel()]
+    if kind_of is _as_zarr:
+        zarr = pytest.importorskip("zarr")
+        array = zarr.create_array(str(tmp_path / "tokens.zarr"), shape=values.shape, chunks=(1, 7, 2, 5), dtype="f8")
+        array[:] = values
+    elif kind_of is _as_xarray:
+        array = pytest.importorskip("xarray").DataArray(values)
+    else:
+        array = kind_of(values, tmp_path)
+    draws = FlatDraws(array, chains=[0, 2, 3], keep=keep)
+    assert draws.shape == expected.shape
+    for first, stop in ((0, 1), (3, 17), (0, expected.shape[2]), (expected.shape[2] - 1, 10**6), (4, 4)):
+        np.testing.assert_array_equal(draws[:, :, first:stop], expected[:, :, first:stop])
+    whole = FlatDraws(array)
+    np.testing.assert_array_equal(whole[:, :, 7:23], values.reshape(4, 30, 60)[:, :, 7:23])
+    np.testing.assert_array_equal(
+        influence(draws, FlatDraws(array, chains=[0, 2, 3]), kind="covariance", stderr=False).value,
+        influence(expected, values.reshape(4, 30, 60)[[0, 2, 3]], kind="covariance", stderr=False).value,
+    )
+
+
+def test_what_can_not_be_flattened() -> None:
+    with pytest.raises(ValueError, match=r"array has shape \(3, 4\); it must be \[chain, draw, …\]"):
+        FlatDraws(np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"keep has shape \(6,\), but an item has its place in \(2, 3\)"):
+        FlatDraws(np.ones((3, 4, 2, 3)), keep=np.ones(6, bool))
 
 
 def test_written_where_one_says(tmp_path: Path) -> None:
