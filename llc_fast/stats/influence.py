@@ -67,6 +67,8 @@ class FlatDraws:
         if len(size) < 3:
             raise ValueError(f"array has shape {size}; it must be [chain, draw, …], with three axes or more.")
         self._array, self._inner = array, math.prod(size[3:])
+        if hasattr(array, "dtype"):
+            self.dtype = array.dtype
         self._chains = None if chains is None else np.asarray(chains, int)
         self._places: NDArray[np.intp] | None = None
         count = size[2] * self._inner
@@ -133,8 +135,8 @@ class Influence:
 
     kind: Kind
     beta: float | None
-    value: Any
-    stderr: Any
+    value: Any = field(repr=False)
+    stderr: Any = field(repr=False)
     num_blocks: int
     block_length: int
     autocorrelation_time: float
@@ -339,6 +341,13 @@ def shape_of(name: str, draws: Draws) -> tuple[int, int, int]:
     return shape
 
 
+def _dtype_of(draws: Draws) -> np.dtype[Any]:
+    """Float64 if its numbers need it: integers are losses too."""
+    known = getattr(draws, "dtype", None)
+    found = np.dtype(known if known is not None else np.asarray(draws[:, :, :1]).dtype)
+    return found if found.kind == "f" else np.dtype(np.float64)
+
+
 def check_finite(name: str, part: NDArray[Any], first: int) -> None:
     if np.isfinite(part.sum(dtype=np.float64)) or np.isfinite(part).all():
         return
@@ -449,8 +458,7 @@ class _Work:
         self.train, self.query, self.symmetric = train, train if query is None else query, query is None
         self.kind, self.beta, self.wants_errors, self.memory = kind, beta, stderr, memory
         self.chains, self.draws = shape[:2]
-        first = [np.asarray(side[:, :, : min(_LOOKED_AT, side.shape[2])]) for side in (self.train, self.query)]
-        self.dtype = np.dtype(np.float64 if any(part.dtype == np.float64 for part in first) else np.float32)
+        self.dtype = np.result_type(np.float32, *(_dtype_of(side) for side in (self.train, self.query)))
         self.width = max(1, memory // (4 * shape[0] * shape[1] * self.dtype.itemsize))
         self.means = [np.full((shape[0], side.shape[2]), math.nan) for side in (self.train, self.query)]
         self.variances = [np.full(side.shape[2], math.nan) for side in (self.train, self.query)]
