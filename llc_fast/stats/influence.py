@@ -227,7 +227,8 @@ def influence(
             chains is in it, as in other programs.
         out, out_stderr: where to write, anything with a shape ``[train, query]`` that slices can be assigned to (a
             memmap, a zarr array); None: new arrays.
-        memory: bytes that panels of losses may take; what exceeds it is read again for each panel of the other side.
+        memory: bytes that panels of losses may take, about; what exceeds it is read again for each panel of the other
+            side.
 
     Raises:
         ValueError: shapes, `kind`, `beta` or `block_length` that make no sense; a loss that is not finite, with its
@@ -549,6 +550,9 @@ class _Work:
                         yield Block(rows, columns, value, errors)
                         if self.symmetric and columns != rows:
                             yield Block(columns, rows, value.T, None if errors is None else errors.T)
+                        del value, errors
+                del right  # before the next one is read
+            del left
 
     def _block(self, left: _Panel, right: _Panel, rows: slice, columns: slice) -> tuple[Floats, Floats | None]:
         a, b = _within(rows, left.items), _within(columns, right.items)
