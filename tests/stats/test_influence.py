@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from devinterp_versions import devinterp_2
 
 from llc_fast.stats import influence as module
 from llc_fast.stats.convergence import ess_mean, r_hat
@@ -326,6 +327,34 @@ def test_what_samples_can_not_be_made_of() -> None:
     left[1, 7, 9] = np.inf
     with pytest.raises(ValueError, match="tokens is inf at chain 1, draw 7, item 9"):
         sample_losses(left, 4)
+
+
+# ---- devinterp, where it is installed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["correlation", "covariance"])
+def test_devinterp_has_the_same(kind: Any) -> None:
+    """Of tokens, of sequences, and means over tokens; it centres at the mean of all chains."""
+    devinterp_2()
+    import xarray as xr
+    from devinterp.slt.bif import compute_bif
+
+    losses = np.asarray(_losses(3, 40, 35)[0], np.float32)
+    variables = {
+        "loss_p": (("chain", "draw", "batch_p", "token_pos"), losses.reshape(3, 40, 5, 7)),
+        "input_ids_p": (("batch_p", "token"), np.zeros((5, 8), int)),
+    }
+    tree = xr.DataTree(dataset=xr.Dataset(variables))
+
+    def theirs(**options: Any) -> Array:
+        found = compute_bif(tree, compute_covariance=kind == "covariance", **options)["influences"].values
+        return np.asarray(found, np.float64)
+
+    tokens = influence(losses, kind=kind, centred="pooled").value.reshape(5, 7, 5, 7).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(tokens, theirs(), atol=1e-5)
+    np.testing.assert_allclose(tokens.mean(axis=(2, 3)), theirs(average_tokenwise_bif=True), atol=1e-5)
+    sequences = influence(sample_losses(losses, 7), kind=kind, centred="pooled").value
+    np.testing.assert_allclose(sequences, theirs(correlation_method="sequence"), atol=1e-5)
 
 
 # ---- what is refused, and what is not known ------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devinterp_versions import devinterp_2
 from scipy import stats
 
 from llc_fast.stats.susceptibility import ProbeDraws, Susceptibilities, susceptibilities
@@ -135,6 +136,31 @@ def test_values() -> None:
         np.testing.assert_allclose(found.value, expected, rtol=1e-9)
         np.testing.assert_allclose(found.phi, [draws.loss.mean() - 2.0 for draws in (first, second, full)])
     assert found.full_blocks == 4 * (50 // (50 // math.ceil(32 / 4)))
+
+
+def test_devinterp_has_the_same() -> None:
+    devinterp_2()
+    import xarray as xr
+    from devinterp.slt.susceptibilities import compute_susceptibilities
+
+    def tree(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+        common = rng.standard_normal((3, 40, 1, 1))
+        variables: dict[str, Any] = {"init_loss": (("chain",), np.full(3, 2.5, np.float32))}
+        for name, size in (("data", 4), ("probe", 5)):
+            losses = 3 + 0.3 * common * rng.random((size, 7)) + 0.1 * rng.standard_normal((3, 40, size, 7))
+            variables[f"loss_{name}"] = (("chain", "draw", f"batch_{name}", "token_pos"), losses.astype(np.float32))
+            variables[f"input_ids_{name}"] = ((f"batch_{name}", "token"), np.zeros((size, 8), int))
+        return xr.DataTree(dataset=xr.Dataset(variables))
+
+    def draws(tree: Any) -> ProbeDraws:
+        loss = tree["loss_data"].values.astype(np.float64).mean(axis=(2, 3))
+        return ProbeDraws(tree["loss_probe"].values.reshape(3, 40, 35), loss)
+
+    full, component = tree(0), tree(1)
+    theirs = compute_susceptibilities({"full": full, "l0": component}, "data")
+    ours = susceptibilities({"l0": draws(component)}, draws(full), 2.5)
+    np.testing.assert_allclose(ours.value[0], theirs["susceptibilities"]["sus"].values[:, 0], atol=1e-5)
 
 
 def test_errors_by_hand() -> None:
