@@ -406,25 +406,21 @@ def plan_blocks(chains: int, draws: int, time: float, length: int | None, pooled
 
 @dataclass(frozen=True)
 class _Panel:
-    """Centred losses of some items, as rows that products are made of.
+    """Centred losses of some items, for correlations in units of their standard deviations.
 
     Attributes:
         items: which.
-        rows: block by block its draws and one row more, their sum over √(draws that are left): X_kᵀY_k is then what
-            leaving block k out takes from the sum of products, its mean's change included. Then the draws of no block.
-        blocks: of the rows, ``[block, length + 1, item]``.
-        rest: of the rows, those of no block.
+        blocks: X_k of each block, ``[block, length + 1, item]``: its draws, and one row more, their sum over √(draws
+            that are left with that mean). X_kᵀY_k is then what leaving block k out takes from the sum of products,
+            the mean's change included.
+        rest: the draws of no block, ``[draw, item]``.
         squares: half the diagonal of X_kᵀX_k, ``[block, item]``; of correlations only.
-        means: ``[chain, item]``.
-        variance: within chains.
     """
 
     items: slice
     blocks: Floats
     rest: Floats
     squares: Floats
-    means: NDArray[np.float64]
-    variance: NDArray[np.float64]
 
 
 class _Work:
@@ -457,13 +453,15 @@ class _Work:
         if block_length is not None and not 1 <= block_length <= shape[1]:
             raise ValueError(f"block_length={block_length} must be from 1 to the {shape[1]} draws of a chain.")
         self.train, self.query, self.symmetric = train, train if query is None else query, query is None
-        self.kind, self.beta, self.wants_errors, self.memory = kind, beta, stderr, memory
+        self.kind, self.beta, self.wants_errors = kind, beta, stderr
         self.chains, self.draws = shape[:2]
         self.dtype = np.result_type(np.float32, *(_dtype_of(side) for side in (self.train, self.query)))
-        self.width = max(1, memory // (4 * shape[0] * shape[1] * self.dtype.itemsize))
+        at_most = max(1, memory // (4 * shape[0] * shape[1] * self.dtype.itemsize))
+        counts = [side.shape[2] for side in self._sides()]
+        self.widths = [math.ceil(count / math.ceil(count / at_most)) for count in counts]  # equal ones
         self.means = [np.full((shape[0], side.shape[2]), math.nan) for side in (self.train, self.query)]
         self.variances = [np.full(side.shape[2], math.nan) for side in (self.train, self.query)]
-        self.raw = [self._read(k, slice(0, min(self.width, side.shape[2]))) for k, side in enumerate(self._sides())]
+        self.raw = [self._read(k, slice(0, width)) for k, width in enumerate(self.widths)]
         looked_at = [_spread_over(part, _LOOKED_AT) for part in self.raw]
         self.time = _longest_time(looked_at)
         self.ess, self.r_hat = _entries(looked_at[0], looked_at[-1])
@@ -483,8 +481,7 @@ class _Work:
 
     def _panels(self, side: int) -> Iterator[Callable[[], _Panel]]:
         """Each as a call that reads it; those that have been read and fit into memory are kept."""
-        count = self._sides()[side].shape[2]
-        width = math.ceil(count / math.ceil(count / self.width))  # equal ones
+        count, width = self._sides()[side].shape[2], self.widths[side]
         for first in range(0, count, width):
             items = slice(first, min(first + width, count))
             kept: list[_Panel] = []
@@ -500,10 +497,8 @@ class _Work:
             yield panel
 
     def _panel(self, side: int, items: slice) -> _Panel:
-        raw = self.raw[side]
-        if raw.shape[2] != items.stop or items.start:
-            raw = self._read(side, items)
-        self.raw[side] = np.empty((0, 0, 0))  # it is needed once
+        raw = self._read(side, items) if items.start or not self.raw[side].size else self.raw[side]
+        self.raw[side] = np.empty(0)  # the first is read already, once
         plan, width = self.plan, items.stop - items.start
         chains, draws, count, length = self.chains, self.draws, plan.per_chain, plan.length
         means = raw.mean(axis=1, dtype=np.float64)
@@ -533,7 +528,7 @@ class _Work:
             rest *= scale
             squares = np.einsum("bdi,bdi->bi", blocks, blocks) / 2
         self.means[side][:, items], self.variances[side][items] = means, variance
-        return _Panel(items, blocks, rest, squares, means, variance)
+        return _Panel(items, blocks, rest, squares)
 
     def blocks(self) -> Iterator[Block]:
         left_panels = list(self._panels(0))
