@@ -11,9 +11,9 @@ Without restriction it is −Cov(φ, Δ), the derivative of ⟨φ⟩ at ε = 0 i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,7 +155,7 @@ def susceptibilities(
     if not math.isfinite(reference_loss):
         raise ValueError(f"reference_loss={reference_loss} must be the loss at w*, a number.")
     items = shape_of("full.probe", full.probe)[2]
-    whole = _Chains("full", full, memory)
+    whole = _Chains("full", full, reference_loss, memory)
     delta, delta_variance = whole.mean_difference()
     rows: list[Array] = []
     errors: list[Array] = []
@@ -169,14 +169,13 @@ def susceptibilities(
                 f"components[{name!r}].probe has {draws.probe.shape[2]} items, but full.probe has {items}: "
                 "pass the losses of the same probe."
             )
-        chains = whole if draws is full else _Chains(f"components[{name!r}]", draws, memory)
-        phi, phi_error = chains.mean_loss()
-        phi -= reference_loss
+        chains = whole if draws is full else _Chains(f"components[{name!r}]", draws, reference_loss, memory)
+        phi, phi_error = chains.mean_phi()
         if draws is full:
-            value, variance = chains.weighted(chains.loss - reference_loss, phi, delta)
+            value, variance = chains.weighted(phi, delta)
             freedom = np.full(items, chains.num_blocks - 1.0)
         else:
-            value, variance = chains.weighted(chains.loss - reference_loss, 0.0, delta)
+            value, variance = chains.weighted(0.0, delta)
             other = phi**2 * delta_variance
             freedom = _welch(variance, chains.num_blocks - 1.0, other, whole.num_blocks - 1.0)
             variance = variance + other
@@ -208,66 +207,86 @@ def _welch(
 
 
 class _Chains:
-    """Chains whose probe is read a few items at a time."""
+    """Chains whose probe is read a few items at a time: means of ℓ and φ·ℓ over blocks of draws are all it takes."""
 
-    def __init__(self, name: str, draws: ProbeDraws, memory: int) -> None:
+    def __init__(self, name: str, draws: ProbeDraws, reference_loss: float, memory: int) -> None:
         self.name, self.probe = name, draws.probe
         self.chains, self.draws, self.items = shape_of(f"{name}.probe", draws.probe)
-        self.loss = np.asarray(draws.loss, np.float64)
-        if self.loss.shape != (self.chains, self.draws):
+        loss = np.asarray(draws.loss, np.float64)
+        if loss.shape != (self.chains, self.draws):
             raise ValueError(
-                f"{name}.loss has shape {self.loss.shape}, but its probe has {self.chains} chains of {self.draws} "
+                f"{name}.loss has shape {loss.shape}, but its probe has {self.chains} chains of {self.draws} "
                 "draws: pass the mean loss of each."
             )
-        check_finite(f"{name}.loss", self.loss[:, :, None], 0)
-        self.step = max(1, memory // (8 * 3 * self.chains * self.draws))
+        check_finite(f"{name}.loss", loss[:, :, None], 0)
+        self.step = max(1, memory // (8 * 2 * self.chains * self.draws))
         some = np.asarray(self.probe[:, :, : min(64, self.items)], np.float64)
         check_finite(f"{name}.probe", some, 0)
-        times = [autocorrelation_time(self.loss)]
-        times += [autocorrelation_time(some[:, :, k] - self.loss) for k in range(some.shape[2])]
+        times = [autocorrelation_time(loss)]
+        times += [autocorrelation_time(some[:, :, k] - loss) for k in range(some.shape[2])]
         known = [time for time in times if math.isfinite(time)]
         self.plan = plan_blocks(self.chains, self.draws, max(known, default=1.0), None, False)
         self.num_blocks = self.plan.num_blocks
+        phi = loss - reference_loss
+        self.weights = np.stack([np.ones_like(phi), phi], axis=1)  # [chain, 1 or φ, draw]
+        self.of_loss = self._means(loss[:, :, None])
+        self.of_one = self._means(np.ones_like(loss)[:, :, None])
 
-    def _error(self, values: Array) -> Array:
-        """Variance of the mean of ``[chain, draw, …]`` over chains and draws, from block means."""
+    def _means(self, values: NDArray[Any]) -> tuple[Array, Array]:
+        """Means of v and φ·v for v ``[chain, draw, item]``: over each block, ``[1 or φ, block, item]``, and over all."""
+        plan = self.plan
+        skipped = self.draws - plan.per_chain * plan.length
+        blocks = np.empty((2, plan.num_blocks, values.shape[2]))
+        total = np.zeros((2, values.shape[2]))
+        for chain in range(self.chains):
+            weights = self.weights[chain]
+            total += weights[:, :skipped] @ values[chain, :skipped].astype(np.float64)
+            for k in range(plan.per_chain):
+                chosen = slice(skipped + k * plan.length, skipped + (k + 1) * plan.length)
+                found = weights[:, chosen] @ values[chain, chosen].astype(np.float64)
+                total += found
+                blocks[:, chain * plan.per_chain + k] = found / plan.length
+        return blocks, total / (self.chains * self.draws)
+
+    def _variance(self, blocks: Array) -> Array:
+        """Of the mean over all draws of what has these means over blocks, ``[block, item]``."""
         plan = self.plan
         if plan.num_blocks < MIN_BLOCKS:
-            return np.full(values.shape[2:], math.nan)
-        used = plan.per_chain * plan.length
-        shape = (self.chains * plan.per_chain, plan.length, *values.shape[2:])
-        means = values[:, self.draws - used :].reshape(shape).mean(axis=1)
-        # Per draw the same for those few that are in no block.
-        found: Array = means.var(axis=0, ddof=1) * plan.length / (self.chains * self.draws)
+            return np.full(blocks.shape[1], math.nan)
+        # The few draws that are in no block are taken to be like the others.
+        found: Array = blocks.var(axis=0, ddof=1) * plan.length / (self.chains * self.draws)
         return found
 
-    def mean_loss(self) -> tuple[float, float]:
-        return float(self.loss.mean()), math.sqrt(float(self._error(self.loss[:, :, None])[0]))
+    def mean_phi(self) -> tuple[float, float]:
+        """E[φ] and its standard error."""
+        blocks, total = self.of_one
+        return float(total[1, 0]), math.sqrt(float(self._variance(blocks[1])[0]))
 
-    def _differences(self) -> list[slice]:
-        return [slice(k, min(k + self.step, self.items)) for k in range(0, self.items, self.step)]
-
-    def _read(self, items: slice) -> Array:
-        """Δ."""
-        part = np.asarray(self.probe[:, :, items])
-        check_finite(f"{self.name}.probe", part, items.start)
-        found: Array = part - self.loss[:, :, None]
-        return found
+    def _differences(self) -> Iterator[tuple[slice, Array, Array]]:
+        """Some items, and for Δ = ℓ − L̄ what `_means` gives."""
+        for first in range(0, self.items, self.step):
+            items = slice(first, min(first + self.step, self.items))
+            part = np.asarray(self.probe[:, :, items])
+            check_finite(f"{self.name}.probe", part, first)
+            blocks, total = self._means(part)
+            yield items, blocks - self.of_loss[0], total - self.of_loss[1]
 
     def mean_difference(self) -> tuple[Array, Array]:
         """E[Δ] and its variance."""
         value, variance = np.empty(self.items), np.empty(self.items)
-        for items in self._differences():
-            difference = self._read(items)
-            value[items], variance[items] = difference.mean(axis=(0, 1)), self._error(difference)
+        for items, blocks, total in self._differences():
+            value[items], variance[items] = total[0], self._variance(blocks[0])
         return value, variance
 
-    def weighted(self, weights: Array, offset: float, centre: Array) -> tuple[Array, Array]:
-        """The mean of −(weight − offset)·(Δ − centre), and its variance."""
+    def weighted(self, offset: float, centre: Array) -> tuple[Array, Array]:
+        """The mean of −(φ − offset)·(Δ − centre), and its variance."""
         value, variance = np.empty(self.items), np.empty(self.items)
-        for items in self._differences():
-            products = self._read(items)
-            products -= centre[items]
-            products *= (offset - weights)[:, :, None]
-            value[items], variance[items] = products.mean(axis=(0, 1)), self._error(products)
+        for items, blocks, total in self._differences():
+
+            def terms(found: Array, one: Array, middle: Array = centre[items]) -> Array:
+                result: Array = offset * (found[0] - middle) - (found[1] - one[1] * middle)
+                return result
+
+            value[items] = terms(total, self.of_one[1])
+            variance[items] = self._variance(terms(blocks, self.of_one[0]))
         return value, variance
