@@ -233,7 +233,7 @@ class _Chains:
         self.of_one = self._means(np.ones_like(loss)[:, :, None])
 
     def _means(self, values: NDArray[Any]) -> tuple[Array, Array]:
-        """Means of v and φ·v for v ``[chain, draw, item]``: over each block, ``[1 or φ, block, item]``, and over all."""
+        """Means of v and φ·v, v ``[chain, draw, item]``: over each block, ``[1 or φ, block, item]``, and over all."""
         plan = self.plan
         skipped = self.draws - plan.per_chain * plan.length
         blocks = np.empty((2, plan.num_blocks, values.shape[2]))
