@@ -13,7 +13,7 @@ import llc_fast
 PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
-    ("samplers", "batches", "loaders", "data", "traces", "weights"),
+    ("samplers", "batches", "loaders", "data", "traces", "weights", "store"),
     ("objective", "result", "plots", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
