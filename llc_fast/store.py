@@ -242,20 +242,29 @@ class SampleStore:
         self._raise()
 
     def add(
-        self, name: str, dims: Sequence[str], values: Any, attributes: Mapping[str, Any] | None = None, **options: Any
+        self,
+        name: str,
+        dims: Sequence[str],
+        values: Any,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+        chunks: tuple[int, ...] | None = None,
     ) -> None:
-        """Make an array of what is known at the end only, and write it.
+        """Make an array of what is known at the end only, and write it; one of that name is replaced.
 
         Args:
             name, dims, values: of it.
             attributes: of the array.
-            options: of ``zarr.create_array``, such as ``chunks``.
+            shape: of the array, if `values` are its first corner only, and the rest is NaN.
+            chunks: of the array.
 
         Raises:
             OSError: it can't be written.
         """
         found = _on_host(values, None)[0]
-        variable = Variable(name, tuple(dims), found.shape, str(found.dtype), per_draw=False)
+        variable = Variable(name, tuple(dims), shape or found.shape, str(found.dtype), per_draw=False)
+        options: dict[str, Any] = {} if chunks is None else {"chunks": chunks}
         with self._in_words():
             array = _make_array(self.arrays, variable, attributes or {}, overwrite=True, **options)
             _write_whole(array, found)
@@ -505,8 +514,10 @@ def _parts(chunks: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[slice,
 
 
 def _write_whole(array: Any, values: NDArray[Any]) -> None:
-    for part in _parts(array.chunks[:1], array.shape[:1]):
-        array[part or ...] = values[part or ...]
+    """An array, or its first corner."""
+    corner = tuple(slice(size) for size in values.shape[1:])
+    for part in _parts(array.chunks[:1], values.shape[:1]):
+        array[(*part, *corner)] = values[part]
 
 
 # ---- Zarr --------------------------------------------------------------------------------------------------

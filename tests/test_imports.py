@@ -17,7 +17,7 @@ LEVELS = (
     ("objective", "result", "plots", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
-    ("calibration", "twins", "cost", "progress", "settings", "checks"),
+    ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
     ("estimate",),
     ("sweep", "grid"),
     ("reproduce",),
