@@ -1,4 +1,4 @@
-"""Samples: the losses of probes at every draw of every chain, in a store on disk or in memory, and what follows of them.
+"""Samples: losses of probes at every draw of every chain, in a store on disk or in memory, and what follows of them.
 
 The store is laid out as devinterp 2.0.1's, with our own arrays beside it, so that each can read the other's. Arrays:
 
@@ -113,7 +113,8 @@ def layout(probes: Sequence[Probe], *, num_chains: int, num_draws: int, dtype: s
     for probe in probes:
         if probe.id in seen:
             raise ValueError(
-                f"probes {seen[probe.id]!r} and {probe.name!r} would both be called {probe.id!r} in the store: rename one"
+                f"probes {seen[probe.id]!r} and {probe.name!r} would both be called {probe.id!r} in the store: rename "
+                "one"
             )
         seen[probe.id] = probe.name
     length = _common_length(probes)
@@ -303,7 +304,7 @@ class Samples:
         Raises:
             ModuleNotFoundError: zarr or xarray is not installed (``pip install "llc_fast[samples]"``).
             FileNotFoundError: there is nothing at `path`.
-            ValueError: it is no such store, or one of a later version; of an interrupted one :attr:`is_partial` says so.
+            ValueError: it is no such store, or one of a later version; an interrupted one opens (:attr:`is_partial`).
         """
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path must be that of a store, got {type(path).__name__}")
@@ -380,7 +381,9 @@ class Samples:
             return self._ids[probe]
         if probe in self._ids.values():
             return probe
-        raise ValueError(f"probe must be one of {', '.join(map(repr, self.probes)) or '(there is none)'}, got {probe!r}")
+        raise ValueError(
+            f"probe must be one of {', '.join(map(repr, self.probes)) or '(there is none)'}, got {probe!r}"
+        )
 
     # ---- losses -----------------------------------------------------------------------------------------------
 
@@ -448,7 +451,9 @@ class Samples:
         if per not in (None, "sample", "token"):
             raise ValueError(f"per must be 'sample' or 'token', got {per!r}")
         if per == "token" and array.ndim == 3:
-            raise ValueError(f"per='token': losses of {probe!r} are per sample. Sample with per='token', or use 'sample'")
+            raise ValueError(
+                f"per='token': losses of {probe!r} are per sample. Sample with per='token', or use 'sample'"
+            )
         self._warn()
         names = ("chain", "draw", "sample", "token")
         array = array.rename(dict(zip(array.dims, names, strict=False)))
@@ -556,7 +561,11 @@ class Samples:
     def _count_draws(self) -> list[int]:
         if DRAWS_DONE in self.dataset:
             return [int(count) for count in self.dataset[DRAWS_DONE].values]
-        names = [name for name in ("sampling_loss", *(f"loss_{found}" for found in self._ids.values())) if name in self.dataset]
+        names = [
+            name
+            for name in ("sampling_loss", *(f"loss_{found}" for found in self._ids.values()))
+            if name in self.dataset
+        ]
         reached = [self._first_gap(self.dataset[name]) for name in names]
         return [min(counts) for counts in zip(*reached, strict=True)]
 
@@ -587,8 +596,8 @@ class Samples:
             self._has_warned = True
             done = ", ".join(map(str, self.draws_done))
             text = (
-                f"The run was interrupted, or goes on: its chains have made {done} of {self.dataset.sizes['draw']} draws, "
-                "and losses of the others are NaN. The same call of sample(store=…) resumes it."
+                f"The run was interrupted, or goes on: its chains have made {done} of {self.dataset.sizes['draw']} "
+                "draws, and losses of the others are NaN. The same call of sample(store=…) resumes it."
             )
             issue([Warning(text, "partial")], stacklevel=3)
 
@@ -600,12 +609,11 @@ def _order(said: list[str], ids: list[str]) -> Any:
 
 def _opened(arrays: Any, said: str) -> xarray.Dataset:
     require("zarr", "samples")
-    xarray = require("xarray", "samples")
+    opened = require("xarray", "samples").open_dataset
     try:
-        found: xarray.Dataset = xarray.open_dataset(arrays, engine="zarr", consolidated=False, chunks=None)
+        return opened(arrays, engine="zarr", consolidated=False, chunks=None)  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{said} is damaged: {error}") from error
-    return found
 
 
 def _of_samples(array: xarray.DataArray) -> tuple[NDArray[np.float64], float]:

@@ -50,7 +50,12 @@ def result(**options: Any) -> LLCResult:
 
 
 def make(
-    path: Path | None, probes: tuple[Probe, ...] = PROBES, *, draws: int = DRAWS, save: bool = True, dtype: str = "float32"
+    path: Path | None,
+    probes: tuple[Probe, ...] = PROBES,
+    *,
+    draws: int = DRAWS,
+    save: bool = True,
+    dtype: str = "float32",
 ) -> SampleStore:
     """A store with all that a run writes; of the first so many draws only."""
     run = result()
@@ -143,7 +148,9 @@ def test_probes_of_different_lengths(tmp_path: Path) -> None:
     make(tmp_path / "run.zarr", probes)
     with Samples.open(tmp_path / "run.zarr") as samples:
         assert samples.dataset["loss_b"].dims[3] == samples.dataset["loss_d"].dims[3] == "token_pos"
-        assert samples.dataset["loss_c"].dims[3] == "token_pos_c" and samples.dataset["input_ids_c"].dims[1] == "token_c"
+        assert (
+            samples.dataset["loss_c"].dims[3] == "token_pos_c" and samples.dataset["input_ids_c"].dims[1] == "token_c"
+        )
         for probe in probes:
             np.testing.assert_array_equal(samples.losses(probe.name).values, losses(probe))
 
@@ -167,7 +174,9 @@ def test_blocks_are_all_of_it(size: int | None, per: Any) -> None:
     assert covered == list(range(6)) and all(values.shape[2] == s.stop - s.start for s, values in found)
     assert all(values.shape[2] <= (size or 6) for _, values in found)
     joined = np.concatenate([values for _, values in found], axis=2)
-    np.testing.assert_allclose(joined, losses(PROBES[0]) if per == "token" else losses(PROBES[0]).mean(axis=3), rtol=1e-6)
+    np.testing.assert_allclose(
+        joined, losses(PROBES[0]) if per == "token" else losses(PROBES[0]).mean(axis=3), rtol=1e-6
+    )
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         next(samples.blocks("text", 0))
 
@@ -202,7 +211,9 @@ def test_a_real_result_comes_back(tmp_path: Path) -> None:
     """Traces, observables, ends, warnings, diagnostics: all but what belongs to one call."""
     made = estimate(observables={"first weight/²": lambda draw: draw.params["0.weight"][0, 0]}, keep_ends=True)
     probe = Probe("a", 2)
-    said = attributes([probe], nbeta=made.nbeta, init_loss=made.init_loss, schedule=made.schedule, settings=made.settings)
+    said = attributes(
+        [probe], nbeta=made.nbeta, init_loss=made.init_loss, schedule=made.schedule, settings=made.settings
+    )
     variables = layout([probe], num_chains=3, num_draws=made.schedule.num_draws)
     for _ in range(2):  # the second time as a run that is resumed when it is over
         with SampleStore.create(tmp_path / "run.zarr", variables, said, resume=True) as store:
@@ -367,7 +378,9 @@ def test_its_draws_are_the_first_of_stretches(
     attrs["metadata"]["config"]["sampler"]["num_steps_bw_draws"] = between
     dims = {"sampling_loss": ("chain", "draw", "b", "t"), "sampling_loss_micro": ("chain", "step", "b", "t")}
     values = {"sampling_loss": draws, "sampling_loss_micro": trace}
-    data = xarray.Dataset({n: (dims[n], v) for n, v in values.items()} | {"init_loss": ("chain", [0.0, 0.0])}, attrs=attrs)
+    data = xarray.Dataset(
+        {n: (dims[n], v) for n, v in values.items()} | {"init_loss": ("chain", [0.0, 0.0])}, attrs=attrs
+    )
     result = Samples(data).llc()
     np.testing.assert_allclose(result.llc_trace, 10 * draws.mean(axis=(2, 3)), atol=1e-5)
     assert result.schedule.num_burnin == {1: 5, 3: 3, 9: 0}[between]
@@ -380,13 +393,23 @@ def test_ours_has_its_layout(theirs: tuple[Path, dict[str, Any]], tmp_path: Path
 
     def described(path: Path) -> dict[str, Any]:
         found = json.loads((path / "zarr.json").read_text())
-        kept = ("dimension_names", "data_type", "fill_value", "codecs", "attributes", "chunk_key_encoding", "zarr_format")
+        kept = (
+            "dimension_names",
+            "data_type",
+            "fill_value",
+            "codecs",
+            "attributes",
+            "chunk_key_encoding",
+            "zarr_format",
+        )
         return {name: found[name] for name in kept}
 
     for name in ("init_loss", "sampling_loss_micro", "loss_pile", "loss_back_wards", "input_ids_pile"):
         ours = described(tmp_path / "run.zarr" / name)
         assert ours == described(theirs[0] / name), name
-    ours, expected = (json.loads((p / "zarr.json").read_text())["attributes"] for p in (tmp_path / "run.zarr", theirs[0]))
+    ours, expected = (
+        json.loads((p / "zarr.json").read_text())["attributes"] for p in (tmp_path / "run.zarr", theirs[0])
+    )
     assert ours["metadata"]["config"]["sampler"].keys() == expected["metadata"]["config"]["sampler"].keys()
     ids = [[entry["obs_id"] for entry in a["metadata"]["config"]["observables"]] for a in (ours, expected)]
     assert ids[0] == ids[1] and ours["completed"] == expected["completed"] == 1
@@ -416,7 +439,8 @@ def _its_numbers(path: Path) -> dict[str, Any]:
     beside = [str(Path(llc_fast.__file__).parents[1])]
     done = subprocess.run(
         [sys.executable, str(HERE / "shared" / "devinterp2.py"), "read", str(path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([folder, *beside] if folder else beside), "HF_HUB_OFFLINE": "1"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([folder, *beside] if folder else beside), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
