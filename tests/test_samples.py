@@ -85,9 +85,9 @@ def make(
 # ---- what comes back -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("place", ["disk", "disk, as written", "memory"])
 def test_what_was_written_comes_back(tmp_path: Path, place: str) -> None:
-    store = make(tmp_path / "run.zarr" if place == "disk" else None)
+    store = make(None if place == "memory" else tmp_path / "run.zarr")
     samples = Samples.open(tmp_path / "run.zarr") if place == "disk" else Samples.of(store)
     assert samples.probes == ("text", "my code") and not samples.is_partial and samples.draws_done == [DRAWS] * 2
     assert samples.settings == SETTINGS and samples.nbeta == NBETA and samples.init_loss == INIT_LOSS
@@ -384,6 +384,28 @@ def test_its_draws_are_the_first_of_stretches(
     result = Samples(data).llc()
     np.testing.assert_allclose(result.llc_trace, 10 * draws.mean(axis=(2, 3)), atol=1e-5)
     assert result.schedule.num_burnin == {1: 5, 3: 3, 9: 0}[between]
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_its_store_with_a_chain_that_ended_early(theirs: tuple[Path, dict[str, Any]], completed: bool) -> None:
+    """It diverged if the run is over: λ̂ is that of the other one. Else the run was interrupted."""
+    data = xarray.open_dataset(theirs[0], engine="zarr", consolidated=False).load()
+    for name, gone in (("sampling_loss", 7), ("loss_pile", 7), ("loss_back_wards", 6), ("sampling_loss_micro", 12)):
+        data[name][1, gone:] = np.nan
+    if not completed:
+        del data.attrs["completed"]
+    samples = Samples(data)
+    draws = 10 * (np.array(theirs[1]["loss_trace"])[:, 5:] - theirs[1]["init_loss"])
+    assert samples.draws_done == [12, 6] and samples.is_partial is not completed
+    if completed:
+        result = samples.llc()
+        assert result.diverged_chains == [1] and result.llc_mean == pytest.approx(draws[0].mean(), abs=1e-5)
+        assert "diverged" in [w.code for w in result.warnings]
+    else:
+        with pytest.warns(LLCWarning, match="have made 12, 6 of 12 draws"):
+            result = samples.llc()
+        assert result.steps_done == [17, 11] and not result.diverged_chains
+        np.testing.assert_allclose(result.llc_per_chain, [draws[0].mean(), draws[1, :6].mean()], atol=1e-5)
 
 
 def test_ours_has_its_layout(theirs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
