@@ -236,6 +236,33 @@ def test_a_real_result_comes_back(tmp_path: Path) -> None:
     assert "seconds" not in said["llc_fast"]["settings"]
 
 
+@pytest.mark.parametrize("options", [{"lr": 1e-3}, {"lr": None, "num_draws": 40, "num_burnin": 20}])
+def test_the_bytes_are_the_same_whatever_calls_made_it(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A run in one go, and one that is resumed when it is over; pilot chains chose the step size, or not."""
+    checkpoint = tmp_path / "run.npz"
+    for name, more in (("a", {}), ("b", {"checkpoint": checkpoint}), ("c", {"checkpoint": checkpoint})):
+        made = estimate(**options, **more)
+        said = attributes(
+            [], nbeta=made.nbeta, init_loss=made.init_loss, schedule=made.schedule, settings=made.settings
+        )
+        variables = layout([], num_chains=3, num_draws=made.schedule.num_draws)
+        with SampleStore.create(tmp_path / f"{name}.zarr", variables, said, resume=False) as store:
+            save_result(store, made)
+            store.complete()
+    assert made.diagnostics["resumed_steps"] > 0
+    first, *others = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("a.zarr", "b.zarr", "c.zarr")
+    )
+    for other in others:
+        assert other.keys() == first.keys()
+        assert [str(name) for name, content in other.items() if content != first[name]] == []
+
+
 def test_an_interrupted_store(tmp_path: Path) -> None:
     """It opens, says how far it is, warns once, and gives λ̂ of the draws that there are."""
     path = tmp_path / "run.zarr"
