@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llc_fast.grid import ScanResult, scan
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
+    from llc_fast.samples import Samples
     from llc_fast.settings import Execution, default_localization, default_nbeta
     from llc_fast.support.warned import LLCWarning
     from llc_fast.sweep import sweep_checkpoints
@@ -36,6 +37,7 @@ __all__ = [
     "LLCWarning",
     "PreconditionedSGLD",
     "RMSpropSGLD",
+    "Samples",
     "ScanResult",
     "__version__",
     "behavioral_loss",
@@ -58,6 +60,7 @@ _HOME = {
         "grid": ("ScanResult", "scan"),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
+        "samples": ("Samples",),
         "settings": ("Execution", "default_localization", "default_nbeta"),
         "support.warned": ("LLCWarning",),
         "sweep": ("sweep_checkpoints",),
