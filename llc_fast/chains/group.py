@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llc_fast.chains.cuda_graph import CapturedStep
-from llc_fast.chains.draw import Draw, Observable, Observables
+from llc_fast.chains.draw import Draw, Evaluator, Observable, Observables
 from llc_fast.chains.metropolis import Metropolis
 from llc_fast.chains.step_checks import StepChecks, check_steps
 from llc_fast.data import Batch, map_tensors, mix
@@ -120,6 +120,7 @@ class Group:
         objective.generators.seed(mix(spec.seed, first))  # what a model with dropout draws from
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
+        self._evaluator = Evaluator(objective, self._buffers)
         self.state.start(first, spec.seed)
         with self._refusals():
             gradient, self.note = make_gradient(
@@ -206,7 +207,9 @@ class Group:
         if (draw := self._spec.schedule.draw_at(step)) is None:
             return
         shared = self._feed.is_shared or len(self.traces.chains) == 1
-        with self._model:  # observables may call the model too
+        generators = self._spec.objective.generators
+        as_they_were = generators.kept() if self._draws_numbers else contextlib.nullcontext()
+        with self._model, as_they_were:  # observables may call the model too
             for row, chain in enumerate(self.traces.chains):
                 seen = Draw(
                     chain,
@@ -216,6 +219,7 @@ class Group:
                     None if evaluation.samples is None else evaluation.samples[row],
                     {name: p.detach() for name, p in self.state.single(row).items()},
                     batch if shared else _row(batch, row),
+                    self._evaluator,
                 )
                 self._observables.record(seen, self.traces)
 
@@ -260,13 +264,18 @@ class Group:
         if not self.is_done or self._spec.keep_state:
             traces.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
 
+    @property
+    def _draws_numbers(self) -> bool:
+        """Whether the chains draw from generators that the user's code draws from, too."""
+        return self._spec.objective.trial.is_random or not self._feed.is_pure
+
     def _arrays(self) -> dict[str, Tensor]:
         """Where the chains are: all that changes from step to step."""
         trial = self._spec.objective.trial
         tensors = self.state.arrays()
         if trial.writes_buffers:  # as bytes: NumPy does not have all of their dtypes
             tensors |= {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in self._buffers.items()}
-        if trial.is_random or not self._feed.is_pure:
+        if self._draws_numbers:
             generators = self._spec.objective.generators
             tensors["generators"] = encode(generators.states()).repeat(len(self.traces.chains), 1)
         return tensors
