@@ -487,7 +487,6 @@ def prepare(
         template,
         chains,
         release_gradients=execution.release_gradients,
-        has_observables=bool(settings.observables),
     )
     plan = planned(strategy=execution.strategy)
     objective.runs_compiled = plan.runs_compiled

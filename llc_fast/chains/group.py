@@ -149,14 +149,14 @@ class Group:
         on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
         self._on_device = on_device
         self._step: Callable[[int], None]
+        observe = self._observe if observables else None
         if spec.plan.strategy == "cuda-graph":
             assert on_device is not None
             with self._refusals(), torch.cuda.device(objective.device):  # which need not be the current one
                 self._step = CapturedStep(
-                    self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start
+                    self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start, observe
                 )
         else:
-            observe = self._observe if observables else None
             at_draws = _AtDraws(spec, gradient) if spec.evaluates_reference else None
             parts = (transition, self._feed, checks, spec.control_variate, at_draws, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
