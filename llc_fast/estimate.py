@@ -22,6 +22,7 @@ from llc_fast.behavioral import Behavioral, BehavioralLoss, behavioral_source, n
 from llc_fast.calibration import (
     MAX_RESTARTS,
     MIN_FRICTION,
+    PRIOR_STIFFNESS,
     RESTART_STEP,
     STIFFNESS,
     Chosen,
@@ -69,6 +70,8 @@ _SENT = 1_000_000
 """Parameters up to which processes send each other what chains need to go on."""
 _TIME_SHARE = 0.9
 """Of the time that is left, what the next steps may take by what steps took so far."""
+_PRIOR_ESS = 200
+"""Effective draws of the loss at which chains of localization alone may end, if nobody says when."""
 _LEAST_TRIED = 4
 """Samples of the trial gradient of a model of any size."""
 
@@ -143,7 +146,8 @@ def estimate_llc(
         lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`. Adjusted samplers start from
             0.2 / (nβ·h_max + γ) and adapt it in burn-in, each chain for itself, to an acceptance of 0.574 (MALA) or
             0.8 (HMC).
-        nbeta: nβ; None: n / log n with n the number of samples in `data`.
+        nbeta: nβ; None: n / log n with n the number of samples in `data`. 0: localization alone, N(w*, 1/γ), the
+            control that says what draws do without the loss: λ̂ is 0 by definition, and no pilot chains are needed.
         localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
             sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
@@ -322,6 +326,8 @@ def _why(chosen: Chosen, settings: Settings) -> str:
         return (
             f"{lr}: what pilot chains had found after {chosen.pilot_steps} steps, when they were interrupted; {length}"
         )
+    if not chosen.nbeta and settings.lr is None:
+        return f"{lr}: {PRIOR_STIFFNESS} / γ, since nβ = 0 leaves the localization alone; {length}"
     if chosen.pilot_bias_share is None:
         reason = "the run is too short for pilot chains" if chosen.bias_correction else "there is no bias correction"
         return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {reason}; {length}"
@@ -515,11 +521,12 @@ def prepare(
     # One sample costs at most what a forward pass does, a third of a gradient: a twelfth of a run.
     affordable = settings.num_chains * settings.schedule.num_steps // 4
     with threads(plan.num_threads):
-        at_reference = reference_losses(objective, nbeta, settings.seed, affordable)
+        # At nβ = 0 no difference of losses matters to λ̂, but those of draws are to be told apart all the same.
+        at_reference = reference_losses(objective, nbeta or 1.0, settings.seed, affordable)
     # Other processors may round otherwise; what moves λ̂ by a thousandth, or less than its error, is no difference.
     is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
     error = at_reference.stderr if math.isfinite(at_reference.stderr) else 0.0
-    atol, rtol = max(1e-3 / nbeta, 6 * error), 1e-2 if is_coarse else 1e-4
+    atol, rtol = max(1e-3 / (nbeta or 1.0), 6 * error), 1e-2 if is_coarse else 1e-4
     team.agree_on_number("the loss at w*", at_reference.mean, atol=atol, rtol=rtol)
     if at_reference.pairing == "draws" and plan.strategy == "cuda-graph":  # it can't stop at draws
         why = "the minibatches of draws are evaluated at w* too"
@@ -797,7 +804,9 @@ def choose(prepared: Prepared) -> Chosen:
 
 def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
     chosen, init_loss = Chosen(**saved.chosen), at_reference.mean
-    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr, 1e-6 / chosen.nbeta):
+    if abs(chosen.init_loss - init_loss) > max(
+        1e-5 * abs(init_loss), 6 * at_reference.stderr, 1e-6 / (chosen.nbeta or 1.0)
+    ):
         raise ValueError(
             f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
             f"{init_loss:.6g}. Other data or another loss_fn?"
@@ -991,6 +1000,10 @@ class _Ending:
 
     def _reason_to_end(self, sampled: Sampled) -> str:
         result = report(self._prepared, self._chosen, sampled)
+        if not self._chosen.nbeta:  # λ̂ is known: it is the draws that somebody wants
+            if not result.kept_draws.size:
+                return "diverged"
+            return "target" if (result.diagnostics["ess_bulk"] or 0.0) >= _PRIOR_ESS else ""
         codes = {warning.code for warning in result.warnings}
         if not result.kept_draws.size:
             return "diverged"
