@@ -175,6 +175,11 @@ class BehavioralLoss:
         return self._tokens.by_token(self._output(model, batch), target, batch, self.kind)
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether the data are sequences of tokens."""
+        return self._tokens is not None
+
+    @property
     def mean_tokens(self) -> float:
         """T̄ of token sequences, see :class:`llc_fast.language.TokenLoss`."""
         return 1.0 if self._tokens is None else self._tokens.mean_tokens

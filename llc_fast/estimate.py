@@ -30,7 +30,7 @@ from llc_fast.calibration import (
     num_pilot_steps,
 )
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
-from llc_fast.chains.draw import Observable
+from llc_fast.chains.draw import Draw, Observable
 from llc_fast.chains.group import RunSpec
 from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, RunningChains
@@ -215,9 +215,55 @@ def estimate_llc(
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
         settings, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
-        surroundings = _Surroundings(settings, model, data, loss)
+        surroundings = Surroundings(settings, model, data, loss)
+    result = run_estimate(settings, model, data, loss, surroundings)
+    if surroundings.team.rank == 0:
+        issue(result.warnings, stacklevel=2)
+    return result
+
+
+class Recorder:
+    """Takes part in a run: it sees every draw, and what becomes of the chains; this one does nothing.
+
+    All is called in the order of the methods here, in every process, inside the surroundings of the run.
+    """
+
+    def look(self, prepared: Prepared) -> None:
+        """Everything has been looked at, and nothing has been sampled."""
+
+    def begin(self, prepared: Prepared, chosen: Chosen) -> Callable[[Draw], None]:
+        """The chains are about to start, or to start anew with another step size.
+
+        Returns:
+            What is called at every draw of every chain of this process, by one thread at a time.
+        """
+        return lambda draw: None
+
+    def snapshot(self, traces: list[Traces]) -> None:
+        """The checkpoint is about to be written: what was seen of the draws in these traces must last."""
+
+    def end(self, result: LLCResult) -> None:
+        """The chains are over, or somebody stopped them."""
+
+
+def run_estimate(
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss: LossFunction | NextToken | Behavioral | None,
+    surroundings: Surroundings,
+    recorder: Recorder | None = None,
+) -> LLCResult:
+    """The four calls.
+
+    Raises:
+        TypeError, ValueError, PermissionError, MemoryError: as :func:`estimate_llc`; whatever `recorder` raises.
+    """
     with surroundings:
         prepared = prepare(settings, model, data, loss, surroundings)
+        if recorder is not None:
+            prepared = dataclasses.replace(prepared, recorder=recorder)
+            recorder.look(prepared)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
         while may_begin_again(prepared, chosen, run):
@@ -227,11 +273,11 @@ def estimate_llc(
             chosen = dataclasses.replace(chosen, lr=lr, friction=1.0, restarts=restarts)
             run = sample(prepared, chosen)
         slopes = sensitivity_of(prepared, chosen, run) if settings.sensitivity else None
-    result = report(prepared, chosen, run)
-    if slopes is not None:
-        result.diagnostics["sensitivity"] = {k: None if math.isnan(v) else v for k, v in slopes._asdict().items()}
-    if surroundings.team.rank == 0:
-        issue(result.warnings, stacklevel=2)
+        result = report(prepared, chosen, run)
+        if slopes is not None:
+            result.diagnostics["sensitivity"] = {k: None if math.isnan(v) else v for k, v in slopes._asdict().items()}
+        if recorder is not None:
+            recorder.end(result)
     return result
 
 
@@ -267,15 +313,15 @@ def calibrate(
     Raises:
         TypeError, ValueError: as :func:`estimate_llc`.
     """
-    old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
+    old = {name: settings.pop(name) for name in list(settings) if name not in ARGUMENTS}
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked, loss = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate"), named_loss(loss_fn)
-    with _Surroundings(asked, model, data, loss, alone=True) as surroundings:
+    with Surroundings(asked, model, data, loss, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
     settings_used = prepared.settings
-    sampler, schedule = _completed(settings_used, chosen)
+    sampler, schedule = completed(settings_used, chosen)
     decides, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
@@ -299,7 +345,8 @@ def calibrate(
     return found
 
 
-_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+"""Names of the arguments of :func:`estimate_llc` after model, data and loss."""
 
 
 @contextlib.contextmanager
@@ -312,7 +359,7 @@ def prepared_alone(
         TypeError, ValueError, MemoryError: as :func:`estimate_llc`.
     """
     loss = named_loss(loss_fn)
-    with _Surroundings(settings, model, data, loss, alone=True) as surroundings:
+    with Surroundings(settings, model, data, loss, alone=True) as surroundings:
         yield prepare(settings, model, data, loss, surroundings)
 
 
@@ -344,7 +391,7 @@ def _why(chosen: Chosen, settings: Settings) -> str:
 # ---- prepare -----------------------------------------------------------------------------------------------
 
 
-class _Surroundings:
+class Surroundings:
     """What holds while a run lasts: its processes, its random numbers, its memory; afterwards all is as it was.
 
     Attributes:
@@ -362,13 +409,13 @@ class _Surroundings:
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
         self.generators = Generators(self.device, [model, loss_fn, data])
-        self.interrupts = Interrupts(_Surroundings._begin, _Surroundings._try, _Surroundings.__exit__)
+        self.interrupts = Interrupts(Surroundings._begin, Surroundings._try, Surroundings.__exit__)
         self._model, self._loss_fn = model, loss_fn
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
         self.team = join(False if alone else settings.execution.distributed)  # last: now nothing fails before it works
 
-    def __enter__(self) -> _Surroundings:
+    def __enter__(self) -> Surroundings:
         try:
             self._stack.enter_context(self.interrupts)
             turn = one_at_a_time()
@@ -426,6 +473,7 @@ class Prepared:
         mode: the mode in which the model is evaluated.
         refined: what was done for a better w*; None: nothing, or it is what was saved.
         reference: w* by parameter, where it is not the model's.
+        recorder: sees the draws; None: nobody does.
     """
 
     settings: Settings
@@ -438,10 +486,11 @@ class Prepared:
     keeper: Checkpoint | None
     identity: dict[str, Any]
     saved: Saved | None
-    surroundings: _Surroundings
+    surroundings: Surroundings
     mode: _Mode
     refined: dict[str, Any] | None = None
     reference: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)
@@ -469,7 +518,7 @@ def prepare(
     model: nn.Module,
     data: Any,
     loss_fn: LossFunction | NextToken | Behavioral | None,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
 ) -> Prepared:
     """Look at model, loss, data and checkpoint, and take L(w*).
 
@@ -639,7 +688,7 @@ def _affordable(
     model: nn.Module,
     data: Any,
     loss_fn: LossFunction | NextToken | Behavioral | None,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
 ) -> tuple[Objective, Settings, str]:
     """Model, loss and data, tried once, in minibatches and for a length that a user who gave neither can wait for.
 
@@ -703,7 +752,7 @@ def _objective(
     model: nn.Module,
     loss_fn: LossFunction | None,
     source: DataSource,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
 ) -> Objective:
     """Model and loss on their device, tried once; seeds torch's generator."""
     execution, template, device = settings.execution, settings.template, surroundings.device
@@ -840,7 +889,7 @@ class _PilotMonitor(Monitor):
         self._done += sum(t.step for t in traces)
 
 
-def _completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
+def completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
     """The sampler and the schedule of the chains."""
     return settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction), settings.longest
 
@@ -877,7 +926,8 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     """Run the chains, those of this process, and gather what all processes have done."""
     settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
     team, saved, at_reference = prepared.surroundings.team, prepared.saved, prepared.reference_losses
-    sampler, schedule = _completed(settings, chosen)
+    sampler, schedule = completed(settings, chosen)
+    recorder = prepared.recorder
     spec = RunSpec(
         objective,
         sampler,
@@ -885,6 +935,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         prepared.plan,
         settings.seed,
         observables=dict(settings.observables or {}),
+        watch=None if recorder is None else recorder.begin(prepared, chosen),
         control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
         evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
@@ -1023,7 +1074,7 @@ def sensitivity_of(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> Sens
     start = sampled.traces.ends
     if sampled.interrupted or start is None:
         return None
-    sampler, _ = _completed(settings, chosen)
+    sampler, _ = completed(settings, chosen)
     if sampler.kind == "metropolis" and vars(sampler)["adapt_steps"]:
         last = sampled.traces.steps["lr"][:, sampled.until - 1]
         last = last[np.isfinite(last)]
@@ -1085,10 +1136,7 @@ class _RunMonitor(Monitor):
             by_need = self._prepared.settings.by_need
             steps = slice(max(self._schedule.num_burnin, t.step // 2 if by_need else 0), t.step)
             if t.step > steps.start:
-                rows = _corrected(t, chosen, steps)
-                if REFERENCE_LOSS in t.steps:
-                    rows = rows - np.nan_to_num(t.steps[REFERENCE_LOSS][:, steps], nan=chosen.init_loss)
-                    rows += chosen.init_loss
+                rows = losses_of_draws(t, chosen, steps)
                 means += [float(row.mean()) for row in rows if np.isfinite(row).all()]
         return chosen.nbeta * (float(np.mean(means)) - chosen.init_loss) if means else math.nan
 
@@ -1097,10 +1145,21 @@ class _RunMonitor(Monitor):
 
     def snapshot(self, traces: list[Traces]) -> None:
         self.report(lambda: traces, sum(t.step * len(t.chains) for t in traces))
+        if self._prepared.recorder is not None:
+            self._prepared.recorder.snapshot(traces)
         if self._prepared.keeper is not None:
             chosen = dataclasses.asdict(self._chosen)
             saved = Saved(dict(self._prepared.identity), chosen, vars(self._schedule), traces, self._prepared.reference)
             self._prepared.keeper.save(saved)
+
+
+def losses_of_draws(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
+    """The losses of these steps that λ̂ is made of, ``[chain, step]``, about L(w*) as it was before the draws."""
+    rows = _corrected(traces, chosen, steps)
+    if REFERENCE_LOSS in traces.steps:
+        rows = rows - np.nan_to_num(traces.steps[REFERENCE_LOSS][:, steps], nan=chosen.init_loss)
+        rows += chosen.init_loss
+    return rows
 
 
 def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
@@ -1128,7 +1187,7 @@ def may_begin_again(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> boo
 def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, run = prepared.settings, prepared.objective, sampled.run
-    sampler, planned = _completed(settings, chosen)
+    sampler, planned = completed(settings, chosen)
     traces, schedule = _so_far(sampled, settings)
     planned = schedule if settings.by_need else planned
     losses = _corrected(traces, chosen).copy()

@@ -72,6 +72,13 @@ class Evaluator:
             found = objective.outputs(batch)
         return found if objective.trial.is_same_without_grad else map_tensors(lambda t: t.detach(), found)
 
+    @contextlib.contextmanager
+    def holding(self, params: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside ``with`` the model has these parameters, for evaluations of one's own, one of a model that writes to
+        its buffers."""
+        with self._without_traces(), self._objective.holding(params, self._own_buffers()):
+            yield
+
     def _taken(self, batch: Batch) -> Batch:
         """As chains are given it."""
         objective = self._objective

@@ -50,6 +50,7 @@ class RunSpec:
         plan: the strategy, see :func:`llc_fast.gradients.plan.make_plan`.
         seed: of noise, batch order and whatever the model itself draws.
         observables: functions of every draw, by name.
+        watch: called at every draw, by one thread at a time; None: nobody watches.
         control_variate: subtracted from the loss of every minibatch before it is recorded; None: nothing.
         evaluates_reference: whether the minibatches of draws are evaluated at w* too.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
@@ -65,6 +66,7 @@ class RunSpec:
     plan: Plan
     seed: int
     observables: Mapping[str, Observable] = field(default_factory=dict)
+    watch: Callable[[Draw], None] | None = None
     control_variate: ControlVariate | None = None
     evaluates_reference: bool = False
     start: Mapping[str, NDArray[Any]] | None = None
@@ -149,7 +151,7 @@ class Group:
         on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
         self._on_device = on_device
         self._step: Callable[[int], None]
-        observe = self._observe if observables else None
+        observe = self._observe if observables or spec.watch is not None else None
         if spec.plan.strategy == "cuda-graph":
             assert on_device is not None
             with self._refusals(), torch.cuda.device(objective.device):  # which need not be the current one
@@ -222,6 +224,8 @@ class Group:
                     self._evaluator,
                 )
                 self._observables.record(seen, self.traces)
+                if self._spec.watch is not None:
+                    self._spec.watch(seen)
 
     # ---- what is handed out --------------------------------------------------------------------------------
 

@@ -72,10 +72,13 @@ class SampleLosses:
     elements: Callable[[Batch], Tensor]
 
     def __call__(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Tensor:
-        objective = self.objective
-        batch = copy.deepcopy(batch) if objective.trial.writes_batch else batch
-        with objective.holding(params, buffers):
-            elements = self.elements(batch).detach()
+        with self.objective.holding(params, buffers):
+            return self.here(batch)
+
+    def here(self, batch: Batch) -> Tensor:
+        """The same at the parameters that the model holds."""
+        batch = copy.deepcopy(batch) if self.objective.trial.writes_batch else batch
+        elements = self.elements(batch).detach()
         if elements.ndim == 1:
             return elements
         elements = elements.flatten(1)
@@ -127,7 +130,7 @@ class _Search:
         self._tolerance = tolerance
 
     def find(self, probe_loss: ProbeLoss | None) -> SampleLosses:
-        forms = [_given(self._objective, probe_loss)] if probe_loss is not None else _forms(self._objective)
+        forms = [_given(self._objective, probe_loss)] if probe_loss is not None else _forms(self._objective, self._per)
         places = [self._objective.reference, self._beside()]
         expected = [[self._loss(params, batch) for batch in self._batches] for params in places]
         refused: list[str] = []
@@ -254,7 +257,7 @@ def _given(objective: Objective, probe_loss: ProbeLoss) -> _Form:
     return _Form("probe_loss", elements, is_given=True)
 
 
-def _forms(objective: Objective) -> Iterator[_Form]:
+def _forms(objective: Objective, per: Per) -> Iterator[_Form]:
     """All that may fit, the surest first."""
     loss_fn = objective.loss_fn
     if (by_token := getattr(loss_fn, "by_token", None)) is not None:
@@ -266,7 +269,7 @@ def _forms(objective: Objective) -> Iterator[_Form]:
         yield _Form('reduction="none"', functools.partial(_unreduced, objective, unreduced, ignored))
     for name, of_outputs in _AUTOMATIC.items():
         yield _Form(name, functools.partial(_automatic, objective, of_outputs))
-    if not objective.trial.accumulates:
+    if per == "sample" and not objective.trial.accumulates:
         yield _Form("every sample as a batch of one", objective.losses_of_one)
 
 
