@@ -611,7 +611,8 @@ def _opened(arrays: Any, said: str) -> xarray.Dataset:
     require("zarr", "samples")
     opened = require("xarray", "samples").open_dataset
     try:
-        return opened(arrays, engine="zarr", consolidated=False, chunks=None)  # type: ignore[no-any-return]
+        # Without a cache: what has been used is not kept in memory.
+        return opened(arrays, engine="zarr", consolidated=False, chunks=None, cache=False)  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{said} is damaged: {error}") from error
 

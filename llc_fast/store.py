@@ -44,6 +44,7 @@ _DTYPES = ("float16", "float32", "float64", "int64", "int32", "uint8", "bool")
 _NAN = "AAAAAAAA+H8="
 """NaN as xarray writes the attribute _FillValue: base64 of a float64."""
 _WAIT = 0.05
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 COUNT_EVERY = 1.0
 """Seconds after which `DRAWS_DONE` is written again, if nobody asks for it by a sync."""
 
@@ -415,7 +416,7 @@ class SampleStore:
         first, values = item.buffer.first, item.buffer.when_ready()
         array = self._open[item.name]
         for part in _parts(array.chunks[2:3], array.shape[2:3]):  # one at a time, for the memory
-            at = (item.chain, slice(first, first + len(values)), *part)
+            at: tuple[int | slice, ...] = (item.chain, slice(first, first + len(values)), *part)
             chunk = values[(slice(None), *part)]
             path = None if self.path is None else _write_chunk(self.path / item.name, array, at, chunk[None])
             if path is None:
@@ -719,12 +720,8 @@ def _make_folder(place: Path, variables: Sequence[Variable], attributes: Mapping
     """A store with nothing in it, made beside and renamed; nothing if another process is faster."""
     try:
         _remove_partial_folders(place)
-        partial = place.with_name(partial_name(place))
-        partial.mkdir()
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor, partial = _partial_folder(place)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _make(_file_store(partial), variables, attributes)
             try:
                 os.rename(partial, place)  # an empty folder is replaced; one with something in it is not
@@ -732,10 +729,30 @@ def _make_folder(place: Path, variables: Sequence[Variable], attributes: Mapping
                 if not _exists(place):
                     raise
         finally:
-            os.close(descriptor)
             shutil.rmtree(partial, ignore_errors=True)
+            os.close(descriptor)
     except OSError as error:
         raise _failure(place, error) from error
+
+
+def _partial_folder(place: Path) -> tuple[int, Path]:
+    """A new folder beside `place`, locked: its descriptor, and its path."""
+    while True:
+        partial = place.with_name(partial_name(place))
+        partial.mkdir()
+        try:
+            descriptor = os.open(partial, _FOLDER)
+        except FileNotFoundError:  # taken for a dead process's between these lines: another name
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(partial).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor, partial
+        except (BlockingIOError, FileNotFoundError):
+            pass  # likewise
+        except OSError:  # a file system without locks, where nobody takes it for a dead process's
+            return descriptor, partial
+        os.close(descriptor)
 
 
 def _remove_partial_folders(place: Path) -> None:
@@ -744,7 +761,7 @@ def _remove_partial_folders(place: Path) -> None:
         token = entry.name.removeprefix(".llc_fast-")[:16]
         if entry.name == partial_name(place, token) and entry.is_dir() and not entry.is_symlink():
             with contextlib.suppress(OSError):
-                descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(entry, _FOLDER)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(entry, ignore_errors=True)

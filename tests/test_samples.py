@@ -85,9 +85,9 @@ def make(
 # ---- what comes back -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("place", ["disk", "disk, as written", "memory"])
 def test_what_was_written_comes_back(tmp_path: Path, place: str) -> None:
-    store = make(tmp_path / "run.zarr" if place == "disk" else None)
+    store = make(None if place == "memory" else tmp_path / "run.zarr")
     samples = Samples.open(tmp_path / "run.zarr") if place == "disk" else Samples.of(store)
     assert samples.probes == ("text", "my code") and not samples.is_partial and samples.draws_done == [DRAWS] * 2
     assert samples.settings == SETTINGS and samples.nbeta == NBETA and samples.init_loss == INIT_LOSS
@@ -234,6 +234,33 @@ def test_a_real_result_comes_back(tmp_path: Path) -> None:
     assert set(made.settings) - set(found.settings) == {"seconds"}
     assert set(made.diagnostics) - set(found.diagnostics) <= samples_module._OF_ONE_CALL
     assert "seconds" not in said["llc_fast"]["settings"]
+
+
+@pytest.mark.parametrize("options", [{"lr": 1e-3}, {"lr": None, "num_draws": 40, "num_burnin": 20}])
+def test_the_bytes_are_the_same_whatever_calls_made_it(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A run in one go, and one that is resumed when it is over; pilot chains chose the step size, or not."""
+    checkpoint = tmp_path / "run.npz"
+    for name, more in (("a", {}), ("b", {"checkpoint": checkpoint}), ("c", {"checkpoint": checkpoint})):
+        made = estimate(**options, **more)
+        said = attributes(
+            [], nbeta=made.nbeta, init_loss=made.init_loss, schedule=made.schedule, settings=made.settings
+        )
+        variables = layout([], num_chains=3, num_draws=made.schedule.num_draws)
+        with SampleStore.create(tmp_path / f"{name}.zarr", variables, said, resume=False) as store:
+            save_result(store, made)
+            store.complete()
+    assert made.diagnostics["resumed_steps"] > 0
+    first, *others = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("a.zarr", "b.zarr", "c.zarr")
+    )
+    for other in others:
+        assert other.keys() == first.keys()
+        assert [str(name) for name, content in other.items() if content != first[name]] == []
 
 
 def test_an_interrupted_store(tmp_path: Path) -> None:
@@ -384,6 +411,28 @@ def test_its_draws_are_the_first_of_stretches(
     result = Samples(data).llc()
     np.testing.assert_allclose(result.llc_trace, 10 * draws.mean(axis=(2, 3)), atol=1e-5)
     assert result.schedule.num_burnin == {1: 5, 3: 3, 9: 0}[between]
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_its_store_with_a_chain_that_ended_early(theirs: tuple[Path, dict[str, Any]], completed: bool) -> None:
+    """It diverged if the run is over: λ̂ is that of the other one. Else the run was interrupted."""
+    data = xarray.open_dataset(theirs[0], engine="zarr", consolidated=False).load()
+    for name, gone in (("sampling_loss", 7), ("loss_pile", 7), ("loss_back_wards", 6), ("sampling_loss_micro", 12)):
+        data[name][1, gone:] = np.nan
+    if not completed:
+        del data.attrs["completed"]
+    samples = Samples(data)
+    draws = 10 * (np.array(theirs[1]["loss_trace"])[:, 5:] - theirs[1]["init_loss"])
+    assert samples.draws_done == [12, 6] and samples.is_partial is not completed
+    if completed:
+        result = samples.llc()
+        assert result.diverged_chains == [1] and result.llc_mean == pytest.approx(draws[0].mean(), abs=1e-5)
+        assert "diverged" in [w.code for w in result.warnings]
+    else:
+        with pytest.warns(LLCWarning, match="have made 12, 6 of 12 draws"):
+            result = samples.llc()
+        assert result.steps_done == [17, 11] and not result.diverged_chains
+        np.testing.assert_allclose(result.llc_per_chain, [draws[0].mean(), draws[1, :6].mean()], atol=1e-5)
 
 
 def test_ours_has_its_layout(theirs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -193,6 +193,23 @@ def test_threads_write_at_once(tmp_path: Path, whole: Path) -> None:
     assert same_files(tmp_path / "run.zarr", whole)
 
 
+def test_syncs_of_one_thread_while_others_write(tmp_path: Path, whole: Path) -> None:
+    """What is on disk at any moment is what was written, as far as it is said to be done."""
+    with SampleStore.create(tmp_path / "run.zarr", variables(), ATTRIBUTES, resume=False) as store:
+        store.write_fixed("input_ids_text", np.arange(SAMPLES * (TOKENS + 1)).reshape(SAMPLES, -1))
+        threads = [threading.Thread(target=fill, args=(store, range(c, c + 1))) for c in range(CHAINS)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            store.sync()
+            found = zarr.open_group(str(store.path), mode="r")["loss_text"]
+            for chain in range(CHAINS):
+                done = store.draws_done(chain)
+                np.testing.assert_array_equal(found[chain, :done], expected()[chain, :done])
+        store.complete()
+    assert same_files(tmp_path / "run.zarr", whole)
+
+
 @pytest.mark.gpu
 def test_tensors_of_a_gpu_are_copied_in_order(tmp_path: Path) -> None:
     """What the stream does to the tensor afterwards is not seen."""
@@ -366,20 +383,21 @@ def test_processes_write_their_own_chains(tmp_path: Path, whole: Path) -> None:
 
 
 def test_who_comes_first_makes_it(tmp_path: Path) -> None:
-    """Several threads at once, as several processes do; one of them makes it, all open it."""
-    path, found = tmp_path / "run.zarr", []
+    """Several threads at once, as several processes do; one of them makes it, all open it, and nothing is left."""
+    for round_ in range(10):
+        path, found = tmp_path / f"{round_}.zarr", []
 
-    def work() -> None:
-        found.append(SampleStore.create(path, variables(), ATTRIBUTES, resume=True))
+        def work(path: Path = path, found: list[SampleStore] = found) -> None:
+            found.append(SampleStore.create(path, variables(), ATTRIBUTES, resume=True))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and os.listdir(tmp_path) == ["run.zarr"]
-    for store in found:
-        store.close()
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4 and len(os.listdir(tmp_path)) == round_ + 1
+        for store in found:
+            store.close()
 
 
 def test_a_store_that_nobody_makes(tmp_path: Path) -> None:
