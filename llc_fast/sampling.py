@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llc_fast.batches import Batch, DataSource, leaves
+from llc_fast.batches import Batch, DataSource, batch_length, leaves, split_batch
 from llc_fast.behavioral import Behavioral, BehavioralLoss, named_loss
 from llc_fast.calibration import Chosen
 from llc_fast.chains.draw import Draw
@@ -43,6 +43,8 @@ _CHECKED = 2
 """Minibatches of the run on which losses of single samples are compared with its loss."""
 _ORDER = 0x5EED
 """Sets the seed of the probes' order apart from those of all chains."""
+_TOGETHER, _MOST_TOGETHER = 4, 4096
+"""Minibatches of a probe that pass the model at once, and samples at most."""
 _DTYPES = ("float32", "float16")
 
 
@@ -77,7 +79,8 @@ def sample(
         model, data, loss_fn: as for :func:`llc_fast.estimate_llc`.
         probes: by name, data of whatever kind `data` may be; or pairs of data and a number k: k minibatches of them, in
             a random order that is the same at every draw and follows `seed`, with their places in the data in
-            ``samples.dataset["indices_<name>"]``. They pass the model in batches of the run's size.
+            ``samples.dataset["indices_<name>"]``. They pass the model in batches of four minibatches of the run, or of
+            one where samples of a batch are not independent (dropout, batch statistics, microbatches).
         per: ``"sample"``: a loss for each sample, the mean over what counts in it. ``"token"``: one for each of its
             tokens; what does not count (padding, labels of −100) is NaN.
         store: the folder of a Zarr store, which :meth:`llc_fast.Samples.open` reads; None: in memory, with no way to
@@ -186,7 +189,7 @@ class _LoadedProbe:
 
     Attributes:
         probe: as the store has it.
-        batches: of the run's size, in the order of the samples.
+        batches: in the order of the samples.
         init_losses: at w*, ``[sample]`` or ``[sample, token]``.
         indices: places of the samples in the data; None: these are all, or a loader does not say.
         input_ids: int64 ``[sample, token]``; None: there are none.
@@ -240,8 +243,17 @@ def _source_of(objective: Objective, data: Any) -> DataSource:
     return make_source(data, size, device, pairs=not objective.takes_model)
 
 
-def _batches_of(name: str, source: DataSource, count: int | None, seed: int) -> tuple[list[Batch], Tensor | None]:
+def _batches_of(
+    name: str, source: DataSource, count: int | None, seed: int, together: int
+) -> tuple[list[Batch], Tensor | None]:
     """The batches of a probe, and where its samples are in the data.
+
+    Args:
+        name: of the probe.
+        source: its data.
+        count: how many batches of the run's size; None: all data.
+        seed: of their order.
+        together: samples that pass the model at once, at most; a loader's batches are not joined.
 
     Raises:
         ValueError: there are not as many; the data have no end.
@@ -258,13 +270,14 @@ def _batches_of(name: str, source: DataSource, count: int | None, seed: int) -> 
         else:
             order = torch.randperm(n, generator=torch.Generator().manual_seed((seed + _ORDER) % 2**63))[: count * size]
         device = source.index_buffer(1).device
-        return [source.gather(some.to(device)) for some in torch.split(order, size)], None if count is None else order
+        pieces = [source.gather(some.to(device)) for some in torch.split(order, together)]
+        return pieces, None if count is None else order
     if count is None and source.sampling.num_batches is None:
         raise ValueError(f"probes[{name!r}] has no end: give ({name}, k), for k batches")
     found = list(itertools.islice((batch for batch, _ in source.full(seed=seed)), count))
     if count is not None and len(found) < count:
         raise ValueError(f"probes[{name!r}] gives {len(found)} batches, fewer than {count}: give as many or fewer")
-    return found, None
+    return [piece for batch in found for piece, _ in split_batch(batch, together)], None
 
 
 def _spec_of(name: str, given: Any) -> tuple[Any, int | None]:
@@ -326,9 +339,13 @@ class _Recorder(Recorder):
     def look(self, prepared: Prepared) -> None:
         objective, settings, team = prepared.objective, prepared.settings, prepared.surroundings.team
         self._team = team
+        # Without gradients four minibatches need less memory than one with them; of some models they are the function.
+        mixes = prepared.mode.batch_statistics or prepared.mode.random_modules or objective.trial.writes_buffers
+        size = objective.source.batch_size or batch_length(next(_minibatches(objective, settings.seed)))
+        together = objective.microbatch_size or (size if mixes else max(size, min(_MOST_TOGETHER, _TOGETHER * size)))
         with threads(prepared.plan.num_threads), objective.generators.kept(), objective.at_reference():
             loaded = {
-                name: _batches_of(name, _source_of(objective, data), count, settings.seed)
+                name: _batches_of(name, _source_of(objective, data), count, settings.seed, together)
                 for name, (data, count) in ((name, _spec_of(name, given)) for name, given in self._given.items())
             }
             if loaded:

@@ -123,6 +123,7 @@ class Group:
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self._evaluator = Evaluator(objective, self._buffers)
+        self._params: dict[int, dict[str, Tensor]] = {}
         self.state.start(first, spec.seed)
         with self._refusals():
             gradient, self.note = make_gradient(
@@ -219,13 +220,19 @@ class Group:
                     step,
                     evaluation.loss[row],
                     None if evaluation.samples is None else evaluation.samples[row],
-                    {name: p.detach() for name, p in self.state.single(row).items()},
+                    self._params_of(row),
                     batch if shared else _row(batch, row),
                     self._evaluator,
                 )
                 self._observables.record(seen, self.traces)
                 if self._spec.watch is not None:
                     self._spec.watch(seen)
+
+    def _params_of(self, row: int) -> dict[str, Tensor]:
+        """The memory of a chain, which stays where it is."""
+        if row not in self._params:
+            self._params[row] = {name: p.detach() for name, p in self.state.single(row).items()}
+        return dict(self._params[row])
 
     # ---- what is handed out --------------------------------------------------------------------------------
 
