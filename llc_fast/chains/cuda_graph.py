@@ -27,6 +27,10 @@ class CapturedStep:
     With observables it is two, which are replayed one after the other: the second one is the update. At a draw the
     observables run between them, where the chain is at the parameters of the loss. The kernels are the same.
 
+    Autograd sends a parameter's gradient to the stream in which the parameter was first used, for as long as anybody
+    holds a graph of that use. If that is the default stream, no capture survives it. So older graphs are forgotten
+    first, and one stream serves from the first use of a parameter to the capture.
+
     Args:
         state, feed, gradient: of the chains.
         checks: taken between replays.
@@ -87,6 +91,7 @@ class CapturedStep:
         with state.displaced():  # at w* itself a gradient may be nothing
             elsewhere = snapshot()
         rewind(elsewhere)
+        gradient.forget()
         side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(losses.device))
         with torch.cuda.stream(side):
@@ -99,12 +104,12 @@ class CapturedStep:
 
         rewind(elsewhere)
         self._graphs = [torch.cuda.CUDAGraph()]
-        with torch.cuda.graph(self._graphs[0]):
+        with torch.cuda.graph(self._graphs[0], stream=side):
             (body if observe is None else evaluate)()
         if observe is not None:
             self._graphs.append(torch.cuda.CUDAGraph())
             # In the memory of the first one, which is replayed before it each time.
-            with torch.cuda.graph(self._graphs[1], pool=self._graphs[0].pool()):
+            with torch.cuda.graph(self._graphs[1], pool=self._graphs[0].pool(), stream=side):
                 move()
         state.send_addresses()
         for graph in self._graphs:
