@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
     from llc_fast.samples import Samples
+    from llc_fast.sampling import sample
     from llc_fast.settings import Execution, default_localization, default_nbeta
     from llc_fast.support.warned import LLCWarning
     from llc_fast.sweep import sweep_checkpoints
@@ -46,6 +47,7 @@ __all__ = [
     "default_nbeta",
     "estimate_llc",
     "language",
+    "sample",
     "samplers",
     "scan",
     "sweep_checkpoints",
@@ -61,6 +63,7 @@ _HOME = {
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
         "samples": ("Samples",),
+        "sampling": ("sample",),
         "settings": ("Execution", "default_localization", "default_nbeta"),
         "support.warned": ("LLCWarning",),
         "sweep": ("sweep_checkpoints",),

@@ -19,7 +19,7 @@ LEVELS = (
     ("chains",),
     ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
     ("estimate",),
-    ("sweep", "grid"),
+    ("sweep", "grid", "sampling"),
     ("reproduce",),
     ("cli",),
 )
