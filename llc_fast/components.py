@@ -1,0 +1,1236 @@
+"""Parts of a model by name: embedding, layers, attention heads, perceptrons, convolution channels.
+
+    components(model)["l3 h5"]        # {parameter name: mask of its elements, or None for all of them}
+
+Where the projections of attention are is read from what their modules are called; how large heads are, from shapes and
+the number of heads in attributes or configuration. How a tensor that holds queries, keys and values is laid out can be
+read from neither. So every head is verified before it is given out: the attention module runs with made-up weights,
+and what changes when the head's elements do must be the head's slice at the input of the output projection, and no more.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from llc_fast.objective.borrowed import BorrowedModel, ModelSnapshot
+from llc_fast.support.randomness import Generators
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of indices."""
+
+
+class ComponentError(ValueError, KeyError):
+    """A component that the model does not have, or that can't be told from the rest of it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The elements of a parameter whose index along `dim` is in `ranges`."""
+
+    dim: int
+    ranges: Ranges
+
+    def __or__(self, other: _Part | None) -> _Part | None:
+        if other is None:
+            return None
+        if self.dim != other.dim:
+            raise AssertionError("parts of one parameter run along different dimensions")
+        return _Part(self.dim, _merged(self.ranges + other.ranges))
+
+    def count(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def mask(self, shape: torch.Size, device: torch.device) -> Tensor:
+        line = torch.zeros(shape[self.dim], dtype=torch.bool, device=device)
+        for start, stop in self.ranges:
+            line[start:stop] = True
+        return line.view([-1 if k == self.dim else 1 for k in range(len(shape))]).expand(shape)
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+class Component(Mapping[str, "Tensor | None"]):
+    """A part of a model: ``{parameter name: boolean mask, or None for the whole parameter}``.
+
+    Masks have the shape of the parameter, are on its device, and are made each time they are asked for; they take the
+    memory of one of its dimensions alone.
+
+    Attributes:
+        name: what it is called.
+        layer: the layer that it is in, or None: embeddings, what follows the layers, and models without layers.
+        modules: names of the modules that own its parameters, in the model's order. The restriction enters the model at
+            the first of them that is called.
+    """
+
+    def __init__(
+        self, name: str, parts: Mapping[str, _Part | None], parameters: Mapping[str, Tensor], layer: int | None
+    ) -> None:
+        self.name, self.layer = name, layer
+        self._parts = {known: parts[known] for known in parameters if known in parts}
+        self._parameters = {known: parameters[known] for known in self._parts}
+        self.modules = tuple(dict.fromkeys(known.rpartition(".")[0] for known in self._parts))
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        part, p = self._parts[name], self._parameters[name]
+        return None if part is None else part.mask(p.shape, p.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def count(self, name: str) -> int:
+        """How many elements of a parameter belong to the component, without a mask."""
+        part, p = self._parts[name], self._parameters[name]
+        return p.numel() if part is None else p.numel() // max(p.shape[part.dim], 1) * part.count()
+
+    @property
+    def num_parameters(self) -> int:
+        """How many elements it has in all."""
+        return sum(map(self.count, self._parts))
+
+    def __repr__(self) -> str:
+        return f"Component({self.name!r}: {self.num_parameters} elements of {len(self)} parameters)"
+
+
+class Components(Mapping[str, Component]):
+    """The components of a model by name; see :func:`components`. Nothing is computed before it is asked for."""
+
+    def __init__(self, model: nn.Module, verify: bool, inputs: Any) -> None:
+        self._structure = _Structure(model)
+        self._verifier = _Verifier(model, self._structure.units, inputs) if verify else None
+
+    def __iter__(self) -> Iterator[str]:
+        return self._structure.names()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and any(self._structure.normalized(name) == known for known in self)
+
+    def __getitem__(self, name: str) -> Component:
+        structure = self._structure
+        known = structure.normalized(name)
+        parts = structure.parts_of(known, self._verifier)
+        if parts is None:
+            raise ComponentError(self._unknown(name))
+        return Component(known, parts, structure.parameters, structure.layer_of(known, parts))
+
+    def _unknown(self, name: str) -> str:
+        known = list(self)
+        close = difflib.get_close_matches(self._structure.normalized(name), known, n=5, cutoff=0.5)
+        if close:
+            return f"component {name!r} is none of the model's; close to it: {', '.join(map(repr, close))}"
+        return f"component {name!r} is none of the model's; it has {', '.join(map(repr, known[:20]))}, …"
+
+    def close_to(self, name: str) -> list[str]:
+        """Names of components that look like this one."""
+        return difflib.get_close_matches(self._structure.normalized(name), list(self), n=5, cutoff=0.5)
+
+    def __repr__(self) -> str:
+        return f"Components of {type(self._structure.model).__name__}: {len(self)} names"
+
+
+def components(model: nn.Module, *, verify: bool = True, inputs: Any = None) -> Components:
+    """The parts of a model by name, as ``params=`` takes them: what the model has of
+
+    - ``"embed"``, ``"unembed"``: the weights of the token or patch embedding; weight and bias of the last linear map.
+      If they are tied, both name the same parameter.
+    - ``"l0"``: all of layer 0, norms included; ``"l0 attn"``, ``"l0 mlp"``: its projections, without norms.
+      ``"l0 cross"``: its cross-attention.
+    - ``"l3 h5"``: head 5 of layer 3: its elements of queries, keys and values, biases too, and its slice of the output
+      projection. Where several heads share keys and values, each of them has these.
+    - ``"l3 g1"``: the heads that share the keys and values number 1 (grouped-query attention).
+    - ``"l3 attn shared"``: what of the attention belongs to no head, such as the output bias.
+    - ``"layer1.0"``: a block of a convolutional network; ``"layer1.0.conv1 c5"``: filter 5 of a convolution.
+    - the name of any parameter.
+
+    A model with several stacks of layers has their names in front: ``"encoder l0 h1"``, ``"decoder l0 cross h1"``.
+
+    Args:
+        model: any module. It is left as it was.
+        verify: whether to verify each head by changing its elements, when it is asked for. That takes one forward pass
+            of the model with made-up input, as far as its last attention, and some of the attention module with
+            made-up weights. If False, layouts that can't be read from shapes are believed to be those of the
+            architecture's name.
+        inputs: arguments of the model for that forward pass, if none can be made up for it: a tensor, a tuple of
+            positional or a mapping of named arguments.
+
+    Returns:
+        A mapping of names to :class:`Component`. To list names allocates nothing; ``[name]`` raises ComponentError (a
+        ValueError and a KeyError) if there is no such component, or if the layout of its tensors is unknown.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return Components(model, verify, inputs)
+
+
+# ---- what there is ----------------------------------------------------------------------------------------------
+
+_ROLES = {
+    "q": "q query queries qproj queryproj qlin linearq toq wq qlinear querylinear fcq qmap",
+    "k": "k key keys kproj keyproj klin lineark tok wk klinear keylinear fck kmap",
+    "v": "v value values vproj valueproj vlin linearv tov wv vlinear valuelinear fcv vmap",
+    "kv": "kv kvproj keyvalue tokv wkv kvlinear",
+    "qkv": "qkv qkvproj cattn querykeyvalue wqkv toqkv attproj inprojweight qkvlinear packedqkv",
+    "o": "oproj outproj wo o dense cproj proj projection toout out outlin linearo outlinear fcout fco output outputproj",
+}
+_ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
+_ROLE_OF |= {f"{word}weight": role for word, role in list(_ROLE_OF.items()) if not word.endswith("weight")}
+_BIASES = {"bq": "q", "bk": "k", "bv": "v", "bo": "o", "inprojbias": "qkv"}
+_BIASES |= {f"{word}bias": role for word, role in _ROLE_OF.items() if not word.endswith("weight")}
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head", "n_local_heads", "h")
+_HEADS += ("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads")
+_CROSS = re.compile(r"cross|encoder_?attn|encdec|enc_dec|encoder_?attention", re.IGNORECASE)
+_NO_TOKENS = re.compile(r"pos|type|segment|bias|distance|relative", re.IGNORECASE)
+_LAYOUT_OF_TYPE = {
+    **dict.fromkeys(("gpt2", "gpt-sw3", "openai-gpt", "mpt", "phi3", "hooked_transformer"), "one"),
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"), "groups"),
+    "codegen": "four",
+}
+"""How architectures lay out a tensor of queries, keys and values. Only the order in which layouts are tried, and what is
+believed where nothing is verified: "one" block [q, k, v], or a block for each of the "groups" that share keys."""
+
+
+def _word(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A linear map of attention.
+
+    Attributes:
+        role: q, k, v, kv, qkv or o.
+        weight, bias: the model's names of its parameters.
+        shape: of the weight.
+        out_dim: the dimension of the weight that runs over outputs; None: unknown; 0 of a `headed` one is its heads.
+        headed: whether the weight is [heads, …, …].
+        module: the path of the module that applies it; None: the attention module does.
+    """
+
+    role: str
+    weight: str
+    bias: str | None
+    shape: torch.Size
+    bias_shape: torch.Size | None
+    out_dim: int | None
+    headed: bool
+    module: str | None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What shapes leave open.
+
+    Attributes:
+        blocks: of how many blocks [queries, keys, values] a joint tensor consists.
+        transposed: whether weights that are no module's are [inputs, outputs].
+        reads: the dimension of an output weight [heads, …, …] that runs over its outputs.
+    """
+
+    blocks: int = 1
+    transposed: bool = False
+    reads: int = 2
+
+
+@dataclass
+class _Unit:
+    """One attention of one layer.
+
+    Attributes:
+        root: path of the smallest module with all projections.
+        projections: by role.
+        heads, groups: of queries; of keys and values.
+        own: parameters that belong to it, without norms.
+        extras: parameters of `own` that are no projection's and have one entry for each head, with the dimension.
+        problem: why its heads can't be told, if they can't.
+    """
+
+    root: str
+    projections: dict[str, _Projection]
+    heads: int
+    groups: int
+    own: tuple[str, ...]
+    extras: dict[str, int]
+    problem: str
+    layouts: list[_Layout] = field(default_factory=list)
+    believed: _Layout | None = None
+
+    @property
+    def tensor(self) -> str:
+        """The parameter that messages name."""
+        known = next((self.projections[role] for role in ("qkv", "kv", "q") if role in self.projections), None)
+        return known.weight if known else next(iter(self.own))
+
+    def parts(self, head: int, layout: _Layout) -> list[tuple[str, str, _Part]]:
+        """The elements of a head as (q, k, v or o; parameter; part)."""
+        found, shared = list[tuple[str, str, _Part]](), head * self.groups // self.heads
+        for role, p in self.projections.items():
+            dim = self.out_dim(p, layout)
+            if role == "o":
+                dim = 0 if p.headed else 1 - dim
+                size = p.shape[dim] // self.heads
+                found.append(("o", p.weight, _Part(dim, ((head * size, (head + 1) * size),))))
+                continue
+            for which, ranges in self._ranges(role, p.shape[dim], head, shared, layout).items():
+                found.append((which, p.weight, _Part(dim, ranges)))
+                if p.bias is not None:
+                    found.append((which, p.bias, _Part(0, ranges)))
+        return found
+
+    def out_dim(self, p: _Projection, layout: _Layout) -> int:
+        return (1 if layout.transposed else 0) if p.out_dim is None else p.out_dim
+
+    def _ranges(self, role: str, size: int, head: int, shared: int, layout: _Layout) -> dict[str, Ranges]:
+        if role in ("q", "k", "v"):
+            number, of = (head, self.heads) if role == "q" else (shared, self.groups)
+            step = size // of
+            return {role: ((number * step, (number + 1) * step),)}
+        counts = {"q": self.heads if role == "qkv" else 0, "k": self.groups, "v": self.groups}
+        step, found, before = size // sum(counts.values()), dict[str, Ranges](), 0
+        for which, count in counts.items():
+            if count:
+                number, inside = head if which == "q" else shared, count // layout.blocks
+                start = number // inside * (size // layout.blocks) + (before + number % inside) * step
+                found[which] = ((start, start + step),)
+                before += inside
+        return found
+
+
+class _Structure:
+    """What is found in a model by looking at it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
+        by_id = {id(p): name for name, p in self.parameters.items()}
+        self.aliases = {name: by_id[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.norms = {path for path, m in self.modules.items() if _is_norm(path, m)}
+        self.units = self._find_units()
+        self._layers: dict[str, list[str]] = {}
+        """Paths of layers by name, such as l0."""
+        self._unit_names: dict[str, _Unit] = {}
+        """Attention by name, such as l0 attn."""
+        self._number: dict[str, int] = {}
+        self._find_layers()
+        self._channels = {path: m for path, m in self.modules.items() if isinstance(m, _CONVOLUTIONS)}
+        self._blocks = [path for path in self.modules if self._is_block(path)]
+        self._ends = self._find_ends()
+
+    # -- attention
+
+    def _find_units(self) -> list[_Unit]:
+        units, taken = list[_Unit](), set[str]()
+        for path, module in self.modules.items():
+            if any(path.startswith(f"{root}.") for root in taken if root):
+                continue
+            found = self._projections(path, module)
+            if "qkv" in found:
+                chosen = ["qkv"]
+            elif {"q", "k", "v"} <= found.keys():
+                chosen = ["q", "k", "v"]
+            elif {"q", "kv"} <= found.keys():
+                chosen = ["q", "kv"]
+            else:
+                continue
+            root, out = path, found.get("o")
+            for _ in range(2):
+                if out is not None or not root:
+                    break
+                below, root = root, root.rpartition(".")[0]
+                out = self._projections(root, self.modules[root], without=below).get("o")
+            if out is None:
+                continue
+            projections = {role: found[role] for role in chosen} | {"o": out}
+            units.append(self._unit(path, root, projections))
+            taken.add(root)
+        return units
+
+    def _projections(self, path: str, module: nn.Module, without: str | None = None) -> dict[str, _Projection]:
+        """The linear maps that a module has as parameters or children, by role."""
+        found: dict[str, _Projection] = {}
+        prefix = f"{path}." if path else ""
+        biases = {_BIASES[_word(n)]: n for n, p in module._parameters.items() if p is not None and _word(n) in _BIASES}
+        for name, p in module._parameters.items():
+            role = _ROLE_OF.get(_word(name))
+            if role is None or p is None or p.ndim not in (2, 3) or role in found:
+                continue
+            bias = biases.get(role)
+            found[role] = _Projection(
+                role,
+                self.aliases[prefix + name],
+                None if bias is None or role == "o" else self.aliases[prefix + bias],
+                p.shape,
+                None if bias is None else module._parameters[bias].shape,  # type: ignore[union-attr]
+                0 if isinstance(module, nn.MultiheadAttention) or p.ndim == 3 else None,
+                p.ndim == 3,
+                None,
+            )
+        if isinstance(module, nn.MultiheadAttention) and {"q", "k", "v"} <= found.keys() and "qkv" in biases:
+            found["q"] = found["k"] = found["v"] = None  # type: ignore[assignment]
+            return {}  # separate weights with a joint bias
+        outs = list(_ROLES["o"].split())
+        best = len(outs)
+        for name, child in module._modules.items():
+            role = _ROLE_OF.get(_word(name))
+            if role is None or child is None or prefix + name == without:
+                continue
+            if role == "o" and (outs.index(_word(name)) >= best or (found.get("o") and best == len(outs))):
+                continue
+            linear = self._linear(prefix + name)
+            if linear is None or (role != "o" and role in found):
+                continue
+            if role == "o":
+                best = outs.index(_word(name))
+            found[role] = self._projection(role, linear, isinstance(module, nn.MultiheadAttention))
+        return found
+
+    def _linear(self, path: str) -> str | None:
+        """The only module at or below a path that has a matrix."""
+        inside = [
+            known
+            for known, m in self.modules.items()
+            if (known == path or known.startswith(f"{path}."))
+            and any(p is not None and p.ndim >= 2 for p in m._parameters.values())
+        ]
+        return inside[0] if len(inside) == 1 and "weight" in self.modules[inside[0]]._parameters else None
+
+    def _projection(self, role: str, path: str, is_applied_outside: bool) -> _Projection:
+        module = self.modules[path]
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        assert weight is not None
+        return _Projection(
+            role,
+            self.aliases[f"{path}.weight"],
+            None if bias is None or role == "o" else self.aliases[f"{path}.bias"],
+            weight.shape,
+            None if bias is None else bias.shape,
+            1 if _is_transposed(module) else 0,
+            False,
+            None if is_applied_outside else path,
+        )
+
+    def _unit(self, path: str, root: str, projections: dict[str, _Projection]) -> _Unit:
+        of_projections = {name for p in projections.values() for name in (p.weight, p.bias) if name is not None}
+        outs = projections["o"]
+        if outs.module is not None:
+            of_projections |= {self.aliases[f"{outs.module}.{n}"] for n, _ in _own(self.modules[outs.module])}
+        is_layer = root != path and self._has_others(root, path, projections)
+        inside = list(self._below(path if is_layer or self._has_others(root, "", projections) else root))
+        if self._has_others(path, "", projections):
+            inside = [f"{path}.{n}" if path else n for n, _ in _own(self.modules[path])]
+        own = dict.fromkeys(self.aliases[name] for name in inside if name.rpartition(".")[0] not in self.norms)
+        own |= dict.fromkeys(sorted(of_projections))
+        unit = _Unit(root, projections, 0, 0, tuple(n for n in self.parameters if n in own), {}, "")
+        self._measure(unit, path)
+        if not unit.problem:
+            last = {n: self.parameters[n].shape for n in unit.own if n not in of_projections and not _is_output_bias(n, outs)}
+            unit.extras = {
+                n: max(k for k, size in enumerate(shape) if size == unit.heads)
+                for n, shape in last.items()
+                if unit.heads in shape
+            }
+            inner = [n for n in last if any(p.module and n.startswith(f"{p.module.rpartition('.')[0]}.") and
+                     p.module.rpartition(".")[0] not in (path, root) for p in projections.values())]
+            if inner:
+                unit.problem = f"{inner[0]!r} belongs to a projection, in a way that is unknown"
+        return unit
+
+    def _has_others(self, root: str, inside: str, projections: Mapping[str, _Projection]) -> bool:
+        """Whether a module has matrices that are no projections of attention."""
+        known = {p.weight for p in projections.values()}
+        for name in self._below(root):
+            owner = name.rpartition(".")[0]
+            if self.parameters[self.aliases[name]].ndim < 2 or self.aliases[name] in known or owner in self.norms:
+                continue
+            if not (inside and name.startswith(f"{inside}.")) and isinstance(self.modules[owner], _LINEAR):
+                return True
+        return False
+
+    def _measure(self, unit: _Unit, path: str) -> None:
+        """How many heads a unit has, or why this is unknown; what layouts its tensors may have."""
+        projections = unit.projections
+        out, first = projections["o"], next(iter(projections.values()))
+        raw = [p for p in projections.values() if p.out_dim is None]
+        size = out.shape[0] if out.headed else out.shape[1 - (out.out_dim or 0)]
+        if first.headed:
+            unit.heads, unit.groups = first.shape[0], projections.get("k", first).shape[0]
+            headed = [p.shape[0] for p in projections.values() if p.headed]
+            if len(headed) < len(projections) or out.shape[0] != unit.heads or unit.heads % unit.groups:
+                unit.problem = f"its shapes {[tuple(p.shape) for p in projections.values()]} are of no known layout"
+            unit.layouts = [_Layout(reads=2), _Layout(reads=1)]
+            return
+        candidates = list(dict.fromkeys(self._numbers_of_heads(path, unit.root)))
+        if not candidates:
+            unit.problem = "its number of heads is in no attribute of the module and not in the configuration"
+            return
+        why = ""
+        for heads in candidates:
+            groups, why = _groups(projections, heads, size)
+            if not why:
+                unit.heads, unit.groups = heads, groups
+                break
+        else:
+            unit.problem = why
+            return
+        blocks = [k for k in range(1, unit.groups + 1) if unit.groups % k == 0]
+        joint = any(role in projections for role in ("qkv", "kv"))
+        blocks.sort(key=lambda k: (k != 1, k != unit.groups, k))
+        kind = _LAYOUT_OF_TYPE.get(str(getattr(self._config(path), "model_type", "")))
+        if isinstance(self.modules[path], nn.MultiheadAttention) or type(self.modules[path]).__module__.startswith("timm."):
+            kind = "one"
+        preferred = {"one": 1, "groups": unit.groups, "four": 4}.get(kind or "", 0)
+        if preferred in blocks:
+            blocks.remove(preferred)
+            blocks.insert(0, preferred)
+        unit.layouts = [_Layout(b, t) for t in ((False, True) if raw else (False,)) for b in (blocks if joint else [1])]
+        if not raw and (not joint or preferred or unit.groups == 1):
+            unit.believed = unit.layouts[0]
+
+    def _numbers_of_heads(self, path: str, root: str) -> Iterator[int]:
+        holders: list[Any] = [self.modules[path], self.modules[root]]
+        parent = root
+        while parent:  # the module, and those around it
+            parent = parent.rpartition(".")[0]
+            holders.append(self.modules[parent])
+        holders.insert(2, self._config(path))
+        for holder in holders:
+            yield from _integers(holder)
+            for key in ("cfg", "args", "config"):
+                yield from _integers(getattr(holder, key, None))
+
+    def _config(self, path: str) -> Any:
+        while True:
+            config = getattr(self.modules[path], "config", None)
+            if config is not None:
+                return config
+            if not path:
+                return next((m.config for m in self.modules.values() if hasattr(m, "config")), None)
+            path = path.rpartition(".")[0]
+
+    # -- layers
+
+    def _find_layers(self) -> None:
+        layer_of = {k: path for k, unit in enumerate(self.units) if (path := self._layer_path(unit)) is not None}
+        stacks: dict[str, list[str]] = {}
+        for path in dict.fromkeys(layer_of.values()):
+            stack = path.rpartition(".")[0]
+            kind = re.sub(r"\d+", "#", stack)
+            for name, child in self.modules[stack].named_children():
+                full = f"{stack}.{name}" if stack else name
+                if name.isdigit() and full not in stacks.setdefault(kind, []) and any(True for _ in child.parameters()):
+                    stacks[kind].append(full)
+        prefixes = _prefixes(list(stacks))
+        for kind, paths in stacks.items():
+            for number, path in enumerate(paths):
+                name = f"{prefixes[kind]}l{number}"
+                self._layers[name] = [path]
+                self._number[path] = number
+                mine = [self.units[k] for k, found in layer_of.items() if found == path]
+                for k, unit in enumerate(mine):
+                    kinds = "attn" if not k else ("cross" if _CROSS.search(unit.root) else f"attn{k + 1}")
+                    self._unit_names[f"{name} {kinds}"] = unit
+
+    def _layer_path(self, unit: _Unit) -> str | None:
+        """The innermost numbered module around an attention that has a perceptron too; else the innermost one."""
+        pieces, numbered = unit.root.split("."), list[str]()
+        for k in range(len(pieces), 0, -1):
+            path = ".".join(pieces[:k])
+            if pieces[k - 1].isdigit():
+                numbered.append(path)
+        for path in numbered:
+            if any(
+                self.parameters[self.aliases[n]].ndim >= 2
+                and n.rpartition(".")[0] not in self.norms
+                and not any(self.aliases[n] in u.own for u in self.units)
+                for n in self._below(path)
+            ):
+                return path
+        return numbered[0] if numbered else None
+
+    def _mlp(self, layer: str) -> list[str]:
+        attention = {name for unit in self.units for name in unit.own}
+        attention |= {name for unit in self.units for name in self._below(unit.root) if unit.root != layer}
+        found = []
+        for name in self._below(layer):
+            owner = name.rpartition(".")[0]
+            is_wide = any(p.ndim >= 2 for _, p in _own(self.modules[owner]))
+            if is_wide and owner not in self.norms and name not in attention and self.aliases[name] not in attention:
+                found.append(self.aliases[name])
+        return found
+
+    def _below(self, path: str) -> Iterator[str]:
+        prefix = f"{path}." if path else ""
+        return (name for name in self.aliases if name.startswith(prefix))
+
+    # -- both ends
+
+    def _find_ends(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        if not self._layers and not any(isinstance(m, nn.Embedding) for m in self.modules.values()):
+            return found
+        paths = {id(m): path for path, m in reversed(self.modules.items())}
+        layers = [path for stack in self._layers.values() for path in stack]
+
+        def is_outside(path: str) -> bool:
+            return not any(path == layer or path.startswith(f"{layer}.") for layer in layers)
+
+        ends = {"embed": _asked(self.model, "get_input_embeddings"), "unembed": _asked(self.model, "get_output_embeddings")}
+        for name, module in ends.items():
+            if module is None or id(module) not in paths:
+                continue
+            if weights := self._matrices(paths[id(module)]):
+                found[name] = weights
+        outside = [path for path in self.modules if is_outside(path)]
+        if "embed" not in found:
+            tables = [
+                p
+                for p in outside
+                if isinstance(self.modules[p], nn.Embedding) and not _NO_TOKENS.search(p.rpartition(".")[2])
+            ] or [p for p in outside if any(n.endswith("W_E") for n, _ in _own(self.modules[p]))]
+            patches = [p for p in outside if isinstance(self.modules[p], _CONVOLUTIONS)] if self._layers else []
+            for path in (tables or patches)[:1]:
+                found["embed"] = self._matrices(path)
+        if "unembed" not in found:
+            order = list(self.modules)
+            after = max((order.index(path) for path in layers), default=0)
+            last = [
+                p
+                for p in outside
+                if order.index(p) > after
+                and (isinstance(self.modules[p], _LINEAR) or any(n == "W_U" for n, _ in _own(self.modules[p])))
+            ]
+            if last:
+                found["unembed"] = self._matrices(last[-1])
+        return found
+
+    def _matrices(self, path: str) -> list[str]:
+        """Parameters below a path, without norms, of modules with matrices."""
+        found = []
+        for name in self._below(path):
+            owner = name.rpartition(".")[0]
+            if owner not in self.norms and any(p.ndim >= 2 for _, p in _own(self.modules[owner])):
+                found.append(self.aliases[name])
+        return list(dict.fromkeys(found))
+
+    def _is_block(self, path: str) -> bool:
+        module = self.modules[path]
+        if not path.rpartition(".")[2].isdigit() or isinstance(module, (nn.Sequential, nn.ModuleList)):
+            return False
+        inside = [m for m in module.modules() if m is not module and isinstance(m, (*_CONVOLUTIONS, *_LINEAR))]
+        return len(inside) > 1 and any(isinstance(m, _CONVOLUTIONS) for m in inside)
+
+    # -- names
+
+    def names(self) -> Iterator[str]:
+        """All names, in the model's order; without the heads of attention that is not understood."""
+        if "embed" in self._ends:
+            yield "embed"
+        for name, paths in self._layers.items():
+            yield name
+            for known, unit in self._unit_names.items():
+                if known.rpartition(" ")[0] == name:
+                    yield from self._names_of(known, unit)
+            if self._mlp(paths[0]):
+                yield f"{name} mlp"
+        if "unembed" in self._ends:
+            yield "unembed"
+        yield from self._blocks
+        for path, module in self._channels.items():
+            if _channel_dim(module) is not None:
+                yield from (f"{path} c{k}" for k in range(module.out_channels))  # type: ignore[arg-type]
+        yield from self.parameters
+
+    def _names_of(self, name: str, unit: _Unit) -> Iterator[str]:
+        yield name
+        if not unit.problem:
+            before = self._heads_of(name)
+            yield from (f"{before} h{k}" for k in range(unit.heads))
+            if unit.groups < unit.heads:
+                yield from (f"{before} g{k}" for k in range(unit.groups))
+            if self._without_heads(unit):
+                yield f"{name} shared"
+
+    @staticmethod
+    def _heads_of(name: str) -> str:
+        return name.removesuffix(" attn")
+
+    def _without_heads(self, unit: _Unit) -> list[str]:
+        known = {n for p in unit.projections.values() for n in (p.weight, p.bias)} | unit.extras.keys()
+        return [n for n in unit.own if n not in known]
+
+    def normalized(self, name: str) -> str:
+        """A name with single spaces; "L0H1" and "l0h1" are "l0 h1"."""
+        if name in self.aliases or name in self.modules:
+            return self.aliases.get(name, name)
+        name = " ".join(name.split())
+        if found := re.fullmatch(r"(.*\s)?l(\d+)(?:\s+(cross|attn\d+))?\s*([hg])(\d+)", name, re.IGNORECASE):
+            before, layer, kind, letter, number = found.groups()
+            name = f"{(before or '').strip()} l{int(layer)} {(kind or '').lower()} {letter.lower()}{int(number)}"
+            unit = self._unit_names.get(" ".join(f"{name.rpartition(' ')[0]} {'' if kind else 'attn'}".split()))
+            if letter.lower() == "g" and unit is not None and unit.groups == unit.heads:
+                name = f"{name.rpartition(' ')[0]} h{int(number)}"
+            return " ".join(name.split())
+        if re.fullmatch(r"(.*\s)?l\d+(\s+(attn\d*|mlp|cross)(\s+shared)?)?|embed|unembed", name, re.IGNORECASE):
+            before, _, rest = name.rpartition(" l") if re.search(r"\sl\d", name) else ("", "", name)
+            return f"{before} l{rest.lower()}".strip() if before else name.lower()
+        return name
+
+    def parts_of(self, name: str, verifier: _Verifier | None) -> dict[str, _Part | None] | None:
+        """The parameters of a component, and which part of each; None if there is no such component.
+
+        Raises:
+            ComponentError: it is there, and its elements are not known.
+        """
+        if name in self._ends:
+            return dict.fromkeys(self._ends[name])
+        if name in self._layers:
+            return {self.aliases[n]: None for path in self._layers[name] for n in self._below(path)}
+        if name in self._unit_names:
+            return dict.fromkeys(self._unit_names[name].own)
+        if name in self.parameters:
+            return {name: None}
+        if name in self._blocks:
+            return {self.aliases[n]: None for n in self._below(name)}
+        before, _, last = name.rpartition(" ")
+        if last == "mlp" and before in self._layers:
+            return dict.fromkeys(self._mlp(self._layers[before][0])) or None
+        if last == "shared" and before in self._unit_names:
+            unit = self._unit_names[before]
+            self._check(unit, name)
+            mine = self._own_extras(unit, name, verifier)
+            return dict.fromkeys(self._without_heads(unit) + [n for n in unit.extras if n not in mine]) or None
+        if re.fullmatch(r"c\d+", last) and before in self._channels:
+            return self._channel(before, int(last[1:]))
+        unit = self._unit_names.get(before) or self._unit_names.get(f"{before} attn")
+        if unit is not None and re.fullmatch(r"[hg]\d+", last):
+            return self._heads(unit, name, last[0], int(last[1:]), verifier)
+        return None
+
+    def _check(self, unit: _Unit, name: str) -> None:
+        if unit.problem:
+            raise ComponentError(
+                f"{name!r}: the layout of {unit.tensor!r} is unknown: {unit.problem}. Give masks of your own: "
+                f"params={{{unit.tensor!r}: mask}}"
+            )
+
+    def _heads(
+        self, unit: _Unit, name: str, letter: str, number: int, verifier: _Verifier | None
+    ) -> dict[str, _Part | None] | None:
+        self._check(unit, name)
+        if number >= (unit.heads if letter == "h" else unit.groups):
+            return None
+        share = unit.heads // unit.groups
+        heads = [number] if letter == "h" else range(number * share, (number + 1) * share)
+        found: dict[str, _Part | None] = {}
+        for head in heads:
+            layout = self._believed(unit, name) if verifier is None else verifier.layout(unit, name, head)
+            for _, parameter, part in unit.parts(head, layout):
+                found[parameter] = part if parameter not in found else part | found[parameter]
+            for parameter, dim in self._own_extras(unit, name, verifier).items():
+                part = _Part(dim, ((head, head + 1),))
+                found[parameter] = part if parameter not in found else part | found[parameter]
+        return found
+
+    def _own_extras(self, unit: _Unit, name: str, verifier: _Verifier | None) -> dict[str, int]:
+        return unit.extras if verifier is None or not unit.extras else verifier.extras(unit, name)
+
+    def _believed(self, unit: _Unit, name: str) -> _Layout:
+        if unit.believed is None:
+            raise ComponentError(
+                f"{name!r}: the layout of {unit.tensor!r} can't be read from its shape. Use verify=True, or masks of "
+                f"your own: params={{{unit.tensor!r}: mask}}"
+            )
+        return unit.believed
+
+    def _channel(self, path: str, number: int) -> dict[str, _Part | None] | None:
+        module = self._channels[path]
+        dim = _channel_dim(module)
+        if dim is None or number >= module.out_channels:  # type: ignore[operator]
+            return None
+        parts = {"weight": _Part(dim, ((number, number + 1),)), "bias": _Part(0, ((number, number + 1),))}
+        return {self.aliases[f"{path}.{n}" if path else n]: parts[n] for n, _ in _own(module)}
+
+    def layer_of(self, name: str, parts: Iterable[str]) -> int | None:
+        """The number of the layer that all parameters are in."""
+        if name in ("embed", "unembed"):
+            return None
+        found = {
+            next((k for path, k in self._number.items() if parameter.startswith(f"{path}.")), None)
+            for parameter in parts
+        }
+        return found.pop() if len(found) == 1 else None
+
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_LINEAR = (nn.Linear,)
+
+
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, p) for name, p in module._parameters.items() if p is not None]
+
+
+def _is_norm(path: str, module: nn.Module) -> bool:
+    """A normalization: by its class, or by its name if it has nothing but vectors."""
+    if "norm" in type(module).__name__.lower():
+        return True
+    name, own = path.rpartition(".")[2].lower(), _own(module)
+    return bool(own) and all(p.ndim <= 1 for _, p in own) and bool(re.match(r"(ln|norm|layer_?norm)|.*norm$", name))
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D, a linear map whose weight is [inputs, outputs]."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _is_output_bias(name: str, out: _Projection) -> bool:
+    return out.module is not None and name.startswith(f"{out.module}.")
+
+
+def _channel_dim(module: nn.Module) -> int | None:
+    """The dimension of a convolution's weight that runs over its output channels; None if it is split into groups."""
+    if not getattr(module, "transposed", False):
+        return 0
+    return 1 if module.groups == 1 else None
+
+
+def _integers(holder: Any) -> Iterator[int]:
+    for key in _HEADS:
+        value = holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+        if type(value) is int and value > 0:
+            yield value
+
+
+def _groups(projections: Mapping[str, _Projection], heads: int, out_size: int) -> tuple[int, str]:
+    """How many heads of keys and values there are, from shapes, or why they fit no number of heads of queries."""
+    shapes = ", ".join(f"{p.weight!r} {tuple(p.shape)}" for p in projections.values())
+    problem = f"{heads} heads do not fit the shapes of {shapes}"
+    if out_size % heads:
+        return 0, problem
+    size = out_size // heads
+
+    def outputs(role: str) -> int:
+        p = projections[role]
+        return p.shape[p.out_dim or 0]
+
+    if "qkv" in projections:
+        p = projections["qkv"]
+        total = max(p.shape) if p.out_dim is None else p.shape[p.out_dim]
+        rest, left = total - heads * size, (total - heads * size) % (2 * size)
+        groups = 0 if left else rest // (2 * size)
+    elif "kv" in projections:
+        groups = 0 if outputs("kv") % (2 * size) else outputs("kv") // (2 * size)
+    else:
+        groups = 0 if outputs("v") % size else outputs("v") // size
+        if groups and outputs("k") % groups:
+            groups = 0
+    if groups < 1 or heads % groups or ("q" in projections and outputs("q") % heads):
+        return 0, problem
+    return groups, ""
+
+
+def _prefixes(stacks: list[str]) -> dict[str, str]:
+    """What goes before the names of layers, for each of several stacks: the pieces of its path that differ."""
+    if len(stacks) < 2:
+        return dict.fromkeys(stacks, "")
+    split = [stack.split(".") for stack in stacks]
+    found = {}
+    for stack, pieces in zip(stacks, split, strict=True):
+        own = [p for k, p in enumerate(pieces) if any(k >= len(o) or o[k] != p for o in split) and p != "#"]
+        found[stack] = f"{own[0] if len({tuple(p[:1]) for p in [own]}) and own else stack} "
+    if len(set(found.values())) < len(stacks):
+        found = {stack: f"{stack} " for stack in stacks}
+    return found
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    """What one of Hugging Face's methods returns, of a model or one that it wraps."""
+    for holder in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
+        ask = getattr(holder, method, None)
+        if callable(ask):
+            try:
+                found = ask()
+            except (NotImplementedError, AttributeError):
+                continue
+            if isinstance(found, nn.Module):
+                return found
+    return None
+
+
+# ---- whether it is so -------------------------------------------------------------------------------------------
+
+_LENGTH = 6
+"""Of made-up sequences."""
+
+
+class _Stop(Exception):
+    """Everything that was asked for has been seen."""
+
+
+class _Unverified(Exception):
+    """Why a layout is not what was supposed."""
+
+
+class _Verifier:
+    """Runs attention with made-up weights. The model's own are looked at by nobody, and never written to."""
+
+    def __init__(self, model: nn.Module, units: list[_Unit], inputs: Any) -> None:
+        self._model, self._units, self._inputs = model, units, inputs
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+        self._why_not_called = ""
+        self._known: dict[tuple[int, int], _Layout] = {}
+        self._extras: dict[int, dict[str, int]] = {}
+
+    def layout(self, unit: _Unit, name: str, head: int) -> _Layout:
+        """The layout in which the elements of a head are its elements.
+
+        Raises:
+            ComponentError: there is none.
+        """
+        key = (id(unit), head)
+        if key not in self._known:
+            before = list(self._known.values())
+            tried = sorted(unit.layouts, key=lambda layout: layout not in before)
+            why = ""
+            with _left_as_it_was(self._model), torch.no_grad():
+                for layout in tried:
+                    try:
+                        self._verify(unit, head, layout)
+                    except _Unverified as reason:
+                        why = why or str(reason)
+                    else:
+                        self._known[key] = layout
+                        break
+                else:
+                    raise ComponentError(
+                        f"{name!r}: which elements of {unit.tensor!r} belong to this head can't be verified: {why}. "
+                        f"Give masks of your own, params={{{unit.tensor!r}: mask}}, or trust the shapes: "
+                        f"params=components(model, verify=False)[{name!r}]"
+                    )
+        return self._known[key]
+
+    def extras(self, unit: _Unit, name: str) -> dict[str, int]:
+        """Those parameters beside the projections of which each head has its own entry."""
+        if id(unit) not in self._extras:
+            layout = self.layout(unit, name, 0)
+            found = {}
+            with _left_as_it_was(self._model), torch.no_grad():
+                run = _Run(self, unit, layout)
+                for parameter, dim in unit.extras.items():
+                    if run.affected([(parameter, _Part(dim, ((0, 1),)))]) == {0}:
+                        found[parameter] = dim
+            self._extras[id(unit)] = found
+        return self._extras[id(unit)]
+
+    def _verify(self, unit: _Unit, head: int, layout: _Layout) -> None:
+        run = _Run(self, unit, layout)
+        share, parts = unit.heads // unit.groups, unit.parts(head, layout)
+        group = set(range(head // share * share, (head // share + 1) * share))
+        for which in ("q", "k", "v"):
+            mine = [(name, part) for kind, name, part in parts if kind == which]
+            expected, found = {head} if which == "q" else group, run.affected(mine)
+            if found != expected:
+                raise _Unverified(
+                    f"its elements of {mine[0][0]!r} should change {_heads(expected)} at the input of the output "
+                    f"projection {unit.projections['o'].weight!r}, and change {_heads(found)}"
+                )
+        if head in run.affected([(name, part) for kind, name, part in parts if kind != "o"], complement=True):
+            raise _Unverified(
+                f"elements of {unit.tensor!r} outside of this head change its slice at the input of the output "
+                f"projection {unit.projections['o'].weight!r}"
+            )
+
+    def call_of(self, unit: _Unit) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with which a unit is called.
+
+        Raises:
+            _Unverified: none are known.
+        """
+        if self._calls is None:
+            self._calls = self._captured()
+        if unit.root in self._calls:
+            return self._calls[unit.root]
+        first = next(iter(unit.projections.values()))
+        size = self._model.get_parameter(first.weight).shape
+        width = size[1 - first.out_dim] if first.out_dim is not None and not first.headed else size[-1]
+        p = self._model.get_parameter(first.weight)
+        hidden = torch.zeros(1, _LENGTH, width, device=p.device, dtype=p.dtype)
+        if isinstance(self._model.get_submodule(unit.root), nn.MultiheadAttention):
+            return (hidden, hidden, hidden), {}
+        return (hidden,), {}
+
+    def _captured(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments of the first call of each unit, in a forward pass of the model on made-up input."""
+        found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        modules = {unit.root: self._model.get_submodule(unit.root) for unit in self._units}
+
+        def hook(root: str) -> Any:
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                found.setdefault(root, (args, kwargs))
+                if len(found) == len(modules):
+                    raise _Stop
+
+            return keep
+
+        handles = [m.register_forward_pre_hook(hook(root), with_kwargs=True) for root, m in modules.items()]
+        why = list[str]()
+        try:
+            for args, kwargs in _made_up(self._model, self._inputs):
+                try:
+                    self._model(*args, **kwargs)
+                except _Stop:
+                    break
+                except Exception as error:  # whatever a model says to input that it was not made for
+                    why.append(f"{type(error).__name__}: {error}")
+                if found:
+                    break
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not found:
+            reason = why[0].splitlines()[0] if why else "no input could be made up for it"
+            self._why_not_called = f"the model did not run ({reason}); give inputs= to components()"
+        return found
+
+    @property
+    def why_not_called(self) -> str:
+        return self._why_not_called
+
+
+class _Run:
+    """One attention module with made-up weights, run again and again."""
+
+    def __init__(self, verifier: _Verifier, unit: _Unit, layout: _Layout) -> None:
+        self._verifier, self._unit, self._layout = verifier, unit, layout
+        self._model = verifier._model
+        self._module = self._model.get_submodule(unit.root)
+        self._generator = torch.Generator().manual_seed(0)
+        prefix = f"{unit.root}." if unit.root else ""
+        locals_of: dict[str, list[str]] = {}
+        ids = {id(p): name for name, p in self._model.named_parameters()}
+        for local, p in self._module.named_parameters(remove_duplicate=False):
+            locals_of.setdefault(ids[id(p)], []).append(local)
+        self._local, self._prefix = {name: known[0] for name, known in locals_of.items()}, prefix
+        self._values: dict[str, Tensor] = {}
+        for role, p in unit.projections.items():
+            if role != "o":
+                fan = p.shape[1 - self._dim(p)] if not p.headed else p.shape[-1]
+                self._values[p.weight] = self._random(p.weight, fan**-0.5)
+                if p.bias is not None:
+                    self._values[p.bias] = self._random(p.bias, 0.5)
+        for name in unit.extras:
+            self._values[name] = self._random(name, 0.5)
+        for name in self._values:
+            if name not in self._local:
+                raise _Unverified(f"{name!r} is not below {unit.root!r}")
+        out = unit.projections["o"]
+        self._widths = {size for p in unit.projections.values() for size in p.shape if p.role != "o"}
+        args, kwargs = verifier.call_of(unit)
+        self._args, self._kwargs = self._filled(args), {k: self._filled_as(k, v) for k, v in kwargs.items()}
+        self._tap = self._model.get_submodule(out.module) if out.module is not None else None
+        self._reader = None if self._tap is not None else self._reading(out)
+        self._base = self._seen(self._values)
+
+    def _dim(self, p: _Projection) -> int:
+        return self._unit.out_dim(p, self._layout)
+
+    def _random(self, name: str, scale: float) -> Tensor:
+        p = self._model.get_parameter(name)
+        return (torch.randn(p.shape, generator=self._generator) * scale).to(p.device, p.dtype)
+
+    def _filled_as(self, key: str, value: Any) -> Any:
+        is_cache = "past" in key or "cache" in key or "Cache" in type(value).__name__
+        return (False if isinstance(value, bool) else None) if is_cache and key != "cache_position" else self._filled(value)
+
+    def _filled(self, value: Any) -> Any:
+        """Arguments with random numbers where the stream of the model is, whatever the model's own was."""
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1 and leaf.shape[-1] in self._widths:
+                return torch.randn(leaf.shape, generator=self._generator).to(leaf.device, leaf.dtype)
+            return leaf
+
+        return tree_map(fill, value)
+
+    def _reading(self, out: _Projection) -> dict[str, Tensor]:
+        """Output weights by which output number j sees head j modulo their number, and no other."""
+        p, heads = self._model.get_parameter(out.weight), self._unit.heads
+        dim = self._layout.reads if out.headed else self._dim(out)
+        if p.shape[dim] < heads:
+            raise _Unverified(f"{out.weight!r} has fewer outputs than heads")
+        weight = self._random(out.weight, 1.0)
+        rows = torch.arange(p.shape[dim], device=p.device) % heads
+        ins = torch.arange(p.shape[0 if out.headed else 1 - dim], device=p.device)
+        owner = ins if out.headed else ins // (len(ins) // heads)
+        over = 0 if out.headed else 1 - dim
+        sees = rows.view([-1 if k == dim else 1 for k in range(p.ndim)]) == owner.view(
+            [-1 if k == over else 1 for k in range(p.ndim)]
+        )
+        return {out.weight: weight * sees}
+
+    def _seen(self, values: Mapping[str, Tensor]) -> Tensor:
+        """What reaches the output projection, or, if it is no module, what it makes of that."""
+        given = {self._local[name]: value for name, value in {**values, **(self._reader or {})}.items()}
+        seen = list[Tensor]()
+
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args or tuple(kwargs.values()))[0])
+            raise _Stop
+
+        handle = None if self._tap is None else self._tap.register_forward_pre_hook(tap, with_kwargs=True)
+        try:
+            found = functional_call(self._module, given, self._args, self._kwargs)
+            if self._tap is None:
+                seen.append(next(leaf for leaf in _leaves(found) if isinstance(leaf, Tensor)))
+        except _Stop:
+            pass
+        except Exception as error:  # whatever a module says to arguments that it was not made for
+            why = self._verifier.why_not_called or f"it did not run alone ({type(error).__name__}: {error})"
+            raise _Unverified(why) from error
+        finally:
+            if handle is not None:
+                handle.remove()
+        out = self._unit.projections["o"]
+        if not seen:
+            raise _Unverified(f"the module of {out.weight!r} is not called")
+        if not seen[0].isfinite().all():
+            raise _Unverified(f"what reaches {out.weight!r} is not finite")
+        return seen[0]
+
+    def affected(self, parts: Iterable[tuple[str, _Part]], complement: bool = False) -> set[int]:
+        """The heads whose slices change when elements of parameters do; or, as `complement`, all the others."""
+        values, masks = dict(self._values), dict[str, Tensor]()
+        for name, part in parts:
+            p = values[name]
+            masks[name] = masks.get(name, False) | part.mask(p.shape, p.device)
+        for name, mask in masks.items():
+            scale = float(values[name].float().std()) if values[name].numel() > 1 else 0.5
+            other = self._random(name, scale)
+            values[name] = torch.where(~mask if complement else mask, other, values[name])
+        after = self._seen(values)
+        if after.shape != self._base.shape:
+            raise _Unverified("its output changes shape")
+        change = (after - self._base).abs().float().reshape(-1, after.shape[-1]).amax(0)
+        size = max(float(self._base.abs().max()), float(after.abs().max()))
+        moved, heads = change > 8 * torch.finfo(after.dtype).eps * size, self._unit.heads
+        where = moved.nonzero().flatten().tolist()
+        if self._tap is None:
+            return {k % heads for k in where}
+        if len(moved) % heads:
+            raise _Unverified(f"what reaches the output projection has {len(moved)} columns for {heads} heads")
+        return {k // (len(moved) // heads) for k in where}
+
+
+class _left_as_it_was:  # noqa: N801 - a context manager
+    """Evaluation mode inside, and everything about the model and the generators as before outside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        model = self._model
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if device.type == "meta":
+            raise ComponentError("the model is on the meta device, where nothing can be verified: use verify=False")
+        self._snapshot, self._generators = ModelSnapshot(model), Generators(device, [model]).kept()
+        self._snapshot.silence()
+        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._holding = BorrowedModel(model).holding({}, {}, buffers)
+        self._generators.__enter__()
+        self._holding.__enter__()
+        for module in model.modules():
+            module.training = False
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._holding.__exit__(*error)
+        finally:
+            self._snapshot.restore()
+            self._generators.__exit__(*error)
+
+
+def _leaves(value: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def _heads(found: set[int]) -> str:
+    if not found:
+        return "no head"
+    return f"head{'s' if len(found) > 1 else ''} {', '.join(map(str, sorted(found)[:8]))}{', …' if len(found) > 8 else ''}"
+
+
+def _made_up(model: nn.Module, given: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments with which the model might run: token indices, images, or vectors."""
+    if given is not None:
+        if isinstance(given, Mapping):
+            yield (), dict(given)
+        else:
+            yield (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
+        return
+    generator = torch.Generator().manual_seed(0)
+    first = next(model.parameters())
+    device, dtype = first.device, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config = getattr(model, "config", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    vocabulary = getattr(getattr(model, "cfg", None), "d_vocab", None) or getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        vocabulary = tables[0].num_embeddings if tables else 0
+    if vocabulary:
+        length = min(_LENGTH, *(getattr(config, "max_position_embeddings", None) or _LENGTH,), _LENGTH)
+        tokens = torch.randint(vocabulary, (1, length), generator=generator).to(device)
+        if config is not None:
+            named: dict[str, Any] = {"input_ids": tokens}
+            if getattr(config, "is_encoder_decoder", False):
+                named["decoder_input_ids"] = tokens
+            yield (), named | {"use_cache": False}
+            yield (), named
+        yield (tokens,), {}
+    images = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if images:
+        for size in _image_sizes(model):
+            image = torch.randn(1, images[0].in_channels, *size, generator=generator).to(device, dtype)
+            if config is not None:
+                yield (), {"pixel_values": image}
+            yield (image,), {}
+    width = next((p.shape[-1] for p in model.parameters() if p.ndim == 2), 0)
+    if width:
+        yield (torch.randn(1, _LENGTH, width, generator=generator).to(device, dtype),), {}
+
+
+def _image_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    for holder in (getattr(model, "config", None), *model.modules()):
+        for key in ("image_size", "img_size"):
+            size = getattr(holder, key, None)
+            if isinstance(size, int):
+                yield size, size
+            elif isinstance(size, (tuple, list)) and len(size) == 2:
+                yield int(size[0]), int(size[1])
+    yield 224, 224
+    yield 32, 32
