@@ -5,11 +5,12 @@
 Where the projections of attention are is read from what their modules are called; how large heads are, from shapes and
 the number of heads in attributes or configuration. How a tensor that holds queries, keys and values is laid out can be
 read from neither. So every head is verified before it is given out: the attention module runs with made-up weights,
-and what changes when the head's elements do must be the head's slice at the input of the output projection, and no more.
+and when the head's elements change, its slice at the input of the output projection must change, and nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -82,13 +83,11 @@ class Component(Mapping[str, "Tensor | None"]):
             the first of them that is called.
     """
 
-    def __init__(
-        self, name: str, parts: Mapping[str, _Part | None], parameters: Mapping[str, Tensor], layer: int | None
-    ) -> None:
+    def __init__(self, name: str, parts: Mapping[str, _Part | None], structure: _Structure, layer: int | None) -> None:
         self.name, self.layer = name, layer
-        self._parts = {known: parts[known] for known in parameters if known in parts}
-        self._parameters = {known: parameters[known] for known in self._parts}
-        self.modules = tuple(dict.fromkeys(known.rpartition(".")[0] for known in self._parts))
+        self._parts = {known: parts[known] for known in structure.parameters if known in parts}
+        self._parameters = {known: structure.parameters[known] for known in self._parts}
+        self.modules = tuple(dict.fromkeys(structure.owners[known] for known in self._parts))
 
     def __getitem__(self, name: str) -> Tensor | None:
         part, p = self._parts[name], self._parameters[name]
@@ -119,7 +118,7 @@ class Components(Mapping[str, Component]):
 
     def __init__(self, model: nn.Module, verify: bool, inputs: Any) -> None:
         self._structure = _Structure(model)
-        self._verifier = _Verifier(model, self._structure.units, inputs) if verify else None
+        self._verifier = _Verifier(self._structure, inputs) if verify else None
 
     def __iter__(self) -> Iterator[str]:
         return self._structure.names()
@@ -136,7 +135,7 @@ class Components(Mapping[str, Component]):
         parts = structure.parts_of(known, self._verifier)
         if parts is None:
             raise ComponentError(self._unknown(name))
-        return Component(known, parts, structure.parameters, structure.layer_of(known, parts))
+        return Component(known, parts, structure, structure.layer_of(known, parts))
 
     def _unknown(self, name: str) -> str:
         known = list(self)
@@ -144,6 +143,10 @@ class Components(Mapping[str, Component]):
         if close:
             return f"component {name!r} is none of the model's; close to it: {', '.join(map(repr, close))}"
         return f"component {name!r} is none of the model's; it has {', '.join(map(repr, known[:20]))}, …"
+
+    def has(self, name: str) -> bool:
+        """Whether a name is of this model, even if its elements are unknown: a head of attention of another layout."""
+        return self._structure.has(self._structure.normalized(name))
 
     def close_to(self, name: str) -> list[str]:
         """Names of components that look like this one."""
@@ -167,6 +170,7 @@ def components(model: nn.Module, *, verify: bool = True, inputs: Any = None) -> 
     - ``"layer1.0"``: a block of a convolutional network; ``"layer1.0.conv1 c5"``: filter 5 of a convolution.
     - the name of any parameter.
 
+    Attention that is in no numbered layer goes by its path: ``"block.attention attn"``, ``"block.attention h0"``.
     A model with several stacks of layers has their names in front: ``"encoder l0 h1"``, ``"decoder l0 cross h1"``.
 
     Args:
@@ -198,14 +202,17 @@ _ROLES = {
     "v": "v value values vproj valueproj vlin linearv tov wv vlinear valuelinear fcv vmap",
     "kv": "kv kvproj keyvalue tokv wkv kvlinear",
     "qkv": "qkv qkvproj cattn querykeyvalue wqkv toqkv attproj inprojweight qkvlinear packedqkv",
-    "o": "oproj outproj wo o dense cproj proj projection toout out outlin linearo outlinear fcout fco output outputproj",
+    "o": "oproj outproj wo o dense cproj proj projection toout out outlin linearo outlinear fcout output outputproj",
 }
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
 _ROLE_OF |= {f"{word}weight": role for word, role in list(_ROLE_OF.items()) if not word.endswith("weight")}
 _BIASES = {"bq": "q", "bk": "k", "bv": "v", "bo": "o", "inprojbias": "qkv"}
 _BIASES |= {f"{word}bias": role for word, role in _ROLE_OF.items() if not word.endswith("weight")}
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head", "n_local_heads", "h")
-_HEADS += ("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads")
+_HEADS = (
+    *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_head", "n_local_heads", "h"),
+    *("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads"),
+)
+"""What modules and configurations call the number of heads."""
 _CROSS = re.compile(r"cross|encoder_?attn|encdec|enc_dec|encoder_?attention", re.IGNORECASE)
 _NO_TOKENS = re.compile(r"pos|type|segment|bias|distance|relative", re.IGNORECASE)
 _LAYOUT_OF_TYPE = {
@@ -213,8 +220,8 @@ _LAYOUT_OF_TYPE = {
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"), "groups"),
     "codegen": "four",
 }
-"""How architectures lay out a tensor of queries, keys and values. Only the order in which layouts are tried, and what is
-believed where nothing is verified: "one" block [q, k, v], or a block for each of the "groups" that share keys."""
+"""How architectures lay out a tensor of queries, keys and values: "one" block [q, k, v], or a block for each of the
+"groups" that share keys. It is the order in which layouts are tried, and what is believed where nothing is verified."""
 
 
 def _word(name: str) -> str:
@@ -228,6 +235,7 @@ class _Projection:
     Attributes:
         role: q, k, v, kv, qkv or o.
         weight, bias: the model's names of its parameters.
+        bias_start: the first of its elements in the bias.
         shape: of the weight.
         out_dim: the dimension of the weight that runs over outputs; None: unknown; 0 of a `headed` one is its heads.
         headed: whether the weight is [heads, …, …].
@@ -238,10 +246,10 @@ class _Projection:
     weight: str
     bias: str | None
     shape: torch.Size
-    bias_shape: torch.Size | None
     out_dim: int | None
     headed: bool
     module: str | None
+    bias_start: int = 0
 
 
 @dataclass(frozen=True)
@@ -301,7 +309,8 @@ class _Unit:
             for which, ranges in self._ranges(role, p.shape[dim], head, shared, layout).items():
                 found.append((which, p.weight, _Part(dim, ranges)))
                 if p.bias is not None:
-                    found.append((which, p.bias, _Part(0, ranges)))
+                    moved = tuple((start + p.bias_start, stop + p.bias_start) for start, stop in ranges)
+                    found.append((which, p.bias, _Part(0, moved)))
         return found
 
     def out_dim(self, p: _Projection, layout: _Layout) -> int:
@@ -328,27 +337,37 @@ class _Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self._once = dict(model.named_modules())
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         by_id = {id(p): name for name, p in self.parameters.items()}
-        self.aliases = {name: by_id[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.aliases: dict[str, str] = {}
+        """The model's name of a parameter by each of its paths; some models call them otherwise than their modules."""
+        self.owners: dict[str, str] = {}
+        """The path of the module that has a parameter, by the parameter's name."""
+        for path, m in self.modules.items():
+            for name, p in _own(m):
+                if id(p) in by_id:
+                    self.aliases[f"{path}.{name}" if path else name] = by_id[id(p)]
+                    self.owners.setdefault(by_id[id(p)], path)
         self.norms = {path for path, m in self.modules.items() if _is_norm(path, m)}
         self.units = self._find_units()
+        self._attention = {name for unit in self.units for name in unit.own}
         self._layers: dict[str, list[str]] = {}
         """Paths of layers by name, such as l0."""
         self._unit_names: dict[str, _Unit] = {}
         """Attention by name, such as l0 attn."""
         self._number: dict[str, int] = {}
         self._find_layers()
-        self._channels = {path: m for path, m in self.modules.items() if isinstance(m, _CONVOLUTIONS)}
-        self._blocks = [path for path in self.modules if self._is_block(path)]
+        self._channels = {path: m for path, m in self._once.items() if isinstance(m, _CONVOLUTIONS)}
+        self._blocks = [path for path in self._once if self._is_block(path)]
         self._ends = self._find_ends()
 
     # -- attention
 
     def _find_units(self) -> list[_Unit]:
         units, taken = list[_Unit](), set[str]()
-        for path, module in self.modules.items():
+        for path, module in self._once.items():
             if any(path.startswith(f"{root}.") for root in taken if root):
                 continue
             found = self._projections(path, module)
@@ -388,14 +407,17 @@ class _Structure:
                 self.aliases[prefix + name],
                 None if bias is None or role == "o" else self.aliases[prefix + bias],
                 p.shape,
-                None if bias is None else module._parameters[bias].shape,  # type: ignore[union-attr]
                 0 if isinstance(module, nn.MultiheadAttention) or p.ndim == 3 else None,
                 p.ndim == 3,
                 None,
             )
-        if isinstance(module, nn.MultiheadAttention) and {"q", "k", "v"} <= found.keys() and "qkv" in biases:
-            found["q"] = found["k"] = found["v"] = None  # type: ignore[assignment]
-            return {}  # separate weights with a joint bias
+        if isinstance(module, nn.MultiheadAttention) and "qkv" not in found and "qkv" in biases:
+            joint, shape = module._parameters[biases["qkv"]], module.embed_dim
+            for k, role in enumerate("qkv"):
+                if role in found and joint is not None:
+                    found[role] = dataclasses.replace(
+                        found[role], bias=self.aliases[prefix + biases["qkv"]], bias_start=k * shape
+                    )
         outs = list(_ROLES["o"].split())
         best = len(outs)
         for name, child in module._modules.items():
@@ -416,7 +438,7 @@ class _Structure:
         """The only module at or below a path that has a matrix."""
         inside = [
             known
-            for known, m in self.modules.items()
+            for known, m in self._once.items()
             if (known == path or known.startswith(f"{path}."))
             and any(p is not None and p.ndim >= 2 for p in m._parameters.values())
         ]
@@ -431,7 +453,6 @@ class _Structure:
             self.aliases[f"{path}.weight"],
             None if bias is None or role == "o" else self.aliases[f"{path}.bias"],
             weight.shape,
-            None if bias is None else bias.shape,
             1 if _is_transposed(module) else 0,
             False,
             None if is_applied_outside else path,
@@ -451,14 +472,26 @@ class _Structure:
         unit = _Unit(root, projections, 0, 0, tuple(n for n in self.parameters if n in own), {}, "")
         self._measure(unit, path)
         if not unit.problem:
-            last = {n: self.parameters[n].shape for n in unit.own if n not in of_projections and not _is_output_bias(n, outs)}
+            last = {
+                n: self.parameters[n].shape
+                for n in unit.own
+                if n not in of_projections and not _is_output_bias(n, outs)
+            }
             unit.extras = {
                 n: max(k for k, size in enumerate(shape) if size == unit.heads)
                 for n, shape in last.items()
                 if unit.heads in shape
             }
-            inner = [n for n in last if any(p.module and n.startswith(f"{p.module.rpartition('.')[0]}.") and
-                     p.module.rpartition(".")[0] not in (path, root) for p in projections.values())]
+            inner = [
+                n
+                for n in last
+                if any(
+                    p.module
+                    and n.startswith(f"{p.module.rpartition('.')[0]}.")
+                    and p.module.rpartition(".")[0] not in (path, root)
+                    for p in projections.values()
+                )
+            ]
             if inner:
                 unit.problem = f"{inner[0]!r} belongs to a projection, in a way that is unknown"
         return unit
@@ -504,7 +537,9 @@ class _Structure:
         joint = any(role in projections for role in ("qkv", "kv"))
         blocks.sort(key=lambda k: (k != 1, k != unit.groups, k))
         kind = _LAYOUT_OF_TYPE.get(str(getattr(self._config(path), "model_type", "")))
-        if isinstance(self.modules[path], nn.MultiheadAttention) or type(self.modules[path]).__module__.startswith("timm."):
+        if isinstance(self.modules[path], nn.MultiheadAttention) or type(self.modules[path]).__module__.startswith(
+            "timm."
+        ):
             kind = "one"
         preferred = {"one": 1, "groups": unit.groups, "four": 4}.get(kind or "", 0)
         if preferred in blocks:
@@ -557,6 +592,9 @@ class _Structure:
                 for k, unit in enumerate(mine):
                     kinds = "attn" if not k else ("cross" if _CROSS.search(unit.root) else f"attn{k + 1}")
                     self._unit_names[f"{name} {kinds}"] = unit
+        for k, unit in enumerate(self.units):
+            if k not in layer_of:
+                self._unit_names[f"{unit.root} attn".strip()] = unit
 
     def _layer_path(self, unit: _Unit) -> str | None:
         """The innermost numbered module around an attention that has a perceptron too; else the innermost one."""
@@ -569,22 +607,27 @@ class _Structure:
             if any(
                 self.parameters[self.aliases[n]].ndim >= 2
                 and n.rpartition(".")[0] not in self.norms
-                and not any(self.aliases[n] in u.own for u in self.units)
+                and self.aliases[n] not in self._attention
                 for n in self._below(path)
             ):
                 return path
         return numbered[0] if numbered else None
 
     def _mlp(self, layer: str) -> list[str]:
-        attention = {name for unit in self.units for name in unit.own}
-        attention |= {name for unit in self.units for name in self._below(unit.root) if unit.root != layer}
+        inside = [unit.root for unit in self.units if unit.root.startswith(f"{layer}.")]
+        attention = {name for root in inside for name in self._below(root)}
         found = []
         for name in self._below(layer):
             owner = name.rpartition(".")[0]
             is_wide = any(p.ndim >= 2 for _, p in _own(self.modules[owner]))
-            if is_wide and owner not in self.norms and name not in attention and self.aliases[name] not in attention:
+            if (
+                is_wide
+                and owner not in self.norms
+                and name not in attention
+                and self.aliases[name] not in self._attention
+            ):
                 found.append(self.aliases[name])
-        return found
+        return list(dict.fromkeys(found))
 
     def _below(self, path: str) -> Iterator[str]:
         prefix = f"{path}." if path else ""
@@ -602,13 +645,16 @@ class _Structure:
         def is_outside(path: str) -> bool:
             return not any(path == layer or path.startswith(f"{layer}.") for layer in layers)
 
-        ends = {"embed": _asked(self.model, "get_input_embeddings"), "unembed": _asked(self.model, "get_output_embeddings")}
+        ends = {
+            "embed": _asked(self.model, "get_input_embeddings"),
+            "unembed": _asked(self.model, "get_output_embeddings"),
+        }
         for name, module in ends.items():
             if module is None or id(module) not in paths:
                 continue
             if weights := self._matrices(paths[id(module)]):
                 found[name] = weights
-        outside = [path for path in self.modules if is_outside(path)]
+        outside = [path for path in self._once if is_outside(path)]
         if "embed" not in found:
             tables = [
                 p
@@ -619,16 +665,12 @@ class _Structure:
             for path in (tables or patches)[:1]:
                 found["embed"] = self._matrices(path)
         if "unembed" not in found:
-            order = list(self.modules)
-            after = max((order.index(path) for path in layers), default=0)
-            last = [
-                p
-                for p in outside
-                if order.index(p) > after
-                and (isinstance(self.modules[p], _LINEAR) or any(n == "W_U" for n, _ in _own(self.modules[p])))
-            ]
-            if last:
-                found["unembed"] = self._matrices(last[-1])
+            order = {path: k for k, path in enumerate(self._once)}
+            after = max((order.get(path, 0) for path in layers), default=0)
+            last = [p for p in outside if order[p] > after and isinstance(self.modules[p], _LINEAR)]
+            named = [p for p in outside if any(n == "W_U" for n, _ in _own(self.modules[p]))]
+            for path in (named or last)[-1:]:
+                found["unembed"] = self._matrices(path)
         return found
 
     def _matrices(self, path: str) -> list[str]:
@@ -660,12 +702,15 @@ class _Structure:
                     yield from self._names_of(known, unit)
             if self._mlp(paths[0]):
                 yield f"{name} mlp"
+        for known, unit in self._unit_names.items():
+            if known.rpartition(" ")[0] not in self._layers:
+                yield from self._names_of(known, unit)
         if "unembed" in self._ends:
             yield "unembed"
         yield from self._blocks
         for path, module in self._channels.items():
             if _channel_dim(module) is not None:
-                yield from (f"{path} c{k}" for k in range(module.out_channels))  # type: ignore[arg-type]
+                yield from (f"{path} c{k}" for k in range(module.out_channels))
         yield from self.parameters
 
     def _names_of(self, name: str, unit: _Unit) -> Iterator[str]:
@@ -729,10 +774,17 @@ class _Structure:
             return dict.fromkeys(self._without_heads(unit) + [n for n in unit.extras if n not in mine]) or None
         if re.fullmatch(r"c\d+", last) and before in self._channels:
             return self._channel(before, int(last[1:]))
-        unit = self._unit_names.get(before) or self._unit_names.get(f"{before} attn")
-        if unit is not None and re.fullmatch(r"[hg]\d+", last):
-            return self._heads(unit, name, last[0], int(last[1:]), verifier)
+        attention = self._unit_names.get(before) or self._unit_names.get(f"{before} attn")
+        if attention is not None and re.fullmatch(r"[hg]\d+", last):
+            return self._heads(attention, name, last[0], int(last[1:]), verifier)
         return None
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a component, known or not."""
+        before, _, last = name.rpartition(" ")
+        attention = self._unit_names.get(before) or self._unit_names.get(f"{before} attn")
+        is_unknown = attention is not None and attention.problem and re.fullmatch(r"[hg]\d+|shared", last)
+        return bool(is_unknown) or name in set(self.names())
 
     def _check(self, unit: _Unit, name: str) -> None:
         if unit.problem:
@@ -773,7 +825,7 @@ class _Structure:
     def _channel(self, path: str, number: int) -> dict[str, _Part | None] | None:
         module = self._channels[path]
         dim = _channel_dim(module)
-        if dim is None or number >= module.out_channels:  # type: ignore[operator]
+        if dim is None or number >= module.out_channels:
             return None
         parts = {"weight": _Part(dim, ((number, number + 1),)), "bias": _Part(0, ((number, number + 1),))}
         return {self.aliases[f"{path}.{n}" if path else n]: parts[n] for n, _ in _own(module)}
@@ -782,9 +834,10 @@ class _Structure:
         """The number of the layer that all parameters are in."""
         if name in ("embed", "unembed"):
             return None
+        owners = {self.owners[parameter] for parameter in parts}
         found = {
-            next((k for path, k in self._number.items() if parameter.startswith(f"{path}.")), None)
-            for parameter in parts
+            next((k for path, k in self._number.items() if f"{owner}.".startswith(f"{path}.")), None)
+            for owner in owners
         }
         return found.pop() if len(found) == 1 else None
 
@@ -814,7 +867,7 @@ def _is_output_bias(name: str, out: _Projection) -> bool:
     return out.module is not None and name.startswith(f"{out.module}.")
 
 
-def _channel_dim(module: nn.Module) -> int | None:
+def _channel_dim(module: nn.modules.conv._ConvNd) -> int | None:
     """The dimension of a convolution's weight that runs over its output channels; None if it is split into groups."""
     if not getattr(module, "transposed", False):
         return 0
@@ -890,19 +943,20 @@ _LENGTH = 6
 """Of made-up sequences."""
 
 
-class _Stop(Exception):
+class _Seen(Exception):  # noqa: N818 - no error
     """Everything that was asked for has been seen."""
 
 
-class _Unverified(Exception):
+class _UnverifiedError(Exception):
     """Why a layout is not what was supposed."""
 
 
 class _Verifier:
     """Runs attention with made-up weights. The model's own are looked at by nobody, and never written to."""
 
-    def __init__(self, model: nn.Module, units: list[_Unit], inputs: Any) -> None:
-        self._model, self._units, self._inputs = model, units, inputs
+    def __init__(self, structure: _Structure, inputs: Any) -> None:
+        self._model, self._units, self._inputs = structure.model, structure.units, inputs
+        self.modules, self.parameters = structure.modules, structure.parameters
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
         self._why_not_called = ""
         self._known: dict[tuple[int, int], _Layout] = {}
@@ -923,7 +977,7 @@ class _Verifier:
                 for layout in tried:
                     try:
                         self._verify(unit, head, layout)
-                    except _Unverified as reason:
+                    except _UnverifiedError as reason:
                         why = why or str(reason)
                     else:
                         self._known[key] = layout
@@ -957,12 +1011,12 @@ class _Verifier:
             mine = [(name, part) for kind, name, part in parts if kind == which]
             expected, found = {head} if which == "q" else group, run.affected(mine)
             if found != expected:
-                raise _Unverified(
+                raise _UnverifiedError(
                     f"its elements of {mine[0][0]!r} should change {_heads(expected)} at the input of the output "
                     f"projection {unit.projections['o'].weight!r}, and change {_heads(found)}"
                 )
         if head in run.affected([(name, part) for kind, name, part in parts if kind != "o"], complement=True):
-            raise _Unverified(
+            raise _UnverifiedError(
                 f"elements of {unit.tensor!r} outside of this head change its slice at the input of the output "
                 f"projection {unit.projections['o'].weight!r}"
             )
@@ -971,31 +1025,30 @@ class _Verifier:
         """Arguments with which a unit is called.
 
         Raises:
-            _Unverified: none are known.
+            _UnverifiedError: none are known.
         """
         if self._calls is None:
             self._calls = self._captured()
         if unit.root in self._calls:
             return self._calls[unit.root]
         first = next(iter(unit.projections.values()))
-        size = self._model.get_parameter(first.weight).shape
-        width = size[1 - first.out_dim] if first.out_dim is not None and not first.headed else size[-1]
-        p = self._model.get_parameter(first.weight)
+        p = self.parameters[first.weight]
+        width = p.shape[1 - first.out_dim] if first.out_dim is not None and not first.headed else p.shape[-1]
         hidden = torch.zeros(1, _LENGTH, width, device=p.device, dtype=p.dtype)
-        if isinstance(self._model.get_submodule(unit.root), nn.MultiheadAttention):
+        if isinstance(self.modules[unit.root], nn.MultiheadAttention):
             return (hidden, hidden, hidden), {}
         return (hidden,), {}
 
     def _captured(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         """The arguments of the first call of each unit, in a forward pass of the model on made-up input."""
         found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        modules = {unit.root: self._model.get_submodule(unit.root) for unit in self._units}
+        modules = {unit.root: self.modules[unit.root] for unit in self._units}
 
         def hook(root: str) -> Any:
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 found.setdefault(root, (args, kwargs))
                 if len(found) == len(modules):
-                    raise _Stop
+                    raise _Seen
 
             return keep
 
@@ -1005,7 +1058,7 @@ class _Verifier:
             for args, kwargs in _made_up(self._model, self._inputs):
                 try:
                     self._model(*args, **kwargs)
-                except _Stop:
+                except _Seen:
                     break
                 except Exception as error:  # whatever a model says to input that it was not made for
                     why.append(f"{type(error).__name__}: {error}")
@@ -1029,32 +1082,32 @@ class _Run:
 
     def __init__(self, verifier: _Verifier, unit: _Unit, layout: _Layout) -> None:
         self._verifier, self._unit, self._layout = verifier, unit, layout
-        self._model = verifier._model
-        self._module = self._model.get_submodule(unit.root)
+        self._parameters = verifier.parameters
+        self._module = verifier.modules[unit.root]
         self._generator = torch.Generator().manual_seed(0)
-        prefix = f"{unit.root}." if unit.root else ""
-        locals_of: dict[str, list[str]] = {}
-        ids = {id(p): name for name, p in self._model.named_parameters()}
-        for local, p in self._module.named_parameters(remove_duplicate=False):
-            locals_of.setdefault(ids[id(p)], []).append(local)
-        self._local, self._prefix = {name: known[0] for name, known in locals_of.items()}, prefix
+        names = {id(p): name for name, p in self._parameters.items()}
+        self._local: dict[str, str] = {}
+        for path, module in self._module.named_modules():
+            for key, p in _own(module):
+                self._local.setdefault(names.get(id(p), ""), f"{path}.{key}" if path else key)
         self._values: dict[str, Tensor] = {}
-        for role, p in unit.projections.items():
+        for role, projection in unit.projections.items():
             if role != "o":
-                fan = p.shape[1 - self._dim(p)] if not p.headed else p.shape[-1]
-                self._values[p.weight] = self._random(p.weight, fan**-0.5)
-                if p.bias is not None:
-                    self._values[p.bias] = self._random(p.bias, 0.5)
+                shape = projection.shape
+                fan = shape[-1] if projection.headed else shape[1 - self._dim(projection)]
+                self._values[projection.weight] = self._random(projection.weight, fan**-0.5)
+                if projection.bias is not None:
+                    self._values[projection.bias] = self._random(projection.bias, 0.5)
         for name in unit.extras:
             self._values[name] = self._random(name, 0.5)
         for name in self._values:
             if name not in self._local:
-                raise _Unverified(f"{name!r} is not below {unit.root!r}")
+                raise _UnverifiedError(f"{name!r} is not below {unit.root!r}")
         out = unit.projections["o"]
         self._widths = {size for p in unit.projections.values() for size in p.shape if p.role != "o"}
         args, kwargs = verifier.call_of(unit)
         self._args, self._kwargs = self._filled(args), {k: self._filled_as(k, v) for k, v in kwargs.items()}
-        self._tap = self._model.get_submodule(out.module) if out.module is not None else None
+        self._tap = None if out.module is None else verifier.modules[out.module]
         self._reader = None if self._tap is not None else self._reading(out)
         self._base = self._seen(self._values)
 
@@ -1062,18 +1115,27 @@ class _Run:
         return self._unit.out_dim(p, self._layout)
 
     def _random(self, name: str, scale: float) -> Tensor:
-        p = self._model.get_parameter(name)
+        p = self._parameters[name]
         return (torch.randn(p.shape, generator=self._generator) * scale).to(p.device, p.dtype)
 
     def _filled_as(self, key: str, value: Any) -> Any:
         is_cache = "past" in key or "cache" in key or "Cache" in type(value).__name__
-        return (False if isinstance(value, bool) else None) if is_cache and key != "cache_position" else self._filled(value)
+        return (
+            (False if isinstance(value, bool) else None)
+            if is_cache and key != "cache_position"
+            else self._filled(value)
+        )
 
     def _filled(self, value: Any) -> Any:
         """Arguments with random numbers where the stream of the model is, whatever the model's own was."""
 
         def fill(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1 and leaf.shape[-1] in self._widths:
+            if (
+                isinstance(leaf, Tensor)
+                and leaf.is_floating_point()
+                and leaf.ndim > 1
+                and leaf.shape[-1] in self._widths
+            ):
                 return torch.randn(leaf.shape, generator=self._generator).to(leaf.device, leaf.dtype)
             return leaf
 
@@ -1081,10 +1143,10 @@ class _Run:
 
     def _reading(self, out: _Projection) -> dict[str, Tensor]:
         """Output weights by which output number j sees head j modulo their number, and no other."""
-        p, heads = self._model.get_parameter(out.weight), self._unit.heads
+        p, heads = self._parameters[out.weight], self._unit.heads
         dim = self._layout.reads if out.headed else self._dim(out)
         if p.shape[dim] < heads:
-            raise _Unverified(f"{out.weight!r} has fewer outputs than heads")
+            raise _UnverifiedError(f"{out.weight!r} has fewer outputs than heads")
         weight = self._random(out.weight, 1.0)
         rows = torch.arange(p.shape[dim], device=p.device) % heads
         ins = torch.arange(p.shape[0 if out.headed else 1 - dim], device=p.device)
@@ -1102,26 +1164,26 @@ class _Run:
 
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append((args or tuple(kwargs.values()))[0])
-            raise _Stop
+            raise _Seen
 
         handle = None if self._tap is None else self._tap.register_forward_pre_hook(tap, with_kwargs=True)
         try:
             found = functional_call(self._module, given, self._args, self._kwargs)
             if self._tap is None:
                 seen.append(next(leaf for leaf in _leaves(found) if isinstance(leaf, Tensor)))
-        except _Stop:
+        except _Seen:
             pass
         except Exception as error:  # whatever a module says to arguments that it was not made for
             why = self._verifier.why_not_called or f"it did not run alone ({type(error).__name__}: {error})"
-            raise _Unverified(why) from error
+            raise _UnverifiedError(why) from error
         finally:
             if handle is not None:
                 handle.remove()
         out = self._unit.projections["o"]
         if not seen:
-            raise _Unverified(f"the module of {out.weight!r} is not called")
+            raise _UnverifiedError(f"the module of {out.weight!r} is not called")
         if not seen[0].isfinite().all():
-            raise _Unverified(f"what reaches {out.weight!r} is not finite")
+            raise _UnverifiedError(f"what reaches {out.weight!r} is not finite")
         return seen[0]
 
     def affected(self, parts: Iterable[tuple[str, _Part]], complement: bool = False) -> set[int]:
@@ -1136,7 +1198,7 @@ class _Run:
             values[name] = torch.where(~mask if complement else mask, other, values[name])
         after = self._seen(values)
         if after.shape != self._base.shape:
-            raise _Unverified("its output changes shape")
+            raise _UnverifiedError("its output changes shape")
         change = (after - self._base).abs().float().reshape(-1, after.shape[-1]).amax(0)
         size = max(float(self._base.abs().max()), float(after.abs().max()))
         moved, heads = change > 8 * torch.finfo(after.dtype).eps * size, self._unit.heads
@@ -1144,7 +1206,7 @@ class _Run:
         if self._tap is None:
             return {k % heads for k in where}
         if len(moved) % heads:
-            raise _Unverified(f"what reaches the output projection has {len(moved)} columns for {heads} heads")
+            raise _UnverifiedError(f"what reaches the output projection has {len(moved)} columns for {heads} heads")
         return {k // (len(moved) // heads) for k in where}
 
 
@@ -1183,7 +1245,9 @@ def _leaves(value: Any) -> list[Any]:
 def _heads(found: set[int]) -> str:
     if not found:
         return "no head"
-    return f"head{'s' if len(found) > 1 else ''} {', '.join(map(str, sorted(found)[:8]))}{', …' if len(found) > 8 else ''}"
+    return (
+        f"head{'s' if len(found) > 1 else ''} {', '.join(map(str, sorted(found)[:8]))}{', …' if len(found) > 8 else ''}"
+    )
 
 
 def _made_up(model: nn.Module, given: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -46,6 +46,7 @@ from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.curvature import Descent
 from llc_fast.objective.objective import LossFunction, Objective, takes_model, widened
 from llc_fast.objective.refinement import Refinement, refine
+from llc_fast.objective.selection import described
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
@@ -1141,6 +1142,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             **_loss_settings(objective),
             **({} if settings.preset is None else {"preset": settings.preset}),
             **({"refine": settings.refine} if settings.refine else {}),
+            **({} if (selected := described(settings.params)) is None else {"params": selected}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),
