@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llc_fast.components import Component, ComponentError, Components, components
+from llc_fast.objective.components import Component, Components, components
+from llc_fast.objective.heads import ComponentError
 
 
 def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
@@ -19,7 +20,7 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
     Args:
         model: whose parameters.
         params: None for all that require a gradient; a name, glob pattern (``"layers.0.*"``), module or parameter of
-            the model, the name of a component (``"l3 h5"``, see :func:`llc_fast.components.components`), or several of
+            the model, the name of a component (``"l3 h5"``, see :func:`llc_fast.components`), or several of
             these; or a mapping from such to a boolean mask that broadcasts to the parameter (weight-refined LLC), or
             to True for all of it. A pattern that matches no whole name may leave out what comes before one of its
             dots, as ``"lora_*"`` or ``"attention.*"`` do; if none matches then, it names modules, and stands for all

@@ -3,9 +3,7 @@
     components(model)["l3 h5"]        # {parameter name: mask of its elements, or None for all of them}
 
 Where the projections of attention are is read from what their modules are called; how large heads are, from shapes and
-the number of heads in attributes or configuration. How a tensor that holds queries, keys and values is laid out can be
-read from neither. So every head is verified before it is given out: the attention module runs with made-up weights,
-and when the head's elements change, its slice at the input of the output projection must change, and nothing else.
+the number of heads in attributes or configuration. :mod:`llc_fast.objective.heads` verifies the rest.
 """
 
 from __future__ import annotations
@@ -14,60 +12,11 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
-from llc_fast.objective.borrowed import BorrowedModel, ModelSnapshot
-from llc_fast.support.randomness import Generators
-
-Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of indices."""
-
-
-class ComponentError(ValueError, KeyError):
-    """A component that the model does not have, or that can't be told from the rest of it."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The elements of a parameter whose index along `dim` is in `ranges`."""
-
-    dim: int
-    ranges: Ranges
-
-    def __or__(self, other: _Part | None) -> _Part | None:
-        if other is None:
-            return None
-        if self.dim != other.dim:
-            raise AssertionError("parts of one parameter run along different dimensions")
-        return _Part(self.dim, _merged(self.ranges + other.ranges))
-
-    def count(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
-
-    def mask(self, shape: torch.Size, device: torch.device) -> Tensor:
-        line = torch.zeros(shape[self.dim], dtype=torch.bool, device=device)
-        for start, stop in self.ranges:
-            line[start:stop] = True
-        return line.view([-1 if k == self.dim else 1 for k in range(len(shape))]).expand(shape)
-
-
-def _merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
-        else:
-            found.append((start, stop))
-    return tuple(found)
+from llc_fast.objective.heads import ComponentError, Layout, Part, Projection, Unit, Verifier, own_parameters
 
 
 class Component(Mapping[str, "Tensor | None"]):
@@ -83,7 +32,7 @@ class Component(Mapping[str, "Tensor | None"]):
             the first of them that is called.
     """
 
-    def __init__(self, name: str, parts: Mapping[str, _Part | None], structure: _Structure, layer: int | None) -> None:
+    def __init__(self, name: str, parts: Mapping[str, Part | None], structure: _Structure, layer: int | None) -> None:
         self.name, self.layer = name, layer
         self._parts = {known: parts[known] for known in structure.parameters if known in parts}
         self._parameters = {known: structure.parameters[known] for known in self._parts}
@@ -118,7 +67,8 @@ class Components(Mapping[str, Component]):
 
     def __init__(self, model: nn.Module, verify: bool, inputs: Any) -> None:
         self._structure = _Structure(model)
-        self._verifier = _Verifier(self._structure, inputs) if verify else None
+        found = self._structure
+        self._verifier = Verifier(model, found.units, found.modules, found.parameters, inputs) if verify else None
 
     def __iter__(self) -> Iterator[str]:
         return self._structure.names()
@@ -214,6 +164,7 @@ _HEADS = (
 )
 """What modules and configurations call the number of heads."""
 _CROSS = re.compile(r"cross|encoder_?attn|encdec|enc_dec|encoder_?attention", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NO_TOKENS = re.compile(r"pos|type|segment|bias|distance|relative", re.IGNORECASE)
 _LAYOUT_OF_TYPE = {
     **dict.fromkeys(("gpt2", "gpt-sw3", "openai-gpt", "mpt", "phi3", "hooked_transformer"), "one"),
@@ -226,110 +177,6 @@ _LAYOUT_OF_TYPE = {
 
 def _word(name: str) -> str:
     return name.lower().replace("_", "")
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """A linear map of attention.
-
-    Attributes:
-        role: q, k, v, kv, qkv or o.
-        weight, bias: the model's names of its parameters.
-        bias_start: the first of its elements in the bias.
-        shape: of the weight.
-        out_dim: the dimension of the weight that runs over outputs; None: unknown; 0 of a `headed` one is its heads.
-        headed: whether the weight is [heads, …, …].
-        module: the path of the module that applies it; None: the attention module does.
-    """
-
-    role: str
-    weight: str
-    bias: str | None
-    shape: torch.Size
-    out_dim: int | None
-    headed: bool
-    module: str | None
-    bias_start: int = 0
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What shapes leave open.
-
-    Attributes:
-        blocks: of how many blocks [queries, keys, values] a joint tensor consists.
-        transposed: whether weights that are no module's are [inputs, outputs].
-        reads: the dimension of an output weight [heads, …, …] that runs over its outputs.
-    """
-
-    blocks: int = 1
-    transposed: bool = False
-    reads: int = 2
-
-
-@dataclass
-class _Unit:
-    """One attention of one layer.
-
-    Attributes:
-        root: path of the smallest module with all projections.
-        projections: by role.
-        heads, groups: of queries; of keys and values.
-        own: parameters that belong to it, without norms.
-        extras: parameters of `own` that are no projection's and have one entry for each head, with the dimension.
-        problem: why its heads can't be told, if they can't.
-    """
-
-    root: str
-    projections: dict[str, _Projection]
-    heads: int
-    groups: int
-    own: tuple[str, ...]
-    extras: dict[str, int]
-    problem: str
-    layouts: list[_Layout] = field(default_factory=list)
-    believed: _Layout | None = None
-
-    @property
-    def tensor(self) -> str:
-        """The parameter that messages name."""
-        known = next((self.projections[role] for role in ("qkv", "kv", "q") if role in self.projections), None)
-        return known.weight if known else next(iter(self.own))
-
-    def parts(self, head: int, layout: _Layout) -> list[tuple[str, str, _Part]]:
-        """The elements of a head as (q, k, v or o; parameter; part)."""
-        found, shared = list[tuple[str, str, _Part]](), head * self.groups // self.heads
-        for role, p in self.projections.items():
-            dim = self.out_dim(p, layout)
-            if role == "o":
-                dim = 0 if p.headed else 1 - dim
-                size = p.shape[dim] // self.heads
-                found.append(("o", p.weight, _Part(dim, ((head * size, (head + 1) * size),))))
-                continue
-            for which, ranges in self._ranges(role, p.shape[dim], head, shared, layout).items():
-                found.append((which, p.weight, _Part(dim, ranges)))
-                if p.bias is not None:
-                    moved = tuple((start + p.bias_start, stop + p.bias_start) for start, stop in ranges)
-                    found.append((which, p.bias, _Part(0, moved)))
-        return found
-
-    def out_dim(self, p: _Projection, layout: _Layout) -> int:
-        return (1 if layout.transposed else 0) if p.out_dim is None else p.out_dim
-
-    def _ranges(self, role: str, size: int, head: int, shared: int, layout: _Layout) -> dict[str, Ranges]:
-        if role in ("q", "k", "v"):
-            number, of = (head, self.heads) if role == "q" else (shared, self.groups)
-            step = size // of
-            return {role: ((number * step, (number + 1) * step),)}
-        counts = {"q": self.heads if role == "qkv" else 0, "k": self.groups, "v": self.groups}
-        step, found, before = size // sum(counts.values()), dict[str, Ranges](), 0
-        for which, count in counts.items():
-            if count:
-                number, inside = head if which == "q" else shared, count // layout.blocks
-                start = number // inside * (size // layout.blocks) + (before + number % inside) * step
-                found[which] = ((start, start + step),)
-                before += inside
-        return found
 
 
 class _Structure:
@@ -346,7 +193,7 @@ class _Structure:
         self.owners: dict[str, str] = {}
         """The path of the module that has a parameter, by the parameter's name."""
         for path, m in self.modules.items():
-            for name, p in _own(m):
+            for name, p in own_parameters(m):
                 if id(p) in by_id:
                     self.aliases[f"{path}.{name}" if path else name] = by_id[id(p)]
                     self.owners.setdefault(by_id[id(p)], path)
@@ -355,7 +202,7 @@ class _Structure:
         self._attention = {name for unit in self.units for name in unit.own}
         self._layers: dict[str, list[str]] = {}
         """Paths of layers by name, such as l0."""
-        self._unit_names: dict[str, _Unit] = {}
+        self._unit_names: dict[str, Unit] = {}
         """Attention by name, such as l0 attn."""
         self._number: dict[str, int] = {}
         self._find_layers()
@@ -365,8 +212,8 @@ class _Structure:
 
     # -- attention
 
-    def _find_units(self) -> list[_Unit]:
-        units, taken = list[_Unit](), set[str]()
+    def _find_units(self) -> list[Unit]:
+        units, taken = list[Unit](), set[str]()
         for path, module in self._once.items():
             if any(path.startswith(f"{root}.") for root in taken if root):
                 continue
@@ -390,11 +237,11 @@ class _Structure:
             projections = {role: found[role] for role in chosen} | {"o": out}
             units.append(self._unit(path, root, projections))
             taken.add(root)
-        return units
+        return units + list(self._unknown_units(units))
 
-    def _projections(self, path: str, module: nn.Module, without: str | None = None) -> dict[str, _Projection]:
+    def _projections(self, path: str, module: nn.Module, without: str | None = None) -> dict[str, Projection]:
         """The linear maps that a module has as parameters or children, by role."""
-        found: dict[str, _Projection] = {}
+        found: dict[str, Projection] = {}
         prefix = f"{path}." if path else ""
         biases = {_BIASES[_word(n)]: n for n, p in module._parameters.items() if p is not None and _word(n) in _BIASES}
         for name, p in module._parameters.items():
@@ -402,7 +249,7 @@ class _Structure:
             if role is None or p is None or p.ndim not in (2, 3) or role in found:
                 continue
             bias = biases.get(role)
-            found[role] = _Projection(
+            found[role] = Projection(
                 role,
                 self.aliases[prefix + name],
                 None if bias is None or role == "o" else self.aliases[prefix + bias],
@@ -444,11 +291,11 @@ class _Structure:
         ]
         return inside[0] if len(inside) == 1 and "weight" in self.modules[inside[0]]._parameters else None
 
-    def _projection(self, role: str, path: str, is_applied_outside: bool) -> _Projection:
+    def _projection(self, role: str, path: str, is_applied_outside: bool) -> Projection:
         module = self.modules[path]
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         assert weight is not None
-        return _Projection(
+        return Projection(
             role,
             self.aliases[f"{path}.weight"],
             None if bias is None or role == "o" else self.aliases[f"{path}.bias"],
@@ -458,56 +305,54 @@ class _Structure:
             None if is_applied_outside else path,
         )
 
-    def _unit(self, path: str, root: str, projections: dict[str, _Projection]) -> _Unit:
-        of_projections = {name for p in projections.values() for name in (p.weight, p.bias) if name is not None}
-        outs = projections["o"]
-        if outs.module is not None:
-            of_projections |= {self.aliases[f"{outs.module}.{n}"] for n, _ in _own(self.modules[outs.module])}
-        is_layer = root != path and self._has_others(root, path, projections)
-        inside = list(self._below(path if is_layer or self._has_others(root, "", projections) else root))
-        if self._has_others(path, "", projections):
-            inside = [f"{path}.{n}" if path else n for n, _ in _own(self.modules[path])]
-        own = dict.fromkeys(self.aliases[name] for name in inside if name.rpartition(".")[0] not in self.norms)
-        own |= dict.fromkeys(sorted(of_projections))
-        unit = _Unit(root, projections, 0, 0, tuple(n for n in self.parameters if n in own), {}, "")
+    def _unit(self, path: str, root: str, projections: dict[str, Projection]) -> Unit:
+        """Attention whose queries are made by the module at `path`, below or at `root`."""
+        out = projections["o"]
+        mine = {name for p in projections.values() for name in (p.weight, p.bias) if name is not None}
+        if out.module is not None:
+            mine |= {self.aliases[f"{out.module}.{n}"] for n, _ in own_parameters(self.modules[out.module])}
+        inside: Iterable[str] = self._below(root)
+        if self._has_others(path, projections):  # a layer that has its projections and its perceptron side by side
+            inside = [f"{path}.{n}" if path else n for n, _ in own_parameters(self.modules[path])]
+        elif self._has_others(root, projections):
+            inside = self._below(path)
+        own = {self.aliases[name] for name in inside if name.rpartition(".")[0] not in self.norms} | mine
+        unit = Unit(root, projections, tuple(name for name in self.parameters if name in own))
         self._measure(unit, path)
-        if not unit.problem:
-            last = {
-                n: self.parameters[n].shape
-                for n in unit.own
-                if n not in of_projections and not _is_output_bias(n, outs)
-            }
-            unit.extras = {
-                n: max(k for k, size in enumerate(shape) if size == unit.heads)
-                for n, shape in last.items()
-                if unit.heads in shape
-            }
-            inner = [
-                n
-                for n in last
-                if any(
-                    p.module
-                    and n.startswith(f"{p.module.rpartition('.')[0]}.")
-                    and p.module.rpartition(".")[0] not in (path, root)
-                    for p in projections.values()
-                )
-            ]
-            if inner:
-                unit.problem = f"{inner[0]!r} belongs to a projection, in a way that is unknown"
+        for name in own - mine if not unit.problem else ():
+            shape = self.parameters[name].shape
+            if unit.heads in shape:
+                unit.extras[name] = max(k for k, size in enumerate(shape) if size == unit.heads)
         return unit
 
-    def _has_others(self, root: str, inside: str, projections: Mapping[str, _Projection]) -> bool:
-        """Whether a module has matrices that are no projections of attention."""
+    def _unknown_units(self, known: list[Unit]) -> Iterator[Unit]:
+        """Modules that are called attention, whose projections are called by no known names."""
+        found: list[str] = []
+        for path, module in self._once.items():
+            if not _ATTENTION.search(f"{type(module).__name__} {path.rpartition('.')[2]}") or path in self.norms:
+                continue
+            if any(f"{path}.".startswith(f"{other}.") for other in found):
+                continue
+            if any(f"{u.root}.".startswith(f"{path}.") or f"{path}.".startswith(f"{u.root}.") for u in known):
+                continue
+            own = dict.fromkeys(self._matrices(path))
+            if own and not any(p.rpartition(".")[2].isdigit() and f"{p}.".startswith(f"{path}.") for p in self._once):
+                found.append(path)
+                problem = "its module is called attention, but its projections have no known names"
+                yield Unit(path, {}, tuple(own), problem=problem)
+
+    def _has_others(self, root: str, projections: Mapping[str, Projection]) -> bool:
+        """Whether there are linear maps below a module that are no projections of its attention."""
         known = {p.weight for p in projections.values()}
         for name in self._below(root):
             owner = name.rpartition(".")[0]
             if self.parameters[self.aliases[name]].ndim < 2 or self.aliases[name] in known or owner in self.norms:
                 continue
-            if not (inside and name.startswith(f"{inside}.")) and isinstance(self.modules[owner], _LINEAR):
+            if isinstance(self.modules[owner], _LINEAR) or _is_transposed(self.modules[owner]):
                 return True
         return False
 
-    def _measure(self, unit: _Unit, path: str) -> None:
+    def _measure(self, unit: Unit, path: str) -> None:
         """How many heads a unit has, or why this is unknown; what layouts its tensors may have."""
         projections = unit.projections
         out, first = projections["o"], next(iter(projections.values()))
@@ -518,7 +363,7 @@ class _Structure:
             headed = [p.shape[0] for p in projections.values() if p.headed]
             if len(headed) < len(projections) or out.shape[0] != unit.heads or unit.heads % unit.groups:
                 unit.problem = f"its shapes {[tuple(p.shape) for p in projections.values()]} are of no known layout"
-            unit.layouts = [_Layout(reads=2), _Layout(reads=1)]
+            unit.layouts = [Layout(reads=2), Layout(reads=1)]
             return
         candidates = list(dict.fromkeys(self._numbers_of_heads(path, unit.root)))
         if not candidates:
@@ -545,7 +390,7 @@ class _Structure:
         if preferred in blocks:
             blocks.remove(preferred)
             blocks.insert(0, preferred)
-        unit.layouts = [_Layout(b, t) for t in ((False, True) if raw else (False,)) for b in (blocks if joint else [1])]
+        unit.layouts = [Layout(b, t) for t in ((False, True) if raw else (False,)) for b in (blocks if joint else [1])]
         if not raw and (not joint or preferred or unit.groups == 1):
             unit.believed = unit.layouts[0]
 
@@ -596,7 +441,7 @@ class _Structure:
             if k not in layer_of:
                 self._unit_names[f"{unit.root} attn".strip()] = unit
 
-    def _layer_path(self, unit: _Unit) -> str | None:
+    def _layer_path(self, unit: Unit) -> str | None:
         """The innermost numbered module around an attention that has a perceptron too; else the innermost one."""
         pieces, numbered = unit.root.split("."), list[str]()
         for k in range(len(pieces), 0, -1):
@@ -619,7 +464,7 @@ class _Structure:
         found = []
         for name in self._below(layer):
             owner = name.rpartition(".")[0]
-            is_wide = any(p.ndim >= 2 for _, p in _own(self.modules[owner]))
+            is_wide = any(p.ndim >= 2 for _, p in own_parameters(self.modules[owner]))
             if (
                 is_wide
                 and owner not in self.norms
@@ -660,7 +505,7 @@ class _Structure:
                 p
                 for p in outside
                 if isinstance(self.modules[p], nn.Embedding) and not _NO_TOKENS.search(p.rpartition(".")[2])
-            ] or [p for p in outside if any(n.endswith("W_E") for n, _ in _own(self.modules[p]))]
+            ] or [p for p in outside if any(n.endswith("W_E") for n, _ in own_parameters(self.modules[p]))]
             patches = [p for p in outside if isinstance(self.modules[p], _CONVOLUTIONS)] if self._layers else []
             for path in (tables or patches)[:1]:
                 found["embed"] = self._matrices(path)
@@ -668,7 +513,7 @@ class _Structure:
             order = {path: k for k, path in enumerate(self._once)}
             after = max((order.get(path, 0) for path in layers), default=0)
             last = [p for p in outside if order[p] > after and isinstance(self.modules[p], _LINEAR)]
-            named = [p for p in outside if any(n == "W_U" for n, _ in _own(self.modules[p]))]
+            named = [p for p in outside if any(n == "W_U" for n, _ in own_parameters(self.modules[p]))]
             for path in (named or last)[-1:]:
                 found["unembed"] = self._matrices(path)
         return found
@@ -678,7 +523,7 @@ class _Structure:
         found = []
         for name in self._below(path):
             owner = name.rpartition(".")[0]
-            if owner not in self.norms and any(p.ndim >= 2 for _, p in _own(self.modules[owner])):
+            if owner not in self.norms and any(p.ndim >= 2 for _, p in own_parameters(self.modules[owner])):
                 found.append(self.aliases[name])
         return list(dict.fromkeys(found))
 
@@ -713,7 +558,7 @@ class _Structure:
                 yield from (f"{path} c{k}" for k in range(module.out_channels))
         yield from self.parameters
 
-    def _names_of(self, name: str, unit: _Unit) -> Iterator[str]:
+    def _names_of(self, name: str, unit: Unit) -> Iterator[str]:
         yield name
         if not unit.problem:
             before = self._heads_of(name)
@@ -727,7 +572,7 @@ class _Structure:
     def _heads_of(name: str) -> str:
         return name.removesuffix(" attn")
 
-    def _without_heads(self, unit: _Unit) -> list[str]:
+    def _without_heads(self, unit: Unit) -> list[str]:
         known = {n for p in unit.projections.values() for n in (p.weight, p.bias)} | unit.extras.keys()
         return [n for n in unit.own if n not in known]
 
@@ -748,7 +593,7 @@ class _Structure:
             return f"{before} l{rest.lower()}".strip() if before else name.lower()
         return name
 
-    def parts_of(self, name: str, verifier: _Verifier | None) -> dict[str, _Part | None] | None:
+    def parts_of(self, name: str, verifier: Verifier | None) -> dict[str, Part | None] | None:
         """The parameters of a component, and which part of each; None if there is no such component.
 
         Raises:
@@ -786,7 +631,7 @@ class _Structure:
         is_unknown = attention is not None and attention.problem and re.fullmatch(r"[hg]\d+|shared", last)
         return bool(is_unknown) or name in set(self.names())
 
-    def _check(self, unit: _Unit, name: str) -> None:
+    def _check(self, unit: Unit, name: str) -> None:
         if unit.problem:
             raise ComponentError(
                 f"{name!r}: the layout of {unit.tensor!r} is unknown: {unit.problem}. Give masks of your own: "
@@ -794,27 +639,27 @@ class _Structure:
             )
 
     def _heads(
-        self, unit: _Unit, name: str, letter: str, number: int, verifier: _Verifier | None
-    ) -> dict[str, _Part | None] | None:
+        self, unit: Unit, name: str, letter: str, number: int, verifier: Verifier | None
+    ) -> dict[str, Part | None] | None:
         self._check(unit, name)
         if number >= (unit.heads if letter == "h" else unit.groups):
             return None
         share = unit.heads // unit.groups
         heads = [number] if letter == "h" else range(number * share, (number + 1) * share)
-        found: dict[str, _Part | None] = {}
+        found: dict[str, Part | None] = {}
         for head in heads:
             layout = self._believed(unit, name) if verifier is None else verifier.layout(unit, name, head)
             for _, parameter, part in unit.parts(head, layout):
                 found[parameter] = part if parameter not in found else part | found[parameter]
             for parameter, dim in self._own_extras(unit, name, verifier).items():
-                part = _Part(dim, ((head, head + 1),))
+                part = Part(dim, ((head, head + 1),))
                 found[parameter] = part if parameter not in found else part | found[parameter]
         return found
 
-    def _own_extras(self, unit: _Unit, name: str, verifier: _Verifier | None) -> dict[str, int]:
+    def _own_extras(self, unit: Unit, name: str, verifier: Verifier | None) -> dict[str, int]:
         return unit.extras if verifier is None or not unit.extras else verifier.extras(unit, name)
 
-    def _believed(self, unit: _Unit, name: str) -> _Layout:
+    def _believed(self, unit: Unit, name: str) -> Layout:
         if unit.believed is None:
             raise ComponentError(
                 f"{name!r}: the layout of {unit.tensor!r} can't be read from its shape. Use verify=True, or masks of "
@@ -822,13 +667,13 @@ class _Structure:
             )
         return unit.believed
 
-    def _channel(self, path: str, number: int) -> dict[str, _Part | None] | None:
+    def _channel(self, path: str, number: int) -> dict[str, Part | None] | None:
         module = self._channels[path]
         dim = _channel_dim(module)
         if dim is None or number >= module.out_channels:
             return None
-        parts = {"weight": _Part(dim, ((number, number + 1),)), "bias": _Part(0, ((number, number + 1),))}
-        return {self.aliases[f"{path}.{n}" if path else n]: parts[n] for n, _ in _own(module)}
+        parts = {"weight": Part(dim, ((number, number + 1),)), "bias": Part(0, ((number, number + 1),))}
+        return {self.aliases[f"{path}.{n}" if path else n]: parts[n] for n, _ in own_parameters(module)}
 
     def layer_of(self, name: str, parts: Iterable[str]) -> int | None:
         """The number of the layer that all parameters are in."""
@@ -846,25 +691,17 @@ _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _LINEAR = (nn.Linear,)
 
 
-def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, p) for name, p in module._parameters.items() if p is not None]
-
-
 def _is_norm(path: str, module: nn.Module) -> bool:
     """A normalization: by its class, or by its name if it has nothing but vectors."""
     if "norm" in type(module).__name__.lower():
         return True
-    name, own = path.rpartition(".")[2].lower(), _own(module)
+    name, own = path.rpartition(".")[2].lower(), own_parameters(module)
     return bool(own) and all(p.ndim <= 1 for _, p in own) and bool(re.match(r"(ln|norm|layer_?norm)|.*norm$", name))
 
 
 def _is_transposed(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, a linear map whose weight is [inputs, outputs]."""
     return type(module).__name__ == "Conv1D" and not isinstance(module, nn.modules.conv._ConvNd)
-
-
-def _is_output_bias(name: str, out: _Projection) -> bool:
-    return out.module is not None and name.startswith(f"{out.module}.")
 
 
 def _channel_dim(module: nn.modules.conv._ConvNd) -> int | None:
@@ -881,7 +718,7 @@ def _integers(holder: Any) -> Iterator[int]:
             yield value
 
 
-def _groups(projections: Mapping[str, _Projection], heads: int, out_size: int) -> tuple[int, str]:
+def _groups(projections: Mapping[str, Projection], heads: int, out_size: int) -> tuple[int, str]:
     """How many heads of keys and values there are, from shapes, or why they fit no number of heads of queries."""
     shapes = ", ".join(f"{p.weight!r} {tuple(p.shape)}" for p in projections.values())
     problem = f"{heads} heads do not fit the shapes of {shapes}"
@@ -935,366 +772,3 @@ def _asked(model: nn.Module, method: str) -> nn.Module | None:
             if isinstance(found, nn.Module):
                 return found
     return None
-
-
-# ---- whether it is so -------------------------------------------------------------------------------------------
-
-_LENGTH = 6
-"""Of made-up sequences."""
-
-
-class _Seen(Exception):  # noqa: N818 - no error
-    """Everything that was asked for has been seen."""
-
-
-class _UnverifiedError(Exception):
-    """Why a layout is not what was supposed."""
-
-
-class _Verifier:
-    """Runs attention with made-up weights. The model's own are looked at by nobody, and never written to."""
-
-    def __init__(self, structure: _Structure, inputs: Any) -> None:
-        self._model, self._units, self._inputs = structure.model, structure.units, inputs
-        self.modules, self.parameters = structure.modules, structure.parameters
-        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
-        self._why_not_called = ""
-        self._known: dict[tuple[int, int], _Layout] = {}
-        self._extras: dict[int, dict[str, int]] = {}
-
-    def layout(self, unit: _Unit, name: str, head: int) -> _Layout:
-        """The layout in which the elements of a head are its elements.
-
-        Raises:
-            ComponentError: there is none.
-        """
-        key = (id(unit), head)
-        if key not in self._known:
-            before = list(self._known.values())
-            tried = sorted(unit.layouts, key=lambda layout: layout not in before)
-            why = ""
-            with _left_as_it_was(self._model), torch.no_grad():
-                for layout in tried:
-                    try:
-                        self._verify(unit, head, layout)
-                    except _UnverifiedError as reason:
-                        why = why or str(reason)
-                    else:
-                        self._known[key] = layout
-                        break
-                else:
-                    raise ComponentError(
-                        f"{name!r}: which elements of {unit.tensor!r} belong to this head can't be verified: {why}. "
-                        f"Give masks of your own, params={{{unit.tensor!r}: mask}}, or trust the shapes: "
-                        f"params=components(model, verify=False)[{name!r}]"
-                    )
-        return self._known[key]
-
-    def extras(self, unit: _Unit, name: str) -> dict[str, int]:
-        """Those parameters beside the projections of which each head has its own entry."""
-        if id(unit) not in self._extras:
-            layout = self.layout(unit, name, 0)
-            found = {}
-            with _left_as_it_was(self._model), torch.no_grad():
-                run = _Run(self, unit, layout)
-                for parameter, dim in unit.extras.items():
-                    if run.affected([(parameter, _Part(dim, ((0, 1),)))]) == {0}:
-                        found[parameter] = dim
-            self._extras[id(unit)] = found
-        return self._extras[id(unit)]
-
-    def _verify(self, unit: _Unit, head: int, layout: _Layout) -> None:
-        run = _Run(self, unit, layout)
-        share, parts = unit.heads // unit.groups, unit.parts(head, layout)
-        group = set(range(head // share * share, (head // share + 1) * share))
-        for which in ("q", "k", "v"):
-            mine = [(name, part) for kind, name, part in parts if kind == which]
-            expected, found = {head} if which == "q" else group, run.affected(mine)
-            if found != expected:
-                raise _UnverifiedError(
-                    f"its elements of {mine[0][0]!r} should change {_heads(expected)} at the input of the output "
-                    f"projection {unit.projections['o'].weight!r}, and change {_heads(found)}"
-                )
-        if head in run.affected([(name, part) for kind, name, part in parts if kind != "o"], complement=True):
-            raise _UnverifiedError(
-                f"elements of {unit.tensor!r} outside of this head change its slice at the input of the output "
-                f"projection {unit.projections['o'].weight!r}"
-            )
-
-    def call_of(self, unit: _Unit) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments with which a unit is called.
-
-        Raises:
-            _UnverifiedError: none are known.
-        """
-        if self._calls is None:
-            self._calls = self._captured()
-        if unit.root in self._calls:
-            return self._calls[unit.root]
-        first = next(iter(unit.projections.values()))
-        p = self.parameters[first.weight]
-        width = p.shape[1 - first.out_dim] if first.out_dim is not None and not first.headed else p.shape[-1]
-        hidden = torch.zeros(1, _LENGTH, width, device=p.device, dtype=p.dtype)
-        if isinstance(self.modules[unit.root], nn.MultiheadAttention):
-            return (hidden, hidden, hidden), {}
-        return (hidden,), {}
-
-    def _captured(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-        """The arguments of the first call of each unit, in a forward pass of the model on made-up input."""
-        found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        modules = {unit.root: self.modules[unit.root] for unit in self._units}
-
-        def hook(root: str) -> Any:
-            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                found.setdefault(root, (args, kwargs))
-                if len(found) == len(modules):
-                    raise _Seen
-
-            return keep
-
-        handles = [m.register_forward_pre_hook(hook(root), with_kwargs=True) for root, m in modules.items()]
-        why = list[str]()
-        try:
-            for args, kwargs in _made_up(self._model, self._inputs):
-                try:
-                    self._model(*args, **kwargs)
-                except _Seen:
-                    break
-                except Exception as error:  # whatever a model says to input that it was not made for
-                    why.append(f"{type(error).__name__}: {error}")
-                if found:
-                    break
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not found:
-            reason = why[0].splitlines()[0] if why else "no input could be made up for it"
-            self._why_not_called = f"the model did not run ({reason}); give inputs= to components()"
-        return found
-
-    @property
-    def why_not_called(self) -> str:
-        return self._why_not_called
-
-
-class _Run:
-    """One attention module with made-up weights, run again and again."""
-
-    def __init__(self, verifier: _Verifier, unit: _Unit, layout: _Layout) -> None:
-        self._verifier, self._unit, self._layout = verifier, unit, layout
-        self._parameters = verifier.parameters
-        self._module = verifier.modules[unit.root]
-        self._generator = torch.Generator().manual_seed(0)
-        names = {id(p): name for name, p in self._parameters.items()}
-        self._local: dict[str, str] = {}
-        for path, module in self._module.named_modules():
-            for key, p in _own(module):
-                self._local.setdefault(names.get(id(p), ""), f"{path}.{key}" if path else key)
-        self._values: dict[str, Tensor] = {}
-        for role, projection in unit.projections.items():
-            if role != "o":
-                shape = projection.shape
-                fan = shape[-1] if projection.headed else shape[1 - self._dim(projection)]
-                self._values[projection.weight] = self._random(projection.weight, fan**-0.5)
-                if projection.bias is not None:
-                    self._values[projection.bias] = self._random(projection.bias, 0.5)
-        for name in unit.extras:
-            self._values[name] = self._random(name, 0.5)
-        for name in self._values:
-            if name not in self._local:
-                raise _UnverifiedError(f"{name!r} is not below {unit.root!r}")
-        out = unit.projections["o"]
-        self._widths = {size for p in unit.projections.values() for size in p.shape if p.role != "o"}
-        args, kwargs = verifier.call_of(unit)
-        self._args, self._kwargs = self._filled(args), {k: self._filled_as(k, v) for k, v in kwargs.items()}
-        self._tap = None if out.module is None else verifier.modules[out.module]
-        self._reader = None if self._tap is not None else self._reading(out)
-        self._base = self._seen(self._values)
-
-    def _dim(self, p: _Projection) -> int:
-        return self._unit.out_dim(p, self._layout)
-
-    def _random(self, name: str, scale: float) -> Tensor:
-        p = self._parameters[name]
-        return (torch.randn(p.shape, generator=self._generator) * scale).to(p.device, p.dtype)
-
-    def _filled_as(self, key: str, value: Any) -> Any:
-        is_cache = "past" in key or "cache" in key or "Cache" in type(value).__name__
-        return (
-            (False if isinstance(value, bool) else None)
-            if is_cache and key != "cache_position"
-            else self._filled(value)
-        )
-
-    def _filled(self, value: Any) -> Any:
-        """Arguments with random numbers where the stream of the model is, whatever the model's own was."""
-
-        def fill(leaf: Any) -> Any:
-            if (
-                isinstance(leaf, Tensor)
-                and leaf.is_floating_point()
-                and leaf.ndim > 1
-                and leaf.shape[-1] in self._widths
-            ):
-                return torch.randn(leaf.shape, generator=self._generator).to(leaf.device, leaf.dtype)
-            return leaf
-
-        return tree_map(fill, value)
-
-    def _reading(self, out: _Projection) -> dict[str, Tensor]:
-        """Output weights by which output number j sees head j modulo their number, and no other."""
-        p, heads = self._parameters[out.weight], self._unit.heads
-        dim = self._layout.reads if out.headed else self._dim(out)
-        if p.shape[dim] < heads:
-            raise _UnverifiedError(f"{out.weight!r} has fewer outputs than heads")
-        weight = self._random(out.weight, 1.0)
-        rows = torch.arange(p.shape[dim], device=p.device) % heads
-        ins = torch.arange(p.shape[0 if out.headed else 1 - dim], device=p.device)
-        owner = ins if out.headed else ins // (len(ins) // heads)
-        over = 0 if out.headed else 1 - dim
-        sees = rows.view([-1 if k == dim else 1 for k in range(p.ndim)]) == owner.view(
-            [-1 if k == over else 1 for k in range(p.ndim)]
-        )
-        return {out.weight: weight * sees}
-
-    def _seen(self, values: Mapping[str, Tensor]) -> Tensor:
-        """What reaches the output projection, or, if it is no module, what it makes of that."""
-        given = {self._local[name]: value for name, value in {**values, **(self._reader or {})}.items()}
-        seen = list[Tensor]()
-
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args or tuple(kwargs.values()))[0])
-            raise _Seen
-
-        handle = None if self._tap is None else self._tap.register_forward_pre_hook(tap, with_kwargs=True)
-        try:
-            found = functional_call(self._module, given, self._args, self._kwargs)
-            if self._tap is None:
-                seen.append(next(leaf for leaf in _leaves(found) if isinstance(leaf, Tensor)))
-        except _Seen:
-            pass
-        except Exception as error:  # whatever a module says to arguments that it was not made for
-            why = self._verifier.why_not_called or f"it did not run alone ({type(error).__name__}: {error})"
-            raise _UnverifiedError(why) from error
-        finally:
-            if handle is not None:
-                handle.remove()
-        out = self._unit.projections["o"]
-        if not seen:
-            raise _UnverifiedError(f"the module of {out.weight!r} is not called")
-        if not seen[0].isfinite().all():
-            raise _UnverifiedError(f"what reaches {out.weight!r} is not finite")
-        return seen[0]
-
-    def affected(self, parts: Iterable[tuple[str, _Part]], complement: bool = False) -> set[int]:
-        """The heads whose slices change when elements of parameters do; or, as `complement`, all the others."""
-        values, masks = dict(self._values), dict[str, Tensor]()
-        for name, part in parts:
-            p = values[name]
-            masks[name] = masks.get(name, False) | part.mask(p.shape, p.device)
-        for name, mask in masks.items():
-            scale = float(values[name].float().std()) if values[name].numel() > 1 else 0.5
-            other = self._random(name, scale)
-            values[name] = torch.where(~mask if complement else mask, other, values[name])
-        after = self._seen(values)
-        if after.shape != self._base.shape:
-            raise _UnverifiedError("its output changes shape")
-        change = (after - self._base).abs().float().reshape(-1, after.shape[-1]).amax(0)
-        size = max(float(self._base.abs().max()), float(after.abs().max()))
-        moved, heads = change > 8 * torch.finfo(after.dtype).eps * size, self._unit.heads
-        where = moved.nonzero().flatten().tolist()
-        if self._tap is None:
-            return {k % heads for k in where}
-        if len(moved) % heads:
-            raise _UnverifiedError(f"what reaches the output projection has {len(moved)} columns for {heads} heads")
-        return {k // (len(moved) // heads) for k in where}
-
-
-class _left_as_it_was:  # noqa: N801 - a context manager
-    """Evaluation mode inside, and everything about the model and the generators as before outside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        model = self._model
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if device.type == "meta":
-            raise ComponentError("the model is on the meta device, where nothing can be verified: use verify=False")
-        self._snapshot, self._generators = ModelSnapshot(model), Generators(device, [model]).kept()
-        self._snapshot.silence()
-        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._holding = BorrowedModel(model).holding({}, {}, buffers)
-        self._generators.__enter__()
-        self._holding.__enter__()
-        for module in model.modules():
-            module.training = False
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._holding.__exit__(*error)
-        finally:
-            self._snapshot.restore()
-            self._generators.__exit__(*error)
-
-
-def _leaves(value: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(value)
-
-
-def _heads(found: set[int]) -> str:
-    if not found:
-        return "no head"
-    return (
-        f"head{'s' if len(found) > 1 else ''} {', '.join(map(str, sorted(found)[:8]))}{', …' if len(found) > 8 else ''}"
-    )
-
-
-def _made_up(model: nn.Module, given: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments with which the model might run: token indices, images, or vectors."""
-    if given is not None:
-        if isinstance(given, Mapping):
-            yield (), dict(given)
-        else:
-            yield (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
-        return
-    generator = torch.Generator().manual_seed(0)
-    first = next(model.parameters())
-    device, dtype = first.device, next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config = getattr(model, "config", None)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    vocabulary = getattr(getattr(model, "cfg", None), "d_vocab", None) or getattr(config, "vocab_size", None)
-    if not isinstance(vocabulary, int):
-        vocabulary = tables[0].num_embeddings if tables else 0
-    if vocabulary:
-        length = min(_LENGTH, *(getattr(config, "max_position_embeddings", None) or _LENGTH,), _LENGTH)
-        tokens = torch.randint(vocabulary, (1, length), generator=generator).to(device)
-        if config is not None:
-            named: dict[str, Any] = {"input_ids": tokens}
-            if getattr(config, "is_encoder_decoder", False):
-                named["decoder_input_ids"] = tokens
-            yield (), named | {"use_cache": False}
-            yield (), named
-        yield (tokens,), {}
-    images = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if images:
-        for size in _image_sizes(model):
-            image = torch.randn(1, images[0].in_channels, *size, generator=generator).to(device, dtype)
-            if config is not None:
-                yield (), {"pixel_values": image}
-            yield (image,), {}
-    width = next((p.shape[-1] for p in model.parameters() if p.ndim == 2), 0)
-    if width:
-        yield (torch.randn(1, _LENGTH, width, generator=generator).to(device, dtype),), {}
-
-
-def _image_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    for holder in (getattr(model, "config", None), *model.modules()):
-        for key in ("image_size", "img_size"):
-            size = getattr(holder, key, None)
-            if isinstance(size, int):
-                yield size, size
-            elif isinstance(size, (tuple, list)) and len(size) == 2:
-                yield int(size[0]), int(size[1])
-    yield 224, 224
-    yield 32, 32
