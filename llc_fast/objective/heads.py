@@ -179,8 +179,8 @@ class Unit:
 
 # ---- whether it is so -------------------------------------------------------------------------------------------
 
-_LENGTH = 6
-"""Of made-up sequences."""
+_BATCH, _LENGTH = 3, 6
+"""Made-up sequences; either may be the dimension over which attention goes."""
 
 
 class _Seen(Exception):  # noqa: N818 - no error
@@ -289,7 +289,7 @@ class Verifier:
         p = self.parameters[first.weight]
         maps = [unit.projections[role] for role in "qkv"] if "k" in unit.projections else [first] * 3
         widths = [m.shape[-1] if m.headed else m.shape[1 - unit.out_dim(m, layout)] for m in maps]
-        made = tuple(torch.zeros(1, _LENGTH, width, device=p.device, dtype=p.dtype) for width in widths)
+        made = tuple(torch.zeros(_BATCH, _LENGTH, width, device=p.device, dtype=p.dtype) for width in widths)
         if isinstance(self.modules[unit.root], nn.MultiheadAttention):
             yield made, {}
         yield made[:1], {}
@@ -527,8 +527,8 @@ def _made_up(model: nn.Module, given: Any) -> Iterator[Call]:
     if not isinstance(vocabulary, int):
         vocabulary = tables[0].num_embeddings if tables else 0
     if vocabulary:
-        length = min(_LENGTH, *(getattr(config, "max_position_embeddings", None) or _LENGTH,), _LENGTH)
-        tokens = torch.randint(vocabulary, (1, length), generator=generator).to(device)
+        length = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
+        tokens = torch.randint(vocabulary, (_BATCH, length), generator=generator).to(device)
         if config is not None:
             named: dict[str, Any] = {"input_ids": tokens}
             if getattr(config, "is_encoder_decoder", False):
@@ -545,7 +545,7 @@ def _made_up(model: nn.Module, given: Any) -> Iterator[Call]:
             yield (image,), {}
     widths = next((p.shape for p in model.parameters() if p.ndim == 2), ())
     for width in reversed(widths):
-        yield (torch.randn(1, _LENGTH, width, generator=generator).to(device, dtype),), {}
+        yield (torch.randn(_BATCH, _LENGTH, width, generator=generator).to(device, dtype),), {}
 
 
 def _image_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:

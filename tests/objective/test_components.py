@@ -208,6 +208,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
     "swin": _swin,
     "timm's vit": _timm_vit,
     "torch's encoder": _encoder,
+    "torch's encoder, batch second": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 40), 2),
     "transformer bridge": _bridge,
     "ours": lambda: Transformer(48, 32, width=WIDTH, heads=HEADS),
     "interleaved": lambda: _Custom("interleaved"),
