@@ -163,8 +163,9 @@ def estimate_llc(
             fewer for a model so large that this would take more than about ten minutes (:mod:`llc_fast.cost`).
         batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
             more than about ten minutes, or what the loader gives. Adjusted samplers take all n.
-        params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
-            these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
+        params: the parameters to sample: a name, glob pattern, module, parameter or component (``"l3 h5"``, see
+            :func:`llc_fast.components`), several of these, or a mapping from these to boolean masks (weight-refined
+            LLC); None: all that require a gradient. The others stay at w*.
         bias_correction: whether ``result.loss_trace`` is cleared of bias, what step size and gradient noise add to the
             loss, measured at every step (:meth:`llc_fast.samplers.Sampler.bias`). None: if `lr` is None, since the
             step size is then chosen for it; with a step size of your own you get the plain average. Minibatches of
