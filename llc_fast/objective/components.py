@@ -125,10 +125,10 @@ def components(model: nn.Module, *, verify: bool = True, inputs: Any = None) -> 
 
     Args:
         model: any module. It is left as it was.
-        verify: whether to verify each head by changing its elements, when it is asked for. That takes one forward pass
-            of the model with made-up input, as far as its last attention, and some of the attention module with
-            made-up weights. If False, layouts that can't be read from shapes are believed to be those of the
-            architecture's name.
+        verify: whether to verify the heads of an attention by changing their elements, when one of them is asked for.
+            That takes one forward pass of the model with made-up input, as far as its last attention, and some of the
+            attention module with made-up weights. If False, layouts that can't be read from shapes are believed to be
+            those of the architecture's name.
         inputs: arguments of the model for that forward pass, if none can be made up for it: a tensor, a tuple of
             positional or a mapping of named arguments.
 
@@ -647,8 +647,8 @@ class _Structure:
         share = unit.heads // unit.groups
         heads = [number] if letter == "h" else range(number * share, (number + 1) * share)
         found: dict[str, Part | None] = {}
+        layout = self._believed(unit, name) if verifier is None else verifier.layout(unit, name)
         for head in heads:
-            layout = self._believed(unit, name) if verifier is None else verifier.layout(unit, name, head)
             for _, parameter, part in unit.parts(head, layout):
                 found[parameter] = part if parameter not in found else part | found[parameter]
             for parameter, dim in self._own_extras(unit, name, verifier).items():

@@ -214,41 +214,43 @@ class Verifier:
         self.modules, self.parameters = modules, parameters
         self._calls: dict[str, Call] | None = None
         self._why_not_called = ""
-        self._known: dict[tuple[int, int], Layout] = {}
+        self._known: dict[int, Layout] = {}
         self._extras: dict[int, dict[str, int]] = {}
 
-    def layout(self, unit: Unit, name: str, head: int) -> Layout:
-        """The layout in which the elements of a head are its elements.
+    def layout(self, unit: Unit, name: str) -> Layout:
+        """The layout in which the elements of each head of an attention are its elements.
+
+        Args:
+            unit: the attention.
+            name: of the component that is asked for, for messages.
 
         Raises:
             ComponentError: there is none.
         """
-        key = (id(unit), head)
-        if key not in self._known:
+        if id(unit) not in self._known:
             before = list(self._known.values())
-            tried = sorted(unit.layouts, key=lambda layout: layout not in before)
             why = ""
             with _left_as_it_was(self._model), torch.no_grad():
-                for layout in tried:
+                for layout in sorted(unit.layouts, key=lambda known: known not in before):
                     try:
-                        self._verify(unit, head, layout)
+                        self._verify(unit, layout)
                     except _UnverifiedError as reason:
                         why = why or str(reason)
                     else:
-                        self._known[key] = layout
+                        self._known[id(unit)] = layout
                         break
                 else:
                     raise ComponentError(
-                        f"{name!r}: which elements of {unit.tensor!r} belong to this head can't be verified: {why}. "
+                        f"{name!r}: which elements of {unit.tensor!r} belong to a head can't be verified: {why}. "
                         f"Give masks of your own, params={{{unit.tensor!r}: mask}}, or trust the shapes: "
                         f"params=components(model, verify=False)[{name!r}]"
                     )
-        return self._known[key]
+        return self._known[id(unit)]
 
     def extras(self, unit: Unit, name: str) -> dict[str, int]:
         """Those parameters beside the projections of which each head has its own entry."""
         if id(unit) not in self._extras:
-            layout = self.layout(unit, name, 0)
+            layout = self.layout(unit, name)
             found = {}
             with _left_as_it_was(self._model), torch.no_grad():
                 run = _Run(self, unit, layout)
@@ -258,23 +260,29 @@ class Verifier:
             self._extras[id(unit)] = found
         return self._extras[id(unit)]
 
-    def _verify(self, unit: Unit, head: int, layout: Layout) -> None:
+    def _verify(self, unit: Unit, layout: Layout) -> None:
+        """Change the elements of some heads, and see that their slices change and no others.
+
+        The heads are those whose number has a certain bit, and those that lack it. If each of these sets changes itself
+        alone, so does each head, since only it is in all of its sets; and no head depends on another's elements.
+
+        Raises:
+            _UnverifiedError: other heads change.
+        """
         run = _Run(self, unit, layout)
-        share, parts = unit.heads // unit.groups, unit.parts(head, layout)
-        group = set(range(head // share * share, (head // share + 1) * share))
-        for which in ("q", "k", "v"):
-            mine = [(name, part) for kind, name, part in parts if kind == which]
-            expected, found = {head} if which == "q" else group, run.affected(mine)
-            if found != expected:
-                raise _UnverifiedError(
-                    f"its elements of {mine[0][0]!r} should change {_heads(expected)} at the input of the output "
-                    f"projection {unit.projections['o'].weight!r}, and change {_heads(found)}"
-                )
-        if head in run.affected([(name, part) for kind, name, part in parts if kind != "o"], complement=True):
-            raise _UnverifiedError(
-                f"elements of {unit.tensor!r} outside of this head change its slice at the input of the output "
-                f"projection {unit.projections['o'].weight!r}"
-            )
+        parts = [unit.parts(head, layout) for head in range(unit.heads)]
+        share = unit.heads // unit.groups
+        for which, count in (("q", unit.heads), ("k", unit.groups), ("v", unit.groups)):
+            width = 1 if which == "q" else share
+            for chosen in _sets(count):
+                heads = {number * width + k for number in chosen for k in range(width)}
+                mine = {(name, part) for head in heads for kind, name, part in parts[head] if kind == which}
+                if (found := run.affected(mine)) != heads:
+                    names = " and ".join(sorted({repr(name) for name, _ in mine}, reverse=True))
+                    raise _UnverifiedError(
+                        f"the elements of {_heads(heads)} in {names} should change these heads' slices at the input of "
+                        f"the output projection {unit.projections['o'].weight!r}, and change {_heads(found)}"
+                    )
 
     def calls_of(self, unit: Unit, layout: Layout) -> Iterator[Call]:
         """Arguments with which a unit might be called: seen in a forward pass of the model, or made up for it alone."""
@@ -450,16 +458,14 @@ class _Run:
             raise _UnverifiedError(f"what reaches {out.weight!r} is not finite")
         return seen[0]
 
-    def affected(self, parts: Iterable[tuple[str, Part]], complement: bool = False) -> set[int]:
-        """The heads whose slices change when elements of parameters do; or, as `complement`, all the others."""
-        values, masks = dict(self._values), dict[str, Tensor]()
+    def affected(self, parts: Iterable[tuple[str, Part]]) -> set[int]:
+        """The heads whose slices change when elements of parameters do."""
+        values = dict(self._values)
         for name, part in parts:
-            p = values[name]
-            masks[name] = masks.get(name, False) | part.mask(p.shape, p.device)
-        for name, mask in masks.items():
-            scale = float(values[name].float().std()) if values[name].numel() > 1 else 0.5
-            other = self._random(name, scale)
-            values[name] = torch.where(~mask if complement else mask, other, values[name])
+            if values[name] is self._values[name]:
+                values[name] = values[name].clone()
+            for start, stop in part.ranges:
+                values[name].narrow(part.dim, start, stop - start).mul_(-0.7)
         after = self._seen(values)
         if after.shape != self._base.shape:
             raise _UnverifiedError("its output changes shape")
@@ -500,6 +506,15 @@ class _left_as_it_was:  # noqa: N801 - a context manager
         finally:
             self._snapshot.restore()
             self._generators.__exit__(*error)
+
+
+def _sets(count: int) -> Iterator[set[int]]:
+    """Sets of numbers below `count` that tell them apart: those with a certain bit, and those without."""
+    if count == 1:
+        yield {0}
+    for bit in range((count - 1).bit_length()):
+        for wanted in (0, 1):
+            yield {k for k in range(count) if k >> bit & 1 == wanted}
 
 
 def _heads(found: set[int]) -> str:

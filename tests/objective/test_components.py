@@ -336,7 +336,8 @@ def test_heads_that_are_not_apart() -> None:
     package = transformers()
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": HEADS, "vocab_size": 48}
     model = package.Olmo2ForCausalLM(package.Olmo2Config(**sizes, intermediate_size=40, pad_token_id=0))
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj.weight' should change head 2 .* heads 0"):
+    expected = r"'l0 h2'.* heads 0, 2 in 'model.layers.0.self_attn.q_proj.weight' should .* change heads 0, 1, 2, 3"
+    with pytest.raises(ValueError, match=expected):
         components(model)["l0 h2"]
     with pytest.raises(ValueError, match=r"params=.*'l0 h2'.*verify=False"):
         select(model, "l0 h2")
