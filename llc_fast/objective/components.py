@@ -358,14 +358,16 @@ class _Structure:
         out, first = projections["o"], next(iter(projections.values()))
         raw = [p for p in projections.values() if p.out_dim is None]
         size = out.shape[0] if out.headed else out.shape[1 - (out.out_dim or 0)]
+        candidates = list(dict.fromkeys(self._numbers_of_heads(path, unit.root)))
         if first.headed:
             unit.heads, unit.groups = first.shape[0], projections.get("k", first).shape[0]
             headed = [p.shape[0] for p in projections.values() if p.headed]
-            if len(headed) < len(projections) or out.shape[0] != unit.heads or unit.heads % unit.groups:
-                unit.problem = f"its shapes {[tuple(p.shape) for p in projections.values()]} are of no known layout"
+            is_known = not candidates or unit.heads in candidates
+            if len(headed) < len(projections) or out.shape[0] != unit.heads or unit.heads % unit.groups or not is_known:
+                unit.problem = f"the shapes {[tuple(p.shape) for p in projections.values()]} are of no known layout"
             unit.layouts = [Layout(reads=2), Layout(reads=1)]
+            unit.believed = unit.layouts[0]
             return
-        candidates = list(dict.fromkeys(self._numbers_of_heads(path, unit.root)))
         if not candidates:
             unit.problem = "its number of heads is in no attribute of the module and not in the configuration"
             return

@@ -7,6 +7,7 @@ elements change, its slice at the input of the output projection must change, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from llc_fast.objective.borrowed import BorrowedModel, ModelSnapshot
 from llc_fast.support.randomness import Generators
+from llc_fast.support.torch_private import can_set_compiling_aside, compiling_set_aside, has_compiled_parts
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of indices."""
@@ -287,7 +289,7 @@ class Verifier:
     def calls_of(self, unit: Unit, layout: Layout) -> Iterator[Call]:
         """Arguments with which a unit might be called: seen in a forward pass of the model, or made up for it alone."""
         if unit.root == "":
-            yield from _made_up(self._model, self._inputs)
+            yield from _made_up(_itself(self._model), self._inputs)
         else:
             if self._calls is None:
                 self._calls = self._captured()
@@ -316,11 +318,11 @@ class Verifier:
             return keep
 
         handles = [m.register_forward_pre_hook(hook(root), with_kwargs=True) for root, m in modules.items()]
-        why = list[str]()
+        why, model = list[str](), _itself(self._model)
         try:
-            for args, kwargs in _made_up(self._model, self._inputs):
+            for args, kwargs in _made_up(model, self._inputs):
                 try:
-                    self._model(*args, **kwargs)
+                    model(*args, **kwargs)
                 except _Seen:
                     break
                 except Exception as error:  # whatever a model says to input that it was not made for
@@ -480,32 +482,42 @@ class _Run:
         return {k // (len(moved) // heads) for k in where}
 
 
-class _left_as_it_was:  # noqa: N801 - a context manager
-    """Evaluation mode inside, and everything about the model and the generators as before outside."""
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and everything about the model and the generators as before outside.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Raises:
+        ComponentError: the model is on the meta device.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ComponentError("the model is on the meta device, where nothing can be verified: use verify=False")
+    snapshot, modes = ModelSnapshot(model), [(module, module.training) for module in model.modules()]
 
-    def __enter__(self) -> None:
-        model = self._model
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if device.type == "meta":
-            raise ComponentError("the model is on the meta device, where nothing can be verified: use verify=False")
-        self._snapshot, self._generators = ModelSnapshot(model), Generators(device, [model]).kept()
-        self._snapshot.silence()
+    def put_modes_back() -> None:
+        for module, mode in modes:  # of scripted modules the snapshot knows nothing
+            if module.training is not mode:
+                module.training = mode
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Generators(device, [model]).kept())
+        stack.callback(put_modes_back)
+        stack.callback(snapshot.restore)
+        snapshot.silence()
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._holding = BorrowedModel(model).holding({}, {}, buffers)
-        self._generators.__enter__()
-        self._holding.__enter__()
+        stack.enter_context(BorrowedModel(model).holding({}, {}, buffers))
+        if has_compiled_parts(model, None) and can_set_compiling_aside():
+            stack.enter_context(compiling_set_aside())
         for module in model.modules():
             module.training = False
+        yield
 
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._holding.__exit__(*error)
-        finally:
-            self._snapshot.restore()
-            self._generators.__exit__(*error)
+
+def _itself(model: nn.Module) -> nn.Module:
+    """A model without what runs it on several devices, which could wait for other processes."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
 
 
 def _sets(count: int) -> Iterator[set[int]]:

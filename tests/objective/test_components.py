@@ -363,6 +363,16 @@ def test_attention_of_unknown_names() -> None:
             ask("l1 h0")
 
 
+def test_heads_in_another_dimension() -> None:
+    """XLNet's weights are [width, heads, size]: no known layout, and not taken for one of as many heads as numbers."""
+    package = transformers()
+    sizes = {"d_model": WIDTH, "n_layer": 1, "n_head": HEADS, "d_inner": 40, "vocab_size": 48}
+    found = components(package.XLNetLMHeadModel(package.XLNetConfig(**sizes)), verify=False)
+    assert "l0 attn" in found and "l0 h0" not in found
+    with pytest.raises(ComponentError, match=r"rel_attn.q' is unknown.*\(32, 4, 8\)"):
+        found["l0 h0"]
+
+
 def test_adapters_have_no_heads() -> None:
     """Of weights with low-rank adapters nobody says which part is a head's."""
     import_torchvision()
@@ -394,6 +404,20 @@ def test_inputs_of_ones_own() -> None:
     args = (torch.randn(2, 5, WIDTH), torch.tensor(2.0))
     for inputs in (args, dict(zip(("x", "scale"), args, strict=True))):
         assert _texts(components(model, inputs=inputs)["attn h1"])["qkv.weight"] == "0: 24-47"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2"])
+def test_whatever_the_weights_are(name: str, dtype: torch.dtype) -> None:
+    """What is verified is the layout: in any precision, of a model that is zero everywhere, or not a number."""
+    expected = _texts(components(architecture(name))["l1 h2"])
+    for value in (0.0, float("nan")):
+        model = architecture(name).to(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(value)
+        assert _texts(components(model)["l1 h2"]) == expected
+        assert all(p.isnan().all() == bool(value != value) for p in model.parameters())
 
 
 # --- The model is left as it was ---------------------------------------------------------------------------------
@@ -565,12 +589,18 @@ def test_convolutions() -> None:
 
 
 def test_compiled_and_wrapped_models() -> None:
-    """Their names have a prefix; components do not."""
+    """Their parameters' names have a prefix; components do not, and nothing is compiled to find them."""
+    compiled = torch.compile(architecture("llama"), backend=_no_backend)
+    assert _texts(components(compiled)["l1 h3"])["_orig_mod.model.layers.1.self_attn.o_proj.weight"] == "1: 24-31"
     model = nn.DataParallel(architecture("gpt2"))
     found = components(model)
     assert set(found["embed"]) == {"module.transformer.wte.weight"}
     assert set(found["unembed"]) == {"module.lm_head.weight"}
     assert _texts(found["l1 h3"])["module.transformer.h.1.attn.c_proj.weight"] == "0: 24-31"
+
+
+def _no_backend(*_: Any) -> Any:
+    raise AssertionError("compiled")
 
 
 # --- params= -----------------------------------------------------------------------------------------------------
@@ -659,5 +689,7 @@ def test_sweeps_and_scans_take_components() -> None:
     expected = estimate_llc(model, data, sequence_losses, localization=10.0, **given)
     assert expected.settings["num_parameters"] == count
     np.testing.assert_allclose(float(swept["llc_mean"][0]), expected.llc_mean, rtol=1e-6)
+    chosen = llc_fast.calibrate(model, data, sequence_losses, localization=10.0, **given)
+    assert chosen["lr"] == 1e-4
     scanned = llc_fast.scan(model, data, sequence_losses, nbeta=[10.0], localization=[10.0], **given)
     assert scanned.dataset["llc_mean"].size == 1
