@@ -6,7 +6,8 @@
 
 namespace llc {
 
-// The precision of a model whose chains keep float32: of its gradients, and of the copy of w that a step writes.
+// The precision of a model whose chains keep float32: of its gradients, of the copy of w that a step writes, and of w*
+// where that is the model's own.
 enum class Low : int { none = 0, bfloat16 = 1, float16 = 2 };
 
 inline namespace LLC_ISA {

@@ -63,9 +63,9 @@ llc::Scalars scalars_of(const py::tuple& numbers) {
 }
 
 // `segments`: address of a table of llc::Segment, in the memory of the device that runs the step. `scalars`: the fields
-// of llc::Scalars, in their order. `rule`, `dtype` and `low`: places in the lists of interface().
+// of llc::Scalars, in their order. `rule`, `dtype` and `low`: places in the lists of interface(); `low_reference`: 0, 1.
 // `stream`: a cudaStream_t, or None to run on the CPU.
-void step(int rule, int dtype, int low, int64_t num_segments, int64_t begin, int64_t end, int64_t num_chains,
+void step(int rule, int dtype, int low, int low_reference, int64_t num_segments, int64_t begin, int64_t end, int64_t num_chains,
           uintptr_t segments, const py::tuple& scalars, uint64_t seed, uint64_t step_index, uint32_t chain,
           std::optional<uintptr_t> thermostat, llc::SumSet wanted, std::optional<uintptr_t> sums,
           std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
@@ -73,7 +73,7 @@ void step(int rule, int dtype, int low, int64_t num_segments, int64_t begin, int
     llc::Step request{};
     request.rule = llc::Rule(rule);
     request.dtype = DType(dtype);
-    request.low = llc::Low(low);
+    request.low = llc::Low(low), request.low_reference = low_reference != 0;
     request.segments = reinterpret_cast<const llc::Segment*>(segments);
     request.num_segments = num_segments;
     request.begin = begin, request.end = end;

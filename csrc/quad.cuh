@@ -82,8 +82,8 @@ template <class Rule, class T>
 struct View {
     int begin = 0, end = 0;  // in the tile, whose first element all addresses are of
     T *w, *state[2];
-    const T *reference, *preconditioner;
-    const void* grad;  // of T or of low precision
+    const T* preconditioner;
+    const void *grad, *reference;  // of T or of low precision
     const uint8_t* mask;
     uint16_t* copy;
     T preconditioner_scale;
@@ -96,8 +96,15 @@ struct View {
         const int64_t start = tile * kTile - s.offset, row = chain * s.stride + start;
         begin = clamp(-start, kTile), end = clamp(s.length - start, kTile);
         w = static_cast<T*>(s.w) + row;
-        reference = static_cast<const T*>(s.reference) + chain * s.reference_stride + start;
-        is_aligned = aligned(w) && aligned(reference);
+        is_aligned = aligned(w);
+        const int64_t reference_row = chain * s.reference_stride + start;
+        if (!step.low_reference) {
+            reference = static_cast<const T*>(s.reference) + reference_row;
+            is_aligned = is_aligned && aligned(static_cast<const T*>(reference));
+        } else {
+            reference = static_cast<const uint16_t*>(s.reference) + reference_row;
+            is_aligned = is_aligned && aligned(static_cast<const uint16_t*>(reference));
+        }
         const int64_t grad_row = chain * s.grad_stride + start;
         if (step.low == Low::none) {
             grad = static_cast<const T*>(s.grad) + grad_row;
@@ -122,6 +129,23 @@ struct View {
     }
 };
 
+// Low-precision elements as they are, in the first half of where they will be: to convert them would be to wait for
+// them.
+template <bool kWhole, class T>
+__device__ inline void load_bits(T (&out)[kQuad], const void* p, int i, Part part) {
+    uint16_t bits[kQuad];
+    load_quad<kWhole>(bits, static_cast<const uint16_t*>(p) + i, part);
+    memcpy(out, bits, sizeof(bits));
+}
+
+template <class T>
+__device__ inline void convert_bits(T (&out)[kQuad], Low low) {
+    uint16_t bits[kQuad];
+    memcpy(bits, out, sizeof(bits));
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) out[k] = T(from_low(bits[k], low));
+}
+
 // What a step reads of a quad, and what it writes.
 template <class Rule, class T>
 struct Operands {
@@ -129,18 +153,20 @@ struct Operands {
     uint32_t mask;  // four bytes; 0: the element stays
 
     template <bool kWhole>
-    __device__ void load(const View<Rule, T>& s, Low low, int i, Part part) {
+    __device__ void load(const View<Rule, T>& s, Low low, bool low_reference, int i, Part part) {
         load_quad<kWhole>(w, s.w + i, part);
-        load_quad<kWhole>(reference, s.reference + i, part);
+        if (!low_reference) {
+            load_quad<kWhole>(reference, static_cast<const T*>(s.reference) + i, part);
+        } else {
+            load_bits<kWhole>(reference, s.reference, i, part);
+        }
 #pragma unroll
         for (int k = 0; k < Rule::kStates; ++k) load_quad<kWhole>(state[k], s.state[k] + i, part);
         if (Rule::kPreconditioned && s.preconditioner) load_quad<kWhole>(given, s.preconditioner + i, part);
         if (low == Low::none) {
             load_quad<kWhole>(grad, static_cast<const T*>(s.grad) + i, part);
-        } else {  // as they are: to convert them would be to wait for them
-            uint16_t bits[kQuad];
-            load_quad<kWhole>(bits, static_cast<const uint16_t*>(s.grad) + i, part);
-            memcpy(grad, bits, sizeof(bits));
+        } else {
+            load_bits<kWhole>(grad, s.grad, i, part);
         }
         mask = kWhole ? ~0u : part.mask();
         if (s.mask) {
@@ -152,12 +178,10 @@ struct Operands {
 
     __device__ bool moves(int k) const { return mask >> 8 * k & 0xFFu; }
 
-    __device__ void convert_grad(Low low) {
+    __device__ void convert(Low low, bool low_reference) {
         if (low == Low::none) return;
-        uint16_t bits[kQuad];
-        memcpy(bits, grad, sizeof(bits));
-#pragma unroll
-        for (int k = 0; k < kQuad; ++k) grad[k] = T(from_low(bits[k], low));
+        convert_bits(grad, low);
+        if (low_reference) convert_bits(reference, low);
     }
 
     template <bool kWhole>

@@ -32,6 +32,7 @@ struct Step {
     Rule rule;
     DType dtype;              // of w, w*, states and preconditioners
     Low low;                  // of gradients and copies, if not that of w
+    bool low_reference;       // whether w* is in that precision, too: a model's own parameters, which need no copy
     const Segment* segments;  // sorted by offset, not overlapping; in the memory of the device that runs the step
     int64_t num_segments;
     int64_t begin, end;  // flat indices that the segments lie in

@@ -156,6 +156,7 @@ template <class T>
 struct Staging {
     alignas(64) T noise[kBlock] = {};
     alignas(64) T grad[kBlock];
+    alignas(64) T reference[kBlock];
     alignas(64) T preconditioner[kBlock];
     alignas(64) T before[kBlock];
 };
@@ -171,7 +172,14 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
     o.n = n;
     o.w = static_cast<T*>(segment.w) + row;
     for (int k = 0; k < 2; ++k) o.state[k] = k < Rule::kStates ? static_cast<T*>(segment.state[k]) + row : nullptr;
-    o.reference = static_cast<const T*>(segment.reference) + chain * segment.reference_stride + local;
+    const int64_t reference_row = chain * segment.reference_stride + local;
+    if (!step.low_reference) {
+        o.reference = static_cast<const T*>(segment.reference) + reference_row;
+    } else {
+        const uint16_t* low = static_cast<const uint16_t*>(segment.reference) + reference_row;
+        for (int64_t i = 0; i < n; ++i) staging.reference[i] = T(from_low(low[i], step.low));
+        o.reference = staging.reference;
+    }
     o.noise = staging.noise + (begin - block * kBlock);
     o.thermostat = step.thermostat ? T(step.thermostat[chain]) : T(0);
     const int64_t grad_row = chain * segment.grad_stride + local;

@@ -27,19 +27,19 @@ struct AddToThread {
 // The part of a tile's quad at element i that lies in segment s. The loads come before the noise, whose arithmetic then
 // fills the time until they arrive.
 template <SumSet kSums, class Rule, class T>
-__device__ inline void update_quad(const Rule& rule, Low low, const View<Rule, T>& s, int i, Part part,
-                                   const NoiseKey& key, uint64_t counter, bool noisy, T thermostat,
+__device__ inline void update_quad(const Rule& rule, Low low, bool low_reference, const View<Rule, T>& s, int i,
+                                   Part part, const NoiseKey& key, uint64_t counter, bool noisy, T thermostat,
                                    T (&sums)[kNumSums]) {
     const bool whole = s.is_aligned && part.from == 0 && part.to == kQuad;
     Operands<Rule, T> o;
     if (whole) {
-        o.template load<true>(s, low, i, part);
+        o.template load<true>(s, low, low_reference, i, part);
     } else {
-        o.template load<false>(s, low, i, part);
+        o.template load<false>(s, low, low_reference, i, part);
     }
     T noise[kQuad] = {};
     if (noisy) normals4(key, counter, noise);
-    o.convert_grad(low);
+    o.convert(low, low_reference);
 
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, resident<kSums, Rule, T>()) step_ker
                 const Part part{max(at - i, min(segment.begin - i, kQuad)), min(segment.end - i, kQuad)};
                 if (part.from < part.to) {
                     const uint64_t counter = uint64_t(tile * kTile + i) / kQuad;
-                    update_quad<kSums>(rule, step.low, segment, i, part, key, counter, noisy, thermostat, sums);
+                    update_quad<kSums>(rule, step.low, step.low_reference, segment, i, part, key, counter, noisy,
+                                       thermostat, sums);
                 }
                 // Usually one segment covers the quad; several short ones may share it, and so its noise.
                 at = i + (part.to < kQuad ? part.to : kThreads * kQuad);

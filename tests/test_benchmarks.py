@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -84,6 +85,35 @@ def test_what_a_step_launches(benchmark_module: Any) -> None:
     assert counts == {"step_kernel": 1, "Memcpy HtoD": 1}
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_compiled_rivals_make_the_same_step(
+    benchmark_module: Any, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Where gradients are large against the noise, whose size, √ε = 0.001, is right too."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    module, generator = benchmark_module("bench_step"), torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(5000, generator=generator)) for _ in range(3)]
+    references = [torch.randn(5000, generator=generator) for _ in params]
+    torch.manual_seed(0)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn(5000, generator=generator)
+    module.compiled_formula(params, references, together=together)()
+    for p, w, reference in zip(params, before, references, strict=True):
+        noise = p.detach() - (w - 0.5e-6 * (1000 * p.grad + (w - reference)))
+        assert abs(float(noise.mean())) < 5 * 0.001 / 5000**0.5
+        assert float(noise.std()) == pytest.approx(0.001, rel=5 / 10000**0.5)
+
+
+def test_steps_by_key(tmp_path: Path) -> None:
+    """Ratios to llc_fast's step are there if it is."""
+    options = ["--parameters", "1000", "--tensors", "2", "--repeats", "1"]
+    rows = _run("speed/bench_step.py", *options, "--contenders", "copy", "ours", path=tmp_path / "some.json")["rows"]
+    assert [row["step"] for row in rows] == ["tensor copy", "llc_fast SGLD"] and rows[1]["times llc_fast"] == 1
+    rows = _run("speed/bench_step.py", *options, "--contenders", "adam", path=tmp_path / "one.json")["rows"]
+    assert rows[0]["µs"] > 0 and rows[0]["times llc_fast"] is None
+
+
 # ---- the modes that a GPU session runs -----------------------------------------------------------------------
 
 
@@ -121,6 +151,35 @@ def test_the_large_network(tmp_path: Path) -> None:
     assert whole["done"] == 60 and whole["λ̂"] > 0 and network.exists()
     assert whole["λ̂/λ − 1"] == pytest.approx(whole["λ̂"] / tables["network"]["lambda"] - 1)
     assert short["done"] == 20 and short["λ̂"] is None and "extrapolated" in short["contender"]
+
+
+def test_a_language_model(tmp_path: Path) -> None:
+    """What llc_fast says that it needs, and how it does it, stands beside what it takes."""
+    pytest.importorskip("transformers")
+    options = ["--size", "tiny", "--steps", "6", "--context", "16", "--contenders", "llc_fast", "loop"]
+    tables = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json")
+    ours, loop = tables["rows"]
+    # Embeddings of 512 tokens, and a matrix back; in each layer two norms, attention and what follows, with biases.
+    layer = 2 * 2 * 64 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64)
+    assert tables["parameters"] == 2 * 512 * 64 + 2 * layer + 2 * 64
+    assert ours["steps"] == loop["steps"] == 6 and min(ours["s per step"], loop["s per step"]) > 0
+    assert ours["strategy"] == "sequential" and ours["said, bytes a parameter"] > 10
+    assert abs(ours["L(w*)"] - math.log(512)) < 0.1 and abs(loop["loss"] - math.log(512)) < 0.1
+
+
+def test_a_contender_that_takes_too_long_says_so(tmp_path: Path) -> None:
+    """It ends after the steps that it has made, of which there are seconds a step."""
+    pytest.importorskip("transformers")
+    options = ["--size", "tiny", "--steps", "100000", "--context", "16", "--seconds", "1", "--contenders", "loop"]
+    (row,) = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json")["rows"]
+    assert 1 < row["steps"] < 100000 and 0 < row["s per step"] < 1
+
+
+def test_a_process_that_takes_too_long(benchmark_module: Any, tmp_path: Path) -> None:
+    script = tmp_path / "sleeps.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    found = benchmark_module("harness").in_fresh_process(str(script), {}, seconds=0.5)
+    assert found == {"error": "ended after 0.5 s", "short": "timed out"}
 
 
 def test_an_estimate_that_takes_too_long_is_interrupted_once(benchmark_module: Any) -> None:
@@ -168,7 +227,7 @@ def test_stages_of_the_script(tmp_path: Path) -> None:
     done = _gpu_script(tmp_path, "ncu", "step", "memcheck", "samplers", PYTHON=python)
     out = tmp_path / "out"
     lines = [line.split("\t")[:2] for line in (out / "stages.tsv").read_text().splitlines()]
-    assert lines == [["info", "0"], ["memcheck", "0"], ["step", "124"], ["samplers", "0"], ["ncu", "0"]]
+    assert lines == [["info", "0"], ["samplers", "0"], ["step", "124"], ["memcheck", "0"], ["ncu", "0"]]
     assert done.returncode == 1 and done.stdout.rstrip().endswith("FAILED: step")
     assert "| memcheck on the kernels | ERROR SUMMARY: 0 errors | passes | yes |" in (out / "report.md").read_text()
     with tarfile.open(out / "results.tar.gz") as packed:
@@ -186,7 +245,15 @@ def test_the_whole_script(tmp_path: Path) -> None:
     done = _gpu_script(tmp_path, PYTHON=sys.executable, REPRODUCE="5")
     assert done.returncode == 0, done.stdout[-3000:]
     names = {path.name for path in (tmp_path / "out").glob("*.json")}
-    assert names == {f"{n}.json" for n in ("step", "samplers", "chains", "memory", "large-tf32", "large-float32")}
+    stages = ["samplers", "step", "chains", "large-tf32", "language", "language-large", "step-devinterp2"]
+    assert names == {f"{name}.json" for name in [*stages, "step-compiled", "memory"]}
+
+
+def test_a_time_limit(tmp_path: Path) -> None:
+    """Stages for which no time is left are skipped, and it is said."""
+    done = _gpu_script(tmp_path, "-t", "5", "samplers", PYTHON=str(tmp_path / "bin" / "python"))
+    assert "==> samplers: skipped, no time left" in done.stdout
+    assert not (tmp_path / "out" / "samplers.json").exists()
 
 
 # ---- the report ----------------------------------------------------------------------------------------------
@@ -220,6 +287,14 @@ def _made_up(good: bool) -> dict[str, dict[str, Any]]:
         "memory": gpu | {"rows": [{"contender": "sgld", "besides": 11.9 if good else 13.0, "asked": "≤ 12.50"}]},
         "large-tf32": large("tf32"),
         "large-float32": large("float32"),
+        "step-devinterp2": gpu
+        | {"rows": [{"step": "devinterp 2.0.1 SGLD", "times llc_fast": 12.0 if good else 9.0}]},
+        "language-large": {
+            "info": info,
+            "device": "cuda",
+            "parameters": 6_857_302_016,
+            "rows": [{"contender": "llc_fast", "s per step": 0.3, "peak, GiB": 60.0 if good else 79.0}],
+        },
     }
 
 
@@ -227,10 +302,11 @@ def _write(folder: Path, tables: dict[str, dict[str, Any]], status: int = 0, pas
     folder.mkdir()
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table))
-    stages = ("build", "tests", "memcheck", "racecheck")
+    stages = ("build", "smoke", "tests", "memcheck", "racecheck")
     (folder / "stages.tsv").write_text("".join(f"{name}\t{status}\t1\n" for name in stages))
     said = {
         "build": "",
+        "smoke": "40 passed" if passed else "40 skipped",
         "tests": "145 passed, 2855 deselected in 60.00s" if passed else "145 skipped in 1.00s",
         "memcheck": "========= ERROR SUMMARY: 0 errors" if passed else "========= ERROR SUMMARY: 10 errors",
         "racecheck": "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" if passed else "killed",
@@ -243,7 +319,7 @@ def test_report_of_targets_held(benchmark_module: Any, tmp_path: Path) -> None:
     _write(tmp_path / "a", _made_up(good=True))
     results = module.Results([tmp_path / "a"])
     found = module.targets(results)
-    assert len(found) == 5 + 18 + 1 + 4 + 1 and all(target.holds is True for target in found)
+    assert len(found) == 6 + 1 + 18 + 1 + 4 + 1 + 1 and all(target.holds is True for target in found)
     text = module.report(results)
     assert text.startswith("# NVIDIA H100, 2026-11-22\n") and "**no**" not in text and "not measured" not in text
     assert "| 1 × step_kernel<0u, Sgld<float>, float> | 1 kernel | yes |" in text

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/bench_large.py [--device cuda] [--contenders llc_fast:tf32 llc_fast:float32 devinterp:tf32 …]
                                          [--steps N] [--seconds S] [--short 200] [--size 100M] [--seed 342]
-                                         [--network FILE] [--json PATH]
+                                         [--samples N] [--network FILE] [--make-network] [--json PATH]
 
 The setting is that of Furman & Lau 2024 (llc_fast.problems.deep_linear.SIZE_CLASSES): of class "100M" n = 10⁶ samples,
 minibatches of 500, SGLD with ε = 2e-8 and γ = 1, one chain of 50,000 steps from w*, nβ = n / log n; the second half
@@ -16,6 +16,8 @@ a strategy of estimate_llc, or "kept" for gradients that are not released during
 steps, unless it is told HOW; then, and devinterp always, it makes `--short` steps, and the seconds of the rest are
 extrapolated from the difference to a tenth of them; such rows say so, and have no λ̂. devinterp's data are as many
 samples as it looks at.
+
+`--samples` makes a smaller data set: the inputs of 10⁶ samples are made on the host, and L(w*) is measured on all of them.
 
 `--seconds` stops an estimate that takes longer, as Ctrl-C would: λ̂ comes from the draws so far, if there are any, and
 the seconds of all steps are extrapolated.
@@ -81,7 +83,8 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     kept = torch.load(spec["network"])
     weights: list[Tensor] = kept["weights"]
     generator = torch.Generator().manual_seed(seed)
-    data = LinearTeacher(end_to_end([w.to(device) for w in weights]), setting.num_samples, generator)
+    samples = spec["samples"] or setting.num_samples
+    data = LinearTeacher(end_to_end([w.to(device) for w in weights]), samples, generator)
     model = network(weights)
     nbeta = setting.num_samples / math.log(setting.num_samples)
     base = peak_memory(device, reset=True)
@@ -89,7 +92,7 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     steps = min(spec["steps"], spec["short"]) if few else spec["steps"]
     if library == "devinterp":
         estimate = with_devinterp()
-        seen = min(steps * BATCH_SIZE, setting.num_samples)
+        seen = min(steps * BATCH_SIZE, samples)
         samples = tuple(t.cpu() for t in data.batch(torch.arange(seen)))
 
         def run(count: int) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def row_of(contender: str, options: argparse.Namespace, known: dict[str, Any], v
             return row | {"seconds": "not installed"}
         row["contender"] = contender.replace("devinterp", f"devinterp {version}")
     print(f"… {contender}", file=sys.stderr, flush=True)
-    names = ("size", "seed", "steps", "seconds", "short", "device", "network")
+    names = ("size", "seed", "steps", "seconds", "short", "samples", "device", "network")
     found = in_fresh_process(__file__, {"contender": contender} | {k: getattr(options, k) for k in names})
     if "error" in found:
         print(f"{contender}: {found['error']}", file=sys.stderr)
@@ -193,6 +196,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the paper's, 50,000 for 100M")
     parser.add_argument("--seconds", type=float, help="of each estimate at most")
     parser.add_argument("--short", type=int, default=200, help="steps where the rest is extrapolated")
+    parser.add_argument("--samples", type=int, help="in the data set, for a quick look; nβ stays that of the class's n")
+    parser.add_argument("--make-network", action="store_true", help="only make the network that is kept in FILE")
     parser.add_argument("--network", type=Path, help="file that the network is kept in; default: a temporary one")
     options = parse(parser, work_in_this_process)
     from llc_fast.gradients.plan import STRATEGIES
@@ -212,6 +217,8 @@ def main() -> None:
         options.network = str(options.network or Path(folder, "network.pt"))
         if not Path(options.network).exists():
             keep_network(Path(options.network), options.size, options.seed)
+        if options.make_network:
+            return
         known = torch.load(options.network, mmap=True)
         widths = known["widths"]
         known["parameters"] = sum(weight.numel() for weight in known.pop("weights"))

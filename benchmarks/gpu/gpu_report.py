@@ -36,10 +36,15 @@ FULL: dict[str, dict[str, float]] = {
     "chains": {"steps": 10_000},
     "memory": {"parameters": 10**8},
     "large-tf32": {"parameters": 0.99e8, "steps": 50_000},
+    "large-whole": {"parameters": 0.99e8, "steps": 50_000},
     "large-float32": {"parameters": 0.99e8, "steps": 50_000},
+    "step-devinterp2": {"parameters": 10**8},
+    "language-large": {"parameters": 6.8e9},
 }
 """What the targets are for, at least."""
 LARGE = {"llc_fast:tf32": "TF32", "llc_fast:float32": "float32"}
+LARGE_STAGES = ("large-whole", "large-tf32", "large-float32")
+"""Where a contender is in several, the first counts: `large-whole` makes all steps."""
 
 
 class Target(NamedTuple):
@@ -115,6 +120,7 @@ def _short(kernel: str) -> str:
 
 def targets(results: Results) -> list[Target]:
     found = [_stage(results, "build", "builds from source", r"()$")]
+    found.append(_stage(results, "smoke", "every kernel against the CPU", r"\d+ passed[^\n]*", must="passed"))
     found.append(_stage(results, "tests", "tests marked `gpu`", r"\d+ passed[^\n]*", must="passed"))
     found.append(_stage(results, "memcheck", "memcheck on the kernels", r"ERROR SUMMARY: [^\n]*", must=" 0 errors"))
     found.append(
@@ -131,6 +137,11 @@ def targets(results: Results) -> list[Target]:
             sum(ours.values()) == 1 if ours else None,
         )
     )
+    rival = results.rows("step-devinterp2") if results.is_full("step-devinterp2") else []
+    for row in rival:
+        if "devinterp" in row["step"]:
+            times = row.get("times llc_fast")
+            found.append(_number(f"{row['step']}, 10⁸ parameters: its time over ours", times, 10.0, "≥", "{:.1f}"))
     for layout in LAYOUTS:
         rows = _samplers(results, layout) if results.is_full("samplers") else {}
         for name in SAMPLERS:
@@ -154,6 +165,10 @@ def targets(results: Results) -> list[Target]:
         if row.get("asked"):
             what = f"{row['contender']}: bytes a parameter"
             found.append(_number(what, row.get("besides"), float(row["asked"].split()[1]), "≤", "{:.2f}"))
+    for row in results.rows("language-large") if results.is_full("language-large") else ():
+        if row["contender"].startswith("llc_fast"):
+            what, fits = "a bfloat16 model of 6.9·10⁹ parameters", isinstance(row.get("s per step"), float)
+            found.append(_number(f"{what}: GiB", row.get("peak, GiB") if fits else None, 78.0, "≤", "{:.1f}"))
     return found
 
 
@@ -179,7 +194,7 @@ def _samplers(results: Results, layout: str) -> dict[str, Row]:
 
 def _large(results: Results, contender: str) -> Row:
     """The row of one contender of bench_large, from whichever stage ran it."""
-    stages = [stage for stage in ("large-tf32", "large-float32") if results.is_full(stage)]
+    stages = [stage for stage in LARGE_STAGES if results.is_full(stage)]
     rows = [row for stage in stages for row in results.rows(stage)]
     return next((row for row in rows if row["contender"].partition(",")[0] == contender), {})
 
@@ -203,7 +218,8 @@ def report(results: Results) -> str:
         ]
     )
     tables = results.tables
-    lines += _section("One SGLD step", results.rows("step"))
+    for stage in ("step", "step-devinterp2", "step-compiled"):
+        lines += _section("One SGLD step", results.rows(stage))
     for layout in LAYOUTS:
         lines += _section(f"Every sampler, {layout}", list(_samplers(results, layout).values()))
     lines += _section("Memory that steps allocate", results.rows("samplers", "memory"))
@@ -211,11 +227,15 @@ def report(results: Results) -> str:
     lines += _section("Overhead", results.rows("samplers", "overhead"))
     lines += _section("Step kernels under Nsight Compute", results.ncu)
     lines += _section("1,024 parameters, by number of chains", results.rows("chains", "1024"))
-    network = tables.get("large-tf32", tables.get("large-float32", {})).get("network", {})
+    network = next((tables[stage]["network"] for stage in LARGE_STAGES if stage in tables), {})
     title = "10⁸ parameters at the paper's setting"
     if network:
         title += f": {network['parameters']:,} in {len(network['widths']) - 1} layers, λ = {network['lambda']:,.0f}"
-    lines += _section(title, [row for stage in ("large-tf32", "large-float32") for row in results.rows(stage)])
+    lines += _section(title, [row for stage in LARGE_STAGES for row in results.rows(stage)])
+    lines += _section("A language model in bfloat16, 1.4·10⁹ parameters", results.rows("language"))
+    lines += _section("The same of 6.9·10⁹ parameters", results.rows("language-large"))
+    for case in ("chains", "large"):
+        lines += _section(f"Where a step's time goes, {case}", results.rows("profile", case))
     lines += _section("Peak memory, bytes a parameter", results.rows("memory"))
     lines += _section("Deep linear networks at the paper's scale, as far as there was time", _classes(results.networks))
     for growing in ("chains", "parameters"):

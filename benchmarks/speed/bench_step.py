@@ -1,7 +1,7 @@
 """One SGLD step on 10⁸ float32 parameters in 100 tensors: llc_fast against devinterp, torch.compile and the floor.
 
     python benchmarks/speed/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--device cpu|cuda]
-                                          [--json PATH]
+                                          [--contenders copy ours theirs …] [--json PATH]
     python benchmarks/speed/bench_step.py --parameters 1000 --tensors 1    what a step costs beside its arithmetic
     pytest benchmarks/speed --benchmark-only [--parameters 1000000 100000000] [--device cpu|cuda]
 
@@ -9,8 +9,14 @@ Both ways time the same steps. As a script, contenders run in turn, round after 
 number of threads; times are medians over rounds, and ratios are taken round by round, so that a change of the machine's
 speed cancels. It also says nanoseconds and bytes a parameter. Under pytest-benchmark contenders run one after another,
 in a group for each number of parameters, with ratios to the fastest in brackets, and all that it can do with them
-(``--benchmark-compare``, ``--benchmark-json``). devinterp's rows need devinterp 1.3.2 (``pip install
-devinterp==1.3.2``); they are left out, with a note, if it is missing.
+(``--benchmark-compare``, ``--benchmark-json``). devinterp's rows are of the version that is installed, 1.3.2 or 2.0.1,
+which they name (``pip install devinterp==1.3.2``; of 2.0.1 ``pip install --no-deps devinterp==2.0.1`` will do for its
+steps); they are left out, with a note, if there is none. `--contenders` takes these keys: copy; floor, llc_fast's step
+without noise; ours; compiled; compiled-all; adam; sgld and sgmcmc, devinterp's two; theirs, both of these.
+
+torch.compile is there twice: the update of one tensor, called for each of them, as one would write it first, and one
+function over the list of all tensors, which a GPU's compiler fuses into few kernels. Neither has noise that depends on
+the element alone, as llc_fast's has.
 
 torch's fused Adam does another job: it is there as a step whose speed people know. "bytes" are those that a step has to
 move, a parameter, where the step is one pass: a copy's 8, SGLD's 16 (Sampler.bytes_moved), Adam's 28 (it reads
@@ -21,11 +27,12 @@ torch.profiler saw there in a step.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,57 +46,105 @@ from llc_fast.samplers import SGLDSampler
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 COPY, FLOOR, OURS = "tensor copy", "llc_fast SGLD, no noise", "llc_fast SGLD"
-COMPILED, ADAM = "torch.compile", "torch Adam, fused"
-THEIRS, THEIR_SGMCMC = "devinterp SGLD", "devinterp SGMCMC.sgld"
-NAMES = (COPY, FLOOR, OURS, COMPILED, ADAM, THEIRS, THEIR_SGMCMC)
+COMPILED, COMPILED_ALL = "torch.compile, tensor by tensor", "torch.compile, all tensors"
+ADAM = "torch Adam, fused"
+try:
+    VERSION = importlib.metadata.version("devinterp")
+except importlib.metadata.PackageNotFoundError:
+    VERSION = ""
+THEIRS, THEIR_SGMCMC = (f"{f'devinterp {VERSION}'.strip()} {name}" for name in ("SGLD", "SGMCMC.sgld"))
+NAMES = (COPY, FLOOR, OURS, COMPILED, COMPILED_ALL, ADAM, THEIRS, THEIR_SGMCMC)
+_KEYS = ("copy", "floor", "ours", "compiled", "compiled-all", "adam", "sgld", "sgmcmc")
+KEYS = dict(zip(_KEYS, ([name] for name in NAMES), strict=True)) | {"theirs": [THEIRS, THEIR_SGMCMC]}
+"""What --contenders takes."""
 BYTES = {COPY: 8.0, OURS: SGLDSampler.bytes_moved(), FLOOR: SGLDSampler.bytes_moved(), ADAM: 28.0}
 ON_A_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 """What torch.profiler's traces call work that a GPU does."""
 
 
-def compiled_formula(params: list[Tensor], references: list[Tensor]) -> Callable[[], None]:
-    """The same update as one torch.compile'd function over all tensors, noise by torch.randn_like."""
+def compiled_formula(params: list[Tensor], references: list[Tensor], *, together: bool = False) -> Callable[[], None]:
+    """The same update as a torch.compile'd function, noise by torch.randn_like.
+
+    Args:
+        params: with their gradients.
+        references: w*.
+        together: whether one function updates all tensors, instead of one that is called for each.
+    """
     lr, nbeta, gamma = OPTIONS["lr"], OPTIONS["nbeta"], OPTIONS["localization"]
 
     def update(w: Tensor, g: Tensor, reference: Tensor) -> None:
         w.add_(-0.5 * lr * (nbeta * g + gamma * (w - reference)) + lr**0.5 * torch.randn_like(w))
 
-    compiled = torch.compile(update)
+    def update_all(params: list[Tensor], grads: list[Tensor], references: list[Tensor]) -> None:
+        # What the compiler fuses across tensors is operations on lists.
+        drift = torch._foreach_sub(params, references)
+        torch._foreach_mul_(drift, gamma)
+        torch._foreach_add_(drift, grads, alpha=nbeta)
+        torch._foreach_add_(params, drift, alpha=-0.5 * lr)
+        torch._foreach_add_(params, [torch.randn_like(w) for w in params], alpha=lr**0.5)
 
+    compiled: Callable[..., None] = torch.compile(update_all if together else update)
+
+    @torch.no_grad()
     def step() -> None:
-        with torch.no_grad():
-            for p, reference in zip(params, references, strict=True):
-                compiled(p, p.grad, reference)
+        if together:
+            compiled(params, [p.grad for p in params], references)
+            return
+        for p, reference in zip(params, references, strict=True):
+            compiled(p, p.grad, reference)
 
     return step
 
 
-def contenders(parameters: int, tensors: int, device: str) -> dict[str, Callable[[], Any]]:
+def contenders(
+    parameters: int, tensors: int, device: str, names: Collection[str] = NAMES
+) -> dict[str, Callable[[], Any]]:
     """The steps to time, by name, without those that can't take one here.
 
     All share the parameters and their gradients; each keeps its own w*.
+
+    Args:
+        parameters, tensors: how many, and in how many parts.
+        device: where.
+        names: those wanted.
     """
     size = parameters // tensors
     params = [torch.nn.Parameter(torch.randn(size, device=device)) for _ in range(tensors)]
     for p in params:
         p.grad = 1e-3 * torch.randn_like(p)
-    found: dict[str, Callable[[], Any]] = {}
     references = [p.detach().clone() for p in params]
-    source = torch.cat([p.detach().flatten() for p in params])
-    target = torch.empty_like(source)
-    found[COPY] = lambda: target.copy_(source)
-    found[FLOOR] = llc_fast.SGLD(params, **OPTIONS, noise_level=0.0, seed=0).step
-    found[OURS] = llc_fast.SGLD(params, **OPTIONS, seed=0).step
-    found[COMPILED] = compiled_formula(params, references)
-    found[ADAM] = torch.optim.Adam(params, lr=OPTIONS["lr"], fused=True).step
-    try:
+
+    def copy() -> Callable[[], Any]:
+        source = torch.cat([p.detach().flatten() for p in params])
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def their_sgld() -> Callable[[], Any]:
         from devinterp.optim.sgld import SGLD as TheirSGLD
+
+        return TheirSGLD(params, **OPTIONS).step
+
+    def their_sgmcmc() -> Callable[[], Any]:
         from devinterp.optim.sgmcmc import SGMCMC
 
-        found[THEIRS] = TheirSGLD(params, **OPTIONS).step
-        found[THEIR_SGMCMC] = SGMCMC.sgld(params, **OPTIONS).step
-    except ImportError as error:
-        print(f"devinterp's rows are left out: {error}")
+        return SGMCMC.sgld(params, **OPTIONS).step
+
+    make: dict[str, Callable[[], Callable[[], Any]]] = {
+        COPY: copy,
+        FLOOR: lambda: llc_fast.SGLD(params, **OPTIONS, noise_level=0.0, seed=0).step,
+        OURS: lambda: llc_fast.SGLD(params, **OPTIONS, seed=0).step,
+        COMPILED: lambda: compiled_formula(params, references),
+        COMPILED_ALL: lambda: compiled_formula(params, references, together=True),
+        ADAM: lambda: torch.optim.Adam(params, lr=OPTIONS["lr"], fused=True).step,
+        THEIRS: their_sgld,
+        THEIR_SGMCMC: their_sgmcmc,
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    for name in (name for name in make if name in names):
+        try:
+            found[name] = make[name]()
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
     return those_that_run(found, rivals=found.keys() - {COPY, FLOOR, OURS})
 
 
@@ -123,11 +178,15 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--contenders", nargs="+", choices=KEYS, default=list(_KEYS), metavar="KEY", help=", ".join(KEYS)
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 
-    steps = contenders(arguments.parameters, arguments.tensors, arguments.device)
+    names = {name for key in arguments.contenders for name in KEYS[key]}
+    steps = contenders(arguments.parameters, arguments.tensors, arguments.device, names)
     seconds = time_in_turn(steps, arguments.repeats, arguments.device)
     total, info = arguments.parameters // arguments.tensors * arguments.tensors, collect_info()
     on_gpu = {name: launches(step) for name, step in steps.items()} if arguments.device == "cuda" else {}
@@ -138,8 +197,8 @@ def main() -> None:
             "ns per parameter": 1e9 * median(times) / total,
             "bytes": (moved := BYTES.get(name)),
             "GB/s": moved and moved * total / median(times) / 1e9,
-            "times llc_fast": ratio(times, seconds[OURS]),
-            "times its noise-free pass": ratio(times, seconds[FLOOR]),
+            "times llc_fast": ratio(times, seconds[OURS]) if OURS in seconds else None,
+            "times its noise-free pass": ratio(times, seconds[FLOOR]) if FLOOR in seconds else None,
             "launches": sum(on_gpu[name].values()) if name in on_gpu else None,
         }
         for name, times in seconds.items()

@@ -124,23 +124,30 @@ def parse(
     return options
 
 
-def in_fresh_process(script: str, spec: Mapping[str, Any], cache: str | None = None) -> dict[str, Any]:
+def in_fresh_process(
+    script: str, spec: Mapping[str, Any], cache: str | None = None, *, seconds: float | None = None
+) -> dict[str, Any]:
     """What ``python script --worker SPEC`` prints as JSON on its last line; ``{"error": …}`` if it fails.
 
     Args:
         script: path of a script that gets its options from :func:`parse`.
         spec: what it is to do, given to it as JSON.
         cache: folder of torch.compile's cache; None: an empty one, deleted afterwards.
+        seconds: after which it is ended, and ``{"error": …, "short": "timed out"}`` is returned; None: never.
     """
     if cache is None:
         with tempfile.TemporaryDirectory() as empty:
-            return in_fresh_process(script, spec, empty)
-    done = subprocess.run(
-        [sys.executable, script, "--worker", json.dumps(spec)],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"},
-        capture_output=True,
-        text=True,
-    )
+            return in_fresh_process(script, spec, empty, seconds=seconds)
+    try:
+        done = subprocess.run(
+            [sys.executable, script, "--worker", json.dumps(spec)],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"ended after {seconds:g} s", "short": "timed out"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"error": f"exit status {done.returncode}: {last}"}

@@ -20,7 +20,11 @@ from llc_fast.traces import LOSS
 
 
 class CapturedStep:
-    """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count. Not run on a GPU yet.
+    """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count.
+
+    Autograd sends a parameter's gradient to the stream in which the parameter was first used, for as long as anybody
+    holds a graph of that use. If that is the default stream, no capture survives it. So older graphs are forgotten
+    first, and one stream serves from the first use of a parameter to the capture.
 
     Args:
         state, feed, gradient: of the chains.
@@ -68,6 +72,7 @@ class CapturedStep:
         with state.displaced():  # at w* itself a gradient may be nothing
             elsewhere = snapshot()
         rewind(elsewhere)
+        gradient.forget()
         side = torch.cuda.Stream(losses.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(losses.device))
         with torch.cuda.stream(side):
@@ -80,7 +85,7 @@ class CapturedStep:
 
         rewind(elsewhere)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=side):
             body()
         state.send_addresses()
         self._graph.replay()

@@ -16,7 +16,9 @@ from llc_fast.samplers.base import Sampler
 def available_bytes(device: torch.device) -> int | None:
     """Free memory on a device, within the limits of the container on a CPU; None if nobody knows."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch's allocator keeps for later is as good as free: the first look at a large model leaves much there.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     if device.type != "cpu":
         return None
     try:
@@ -59,13 +61,12 @@ def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
     chain = elements * (width * (1 + NUM_STATES[sampler.rule()]) + sum(copies.values()))
     if sampler.kind == "metropolis":
         chain += elements * _METROPOLIS_BYTES
-    reference = width * sum(p.numel() for p in low)  # w* in the chains' precision
     gradients = [p.nbytes for p in tensors]
     # The backward pass makes about as much as the forward pass kept, and a recording keeps both.
     per_chain = chain + (max(gradients) if plan.release else sum(gradients))
     per_chain += objective.trial.activation_bytes * (2 if plan.replay else 1)
     per_chain += elements * width * _CHECK_ROWS if may_compare_gradients(objective, plan) else 0
-    return reference + per_chain * plan.group_size * plan.num_workers
+    return per_chain * plan.group_size * plan.num_workers
 
 
 def check_memory(objective: Objective, sampler: Sampler, plan: Plan) -> None:

@@ -51,6 +51,10 @@ class Gradient(Transition, Protocol):
         """What the minibatches lose at w*, evaluated as for the chains, ``[num_chains]``."""
         ...
 
+    def forget(self) -> None:
+        """Forget what is kept from call to call: constants, and the last evaluation with its graph."""
+        ...
+
 
 class EagerGradient:
     """One chain by ordinary autograd, with a gradient buffer that lives for one step, or less."""
@@ -107,7 +111,7 @@ class EagerGradient:
         return found
 
     def forget(self) -> None:
-        """Nothing is kept from call to call."""
+        self._last, self._found = torch.empty(0), None
 
     def at_reference(self, batch: Batch) -> Tensor:
         # The function that chains evaluate, which may depend on what they have written to their buffers.
@@ -167,6 +171,7 @@ class BatchedGradient:
         self._function = torch.compile(function, dynamic=False) if compiled else function
         self._reference = objective.reference
         self._ones: Tensor | None = None
+        self._losses = torch.empty(0)
 
     @property
     def written(self) -> list[Tensor]:
@@ -182,8 +187,8 @@ class BatchedGradient:
         return Evaluation(losses.reshape(chains), samples.detach().reshape(chains, -1) if self._has_samples else None)
 
     def forget(self) -> None:
-        """Forget what is kept from call to call: a recording that makes it itself knows that it is constant."""
-        self._ones = None
+        self._ones = None  # a recording that makes it itself knows that it is constant
+        self._losses = torch.empty(0)
 
     @torch.no_grad()  # what torch.func evaluates is the same function without gradients, or it would not be batched
     def at_reference(self, batch: Batch) -> Tensor:
@@ -333,6 +338,9 @@ class ReplayedGradient:
 
     def gradients(self) -> list[Tensor]:
         return self._found
+
+    def forget(self) -> None:
+        self._inner.forget()
 
     def at_reference(self, batch: Batch) -> Tensor:
         if self._reference is not None:

@@ -134,7 +134,8 @@ class Segment:
         offset: index of its first element in the flat parameter vector; names its noise, so that the noise of an
             element does not depend on how the vector is split into tensors. A block of a larger tensor lies in the
             vector in several runs of equal length: then the index of each run's first element.
-        reference: w*, shared by all chains; None where neither localization nor box is used.
+        reference: w*, shared by all chains, in w's dtype or in that of the copy; None where neither localization nor
+            box is used.
         mask: boolean, broadcasts to w's shape; elements where it is False never move.
         state: what the rule keeps, as many tensors like w as it needs, with the same chain stride.
         preconditioner: of the rule that takes one: a number, or a tensor that broadcasts to w's shape.
@@ -222,6 +223,7 @@ class SegmentTable:
         self._on_cpu = self.device.type == "cpu"
         self._grad_dtype = self.dtype if first.copy is None else first.copy.dtype
         self._check_uniform()
+        self._has_low_reference = first.reference is not None and first.reference.dtype in _LOW
         self._numel = [s.w.numel() for s in self._segments]
         self._begin = first.runs[0]
         self._end = max(s.runs[-1] + s.run_length for s in self._segments)
@@ -232,7 +234,8 @@ class SegmentTable:
             # Bytes from a segment's gradient to that of a run; None where every segment is one run, as nearly always.
             self._grad_shifts = self._grad_column.copy() if len(self._rows) > len(given) else None
             kinds = list(_DTYPES).index(self.dtype), [self.dtype, *_LOW].index(self._grad_dtype)
-            self._constants = (_RULES[self._rule], *kinds, len(self._rows), self._begin, self._end, self._num_chains)
+            span = len(self._rows), self._begin, self._end, self._num_chains
+            self._constants = (_RULES[self._rule], *kinds, int(self._has_low_reference), *span)
             self._host_address = int(self._rows.ctypes.data)
             self._device_rows: Tensor | None = None
             self._addresses: list[int] = []
@@ -267,6 +270,13 @@ class SegmentTable:
                     f"parameter {k} is {w.dtype} ({grad_dtype} in the model) on {w.device}, others are {self.dtype} "
                     f"({self._grad_dtype}) on {self.device}: one step needs one dtype and one device"
                 )
+        low = [s.reference is not None and s.reference.dtype in _LOW for s in self._segments]
+        if any(low) and not all(low):
+            k = self._order[low.index(not low[0])]
+            raise ValueError(
+                f"the reference point of parameter {k} is in another precision than that of others, or missing: give "
+                "all in the model's precision, or none"
+            )
         if self._num_chains > 1:
             return
         written = [
@@ -308,8 +318,9 @@ class SegmentTable:
         first_element = np.concatenate([np.arange(count) for count in counts]) * rows["length"]
         wide, low = self.dtype.itemsize, self._grad_dtype.itemsize
         rows["grad"] = first_element * low
-        fields = [rows["w"], rows["reference"], rows["preconditioner"], *rows["state"].T]
-        for addresses, size in [*((field, wide) for field in fields), (rows["mask"], 1), (rows["copy"], low)]:
+        fields = [rows["w"], rows["preconditioner"], *rows["state"].T]
+        others = [(rows["reference"], low if self._has_low_reference else wide), (rows["mask"], 1), (rows["copy"], low)]
+        for addresses, size in [*((field, wide) for field in fields), *others]:
             addresses += np.where(addresses, first_element * size, 0)
         return rows
 
@@ -551,7 +562,7 @@ class SegmentTable:
                 x = reference.Coordinates(
                     w=w[mask].clone(),
                     grad=grad.reshape(-1, n)[chain if grad.numel() != n else 0].to(self.dtype)[mask],
-                    reference=(w if s.reference is None else s.reference.reshape(-1))[mask],
+                    reference=(w if s.reference is None else s.reference.reshape(-1).to(self.dtype))[mask],
                     noise=z[mask] * (scalars.noise_level != 0),
                     state=[t[mask].clone() for t in state],
                     preconditioner=given.reshape(-1)[mask] if isinstance(given, Tensor) else given,
@@ -617,7 +628,8 @@ def _prepare(segment: Segment, k: int, rule: str) -> Segment:
     if segment.run_length * len(segment.runs) != w.numel():
         raise ValueError(f"parameter {k} has {w.numel()} elements, which are not {len(segment.runs)} equal runs")
     for name, like in [("reference point", w_star), *(("state", t) for t in segment.state)]:
-        if like is not None and (like.shape, like.dtype, like.device) != (w.shape, w.dtype, w.device):
+        dtypes = (w.dtype, copy.dtype) if copy is not None and name == "reference point" else (w.dtype,)
+        if like is not None and ((like.shape, like.device) != (w.shape, w.device) or like.dtype not in dtypes):
             raise ValueError(
                 f"the {name} of parameter {k} is {like.dtype} {tuple(like.shape)} on {like.device}, the parameter "
                 f"{w.dtype} {tuple(w.shape)} on {w.device}"

@@ -8,5 +8,7 @@ MINIBATCH_STREAM = 2
 """The order in which a chain sees the samples; ``csrc/minibatch.h`` has the same number."""
 ACCEPT_STREAM = 3
 """A Metropolis test and a trajectory's jitter."""
+TRIAL_STREAM = 5
+"""Directions in which a large model's loss is tried out."""
 PROPOSAL_STREAM = 7
 """Proposals that step checks make and do not follow."""

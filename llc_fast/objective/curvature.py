@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.batches import map_tensors
+from llc_fast.objective.differences import is_large
 from llc_fast.objective.objective import Objective, widened
 
 PILOT_BATCHES = 20
@@ -143,6 +144,7 @@ class Descent:
         return found
 
 
+_PART = 1 << 20
 _ITERATIONS, _BATCHES, _FEWEST = 10, 4, 3
 """Of conjugate gradients, minibatches at most that their Hessian is that of, and iterations that are worth it."""
 
@@ -155,7 +157,7 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
     1952) go the way; each iteration takes them further down, so what a few of them find is a lower bound, and where
     gradients are few, three iterations will do. Chains end up lower by it, and λ̂ is too small by between once and
     twice as much, in the quadratic model. The coefficients are those of Lanczos' recurrence, which knows the fall at
-    any nβ and γ.
+    any nβ and γ. A large model is followed along its gradient alone, which takes no more memory than w* and a chain.
 
     Args:
         objective: the model, its loss and data.
@@ -183,6 +185,8 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.reference.values())
     scale = math.sqrt(_dot(objective.reference, objective.reference))
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
+    if is_large(objective.reference):
+        return Descent((size,), (_curvature_along(objective, slope, size, delta, used),))
 
     def curved(vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(nβH + γ)·v"""
@@ -216,6 +220,46 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
         before_last = ratio / length
         direction = {name: r + ratio * direction[name] for name, r in residual.items()}
     return _in_directions(diagonal, beside[: len(diagonal) - 1], size, nbeta, localization)
+
+
+def _curvature_along(
+    objective: Objective, slope: dict[str, Tensor], size: float, delta: float, num_pieces: int
+) -> float:
+    """uᵀHu along u = g/‖g‖, by central differences of gradients, none of which is kept; `slope` is overwritten.
+
+    Where w* and g have one dtype, the displaced parameters take the place of g, which is found again as what they are
+    displaced by.
+    """
+    reference, step = objective.reference, delta / math.sqrt(size)
+    together = all(slope[name].dtype == w.dtype for name, w in reference.items())
+    place = slope if together else {name: torch.empty_like(w) for name, w in reference.items()}
+
+    def mean_along(direction: Callable[[str], Tensor]) -> float:
+        """Of the gradient at the displaced place."""
+        total, length = torch.zeros((), dtype=torch.float64, device=objective.device), 0.0
+        pieces = itertools.chain(objective.source.full(tail=False), objective.source.tail())
+        for batch, weight in itertools.islice(pieces, num_pieces):
+            objective.gradient_at(
+                place,
+                batch,
+                lambda name, grad, weight=weight: total.add_(_inner(grad, direction(name)), alpha=weight),  # type: ignore[misc]
+            )
+            length += weight
+        return float(total) / length
+
+    if not together:
+        ends = []
+        for sign in (step, -step):
+            for name, w in reference.items():
+                place[name].copy_(w + (sign * slope[name]).to(w.dtype))
+            ends.append(mean_along(slope.__getitem__))
+        return (ends[0] - ends[1]) / (2 * step * size)
+    for name, w in reference.items():
+        place[name].mul_(step).add_(w)
+    there = mean_along(lambda name: place[name] - reference[name])
+    for name, w in reference.items():  # to the other side of w*
+        place[name].neg_().add_(w, alpha=2)
+    return (there + mean_along(lambda name: place[name] - reference[name])) / (2 * step**2 * size)
 
 
 def _in_directions(
@@ -280,4 +324,10 @@ def gradient_over(
 
 
 def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    return sum(float((x.double() * b[name].double()).sum()) for name, x in a.items())
+    return sum(float(_inner(x, b[name])) for name, x in a.items())
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product in float64, by parts: of a large layer there is no copy."""
+    parts = zip(x.reshape(-1).split(_PART), y.reshape(-1).split(_PART), strict=True)
+    return torch.stack([torch.dot(a.double(), b.double()) for a, b in parts]).sum()

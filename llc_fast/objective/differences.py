@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from llc_fast.data import Batch, batch_length, leaves, map_tensors
+from llc_fast.kernels.native import normals
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.kernels.streams import TRIAL_STREAM
 from llc_fast.support.torch_private import DispatchMode
 
 if TYPE_CHECKING:
@@ -106,7 +109,7 @@ def compare_with_differences(
         restart: puts all generators into the same state, so that a random loss is one function.
         max_evaluations: about how many to spend.
     """
-    is_small = sum(p.numel() for p in params.values()) <= _LARGE
+    is_small = not is_large(params)
     compiled = any(type(m).__name__ == "OptimizedModule" for m in objective.model.modules())
     part = _part_of(batch, objective.trial.flops)
     for method in (_FINE, _COARSE) if is_small and not compiled else (_COARSE,):
@@ -145,10 +148,12 @@ class _Comparison:
             is_coarser = t.is_floating_point() and torch.finfo(t.dtype).eps > torch.finfo(method.dtype).eps
             return t.to(method.dtype) if is_coarser else t
 
-        self._objective, self._restart, self._method = objective.in_precision(cast), restart, method
+        self._restart, self._method = restart, method
         self._batch = map_tensors(cast, batch)
         self._params = {name: cast(p).clone() for name, p in params.items()}
-        self._is_large = sum(p.numel() for p in params.values()) > _LARGE
+        # Which stand for w*, too, whose values nobody asks for here: another copy of a large model may not fit.
+        self._objective = objective.in_precision(cast, reference=self._params)
+        self._is_large = is_large(params)
         self._scales = scales_of(objective.reference)
         self._masks = objective.masks
         self._precision = max(torch.finfo(p.dtype).eps for p in self._params.values())
@@ -384,8 +389,11 @@ class _Random:
         if self._kept is not None and name in self._kept:
             return self._kept[name]
         p = self._like[name]
-        generator = torch.Generator().manual_seed(1000 * self._seed + self._order[name])
-        u = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
+        if self._kept is None:
+            u = normals_like(p, self._seed, self._order[name]).to(p.dtype)
+        else:
+            generator = torch.Generator().manual_seed(1000 * self._seed + self._order[name])
+            u = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
         u *= self._scales[name]
         if name in self._masks:
             u *= self._masks[name]
@@ -433,6 +441,19 @@ class _unknown_if_it_fails:  # noqa: N801
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None and issubclass(kind, Exception) and not issubclass(kind, _UnknownError):
             raise _UnknownError from error
+
+
+def is_large(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether memory and the time that random numbers take count: with so many elements."""
+    return sum(t.numel() for t in tensors.values()) > _LARGE
+
+
+def normals_like(p: Tensor, seed: int, place: int) -> Tensor:
+    """Standard normals of p's shape in float32, made where p is, the same on every device; for large models.
+
+    torch's generator on the host, the same everywhere too, makes 10⁸ in a second and a half, and is asked for many.
+    """
+    return normals(0, p.numel(), NoiseKey(seed, place, stream=TRIAL_STREAM), device=p.device).view(p.shape)
 
 
 def scales_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -353,16 +353,24 @@ class Objective:
         """The same without autocast, and with a bfloat16 or float16 model's tensors in float32."""
         return self.in_precision(widened)
 
-    def in_precision(self, cast: Callable[[Tensor], Tensor]) -> Objective:
-        """The same without autocast, and with the model's tensors as `cast` gives them."""
+    def in_precision(
+        self, cast: Callable[[Tensor], Tensor], reference: Mapping[str, Tensor] | None = None
+    ) -> Objective:
+        """The same without autocast, and with the model's tensors as `cast` gives them.
+
+        Args:
+            cast: to the precision.
+            reference: what takes the place of w*, in that precision; None: w* itself.
+        """
         exact = copy.copy(self)
         exact._autocast, exact._is_exact = None, True
         tensors = self.reference, self.frozen, self._buffers
         if all(cast(t) is t for named in tensors for t in named.values()):
             return exact
-        exact.reference, exact.frozen, exact._buffers = (
-            {name: cast(t) for name, t in named.items()} for named in tensors
+        exact.reference = (
+            {name: cast(t) for name, t in self.reference.items()} if reference is None else dict(reference)
         )
+        exact.frozen, exact._buffers = ({name: cast(t) for name, t in named.items()} for named in tensors[1:])
         exact._fixed, exact._swaps_buffers = exact.frozen, True
         return exact
 

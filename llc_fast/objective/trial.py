@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llc_fast.batches import is_graph, join_graphs
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
 from llc_fast.objective.borrowed import plain_attributes, tensor_attributes
-from llc_fast.objective.differences import compare_with_differences, copied, scales_of
+from llc_fast.objective.differences import compare_with_differences, copied, is_large, normals_like, scales_of
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.objective.outputs import described, entry_with_tensor
 from llc_fast.support.errors import add_note, first_line
@@ -344,9 +344,12 @@ class _Trial:
         reference = self._objective.reference
         generator = torch.Generator().manual_seed(_OTHER_SEED)
         scales = scales_of(reference)
-        found = {}
-        for name, p in reference.items():
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
+        found, large = {}, is_large(reference)
+        for k, (name, p) in enumerate(reference.items()):
+            if large:
+                noise = normals_like(p, _OTHER_SEED, k).to(p.dtype)
+            else:
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, p.dtype)
             if (mask := self._objective.masks.get(name)) is not None:
                 noise *= mask
             found[name] = noise.mul_(_DISPLACEMENT * scales[name]).add_(p)

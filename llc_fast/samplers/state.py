@@ -40,10 +40,12 @@ class ChainState:
         self.num_chains, self._names = num_chains, list(reference)
         self._device = next(iter(reference.values())).device
         # Contiguous, because that is how the elements' noise is numbered.
-        self._reference = [(p.float() if is_low_precision(p) else p).contiguous() for p in reference.values()]
+        # Not widened: the step does that, and so w* of a large model is the model's own memory.
+        self._reference = [p.contiguous() for p in reference.values()]
         self._offsets = list(itertools.accumulate([0, *(p.numel() for p in self._reference)]))[:-1]
         self._starts = list(itertools.accumulate([0, *(-(-p.numel() // _ALIGN) * _ALIGN for p in self._reference)]))
-        self.w = self._rows(self._reference[0].dtype)
+        first = self._reference[0]
+        self.w = self._rows(torch.float32 if is_low_precision(first) else first.dtype)
         self.states = [self._rows(self.w.dtype) for _ in range(NUM_STATES[sampler.rule()])]
         dtypes = [p.dtype for p in reference.values()]
         self._copies = {p.dtype: self._rows(p.dtype) for p in reference.values() if is_low_precision(p)}
@@ -113,7 +115,7 @@ class ChainState:
 
     @property
     def reference(self) -> Sequence[Tensor]:
-        """w* of each parameter, in the chains' precision."""
+        """w* of each parameter, in the model's precision."""
         return self._reference
 
     @property
@@ -172,7 +174,8 @@ class ChainState:
         for k, p in enumerate(self._reference):
             self._view(self.w, k).copy_(p.expand(self.num_chains, *p.shape))
             for row in range(self.num_chains if self.states else 0):
-                initial = self._sampler.initial_state(p, self._offsets[k], self._options, seed, first_chain + row)
+                w = self._view(self.w, k)[row]
+                initial = self._sampler.initial_state(w, self._offsets[k], self._options, seed, first_chain + row)
                 for state, value in zip(self.states, initial, strict=True):
                     self._view(state, k)[row].copy_(value)
         self._show()

@@ -68,6 +68,13 @@ def test_available_memory() -> None:
     assert memory.available_bytes(torch.device("meta")) is None
 
 
+def test_what_torch_keeps_for_later_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look at a large model leaves its copies there, which the chains then get."""
+    for name, value in [("mem_get_info", (1000, 9000)), ("memory_reserved", 7000), ("memory_allocated", 4000)]:
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=value: found)
+    assert memory.available_bytes(torch.device("cuda", 0)) == 4000
+
+
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
 def test_needed_memory_grows_with_what_is_kept(strategy: str) -> None:
     """Chains at a time, states of the sampler, gradients: more of any needs more."""

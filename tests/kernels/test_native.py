@@ -332,6 +332,35 @@ def test_low_precision_models(rule: str, low: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_low_precision_reference(rule: str, low: torch.dtype) -> None:
+    """w* may be the model's own: the step is that of the widened one, bit for bit, sums too."""
+    s, size = _scalars(rule, "everything"), 1500
+    w, grad = _random(size, dtype=torch.float32, seed=1), _random(size, dtype=low, seed=2)
+    reference = (w + 0.1 * _random(size, dtype=torch.float32, seed=3)).to(low)
+    ends, sums = [], []
+    for given in (reference, reference.float()):
+        mine, copy = w.clone(), torch.zeros(size, dtype=low)
+        # Rows of a sharded tensor, too, whose runs lie apart in the parameter vector.
+        for offset in (3, (3, 5000, 9000)):
+            segment = _segment(rule, mine, offset, reference=given, copy=copy)  # type: ignore[arg-type]
+            sums.append(_step(rule, [segment], [grad], s))
+        ends.append(mine)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(sums[0], sums[2]) and torch.equal(sums[1], sums[3])
+
+
+def test_references_of_one_precision() -> None:
+    w, low = torch.zeros(8), torch.zeros(8, dtype=torch.bfloat16)
+    one = Segment(w, 0, reference=low.clone(), copy=low.clone())
+    other = Segment(w.clone(), 8, reference=w.clone(), copy=low.clone())
+    with pytest.raises(ValueError, match="the reference point of parameter 1 is in another precision"):
+        SegmentTable("sgld", [one, other])
+    with pytest.raises(ValueError, match=r"the reference point of parameter 0 is torch\.bfloat16"):
+        SegmentTable("sgld", [Segment(w, 0, reference=low)])
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_low_precision_rounding(low: torch.dtype) -> None:
     """Conversion both ways equals torch's on every bit pattern, subnormals, infinities and NaN included."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(low)
@@ -618,6 +647,14 @@ def test_gpu_low_precision(low: torch.dtype) -> None:
     _step("sgld", [Segment(w, 3, copy=copy)], [grad], OPTIONS["weight decay"])
     _step("sgld", [Segment(plain, 3)], [grad.float()], OPTIONS["weight decay"])
     assert torch.equal(w, plain) and torch.equal(copy, w.to(low))
+    # w* that is the model's own, at aligned addresses and at others.
+    reference, s = _random(5001, dtype=low, seed=3).cuda(), _scalars("sgld", "everything")
+    for part in (slice(0, None), slice(1, None)):
+        w, plain, wide = (t[part] for t in (w, plain, reference.float()))
+        reference, copy, grad = reference[part], copy[part], grad[part]
+        _step("sgld", [Segment(w, 3, reference, copy=copy)], [grad], s)
+        _step("sgld", [Segment(plain, 3, wide)], [grad.float()], s)
+        assert torch.equal(w, plain) and torch.equal(copy, w.to(low))
 
 
 @pytest.mark.gpu

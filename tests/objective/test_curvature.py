@@ -11,6 +11,7 @@ from regression import NUM_SAMPLES, estimate, initialized, samples
 from torch import Tensor, nn
 
 from llc_fast.data import make_source
+from llc_fast.objective import differences
 from llc_fast.objective.curvature import Descent, descent
 from llc_fast.objective.objective import Objective
 
@@ -57,11 +58,15 @@ def test_default_step_size_of_a_mask(gamma: float) -> None:
 # ---- the way down ------------------------------------------------------------------------------------------
 
 
-def _linear(n: int = 60, batch_size: int = 10) -> tuple[Objective, Tensor, Tensor]:
-    """Linear regression away from its solution, the gradient of its loss, and its Hessian."""
+def _data(n: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 6)
-    y = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    return x, torch.randn(n, 1, generator=generator, dtype=torch.float64)
+
+
+def _linear(n: int = 60, batch_size: int = 10) -> tuple[Objective, Tensor, Tensor]:
+    """Linear regression away from its solution, the gradient of its loss, and its Hessian."""
+    x, y = _data(n)
     model = runs.initialized(nn.Linear(6, 1, bias=False).double())
     device = torch.device("cpu")
     objective = Objective(model, runs.mse, make_source((x, y), batch_size, device), device=device)
@@ -112,6 +117,25 @@ def test_way_down_by_few_gradients(budget: int, is_known: bool) -> None:
         assert complete is not None
         ratio = found.of_posterior(30.0, 2.0) / complete.of_posterior(30.0, 2.0)
         assert 0.3 < ratio < (1.5 if budget < 20 else 1 + 1e-6)  # of a Hessian of half of the data
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_large_model_is_followed_along_its_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction, with the curvature gᵀHg/‖g‖²; a bfloat16 model's w* has another dtype than its gradient."""
+    monkeypatch.setattr(differences, "_LARGE", 1)
+    objective, _, hessian = _linear(batch_size=20)
+    if dtype == torch.bfloat16:
+        objective = objective.in_precision(lambda t: t.to(dtype) if t.dtype == torch.float64 else t)
+        objective.source = make_source(tuple(t.to(dtype) for t in _data(60)), 20, torch.device("cpu"))
+    x, y = _data(60)
+    g = 2 * x.T @ (x @ objective.reference["weight"][0].double() - y[:, 0]) / 60
+    before = {name: p.clone() for name, p in objective.reference.items()}
+    found = descent(objective, 30.0, 2.0, max_gradients=1000)
+    assert found is not None
+    rounding = 1e-6 if dtype == torch.float64 else 0.03
+    assert found.squares == pytest.approx((float(g @ g),), rel=rounding)
+    assert found.curvatures == pytest.approx((float(g @ hessian @ g / (g @ g)),), rel=rounding)
+    assert all(torch.equal(objective.reference[name], p) for name, p in before.items())
 
 
 def test_a_ridge_leads_down() -> None:

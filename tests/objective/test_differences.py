@@ -370,3 +370,38 @@ def test_a_bias_before_batch_normalization_alone() -> None:
     source = make_source(data, 8, torch.device("cpu"))
     objective = Objective(model, nn.functional.mse_loss, source, device=torch.device("cpu"), params="0.bias")
     assert objective.not_sampled == {}
+
+
+# ---- large models ------------------------------------------------------------------------------------------
+
+
+def test_large_models_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With directions that are made anew each time, where the parameters are, and in float32."""
+    monkeypatch.setattr(differences, "_LARGE", 10)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
+    assert _objective(layers).trial.unused == ()
+    assert _objective(layers.bfloat16()).trial.unused == ()
+    with pytest.raises(ValueError, match="is not its derivative"):
+        _objective(nn.Sequential(nn.Linear(3, 6), PartDetached(), nn.Linear(6, 1)))
+
+
+def test_directions_of_large_models_are_normal_and_apart() -> None:
+    """Mean 0 and variance 1; no two of them are alike."""
+    p = torch.empty(100, 200, dtype=torch.bfloat16)
+    found = [differences.normals_like(p, seed, place) for seed, place in [(0, 0), (0, 1), (1, 0)]]
+    for u in found:
+        assert u.shape == p.shape and u.dtype == torch.float32
+        assert abs(float(u.mean())) < 5 / 20000**0.5 and abs(float(u.var()) - 1) < 5 * (2 / 20000) ** 0.5
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        assert abs(float((found[a] * found[b]).mean())) < 5 / 20000**0.5
+
+
+def test_no_second_copy_in_float32() -> None:
+    """Of a bfloat16 model only the tensors that move are widened."""
+    objective = _objective(nn.Linear(3, 1).bfloat16())
+    params = {name: w.float() for name, w in objective.reference.items()}
+    exact = objective.in_precision(Tensor.float, reference=params)
+    assert all(exact.reference[name] is w for name, w in params.items())
+    wide = objective.in_full_precision().reference
+    assert all(torch.equal(wide[name], w) for name, w in params.items())
