@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "accuracy": "deep linear networks: nothing tuned, against samplers whose step size was tuned on them",
     "error-bars": "deep linear networks with nothing set: do intervals hold λ, and what a length by need saves",
     "coverage": "how often the 95 % interval covers the exact answer, on five small problems",
+    "influence": "influences from draws against leave-half-out retraining, beside EK-FAC",
     "variance": "why λ̂ varies from seed to seed at equal cost, and what reduces that",
 }
 """What there is to run, by name. The module of an experiment has underscores in place of hyphens."""

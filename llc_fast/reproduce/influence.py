@@ -12,7 +12,7 @@ is by bootstrap over queries. All methods start from the same w*.
 - *Bayesian influence function* (BIF): −β·Cov(ℓ_i, φ_j) over draws of :func:`llc_fast.sample`, β = nβ/n.
 - *EK-FAC* (Grosse et al. 2023): −g_i·F⁻¹·g_j/n with the Kronecker-factored, eigenvalue-corrected Fisher matrix plus λ.
   It is written here for linear layers, with the exact mean over labels; where kronfluence can be imported, its own is
-  run beside it, with damping λ and with its default one.
+  run beside it, with damping λ (with the one label that it draws for each sample, and with 20) and with its default one.
 - *Gauss–Newton*: the same with the exact matrix, which equals the Fisher matrix here: what EK-FAC approximates.
 - *Gradient dot products*: −g_i·g_j/n.
 - *Another retraining*: the losses after retraining from the initialization of w* alone, against the mean over the
@@ -57,7 +57,7 @@ from llc_fast.reproduce.study import Study
 from llc_fast.samplers import HMCSampler
 from llc_fast.settings import default_localization
 from llc_fast.stats.influence import influence
-from llc_fast.support.runtime import threads
+from llc_fast.support.files import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +71,10 @@ LR, TOGETHER = 0.03, 25
 """Adam's step size at the start, which falls to 0 by half a cosine; networks that are retrained at once."""
 POLISH = 3000
 """Steps of L-BFGS in float64 that end the training of w* at its minimum."""
+LABELS = 20
+"""Labels drawn for each sample in the row of kronfluence with more labels."""
+LEAPFROG = 8
+"""Steps of a trajectory at least."""
 PLAIN_STEPS = 20
 """Steps from draw to draw where the sampler is SGLD and not HMC."""
 BOOTSTRAP = 4000
@@ -78,7 +82,9 @@ MARGIN = 0.02
 """How far below EK-FAC the score may be."""
 MEAN, OWN, WARM = "other initializations", "same initialization", "from w*"
 """What is predicted: the mean over retraining from initializations other than that of w*; from that of w*; from w*."""
-BIF, EKFAC, KRON, KRON_DEFAULT = "BIF", "EK-FAC", "EK-FAC, kronfluence", "EK-FAC, kronfluence, default damping"
+BIF, EKFAC = "BIF", "EK-FAC"
+KRON, KRON_MANY = "EK-FAC, kronfluence", "EK-FAC, kronfluence, more labels"
+KRON_DEFAULT = "EK-FAC, kronfluence, default damping"
 GAUSS_NEWTON, DOT, AGAIN = "Gauss–Newton", "gradient dot products", "another retraining"
 
 
@@ -260,6 +266,13 @@ def bootstrap_error(scores: Array, seed: int = 0) -> float:
     return float(scores[chosen].mean(axis=1).std(ddof=1))
 
 
+def without_noise(draws: Array, lds: Array) -> float:
+    """What LDS tends to with more draws: 1/LDS² is linear in 1/draws, as the variance of noise adds to that of what is
+    predicted; a least-squares line through the points, at 1/draws = 0. NaN if it is not above 0."""
+    slope, level = np.polyfit(1 / np.asarray(draws), np.asarray(lds) ** -2.0, 1)
+    return float(level**-0.5) if level > 0 and slope >= 0 else math.nan
+
+
 def score(values: Array, actual: Mapping[str, Array]) -> Row:
     """LDS of predicted losses ``[subset, query]`` against each kind of actual ones."""
     row = Row()
@@ -308,7 +321,7 @@ def gauss_newton_matrix(model: nn.Module, x: Tensor) -> Tensor:
     """The mean over samples of Jᵀ(diag p − ppᵀ)J, ``[parameter, parameter]``: the Fisher matrix."""
     size = sum(p.numel() for p in model.parameters())
     found = torch.zeros(size, size, dtype=x.dtype, device=x.device)
-    for part in x.split(100):
+    for part in torch.split(x, 100):
         rows = torch.cat([g.flatten(2) for g in label_gradients(model, part).values()], dim=2).flatten(0, 1)
         found += rows.T @ rows / len(x)
     return found
@@ -323,8 +336,8 @@ def gauss_newton(model: nn.Module, task: Task, matrix: Tensor) -> Array:
 
 def ekfac(model: nn.Sequential, task: Task) -> Array:
     """−g_i·F⁻¹·g_j/n, with F for each linear layer (weight and bias) by itself: in the basis of the eigenvectors of
-    A = E[āāᵀ] (inputs with 1 appended) and S = E[δδᵀ] (gradients of outputs), the diagonal of the Fisher matrix, plus λ.
-    """
+    A = E[āāᵀ] (inputs with 1 appended) and S = E[δδᵀ] (gradients of outputs), the diagonal of the Fisher matrix; plus
+    λ."""
     x = task.x.double()
     train, query = _both(model, task)
     labelled = label_gradients(model, x)
@@ -350,9 +363,15 @@ def has_kronfluence() -> bool:
     return importlib.util.find_spec("kronfluence") is not None
 
 
-def kronfluence_ekfac(model: nn.Sequential, task: Task, damping: float | None) -> Array:
-    """As :func:`ekfac`, by kronfluence: labels are drawn, and the default damping (None) is 0.1 times the mean
-    eigenvalue."""
+def kronfluence_ekfac(model: nn.Sequential, task: Task, damping: float | None, labels: int = 1) -> Array:
+    """As :func:`ekfac`, by kronfluence, which draws labels.
+
+    Args:
+        model: at w*.
+        task: the data.
+        damping: what is added to the diagonal; None: kronfluence's default, 0.1 times the mean eigenvalue.
+        labels: drawn for each sample; kronfluence itself draws one.
+    """
     from kronfluence.analyzer import Analyzer, prepare_model  # type: ignore[import-not-found]
     from kronfluence.arguments import FactorArguments, ScoreArguments  # type: ignore[import-not-found]
     from kronfluence.task import Task as KronfluenceTask  # type: ignore[import-not-found]
@@ -373,12 +392,8 @@ def kronfluence_ekfac(model: nn.Sequential, task: Task, damping: float | None) -
     query = torch.utils.data.TensorDataset(task.query_x.double().cpu(), task.query_y.cpu())
     own = nn.Sequential(nn.Linear(SIDE * SIDE, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, NUM_CLASSES)).double()
     own.load_state_dict(model.state_dict())
-    doubles = {
-        name: torch.float64
-        for name in (
-            *("activation_covariance_dtype", "gradient_covariance_dtype", "per_sample_gradient_dtype", "lambda_dtype"),
-        )
-    }
+    names = ("activation_covariance_dtype", "gradient_covariance_dtype", "per_sample_gradient_dtype", "lambda_dtype")
+    doubles = dict.fromkeys(names, torch.float64)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         task_of_it = Classification()
@@ -386,7 +401,10 @@ def kronfluence_ekfac(model: nn.Sequential, task: Task, damping: float | None) -
             "digits", prepare_model(own, task_of_it), task_of_it, cpu=True, output_dir=folder, disable_tqdm=True
         )
         analyzer.fit_all_factors(
-            "ekfac", train, per_device_batch_size=100, factor_args=FactorArguments(strategy="ekfac", **doubles)
+            "ekfac",
+            torch.utils.data.ConcatDataset([train] * labels),
+            per_device_batch_size=100,
+            factor_args=FactorArguments(strategy="ekfac", **doubles),
         )
         analyzer.compute_pairwise_scores(
             "scores",
@@ -462,10 +480,11 @@ def posteriors(n: int, num_parameters: int, norm: float) -> dict[str, Posterior]
 
 
 def leapfrog_steps(posterior: Posterior, largest: float) -> int:
-    """Of a trajectory: about a quarter of the flattest direction's period, at a step of 1 in the stiffest."""
+    """Of a trajectory: about a quarter of the flattest direction's period, at a step of 1 in the stiffest; at least
+    `LEAPFROG`, as thousands of equal directions let a step be no more than about a third of that."""
     assert posterior.nbeta is not None
     damping = DECAY + posterior.localization / posterior.nbeta
-    return max(2, math.ceil(math.pi / 2 * math.sqrt((largest + damping) / damping)))
+    return max(LEAPFROG, math.ceil(math.pi / 2 * math.sqrt((largest + damping) / damping)))
 
 
 def draw_losses(
@@ -528,10 +547,10 @@ def draw_losses(
         "mean_loss": float(train.mean()),
         "acceptance": result.diagnostics.get("acceptance"),
         "distance": result.diagnostics.get("distance_over_reference"),
-        "warnings": list(result.warnings),
+        "warnings": [str(warning) for warning in result.warnings],
         "codes": [warning.code for warning in result.warnings],
     }
-    return train, query, row
+    return train, query, plain(row)
 
 
 def make_float(model: nn.Module) -> nn.Sequential:
@@ -550,12 +569,10 @@ def measure(study: Study, settings: Settings) -> None:
     kept = random_halves(settings.subsets, settings.num_train, study.seed)
     seed = 1000 * study.seed
     model = make_network(seed).to(study.device).double()
-    model.load_state_dict(
-        study.once("reference", lambda: train_reference(task, seed, settings.steps).state_dict())
-    )
+    model.load_state_dict(study.once("reference", lambda: train_reference(task, seed, settings.steps).state_dict()))
     curvature = study.once("curvature", lambda: gauss_newton_matrix(model, task.x.double()))
     largest = float(torch.linalg.eigvalsh(curvature)[-1])
-    size, norm = sum(p.numel() for p in model.parameters()), float(_norm(model))
+    size, norm = sum(p.numel() for p in model.parameters()), _norm(model)
     study.rows(
         "network",
         {"w*": None},
@@ -581,6 +598,7 @@ def measure(study: Study, settings: Settings) -> None:
         BIF: lambda: by_draws(settings.draws),
         EKFAC: lambda: ekfac(model, task),
         KRON: (lambda: kronfluence_ekfac(model, task, DECAY)) if has_kronfluence() else None,
+        KRON_MANY: (lambda: kronfluence_ekfac(model, task, DECAY, LABELS)) if has_kronfluence() else None,
         KRON_DEFAULT: (lambda: kronfluence_ekfac(model, task, None)) if has_kronfluence() else None,
         GAUSS_NEWTON: lambda: gauss_newton(model, task, curvature),
         DOT: lambda: dot_products(model, task),
@@ -629,8 +647,8 @@ def measure(study: Study, settings: Settings) -> None:
     study.rows("settings", {name: (name, p) for name, p in cases.items()}, with_posterior, _in_words)
 
 
-def _norm(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).norm()
+def _norm(model: nn.Module) -> float:
+    return math.sqrt(sum(float(p.detach().square().sum()) for p in model.parameters()))
 
 
 def _reference_row(model: nn.Module, task: Task) -> Row:
@@ -658,8 +676,7 @@ def _retrained(
 
         def make() -> Tensor:
             steps = iter(study.steps(batches * settings.steps, f"retraining, {name}"))
-            with threads(torch.get_num_threads()):
-                return torch.from_numpy(retrain(task, start(), kept, settings.steps, lambda _: next(steps)))
+            return torch.from_numpy(retrain(task, start(), kept, settings.steps, lambda _: next(steps)))
 
         return study.once(f"retrained {name}", make)
 
@@ -676,3 +693,124 @@ def _in_words(row: Row) -> str:
     if not row["is_installed"]:
         return "not installed"
     return f"LDS {plus_minus(row[MEAN]['lds'], row[MEAN]['stderr'])}"
+
+
+# ---- what must come out ------------------------------------------------------------------------------------
+
+
+def claims(tables: Tables, settings: Settings) -> list[Claim]:
+    """BIF against the better of the EK-FAC rows, and both against gradient dot products."""
+    methods = tables["methods"]
+    best = max(
+        (name for name in (EKFAC, KRON, KRON_MANY, KRON_DEFAULT) if methods[name]["is_installed"]),
+        key=lambda name: float(methods[name][MEAN]["lds"]),
+    )
+    less = difference(methods[BIF], methods[best])
+    ours = difference(methods[BIF], methods[DOT])
+    theirs = difference(methods[EKFAC], methods[DOT])
+    return [
+        Claim(
+            f"the LDS of BIF is at least that of EK-FAC (the better of its rows) less {MARGIN:g}",
+            f"{_lds(methods[BIF])} and {_lds(methods[best])} ({best}); difference {plus_minus(*less)}",
+            less[0] >= -MARGIN,
+        ),
+        Claim(
+            "the LDS of BIF is above that of gradient dot products",
+            f"{_lds(methods[BIF])} and {_lds(methods[DOT])}; difference {plus_minus(*ours)}",
+            ours[0] > figures.SIGMAS * ours[1],
+        ),
+        Claim(
+            "the LDS of EK-FAC is above that of gradient dot products (Grosse et al. 2023)",
+            f"{_lds(methods[EKFAC])} and {_lds(methods[DOT])}; difference {plus_minus(*theirs)}",
+            theirs[0] > figures.SIGMAS * theirs[1],
+            "published",
+        ),
+    ]
+
+
+def difference(one: Row, other: Row, target: str = MEAN) -> tuple[float, float]:
+    """LDS less LDS, and its standard error by bootstrap over queries, which are the same on both sides."""
+    scores = np.array(one[target]["scores"]) - np.array(other[target]["scores"])
+    return float(scores.mean()), bootstrap_error(scores)
+
+
+def _lds(row: Row, target: str = MEAN) -> str:
+    return plus_minus(row[target]["lds"], row[target]["stderr"])
+
+
+# ---- figure ------------------------------------------------------------------------------------------------
+
+_LOOKS = {
+    MEAN: ("mean of other initializations", figures.BLUE, "o", -0.2),
+    OWN: ("the initialization of w*", figures.ORANGE, "s", 0.0),
+    WARM: ("starting from w*", figures.GREEN, "D", 0.2),
+}
+"""Label, color, marker and place beside each other of what is predicted."""
+
+
+def plot(tables: Tables, settings: Settings) -> dict[str, Figure]:
+    """LDS by method; over draws and settings; predicted against actual losses of one query."""
+    figure, axes = new_figure(4, 2, width=6.0, height=4.0)
+    methods = {name: row for name, row in tables["methods"].items() if row["is_installed"]}
+    _plot_scores(axes[0], methods)
+    axes[0].set(title="LDS by method")
+    _plot_example(axes[1], tables)
+    _plot_draws(axes[2], tables)
+    _plot_scores(axes[3], tables["settings"])
+    axes[3].set(title=f"BIF by what is sampled, {settings.chains} × {settings.short} draws")
+    return {"influence": figure}
+
+
+def _plot_scores(axes: Axes, rows: Mapping[str, Row]) -> None:
+    for target, (label, color, marker, shift) in _LOOKS.items():
+        known = [(k, row[target]) for k, row in enumerate(rows.values()) if target in row]
+        axes.errorbar(
+            [found["lds"] for _, found in known],
+            [k + shift for k, _ in known],
+            xerr=[figures.SIGMAS * found["stderr"] for _, found in known],
+            fmt=marker,
+            color=color,
+            ms=5,
+            lw=1.2,
+            label=label,
+        )
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="LDS (± 2 standard errors over queries)")
+    axes.axvline(0, color="0.8", lw=1, zorder=0)
+    axes.grid(axis="x", color="0.9")
+    axes.legend(fontsize=8, title="retrained from", title_fontsize=8, loc="best")
+
+
+def _plot_example(axes: Axes, tables: Tables) -> None:
+    (row,) = tables["example"].values()
+    actual = np.array(row["actual"])
+    for name, color, marker in ((EKFAC, figures.ORANGE, "s"), (BIF, figures.BLUE, "o")):
+        values = np.array(row[name])
+        scores = tables["methods"][name][MEAN]["scores"]
+        label = f"{name}, ρ = {scores[row['query']]:.2f}"
+        axes.plot(values - values.mean(), actual, marker, color=color, ms=4, alpha=0.7, label=label)
+    axes.set(
+        xlabel="predicted loss, less its mean over halves",
+        ylabel="loss after retraining, mean over initializations",
+        title="One query, whose BIF score is the median of all; each point is a half",
+    )
+    axes.legend(fontsize=8)
+
+
+def _plot_draws(axes: Axes, tables: Tables) -> None:
+    rows = list(tables["draws"].values())
+    for target, (label, color, marker, _) in _LOOKS.items():
+        lds, errors = (np.array([row[target][name] for row in rows]) for name in ("lds", "stderr"))
+        draws = [row["draws"] for row in rows]
+        axes.errorbar(draws, lds, figures.SIGMAS * errors, fmt=f"{marker}-", color=color, ms=5, lw=1.2, label=label)
+    axes.axhline(
+        tables["methods"][EKFAC][MEAN]["lds"],
+        color=figures.BLUE,
+        ls="--",
+        lw=1.2,
+        label="EK-FAC, other initializations",
+    )
+    axes.set(xscale="log", xlabel="draws of each chain", ylabel="LDS (± 2 standard errors)", title="BIF over draws")
+    axes.set_xticks([row["draws"] for row in rows], [str(row["draws"]) for row in rows])
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize=8)
