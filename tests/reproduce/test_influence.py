@@ -232,7 +232,7 @@ def test_bif_is_the_influence_function_where_the_posterior_is_narrow(
     """Where γ dominates, −β·Cov is −g_i·g_j·β/γ: gradient dot products, with their sign and size."""
     settings = Settings(chains=2, burnin=50)
     study = Study("influence", "small", tmp_path, progress=False)
-    train, query, row = experiment.draw_losses(study, "k", model, task, Posterior(1e3, 1e6), 1.0, settings, 600)
+    train, query, row = experiment.draw_losses(study, "k", model, task, Posterior(1e3, 1e6), 1.0, settings, 300)
     assert row["prior"] == 1 and (row["nbeta"], row["localization"]) == (1e3, 1e6)
     found = experiment.influence(train, query, beta=row["nbeta"] / len(task.x))
     dots = experiment.dot_products(model, task) * row["nbeta"] / row["localization"]
@@ -353,6 +353,17 @@ def test_what_is_claimed() -> None:
     tables = _tables(**{KRON: 0.7})
     tables["methods"][KRON] = {"is_installed": False}
     assert _failing(tables) == []
+
+
+def test_what_more_draws_would_bring() -> None:
+    tables = _tables()
+    assert np.isnan(experiment.extrapolated(tables))  # 1/LDS² would be below 0
+    tables["draws"] = {str(k): {"draws": k, **_scores(0.8 / np.sqrt(1 + 300 / k))} for k in (100, 200, 400)}
+    tables["draws"]["100"][MEAN]["lds"] = 0.1  # the first half is not looked at
+    assert experiment.extrapolated(tables) == pytest.approx(0.8)
+    assert "about 0.80, by extrapolation" in experiment.claims(tables, TINY)[0].found
+    tables["draws"]["400"][MEAN]["lds"] = -0.1
+    assert np.isnan(experiment.extrapolated(tables))
 
 
 def test_differences_are_paired() -> None:
