@@ -104,6 +104,8 @@ class SampleInfluence(Influence):
     """Influences, correlations or covariances of samples, ``[train, query]``, whose rows and columns have names.
 
     Attributes:
+        beta: nβ/n, times what a row weighs in the loss of a sample: 1/T for a token of the mean over T, m for a whole
+            probe of m samples. None where it was not needed.
         train, query: the rows and the columns.
         is_symmetric: whether the rows are the columns.
         chains: which were used.
@@ -317,7 +319,7 @@ class SampleInfluence(Influence):
             what = f"influence of {_described(self.train)} on {_described(self.query)}"
         rows = [what, f"  {len(self.chains)} chains × {self.num_draws} draws"]
         if self.beta is not None:
-            rows[-1] += f", β = nβ/n = {self.beta:.4g}"
+            rows[-1] += f", β = {self.beta:.4g}"
         if self.stderr is not None and self.num_blocks:
             if np.isfinite(np.asarray(self.stderr[:1])).any():
                 mask = self.significant(q)

@@ -568,7 +568,7 @@ class Samples:
                 **known,
                 train=left.items,
                 query=columns,
-                is_symmetric=right is None,
+                is_symmetric=right is None and len(columns) > 1,
                 chains=tuple(chains),
                 num_draws=len(range(*chosen.indices(made))),
                 path=None if place is None else str(place),
@@ -680,7 +680,7 @@ class Samples:
         chosen = _which(side, which, array.sizes["sample"])
         array = array.isel(draw=draws) if which is None else array.isel(draw=draws, sample=chosen)
         mask, _ = self._tokens(found)
-        keep = self._counted(found, chosen, array[chains[0], 0], mask)
+        keep: NDArray[np.bool_] = self._counted(found, chosen, array[chains[0], 0], mask)
         ids = self.dataset.get(f"input_ids_{found}")
         input_ids = None if ids is None else np.asarray(ids.values)
         combination = self.settings.get("combination")
@@ -690,7 +690,7 @@ class Samples:
             items = Items(name, per, chosen[place[:, 0]], place[:, 1] + shift, input_ids)
             weights = self._token_weights(found, mask, chosen, place[:, 0], combination)
             return _Side(FlatDraws(array, chains=chains, keep=keep), items, weights)
-        kept = keep if keep.ndim == 1 else keep.any(axis=1)
+        kept = np.asarray(keep if keep.ndim == 1 else keep.any(axis=1))
         items = Items(name, per, chosen[kept], None, input_ids)
         if not len(items.sample):
             raise ValueError(f"{side}: no sample of {name!r} has a loss")
@@ -711,10 +711,11 @@ class Samples:
     ) -> NDArray[np.bool_]:
         """Which items have a loss, ``[sample]`` or ``[sample, token]``: the same at all draws."""
         if mask is not None:
-            return mask[chosen]
+            counted: NDArray[np.bool_] = mask[chosen]
+            return counted
         at_reference = self.dataset.get(f"init_loss_{found}")
         known = first.values if at_reference is None else np.asarray(at_reference.values)[chosen]
-        return ~np.isnan(known)
+        return np.asarray(~np.isnan(known))
 
     def _token_weights(
         self,
@@ -905,7 +906,7 @@ def _which(side: str, which: Any, count: int) -> NDArray[np.intp]:
     if which is None or isinstance(which, slice):
         found = np.arange(count)[which or slice(None)]
     else:
-        asked = np.atleast_1d(np.asarray(which))
+        asked = np.atleast_1d(np.asarray(which, None if np.size(which) else int))
         if asked.dtype == bool and asked.shape != (count,):
             raise ValueError(f"{side}: a mask of samples must have shape ({count},), got {asked.shape}")
         if asked.ndim != 1 or asked.dtype.kind not in "iub":
