@@ -111,6 +111,7 @@ class SampleInfluence(Influence):
         chains: which were used.
         num_draws: of each of them.
         path: of the Zarr store that the matrix is in; None: in memory.
+        warnings: what was left out, and why errors are not known; each has a ``code``.
     """
 
     train: Items
@@ -119,6 +120,7 @@ class SampleInfluence(Influence):
     chains: tuple[int, ...]
     num_draws: int
     path: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def top(self, k: int = 10, decode: Decode | None = None) -> list[Pair]:
         """The k entries that are furthest from 0, largest first; of a symmetric matrix those above its diagonal.
@@ -336,6 +338,7 @@ class SampleInfluence(Influence):
             f"R̂: median {self.r_hat.median:.3f}, largest {self.r_hat.worst:.3f}; "
             f"between chains: {self.between_share:.1%} of a loss's variance"
         )
+        rows += [f"  warning: {text}" for text in self.warnings]
         return "\n".join(rows)
 
 

@@ -537,7 +537,7 @@ class Samples:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
         beta = self._beta(n) if kind == "influence" else None
-        chains, made = self._whole_chains("influence()")
+        chains, made, notes = self._whole_chains("influence()")
         chosen = _draws_of(draws, made)
         left = self._side("train", train, rows_per, chains, chosen)
         right = None
@@ -572,6 +572,7 @@ class Samples:
                 chains=tuple(chains),
                 num_draws=len(range(*chosen.indices(made))),
                 path=None if place is None else str(place),
+                warnings=(*notes, *_on_errors(found, stderr)),
             )
             if place is not None:
                 _finish_out(place, result)
@@ -579,13 +580,7 @@ class Samples:
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)
             raise
-        if stderr and result.num_blocks < MIN_BLOCKS:
-            text = (
-                f"There are {result.num_blocks} blocks of two autocorrelation times ({result.autocorrelation_time:.3g} "
-                f"draws each; minimum {MIN_BLOCKS} blocks): standard errors of {kind} are not known. Sample more draws "
-                "or chains."
-            )
-            issue([Warning(text, "short")], stacklevel=2)
+        issue(result.warnings, stacklevel=2)
         return result
 
     def loss_kernel(self, probe: ProbePart, **options: Any) -> SampleInfluence:
@@ -613,7 +608,8 @@ class Samples:
         """
         if SKETCH not in self.dataset:
             raise ValueError("pca() needs sketches of the draws, which this run has not stored: sample with sketch=512")
-        chains, made = self._whole_chains("pca()")
+        chains, made, notes = self._whole_chains("pca()")
+        issue(notes, stacklevel=2)
         chosen = _draws_of(draws, made)
         sketches = self.dataset[SKETCH].isel(chain=chains, draw=slice(0, made)).isel(draw=chosen).values
         found = pca(sketches, components)
@@ -635,12 +631,11 @@ class Samples:
             )
         return self.nbeta / n
 
-    def _whole_chains(self, who: str) -> tuple[list[int], int]:
-        """The chains to use, and how many draws they have in common."""
-        counts, total = self.draws_done, self.dataset.sizes["draw"]
-        text, code = "", "partial"
+    def _whole_chains(self, who: str) -> tuple[list[int], int, list[Warning]]:
+        """The chains to use, how many draws they have in common, and what is left out."""
+        counts, total, code = self.draws_done, self.dataset.sizes["draw"], "partial"
         if min(counts, default=0) == total:
-            return list(range(len(counts))), total
+            return list(range(len(counts))), total, []
         if not self.is_partial:
             chains, made, code = [k for k, count in enumerate(counts) if count == total], total, "diverged"
             dead = ", ".join(str(k) for k in range(len(counts)) if k not in chains)
@@ -658,8 +653,7 @@ class Samples:
                 f"{who} needs a chain with 2 draws or more, but its chains have made {', '.join(map(str, counts))}: "
                 + ("resume the run" if self.is_partial else "they diverged; use a smaller lr")
             )
-        issue([Warning(text, code)], stacklevel=3)
-        return chains, made
+        return chains, made, [Warning(text, code)]
 
     def _side(self, side: str, given: ProbePart, per: ItemPer, chains: list[int], draws: slice) -> _Side:
         """The losses of rows or columns."""
@@ -885,6 +879,17 @@ def _pair_of(per: Any) -> tuple[ItemPer, ItemPer]:
     if len(found) != 2 or any(one not in ITEM_PER for one in found):
         raise ValueError(f"per must be 'sample', 'token' or 'probe', or a pair of them, got {per!r}")
     return found
+
+
+def _on_errors(found: Influence, stderr: bool) -> list[Warning]:
+    if not stderr or found.num_blocks >= MIN_BLOCKS:
+        return []
+    text = (
+        f"There are {found.num_blocks} blocks of {found.block_length} draws (minimum {MIN_BLOCKS}; the autocorrelation "
+        f"time is {found.autocorrelation_time:.3g}): standard errors of {found.kind} are not known. Sample more draws "
+        "or chains."
+    )
+    return [Warning(text, "short")]
 
 
 def _is_same(left: Items, right: Items) -> bool:

@@ -287,6 +287,7 @@ def test_too_few_draws_for_errors() -> None:
         found = samples.influence("points", block_length=70)
     assert record[0].message.code == "short" and np.isnan(found.stderr).all()  # type: ignore[union-attr]
     assert "standard errors are not known: 3 blocks of draws, 8 are needed" in found.summary()
+    assert found.warnings == (str(record[0].message),) and f"  warning: {found.warnings[0]}" in found.summary()
 
 
 # ---- devinterp's stores --------------------------------------------------------------------------------------
@@ -472,11 +473,11 @@ def test_the_soft_direction_is_found() -> None:
     unit[7] = 1
     assert abs(found.components[0] @ sketch(unit)) > 0.95
     assert found.share[0] > 3 * found.share[1] and found.chains == (0, 1) and found.sketch_size == 128
-    np.testing.assert_allclose(
-        found.components.T @ (found.components @ -found.mean), found.components.T @ found.reference
-    )
+    # From w* to a draw it is as far as its sketch says.
+    at = samples.dataset["sketch"].values[0, 5].astype(float)
+    np.testing.assert_allclose(found.coordinates[0, 5] - found.reference, found.components @ at, atol=1e-6)
     along = (w - _reference())[..., 0, 7]
-    assert abs(np.corrcoef(found.coordinates[..., 0].ravel(), along.ravel())[0, 1]) > 0.99
+    assert abs(np.corrcoef(found.coordinates[..., 0].ravel(), along.ravel())[0, 1]) > 0.9
     assert samples.pca(2, draws=slice(100, None)).coordinates.shape == (2, 200, 2)
     pytest.importorskip("matplotlib")
     assert len(found.plot().axes) == 2
