@@ -533,6 +533,24 @@ class Samples:
             OSError: `out` can't be written.
             LLCWarning: is issued where chains or draws are left out, or standard errors can't be had.
         """
+        options = {"n": n, "stderr": stderr, "draws": draws, "block_length": block_length, "centred": centred}
+        result = self._influence(train, query, kind, per, **options, out=out, memory=memory)
+        issue(result.warnings, stacklevel=2)
+        return result
+
+    def _influence(
+        self,
+        train: ProbePart,
+        query: ProbePart | None,
+        kind: Kind,
+        per: ItemPer | tuple[ItemPer, ItemPer] = "sample",
+        *,
+        n: int | None = None,
+        stderr: bool = True,
+        draws: slice | None = None,
+        out: str | os.PathLike[str] | None = None,
+        **more: Any,
+    ) -> SampleInfluence:
         rows_per, columns_per = _pair_of(per)
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
@@ -555,8 +573,7 @@ class Samples:
             else:  # for rows alone, so that the matrix is no longer symmetric
                 losses, right = Weighted(losses, weights), right or left
         shape = (len(left.items), len(columns))
-        options: dict[str, Any] = {"kind": kind, "beta": beta, "stderr": stderr, "centred": centred, "memory": memory}
-        options["block_length"] = block_length
+        options: dict[str, Any] = {"kind": kind, "beta": beta, "stderr": stderr, **more}
         place = None if out is None else Path(os.fsdecode(out)).absolute()
         value, errors = (None, None) if place is None else _out_arrays(place, shape, stderr)
         try:
@@ -580,7 +597,6 @@ class Samples:
             if place is not None:
                 shutil.rmtree(place, ignore_errors=True)
             raise
-        issue(result.warnings, stacklevel=2)
         return result
 
     def loss_kernel(self, probe: ProbePart, **options: Any) -> SampleInfluence:
@@ -590,7 +606,9 @@ class Samples:
             probe: its name, or (name, which samples).
             **options: as :meth:`influence` takes them, other than `query`, `kind` and `n`.
         """
-        return self.influence(probe, kind="correlation", **options)
+        result = self._influence(probe, None, "correlation", **options)
+        issue(result.warnings, stacklevel=2)
+        return result
 
     def pca(self, components: int = 10, *, draws: slice | None = None) -> DrawPCA:
         """Principal components of where chains went, from count sketches of w − w* at the draws.

@@ -286,6 +286,9 @@ def test_too_few_draws_for_errors() -> None:
     with pytest.warns(LLCWarning, match="There are 3 blocks .* standard errors of influence are not known") as record:
         found = samples.influence("points", block_length=70)
     assert record[0].message.code == "short" and np.isnan(found.stderr).all()  # type: ignore[union-attr]
+    with pytest.warns(LLCWarning, match="standard errors of correlation") as kernel:
+        samples.loss_kernel("points", block_length=70)
+    assert record[0].filename == kernel[0].filename == __file__
     assert "standard errors are not known: 3 blocks of draws, 8 are needed" in found.summary()
     assert found.warnings == (str(record[0].message),) and f"  warning: {found.warnings[0]}" in found.summary()
 
