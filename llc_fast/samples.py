@@ -533,7 +533,8 @@ class Samples:
             OSError: `out` can't be written.
             LLCWarning: is issued where chains or draws are left out, or standard errors can't be had.
         """
-        options = {"n": n, "stderr": stderr, "draws": draws, "block_length": block_length, "centred": centred}
+        options: dict[str, Any] = {"n": n, "stderr": stderr, "draws": draws, "centred": centred}
+        options["block_length"] = block_length
         result = self._influence(train, query, kind, per, **options, out=out, memory=memory)
         issue(result.warnings, stacklevel=2)
         return result
