@@ -287,8 +287,7 @@ def _made_up(good: bool) -> dict[str, dict[str, Any]]:
         "memory": gpu | {"rows": [{"contender": "sgld", "besides": 11.9 if good else 13.0, "asked": "≤ 12.50"}]},
         "large-tf32": large("tf32"),
         "large-float32": large("float32"),
-        "step-devinterp2": gpu
-        | {"rows": [{"step": "devinterp 2.0.1 SGLD", "times llc_fast": 12.0 if good else 9.0}]},
+        "step-devinterp2": gpu | {"rows": [{"step": "devinterp 2.0.1 SGLD", "times llc_fast": 12.0 if good else 9.0}]},
         "language-large": {
             "info": info,
             "device": "cuda",
