@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llc_fast.objective.components import components
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
+    from llc_fast.samples import Samples
+    from llc_fast.sampling import sample
     from llc_fast.settings import Execution, default_localization, default_nbeta
     from llc_fast.support.warned import LLCWarning
     from llc_fast.sweep import sweep_checkpoints
@@ -37,6 +39,7 @@ __all__ = [
     "LLCWarning",
     "PreconditionedSGLD",
     "RMSpropSGLD",
+    "Samples",
     "ScanResult",
     "__version__",
     "behavioral_loss",
@@ -46,6 +49,7 @@ __all__ = [
     "default_nbeta",
     "estimate_llc",
     "language",
+    "sample",
     "samplers",
     "scan",
     "sweep_checkpoints",
@@ -61,6 +65,8 @@ _HOME = {
         "objective.components": ("components",),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
+        "samples": ("Samples",),
+        "sampling": ("sample",),
         "settings": ("Execution", "default_localization", "default_nbeta"),
         "support.warned": ("LLCWarning",),
         "sweep": ("sweep_checkpoints",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,7 @@ from llc_fast.language import (
     call_options,
     columns_of_own_loss,
     is_causal,
+    loaded_batch,
     next_tokens,
     token_source,
 )
@@ -156,6 +158,32 @@ class BehavioralLoss:
         name = "behavioral" if self.kind is None else f"behavioral-{self.kind}"
         return {**({} if self._tokens is None else self._tokens.settings), "loss_fn": name}
 
+    def as_minibatch(self, batch: Batch) -> Batch:
+        """A batch of the user's as this loss takes it."""
+        return batch if self._tokens is None else loaded_batch(batch)
+
+    def by_token(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of token sequences, the loss of each token but the first, ``[batch, length − 1]``; NaN: it is not predicted.
+
+        Raises:
+            ValueError: the data are no token sequences.
+        """
+        if self._tokens is None:
+            raise ValueError("the data are no sequences of tokens")
+        with contextlib.nullcontext() if self._records else torch.no_grad():
+            target = self._output(self._reference, batch).detach()
+        return self._tokens.by_token(self._output(model, batch), target, batch, self.kind)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the data are sequences of tokens."""
+        return self._tokens is not None
+
+    @property
+    def mean_tokens(self) -> float:
+        """T̄ of token sequences, see :class:`llc_fast.language.TokenLoss`."""
+        return 1.0 if self._tokens is None else self._tokens.mean_tokens
+
     # ---- in an estimate ------------------------------------------------------------------------------------
 
     def bound(self, model: nn.Module, device: torch.device) -> BehavioralLoss:
@@ -262,15 +290,21 @@ class _Tokens:
 
     def __init__(self, loss: TokenLoss) -> None:
         self._loss = loss
-        self.settings = loss.settings
+        self.settings, self.mean_tokens = loss.settings, loss.mean_tokens
 
     def output(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return self._loss.call(model, batch["input_ids"].long())
 
     def losses(self, output: Tensor, target: Tensor, batch: Mapping[str, Tensor], kind: Kind) -> Tensor:
-        predicted = next_tokens(batch) != IGNORED
-        each = divergence(output, target, -1) if kind == "kl" else (output - target).square().mean(-1)
+        each, predicted = self._each(output, target, kind), next_tokens(batch) != IGNORED
         return (each * predicted).sum(1) / self._loss.mean_tokens
+
+    def by_token(self, output: Tensor, target: Tensor, batch: Mapping[str, Tensor], kind: Kind | None) -> Tensor:
+        each, predicted = self._each(output, target, kind), next_tokens(batch) != IGNORED
+        return each.masked_fill(~predicted, math.nan)[:, :-1]
+
+    def _each(self, output: Tensor, target: Tensor, kind: Kind | None) -> Tensor:
+        return divergence(output, target, -1) if kind == "kl" else (output - target).square().mean(-1)
 
 
 def behavioral_source(

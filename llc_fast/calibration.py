@@ -38,6 +38,9 @@ STIFFNESS, CORRECTED_STIFFNESS = 0.2, 1.0
 In a quadratic direction of curvature a, Langevin steps of size ε inflate the variance by 1/(1 − εa/4): at 0.2 by 5 % in
 the stiffest direction, at 1 by a third, which the correction takes back; stable is everything below 4.
 """
+PRIOR_STIFFNESS = 0.04
+"""ε·γ·p_max at nβ = 0, where nothing is corrected and γ is all the curvature there is: variances are 1 % too large, and
+draws forget each other in fifty steps."""
 TARGET_BIAS_SHARE = 0.1
 """The share of bias in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 _DESCENT_SHARE = 0.02
@@ -118,12 +121,14 @@ def choose_settings(
     nbeta = settings.nbeta_for(objective.source.num_samples)
     lr = settings.lr
     corrected = settings.wants_bias_correction
-    found = descent(
-        objective,
-        nbeta,
-        settings.complete_sampler(1.0, nbeta).localization or 0.0,
-        max_gradients=_DESCENT_SHARE * settings.num_chains * settings.schedule.num_steps,
-    )
+    found = None
+    if nbeta:
+        found = descent(
+            objective,
+            nbeta,
+            settings.complete_sampler(1.0, nbeta).localization or 0.0,
+            max_gradients=_DESCENT_SHARE * settings.num_chains * settings.schedule.num_steps,
+        )
     chosen = Chosen(
         init_loss=at_reference.mean,
         init_loss_stderr=at_reference.stderr,
@@ -138,6 +143,8 @@ def choose_settings(
     num_steps = num_pilot_steps(settings)
     template = settings.complete_sampler(1.0, nbeta)
     stiffness = CORRECTED_STIFFNESS if num_steps else STIFFNESS
+    if not nbeta and template.kind != "metropolis":
+        stiffness = PRIOR_STIFFNESS
     chosen = dataclasses.replace(chosen, lr=default_lr(objective, template, stiffness=stiffness, seed=settings.seed))
     if not num_steps:
         return chosen
@@ -169,6 +176,8 @@ def num_pilot_steps(settings: Settings) -> int:
 def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STIFFNESS, seed: int = 0) -> float:
     """ε = `stiffness` / a with a = nβ·h_max + γ·p_max, h_max the largest curvature at w* in the sampler's metric.
 
+    At nβ = 0 it asks nothing of the loss, unless the metric adapts to its gradients.
+
     A drift that lags k steps behind overshoots by as much: a is multiplied by 1 + k.
 
     Raises:
@@ -188,7 +197,8 @@ def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STI
         metric = {name: given[name] if isinstance(given, Mapping) else given for name in objective.reference}
     largest = 1.0 if metric is None else max(float(in_float32(p).max()) for p in metric.values())
     assert sampler.nbeta is not None and sampler.localization is not None
-    stiffest = sampler.nbeta * top_curvature(objective, metric=metric, seed=seed) + sampler.localization * largest
+    curvature = top_curvature(objective, metric=metric, seed=seed) if sampler.nbeta else 0.0
+    stiffest = sampler.nbeta * curvature + sampler.localization * largest
     stiffest *= 1 + lag
     if not 0 < stiffest < math.inf:
         raise ValueError(

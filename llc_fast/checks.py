@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,8 @@ def examine(result: LLCResult, facts: Facts) -> None:
     case = _Case(result, facts, result.kept_draws, result.llc_mean, result.llc_stderr)
     found: set[str] = set()
     for check in _CHECKS:
+        if not result.nbeta and (check.needs_llc or check.code in _NEED_LOSS):  # λ̂ is 0, and known
+            continue
         if case.draws.size >= check.min_draws and not found.intersection(check.unless):
             message = check.look(case)
             if message is not None:
@@ -150,6 +152,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         injected_noise=facts.injected_noise,
     )
     moved, slow, slope = trend(draws), slow_part(draws), _localization_slope(result, facts)
+    losses = draws if result.nbeta else replace(result, nbeta=1.0).kept_draws
     norm = math.sqrt(sum(d * d for d in seen.distance) / len(seen.distance)) if seen.distance else math.nan
     steps = draws.shape[1] * schedule.num_steps_bw_draws
     needed = burnin_needed(result.loss_trace[chains, : schedule.num_burnin + steps])
@@ -158,9 +161,9 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
     significant = grown.missing if grown.is_significant else 0.0
     numbers = {
         "chains_diverged": len(result.diverged_chains),
-        "r_hat": convergence.r_hat(draws),
-        "ess_bulk": convergence.ess_bulk(draws),
-        "ess_tail": convergence.ess_tail(draws),
+        "r_hat": convergence.r_hat(losses),
+        "ess_bulk": convergence.ess_bulk(losses),
+        "ess_tail": convergence.ess_tail(losses),
         "chain_spread": chain_spread(draws),
         "slow_times": slow.times,
         "slow_size": slow.size,
@@ -311,7 +314,14 @@ class _Check:
     min_draws: int
     unless: tuple[str, ...]
 
+    @property
+    def needs_llc(self) -> bool:
+        """Whether it asks if λ̂ can be trusted; "short" asks whether the chains have moved."""
+        return bool(self.min_draws) and self.code != "short"
 
+
+_NEED_LOSS = ("standing-still", "no-minimum")
+"""Checks that look at nβ·L before there is an estimate."""
 _CHECKS: list[_Check] = []
 
 

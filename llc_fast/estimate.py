@@ -22,6 +22,7 @@ from llc_fast.behavioral import Behavioral, BehavioralLoss, behavioral_source, n
 from llc_fast.calibration import (
     MAX_RESTARTS,
     MIN_FRICTION,
+    PRIOR_STIFFNESS,
     RESTART_STEP,
     STIFFNESS,
     Chosen,
@@ -29,7 +30,7 @@ from llc_fast.calibration import (
     num_pilot_steps,
 )
 from llc_fast.chains.checkpoint import INTERVAL, Checkpoint, Saved
-from llc_fast.chains.draw import Observable
+from llc_fast.chains.draw import Draw, Observable
 from llc_fast.chains.group import RunSpec
 from llc_fast.chains.processes import Team, default_device, join, telling_early_failures
 from llc_fast.chains.run import ChainRun, Monitor, RunningChains
@@ -70,6 +71,8 @@ _SENT = 1_000_000
 """Parameters up to which processes send each other what chains need to go on."""
 _TIME_SHARE = 0.9
 """Of the time that is left, what the next steps may take by what steps took so far."""
+_PRIOR_ESS = 200
+"""Effective draws of the loss at which chains of localization alone may end, if nobody says when."""
 _LEAST_TRIED = 4
 """Samples of the trial gradient of a model of any size."""
 
@@ -144,7 +147,8 @@ def estimate_llc(
         lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`. Adjusted samplers start from
             0.2 / (nβ·h_max + γ) and adapt it in burn-in, each chain for itself, to an acceptance of 0.574 (MALA) or
             0.8 (HMC).
-        nbeta: nβ; None: n / log n with n the number of samples in `data`.
+        nbeta: nβ; None: n / log n with n the number of samples in `data`. 0: localization alone, N(w*, 1/γ), the
+            control that says what draws do without the loss: λ̂ is 0 by definition, and no pilot chains are needed.
         localization: γ, which sets the scale that λ̂ is at: the larger, the closer to w*. None: P / (½‖w*‖)² over the
             sampled parameters (:func:`llc_fast.default_localization`).
         num_chains: independent chains.
@@ -213,9 +217,55 @@ def estimate_llc(
     given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
         settings, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
-        surroundings = _Surroundings(settings, model, data, loss)
+        surroundings = Surroundings(settings, model, data, loss)
+    result = run_estimate(settings, model, data, loss, surroundings)
+    if surroundings.team.rank == 0:
+        issue(result.warnings, stacklevel=2)
+    return result
+
+
+class Recorder:
+    """Takes part in a run: it sees every draw, and what becomes of the chains; this one does nothing.
+
+    All is called in the order of the methods here, in every process, inside the surroundings of the run.
+    """
+
+    def look(self, prepared: Prepared) -> None:
+        """Everything has been looked at, and nothing has been sampled."""
+
+    def begin(self, prepared: Prepared, chosen: Chosen) -> Callable[[Draw], None]:
+        """The chains are about to start, or to start anew with another step size.
+
+        Returns:
+            What is called at every draw of every chain of this process, by one thread at a time.
+        """
+        return lambda draw: None
+
+    def snapshot(self, traces: list[Traces]) -> None:
+        """The checkpoint is about to be written: what was seen of the draws in these traces must last."""
+
+    def end(self, result: LLCResult) -> None:
+        """The chains are over, or somebody stopped them."""
+
+
+def run_estimate(
+    settings: Settings,
+    model: nn.Module,
+    data: Any,
+    loss: LossFunction | NextToken | Behavioral | None,
+    surroundings: Surroundings,
+    recorder: Recorder | None = None,
+) -> LLCResult:
+    """The four calls.
+
+    Raises:
+        TypeError, ValueError, PermissionError, MemoryError: as :func:`estimate_llc`; whatever `recorder` raises.
+    """
     with surroundings:
         prepared = prepare(settings, model, data, loss, surroundings)
+        if recorder is not None:
+            prepared = dataclasses.replace(prepared, recorder=recorder)
+            recorder.look(prepared)
         chosen = choose(prepared)
         run = sample(prepared, chosen)
         while may_begin_again(prepared, chosen, run):
@@ -225,11 +275,11 @@ def estimate_llc(
             chosen = dataclasses.replace(chosen, lr=lr, friction=1.0, restarts=restarts)
             run = sample(prepared, chosen)
         slopes = sensitivity_of(prepared, chosen, run) if settings.sensitivity else None
-    result = report(prepared, chosen, run)
-    if slopes is not None:
-        result.diagnostics["sensitivity"] = {k: None if math.isnan(v) else v for k, v in slopes._asdict().items()}
-    if surroundings.team.rank == 0:
-        issue(result.warnings, stacklevel=2)
+        result = report(prepared, chosen, run)
+        if slopes is not None:
+            result.diagnostics["sensitivity"] = {k: None if math.isnan(v) else v for k, v in slopes._asdict().items()}
+        if recorder is not None:
+            recorder.end(result)
     return result
 
 
@@ -265,15 +315,15 @@ def calibrate(
     Raises:
         TypeError, ValueError: as :func:`estimate_llc`.
     """
-    old = {name: settings.pop(name) for name in list(settings) if name not in _ARGUMENTS}
+    old = {name: settings.pop(name) for name in list(settings) if name not in ARGUMENTS}
     if isinstance(sampler := settings.get("sampler"), Sampler):
         settings["sampler"] = dataclasses.replace(sampler, lr=None)
     asked, loss = with_old_keywords(settings | {"lr": None, "checkpoint": None}, old, "calibrate"), named_loss(loss_fn)
-    with _Surroundings(asked, model, data, loss, alone=True) as surroundings:
+    with Surroundings(asked, model, data, loss, alone=True) as surroundings:
         prepared = prepare(asked, model, data, loss, surroundings)
         chosen = choose(prepared)
     settings_used = prepared.settings
-    sampler, schedule = _completed(settings_used, chosen)
+    sampler, schedule = completed(settings_used, chosen)
     decides, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
@@ -297,7 +347,8 @@ def calibrate(
     return found
 
 
-_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+ARGUMENTS = frozenset(field.name for field in dataclasses.fields(Settings))
+"""Names of the arguments of :func:`estimate_llc` after model, data and loss."""
 
 
 @contextlib.contextmanager
@@ -310,7 +361,7 @@ def prepared_alone(
         TypeError, ValueError, MemoryError: as :func:`estimate_llc`.
     """
     loss = named_loss(loss_fn)
-    with _Surroundings(settings, model, data, loss, alone=True) as surroundings:
+    with Surroundings(settings, model, data, loss, alone=True) as surroundings:
         yield prepare(settings, model, data, loss, surroundings)
 
 
@@ -324,6 +375,8 @@ def _why(chosen: Chosen, settings: Settings) -> str:
         return (
             f"{lr}: what pilot chains had found after {chosen.pilot_steps} steps, when they were interrupted; {length}"
         )
+    if not chosen.nbeta and settings.lr is None:
+        return f"{lr}: {PRIOR_STIFFNESS} / γ, since nβ = 0 leaves the localization alone; {length}"
     if chosen.pilot_bias_share is None:
         reason = "the run is too short for pilot chains" if chosen.bias_correction else "there is no bias correction"
         return f"{lr}: {STIFFNESS} / (nβ·h_max + γ), since {reason}; {length}"
@@ -340,7 +393,7 @@ def _why(chosen: Chosen, settings: Settings) -> str:
 # ---- prepare -----------------------------------------------------------------------------------------------
 
 
-class _Surroundings:
+class Surroundings:
     """What holds while a run lasts: its processes, its random numbers, its memory; afterwards all is as it was.
 
     Attributes:
@@ -358,13 +411,13 @@ class _Surroundings:
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
         self.generators = Generators(self.device, [model, loss_fn, data])
-        self.interrupts = Interrupts(_Surroundings._begin, _Surroundings._try, _Surroundings.__exit__)
+        self.interrupts = Interrupts(Surroundings._begin, Surroundings._try, Surroundings.__exit__)
         self._model, self._loss_fn = model, loss_fn
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
         self.team = join(False if alone else settings.execution.distributed)  # last: now nothing fails before it works
 
-    def __enter__(self) -> _Surroundings:
+    def __enter__(self) -> Surroundings:
         try:
             self._stack.enter_context(self.interrupts)
             turn = one_at_a_time()
@@ -422,6 +475,7 @@ class Prepared:
         mode: the mode in which the model is evaluated.
         refined: what was done for a better w*; None: nothing, or it is what was saved.
         reference: w* by parameter, where it is not the model's.
+        recorder: sees the draws; None: nobody does.
     """
 
     settings: Settings
@@ -434,10 +488,11 @@ class Prepared:
     keeper: Checkpoint | None
     identity: dict[str, Any]
     saved: Saved | None
-    surroundings: _Surroundings
+    surroundings: Surroundings
     mode: _Mode
     refined: dict[str, Any] | None = None
     reference: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)
@@ -465,7 +520,7 @@ def prepare(
     model: nn.Module,
     data: Any,
     loss_fn: LossFunction | NextToken | Behavioral | None,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
 ) -> Prepared:
     """Look at model, loss, data and checkpoint, and take L(w*).
 
@@ -489,7 +544,6 @@ def prepare(
         template,
         chains,
         release_gradients=execution.release_gradients,
-        has_observables=bool(settings.observables),
     )
     plan = planned(strategy=execution.strategy)
     objective.runs_compiled = plan.runs_compiled
@@ -518,11 +572,12 @@ def prepare(
     # One sample costs at most what a forward pass does, a third of a gradient: a twelfth of a run.
     affordable = settings.num_chains * settings.schedule.num_steps // 4
     with threads(plan.num_threads):
-        at_reference = reference_losses(objective, nbeta, settings.seed, affordable)
+        # At nβ = 0 no difference of losses matters to λ̂, but those of draws are to be told apart all the same.
+        at_reference = reference_losses(objective, nbeta or 1.0, settings.seed, affordable)
     # Other processors may round otherwise; what moves λ̂ by a thousandth, or less than its error, is no difference.
     is_coarse = execution.autocast is not None or any(map(is_low_precision, objective.reference.values()))
     error = at_reference.stderr if math.isfinite(at_reference.stderr) else 0.0
-    atol, rtol = max(1e-3 / nbeta, 6 * error), 1e-2 if is_coarse else 1e-4
+    atol, rtol = max(1e-3 / (nbeta or 1.0), 6 * error), 1e-2 if is_coarse else 1e-4
     team.agree_on_number("the loss at w*", at_reference.mean, atol=atol, rtol=rtol)
     if at_reference.pairing == "draws" and plan.strategy == "cuda-graph":  # it can't stop at draws
         why = "the minibatches of draws are evaluated at w* too"
@@ -635,7 +690,7 @@ def _affordable(
     model: nn.Module,
     data: Any,
     loss_fn: LossFunction | NextToken | Behavioral | None,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
 ) -> tuple[Objective, Settings, str]:
     """Model, loss and data, tried once, in minibatches and for a length that a user who gave neither can wait for.
 
@@ -699,7 +754,7 @@ def _objective(
     model: nn.Module,
     loss_fn: LossFunction | None,
     source: DataSource,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
 ) -> Objective:
     """Model and loss on their device, tried once; seeds torch's generator."""
     execution, template, device = settings.execution, settings.template, surroundings.device
@@ -800,7 +855,9 @@ def choose(prepared: Prepared) -> Chosen:
 
 def _chosen_before(saved: Saved, keeper: Checkpoint, at_reference: ReferenceLosses) -> Chosen:
     chosen, init_loss = Chosen(**saved.chosen), at_reference.mean
-    if abs(chosen.init_loss - init_loss) > max(1e-5 * abs(init_loss), 6 * at_reference.stderr, 1e-6 / chosen.nbeta):
+    if abs(chosen.init_loss - init_loss) > max(
+        1e-5 * abs(init_loss), 6 * at_reference.stderr, 1e-6 / (chosen.nbeta or 1.0)
+    ):
         raise ValueError(
             f"checkpoint={str(keeper.path)!r} belongs to another run: the loss at w* was {chosen.init_loss:.6g}, is "
             f"{init_loss:.6g}. Other data or another loss_fn?"
@@ -834,7 +891,7 @@ class _PilotMonitor(Monitor):
         self._done += sum(t.step for t in traces)
 
 
-def _completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
+def completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
     """The sampler and the schedule of the chains."""
     return settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction), settings.longest
 
@@ -871,7 +928,8 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
     """Run the chains, those of this process, and gather what all processes have done."""
     settings, objective, keeper = prepared.settings, prepared.objective, prepared.keeper
     team, saved, at_reference = prepared.surroundings.team, prepared.saved, prepared.reference_losses
-    sampler, schedule = _completed(settings, chosen)
+    sampler, schedule = completed(settings, chosen)
+    recorder = prepared.recorder
     spec = RunSpec(
         objective,
         sampler,
@@ -879,6 +937,7 @@ def sample(prepared: Prepared, chosen: Chosen) -> Sampled:
         prepared.plan,
         settings.seed,
         observables=dict(settings.observables or {}),
+        watch=None if recorder is None else recorder.begin(prepared, chosen),
         control_variate=at_reference.control_variate(objective.source.batch_size, chosen.init_loss),
         evaluates_reference=at_reference.pairing == "draws",
         start=prepared.start,
@@ -994,6 +1053,10 @@ class _Ending:
 
     def _reason_to_end(self, sampled: Sampled) -> str:
         result = report(self._prepared, self._chosen, sampled)
+        if not self._chosen.nbeta:  # λ̂ is known: it is the draws that somebody wants
+            if not result.kept_draws.size:
+                return "diverged"
+            return "target" if (result.diagnostics["ess_bulk"] or 0.0) >= _PRIOR_ESS else ""
         codes = {warning.code for warning in result.warnings}
         if not result.kept_draws.size:
             return "diverged"
@@ -1013,7 +1076,7 @@ def sensitivity_of(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> Sens
     start = sampled.traces.ends
     if sampled.interrupted or start is None:
         return None
-    sampler, _ = _completed(settings, chosen)
+    sampler, _ = completed(settings, chosen)
     if sampler.kind == "metropolis" and vars(sampler)["adapt_steps"]:
         last = sampled.traces.steps["lr"][:, sampled.until - 1]
         last = last[np.isfinite(last)]
@@ -1075,10 +1138,7 @@ class _RunMonitor(Monitor):
             by_need = self._prepared.settings.by_need
             steps = slice(max(self._schedule.num_burnin, t.step // 2 if by_need else 0), t.step)
             if t.step > steps.start:
-                rows = _corrected(t, chosen, steps)
-                if REFERENCE_LOSS in t.steps:
-                    rows = rows - np.nan_to_num(t.steps[REFERENCE_LOSS][:, steps], nan=chosen.init_loss)
-                    rows += chosen.init_loss
+                rows = losses_of_draws(t, chosen, steps)
                 means += [float(row.mean()) for row in rows if np.isfinite(row).all()]
         return chosen.nbeta * (float(np.mean(means)) - chosen.init_loss) if means else math.nan
 
@@ -1087,10 +1147,21 @@ class _RunMonitor(Monitor):
 
     def snapshot(self, traces: list[Traces]) -> None:
         self.report(lambda: traces, sum(t.step * len(t.chains) for t in traces))
+        if self._prepared.recorder is not None:
+            self._prepared.recorder.snapshot(traces)
         if self._prepared.keeper is not None:
             chosen = dataclasses.asdict(self._chosen)
             saved = Saved(dict(self._prepared.identity), chosen, vars(self._schedule), traces, self._prepared.reference)
             self._prepared.keeper.save(saved)
+
+
+def losses_of_draws(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
+    """The losses of these steps that λ̂ is made of, ``[chain, step]``, about L(w*) as it was before the draws."""
+    rows = _corrected(traces, chosen, steps)
+    if REFERENCE_LOSS in traces.steps:
+        rows = rows - np.nan_to_num(traces.steps[REFERENCE_LOSS][:, steps], nan=chosen.init_loss)
+        rows += chosen.init_loss
+    return rows
 
 
 def _corrected(traces: Traces, chosen: Chosen, steps: slice = slice(None)) -> NDArray[np.float64]:
@@ -1118,7 +1189,7 @@ def may_begin_again(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> boo
 def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     """The result, examined."""
     settings, objective, run = prepared.settings, prepared.objective, sampled.run
-    sampler, planned = _completed(settings, chosen)
+    sampler, planned = completed(settings, chosen)
     traces, schedule = _so_far(sampled, settings)
     planned = schedule if settings.by_need else planned
     losses = _corrected(traces, chosen).copy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,6 +166,16 @@ class TokenLoss:
         )
         return losses.view(ids.shape).sum(1) / self.mean_tokens
 
+    def by_token(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The cross-entropy of each token but the first, ``[batch, length − 1]``; NaN where it is not predicted."""
+        logits, targets = self.call(model, batch["input_ids"].long())[:, :-1], next_tokens(batch)[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view(targets.shape).masked_fill(targets == IGNORED, math.nan)
+
+    def as_minibatch(self, batch: Batch) -> Batch:
+        """A batch of the user's, as loaders give them, as this loss takes it."""
+        return loaded_batch(batch)
+
     @property
     def settings(self) -> dict[str, Any]:
         """What a result's settings say of it."""
@@ -312,7 +323,7 @@ def token_source(
     call = ModelCall(model)
     check_kind(data)
     if is_loader(data):
-        source = make_source(data, batch_size, device, pairs=False, check=_loaded_batch, **options)
+        source = make_source(data, batch_size, device, pairs=False, check=loaded_batch, **options)
         return source, TokenLoss(call, *_counted(source))
     sequences = _Sequences.of(data)
     _check_fits(model, sequences)
@@ -336,7 +347,7 @@ def _counted(source: DataSource) -> tuple[float, int | None]:
     return tokens / sequences, round(tokens) if is_whole else None
 
 
-def _loaded_batch(batch: Batch) -> dict[str, Tensor]:
+def loaded_batch(batch: Batch) -> dict[str, Tensor]:
     """A batch of a loader's, with sequences padded on the right, and labels that say what is predicted."""
     if isinstance(batch, Mapping):
         columns = {name: batch[name] for name in _COLUMNS if batch.get(name) is not None}

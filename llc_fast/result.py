@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -164,7 +164,10 @@ class LLCResult:
 
     @property
     def excess_trace(self) -> NDArray[np.float64]:
-        """nβ·(L − L(w*)) of every step, ``[chain, step]``; L(w*) is that of the same minibatch where it is known."""
+        """nβ·(L − L(w*)) of every step, ``[chain, step]``; L(w*) is that of the same minibatch where it is known.
+
+        With nβ = 0 it is 0, and so is λ̂: see `loss_trace` for what the draws lose.
+        """
         reference = self.traces.get("reference_loss")
         at_reference = self.init_loss if reference is None else np.where(np.isnan(reference), self.init_loss, reference)
         trace: NDArray[np.float64] = self.nbeta * (self.loss_trace - at_reference)
@@ -277,8 +280,13 @@ class LLCResult:
 
     @property
     def relative_error(self) -> float:
-        """The total error of λ̂ over λ̂: the standard error, plus what λ̂ likely lacks (`extrapolated` − `llc_mean`)."""
+        """The total error of λ̂ over λ̂: the standard error, plus what λ̂ likely lacks (`extrapolated` − `llc_mean`).
+
+        At nβ = 0, where λ̂ is known, it is 0.
+        """
         llc = abs(self.llc_mean)
+        if not self.nbeta:
+            return 0.0 if len(self.kept_draws) else math.inf
         return (self.llc_stderr + abs(self.extrapolated - self.llc_mean)) / llc if llc > 0 else math.inf
 
     def interval(self, prob: float = 0.95) -> tuple[float, float]:
@@ -295,6 +303,15 @@ class LLCResult:
         half = error.quantile(prob) * error.value
         return self.llc_mean - half - below, self.llc_mean + half + above
 
+    @property
+    def _mean_excess(self) -> float:
+        """The mean of L − L(w*) over the draws that λ̂ is the mean of."""
+        if self.nbeta:
+            return self.llc_mean / self.nbeta
+        chains, length = self._kept
+        excess = replace(self, nbeta=1.0).llc_trace[chains, :length]
+        return float(excess.mean()) if excess.size else math.nan
+
     # ---- for people --------------------------------------------------------------------------------------------
 
     def summary(self) -> str:
@@ -309,12 +326,15 @@ class LLCResult:
         below, above = self.systematic_error
         grows = f" (sampling) +{above:.2g}/−{below:.2g} (slow directions; extrapolated {self.extrapolated:.4g}; 95 % "
         error = grows if below or above else " (standard error; 95 % "
+        estimate = f"λ̂ = {self.llc_mean:.4g} ± {self.llc_stderr:.2g}{error}interval {low:.4g} to {high:.4g})"
+        if not self.nbeta:
+            estimate = "λ̂ = 0 by definition: nβ = 0, and localization alone was sampled"
         lines = [
-            f"λ̂ = {self.llc_mean:.4g} ± {self.llc_stderr:.2g}{error}interval {low:.4g} to {high:.4g})",
+            estimate,
             f"{len(draws)} chains × {draws.shape[1] if len(draws) else 0} draws"
             + (f" ({diverged} diverged)" if diverged else "")
             + (" (interrupted)" if self.is_partial else "")
-            + f", L(w*) = {self.init_loss:.6g}, {self.llc_mean / self.nbeta:+.2g} at the draws, nβ = {self.nbeta:.6g}",
+            + f", L(w*) = {self.init_loss:.6g}, {self._mean_excess:+.2g} at the draws, nβ = {self.nbeta:.6g}",
         ]
         if tokens := self._tokens():
             lines.append(tokens)
@@ -363,6 +383,8 @@ class LLCResult:
 
     def _scale(self) -> str:
         """A sentence about γ."""
+        if not self.nbeta:
+            return f"draws of w are from N(w*, 1/γ) with γ = {self.settings.get('localization', math.nan):.4g}"
         gamma, reach = self.settings.get("localization", math.nan), self.diagnostics.get("reach")
         slope, error = (self.diagnostics.get(k) for k in ("localization_slope", "localization_slope_stderr"))
         width = "" if reach is None else f", a prior width of {reach:.2g} times the root mean square weight"

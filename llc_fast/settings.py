@@ -178,10 +178,10 @@ class Settings:
             object.__setattr__(self, name, check_integer(name, value, minimum))
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        for name in ("lr", "nbeta", "max_seconds"):
+        for name in ("lr", "max_seconds"):
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_number(name, number, minimum=0, exclusive=True))
-        for name in ("localization", "target_error"):
+        for name in ("nbeta", "localization", "target_error"):
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_number(name, number, minimum=0))
         check_number("checkpoint_interval", self.checkpoint_interval, minimum=0)
@@ -207,6 +207,19 @@ class Settings:
                 f"bias_correction=True is not possible with sampler={template.name!r}"
                 + (free if template.supports_bias_correction else "")
             )
+        if self.nbeta == 0:
+            self._check_prior()
+
+    def _check_prior(self) -> None:
+        """Raise ValueError for what needs a loss, if localization alone is sampled."""
+        if self.localization == 0:
+            raise ValueError(
+                "localization=0 with nbeta=0 is no distribution: pass a localization above 0, the precision of the "
+                "Gaussian around w* that chains then sample"
+            )
+        for name, why in _NEED_LOSS.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is not possible with nbeta=0: {why}")
 
     # ---- the sampler ---------------------------------------------------------------------------------------
 
@@ -267,6 +280,8 @@ class Settings:
 
     @property
     def wants_bias_correction(self) -> bool:
+        if self.nbeta == 0:
+            return False
         if self.bias_correction is None:
             return self.lr is None and _can_be_corrected(self._template)
         return bool(self.bias_correction)
@@ -393,6 +408,12 @@ class Settings:
         }
 
 
+_NEED_LOSS = {
+    "bias_correction": "bias is a share of nβ·(L − L(w*)), which is 0",
+    "sensitivity": "λ̂ is 0 at any localization",
+    "refine": "the minimum of localization alone is w* itself",
+}
+"""Options that localization alone has no use for, and why."""
 _COUNTS = {
     "num_chains": 1,
     "num_draws": 1,

@@ -177,9 +177,7 @@ def test_bias_of_every_step(name: str) -> None:
         seen[draw.chain].append({k: p.clone() for k, p in draw.params.items()} | {"": [t.clone() for t in draw.batch]})
         return 0.0
 
-    plan = make_plan(
-        objective, sampler, 2, strategy=case["strategy"], release_gradients=case["release"], has_observables=True
-    )
+    plan = make_plan(objective, sampler, 2, strategy=case["strategy"], release_gradients=case["release"])
     assert plan.release == bool(case["release"])
     found = run_chains(
         RunSpec(objective, sampler, Schedule(steps, 0), plan, seed=3, observables={"keep": keep}), range(2)

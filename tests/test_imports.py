@@ -13,13 +13,13 @@ import llc_fast
 PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
-    ("samplers", "batches", "loaders", "data", "traces", "weights"),
+    ("samplers", "batches", "loaders", "data", "traces", "weights", "store"),
     ("objective", "result", "plots", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
-    ("calibration", "twins", "cost", "progress", "settings", "checks"),
+    ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
     ("estimate",),
-    ("sweep", "grid"),
+    ("sweep", "grid", "sampling"),
     ("reproduce",),
     ("cli",),
 )

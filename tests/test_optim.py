@@ -799,7 +799,7 @@ def test_training_loop() -> None:
         ("lr", math.inf, ValueError, r"lr must be finite, got inf"),
         ("lr", "0.1", TypeError, r"lr must be a number, got '0\.1'"),
         ("lr", True, TypeError, r"lr must be a number, got True"),
-        ("nbeta", 0, ValueError, r"nbeta must be greater than 0, got 0"),
+        ("nbeta", -1, ValueError, r"nbeta must be at least 0, got -1"),
         ("nbeta", math.inf, ValueError, r"nbeta must be finite, got inf"),
         ("nbeta", None, TypeError, r"nbeta must be a number, got None"),
         ("localization", -2.0, ValueError, r"localization must be at least 0, got -2"),

@@ -96,7 +96,9 @@ def test_the_unspoiled_call_gets_as_far_as_sampling() -> None:
     ids=str,
 )
 def test_positive_numbers(name: str, value: Any, error: type[Exception], said: str) -> None:
-    """lr and nbeta are positive finite numbers; the message has the argument's name and the value."""
+    """lr is a positive finite number, and so is nbeta or 0; the message has the argument's name and the value."""
+    if name == "nbeta" and said == "got 0":
+        pytest.skip("localization alone")
     _refused(error, name, said, **{name: value})
 
 

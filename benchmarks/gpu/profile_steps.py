@@ -104,11 +104,18 @@ def rows_of(watch: Watch) -> list[dict[str, Any]]:
     wall = 1e6 * watch.seconds / max(watch.steps, 1)
     rows = [{"kernel": "a step, wall time", "µs a step": wall, "a step": None, "share": None}]
     busy = sum(times.values()) / max(watch.steps, 1)
-    rows.append({"kernel": "busy", "µs a step": busy, "a step": len(events) / max(watch.steps, 1), "share": busy / wall})
+    rows.append(
+        {"kernel": "busy", "µs a step": busy, "a step": len(events) / max(watch.steps, 1), "share": busy / wall}
+    )
     for name, taken in times.most_common(SHOWN):
         per_step = taken / watch.steps
         rows.append(
-            {"kernel": name[:110], "µs a step": per_step, "a step": counts[name] / watch.steps, "share": per_step / wall}
+            {
+                "kernel": name[:110],
+                "µs a step": per_step,
+                "a step": counts[name] / watch.steps,
+                "share": per_step / wall,
+            }
         )
     return rows
 

@@ -1,19 +1,21 @@
-"""A whole step as one CUDA graph."""
+"""A whole step as one CUDA graph, or as two with observables between them."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from llc_fast.chains.step_checks import StepChecks
+from llc_fast.data import Batch
 from llc_fast.gradients.minibatches import Feed, paired
 from llc_fast.gradients.replay import NotReplayableError
 from llc_fast.gradients.strategies import Gradient, check_replay
 from llc_fast.objective.control_variate import ControlVariate
+from llc_fast.objective.objective import Evaluation
 from llc_fast.samplers.state import ChainState
 from llc_fast.support.errors import first_line
 from llc_fast.traces import LOSS
@@ -21,6 +23,9 @@ from llc_fast.traces import LOSS
 
 class CapturedStep:
     """A whole step as one CUDA graph: indices, minibatch, gradient, loss, update, step count.
+
+    With observables it is two, which are replayed one after the other: the second one is the update. At a draw the
+    observables run between them, where the chain is at the parameters of the loss. The kernels are the same.
 
     Autograd sends a parameter's gradient to the stream in which the parameter was first used, for as long as anybody
     holds a graph of that use. If that is the default stream, no capture survives it. So older graphs are forgotten
@@ -32,6 +37,7 @@ class CapturedStep:
         control_variate: subtracted from losses; None: nothing.
         traces: the loss and what transitions return, float64 ``[chain, step]`` each, on the device.
         start: the first step.
+        observe: called between evaluation and move with step, evaluation and minibatch; None: nobody looks.
 
     Raises:
         NotReplayableError: the step waits for the GPU, or its replay does not do what the step itself does.
@@ -46,20 +52,33 @@ class CapturedStep:
         control_variate: ControlVariate | None,
         traces: Mapping[str, Tensor],
         start: int,
+        observe: Callable[[int, Evaluation, Batch], None] | None = None,
     ) -> None:
         self._feed, self._checks, losses = feed, checks, traces[LOSS]
+        self._observe = observe
         self._step = torch.full((), start, dtype=torch.int64, device=losses.device)
         grads: list[Tensor] = []
 
-        def body() -> None:
-            evaluation = gradient.evaluate(feed(0, self._step))
-            values = {LOSS: paired(evaluation.loss, control_variate, feed, 0)}
+        def evaluate() -> None:
+            self._batch = feed(0, self._step)
+            self._evaluation = gradient.evaluate(self._batch)  # kept: observables read it, and it is the graph's memory
+            record(LOSS, paired(self._evaluation.loss, control_variate, feed, 0))
             grads[:] = gradient.gradients()
+
+        def move() -> None:
             state.move(grads, 0, self._step)
-            values |= state.info()
-            for name, trace in traces.items():
-                trace.index_copy_(1, self._step.reshape(1), values[name].to(trace.dtype).reshape(-1, 1))
+            for name, value in state.info().items():
+                if name in traces:
+                    record(name, value)
             self._step += 1
+
+        def record(name: str, value: Tensor) -> None:
+            trace = traces[name]
+            trace.index_copy_(1, self._step.reshape(1), value.to(trace.dtype).reshape(-1, 1))
+
+        def body() -> None:
+            evaluate()
+            move()
 
         def rewind(arrays: Mapping[str, Tensor]) -> None:
             self._step.fill_(start)
@@ -84,11 +103,17 @@ class CapturedStep:
         fresh = [losses[:, start].clone(), *(g.clone() for g in grads)]
 
         rewind(elsewhere)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=side):
-            body()
+        self._graphs = [torch.cuda.CUDAGraph()]
+        with torch.cuda.graph(self._graphs[0], stream=side):
+            (body if observe is None else evaluate)()
+        if observe is not None:
+            self._graphs.append(torch.cuda.CUDAGraph())
+            # In the memory of the first one, which is replayed before it each time.
+            with torch.cuda.graph(self._graphs[1], pool=self._graphs[0].pool(), stream=side):
+                move()
         state.send_addresses()
-        self._graph.replay()
+        for graph in self._graphs:
+            graph.replay()
         check_replay([losses[:, start], *grads], fresh)
         rewind(begin)
         for trace in traces.values():
@@ -97,7 +122,10 @@ class CapturedStep:
     def __call__(self, step: int) -> None:
         if step in self._checks.places:
             self._checks.take(step, self._feed(step))
-        self._graph.replay()
+        self._graphs[0].replay()
+        if self._observe is not None:
+            self._observe(step, self._evaluation, self._batch)
+            self._graphs[1].replay()
 
 
 @contextlib.contextmanager

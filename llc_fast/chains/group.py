@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llc_fast.chains.cuda_graph import CapturedStep
-from llc_fast.chains.draw import Draw, Observable, Observables
+from llc_fast.chains.draw import Draw, Evaluator, Observable, Observables
 from llc_fast.chains.metropolis import Metropolis
 from llc_fast.chains.step_checks import StepChecks, check_steps
 from llc_fast.data import Batch, map_tensors, mix
@@ -50,6 +50,7 @@ class RunSpec:
         plan: the strategy, see :func:`llc_fast.gradients.plan.make_plan`.
         seed: of noise, batch order and whatever the model itself draws.
         observables: functions of every draw, by name.
+        watch: called at every draw, by one thread at a time; None: nobody watches.
         control_variate: subtracted from the loss of every minibatch before it is recorded; None: nothing.
         evaluates_reference: whether the minibatches of draws are evaluated at w* too.
         start: where chains start, as w − w* by parameter, a row for each chain; None: at w*.
@@ -65,6 +66,7 @@ class RunSpec:
     plan: Plan
     seed: int
     observables: Mapping[str, Observable] = field(default_factory=dict)
+    watch: Callable[[Draw], None] | None = None
     control_variate: ControlVariate | None = None
     evaluates_reference: bool = False
     start: Mapping[str, NDArray[Any]] | None = None
@@ -120,6 +122,8 @@ class Group:
         objective.generators.seed(mix(spec.seed, first))  # what a model with dropout draws from
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
+        self._evaluator = Evaluator(objective, self._buffers)
+        self._params: dict[int, dict[str, Tensor]] = {}
         self.state.start(first, spec.seed)
         with self._refusals():
             gradient, self.note = make_gradient(
@@ -148,14 +152,14 @@ class Group:
         on_device = _OnDevice(traces, objective.device) if objective.device.type != "cpu" else None
         self._on_device = on_device
         self._step: Callable[[int], None]
+        observe = self._observe if observables or spec.watch is not None else None
         if spec.plan.strategy == "cuda-graph":
             assert on_device is not None
             with self._refusals(), torch.cuda.device(objective.device):  # which need not be the current one
                 self._step = CapturedStep(
-                    self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start
+                    self.state, self._feed, gradient, checks, spec.control_variate, on_device.steps, start, observe
                 )
         else:
-            observe = self._observe if observables else None
             at_draws = _AtDraws(spec, gradient) if spec.evaluates_reference else None
             parts = (transition, self._feed, checks, spec.control_variate, at_draws, observe, guard)
             self._step = HostStep(traces.steps, *parts) if on_device is None else DeviceStep(on_device.steps, *parts)
@@ -206,7 +210,9 @@ class Group:
         if (draw := self._spec.schedule.draw_at(step)) is None:
             return
         shared = self._feed.is_shared or len(self.traces.chains) == 1
-        with self._model:  # observables may call the model too
+        generators = self._spec.objective.generators
+        as_they_were = generators.kept() if self._draws_numbers else contextlib.nullcontext()
+        with self._model, as_they_were:  # observables may call the model too
             for row, chain in enumerate(self.traces.chains):
                 seen = Draw(
                     chain,
@@ -214,10 +220,19 @@ class Group:
                     step,
                     evaluation.loss[row],
                     None if evaluation.samples is None else evaluation.samples[row],
-                    {name: p.detach() for name, p in self.state.single(row).items()},
+                    self._params_of(row),
                     batch if shared else _row(batch, row),
+                    self._evaluator,
                 )
                 self._observables.record(seen, self.traces)
+                if self._spec.watch is not None:
+                    self._spec.watch(seen)
+
+    def _params_of(self, row: int) -> dict[str, Tensor]:
+        """The memory of a chain, which stays where it is."""
+        if row not in self._params:
+            self._params[row] = {name: p.detach() for name, p in self.state.single(row).items()}
+        return dict(self._params[row])
 
     # ---- what is handed out --------------------------------------------------------------------------------
 
@@ -260,13 +275,18 @@ class Group:
         if not self.is_done or self._spec.keep_state:
             traces.state = {name: _numpy(t, copy) for name, t in self._arrays().items()}
 
+    @property
+    def _draws_numbers(self) -> bool:
+        """Whether the chains draw from generators that the user's code draws from, too."""
+        return self._spec.objective.trial.is_random or not self._feed.is_pure
+
     def _arrays(self) -> dict[str, Tensor]:
         """Where the chains are: all that changes from step to step."""
         trial = self._spec.objective.trial
         tensors = self.state.arrays()
         if trial.writes_buffers:  # as bytes: NumPy does not have all of their dtypes
             tensors |= {f"buffer.{k}": b.reshape(1, -1).view(torch.uint8) for k, b in self._buffers.items()}
-        if trial.is_random or not self._feed.is_pure:
+        if self._draws_numbers:
             generators = self._spec.objective.generators
             tensors["generators"] = encode(generators.states()).repeat(len(self.traces.chains), 1)
         return tensors

@@ -243,9 +243,7 @@ class _Driver:
                 if plan.is_given:
                     raise cause from None
                 failed[plan.strategy] = f"{STRATEGIES[plan.strategy].may_refuse} failed: {error}"
-                plan = make_plan(
-                    spec.objective, spec.sampler, len(chains), has_observables=bool(spec.observables), failed=failed
-                )
+                plan = make_plan(spec.objective, spec.sampler, len(chains), failed=failed)
                 spec = dataclasses.replace(spec, plan=plan)
 
     def _behind(self) -> list[_Slot]:

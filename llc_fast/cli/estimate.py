@@ -197,8 +197,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return found
 
 
-def problem_of(where: str) -> Any:
-    """(model, data, loss_fn) from FILE.py:FUNCTION or package.module:FUNCTION.
+def problem_of(where: str, wanted: Sequence[str] = ("model", "data", "loss_fn")) -> Any:
+    """(model, data, loss_fn), or what else is wanted, from FILE.py:FUNCTION or package.module:FUNCTION.
 
     The file sees what it would see if it were run as ``python FILE.py``, but for its ``__name__``: its folder comes
     first in ``sys.path``, and ``sys.argv`` is its own path alone. `sys.argv` is put back; `sys.path` is not, since a
@@ -221,9 +221,9 @@ def problem_of(where: str) -> Any:
         found = function()
     finally:
         sys.argv = before
-    if not isinstance(found, tuple) or len(found) != 3:
+    if not isinstance(found, tuple) or len(found) != len(wanted):
         raise typer.BadParameter(
-            f"{name}() must return (model, data, loss_fn), got {_described(found)}", param_hint="PROBLEM"
+            f"{name}() must return ({', '.join(wanted)}), got {_described(found)}", param_hint="PROBLEM"
         )
     return found
 

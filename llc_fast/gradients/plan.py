@@ -32,15 +32,14 @@ class Strategy:
     """One way to compute the gradients of chains.
 
     Attributes:
-        not_possible: why it can't run this objective with this sampler and, if the flag is set, observables, and what
-            to do instead; empty if it can.
+        not_possible: why it can't run this objective with this sampler, and what to do instead; empty if it can.
         steps_together: whether chains step together.
         keeps_gradients: whether all gradients are in memory at once.
         may_refuse: what fails, in words, if a model turns out not to suit the strategy, and another takes its place;
             empty: none does.
     """
 
-    not_possible: Callable[[Objective, Sampler, bool], str]
+    not_possible: Callable[[Objective, Sampler], str]
     steps_together: bool
     keeps_gradients: bool = True
     may_refuse: str = ""
@@ -108,12 +107,12 @@ def can_be_replayed(objective: Objective) -> bool:
     return stays and not (trial.is_random or writes or trial.has_hooks or trial.changes_itself)
 
 
-def _batched(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
+def _batched(objective: Objective, sampler: Sampler) -> str:
     reason = _one_by_one_because(objective, sampler)
     return reason and f'{reason}; use Execution(strategy="sequential")'
 
 
-def _compiled(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
+def _compiled(objective: Objective, sampler: Sampler) -> str:
     if objective.trial.writes_buffers:
         return 'the model writes to its buffers; use Execution(strategy="sequential")'
     if objective.trial.functional_problem:
@@ -123,15 +122,13 @@ def _compiled(objective: Objective, sampler: Sampler, has_observables: bool) -> 
     return ""
 
 
-def _captured(objective: Objective, sampler: Sampler, has_observables: bool) -> str:
-    if reason := _batched(objective, sampler, has_observables):
+def _captured(objective: Objective, sampler: Sampler) -> str:
+    if reason := _batched(objective, sampler):
         return reason
     if objective.device.type != "cuda":
         return f"it needs a CUDA device, got device={str(objective.device)!r}"
     if sampler.kind == "metropolis":
         return f'it is not made for sampler={sampler.name!r}; use Execution(strategy="batched")'
-    if has_observables:
-        return 'it can\'t stop for observables; use Execution(strategy="batched")'
     if not can_be_replayed(objective):
         return (
             "it can't read minibatches by the data set's own code; use Execution(strategy=\"batched\"), or give tensors"
@@ -160,7 +157,6 @@ def make_plan(
     *,
     strategy: str | None = None,
     release_gradients: bool | None = None,
-    has_observables: bool = False,
     failed: Mapping[str, str] | None = None,
 ) -> Plan:
     """Choose a strategy, or complete the one that was asked for.
@@ -179,10 +175,10 @@ def make_plan(
         possible = (
             name
             for name, known in STRATEGIES.items()
-            if name not in failed and not known.not_possible(objective, sampler, has_observables)
+            if name not in failed and not known.not_possible(objective, sampler)
         )
         strategy = "sequential" if release_gradients else _choice(objective, num_chains, set(possible))
-    elif reason := STRATEGIES[strategy].not_possible(objective, sampler, has_observables):
+    elif reason := STRATEGIES[strategy].not_possible(objective, sampler):
         raise ValueError(f"strategy={strategy!r} is not possible here: {reason}")
     release = _releases(objective, sampler, strategy, release_gradients)
 

@@ -28,7 +28,7 @@ from llc_fast.data import (
 from llc_fast.kernels.native import check_tensor
 from llc_fast.kernels.sharding import is_dtensor
 from llc_fast.objective.borrowed import BorrowedModel
-from llc_fast.objective.outputs import MODEL, OUTPUT, OWN, loss_in
+from llc_fast.objective.outputs import MODEL, OUTPUT, OWN, described, loss_in
 from llc_fast.objective.selection import select
 from llc_fast.objective.trial import MIN_CHECKS, try_out
 from llc_fast.support.fingerprint import digest
@@ -91,6 +91,25 @@ class _Evaluated(nn.Module):
         if self._takes_model:
             return loss_in(self._loss_fn(self.model, batch), MODEL)
         return loss_in(self._loss_fn(self.model(*batch[:-1]), batch[-1]), OUTPUT)
+
+    def outputs(self, batch: Batch) -> Any:
+        """What the model returns for a batch; of a loss that calls it, what it returned to that."""
+        if self._loss_fn is None:
+            return self.model(**batch)
+        if not self._takes_model:
+            return self.model(*batch[:-1])
+        found = list[Any]()
+        handle = self.model.register_forward_hook(lambda module, inputs, output: found.append(output))
+        try:
+            self._loss_fn(self.model, batch)
+        finally:
+            handle.remove()
+        if not found:
+            raise ValueError(
+                "loss_fn does not call the model as model(…), so that nobody sees what it returns: call the model that "
+                "loss_fn(model, batch) is given, not one of its methods or parts"
+            )
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _by_sample(self, batch: Batch) -> Tensor:
         """The loss of every sample as a batch of one; the model itself sees them together where it can."""
@@ -284,6 +303,37 @@ class Objective:
         with self._precision(), self._as_written():
             loss = self._module(batch)
         return self._reduced(loss, share)
+
+    def outputs(self, batch: Batch) -> Any:
+        """What the model returns for a batch, inside :meth:`holding`; of a loss that calls it, what that was given.
+
+        Raises:
+            ValueError: the loss function does not call the model itself.
+        """
+        with self.evaluating():
+            return self._module.outputs(batch)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside ``with``, in :meth:`holding`, what calls the model does so in the precision of the run."""
+        with self._precision(), self._as_written():
+            yield
+
+    def losses_of_one(self, batch: Batch) -> Tensor:
+        """The loss of every sample as a batch of one, ``[batch]``, inside :meth:`holding`; by ``torch.func.vmap``."""
+        with self.evaluating():
+            losses: Tensor = self._module(batch, True)
+        return losses
+
+    def as_minibatch(self, batch: Batch) -> Batch:
+        """A batch of the user's as the loss function is given those of the run."""
+        if (prepare := getattr(self.loss_fn, "as_minibatch", None)) is not None:
+            return prepare(batch)
+        if self.takes_model:
+            return batch
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise TypeError(f"batch must be (inputs…, target), as loss_fn takes it, got {described(batch)}")
+        return tuple(batch)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """Those of :meth:`loss` with respect to :attr:`targets`, in the same :meth:`holding` or another like it."""

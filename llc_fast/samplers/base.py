@@ -62,11 +62,12 @@ class Sampler:
     bounding_box_size: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "nbeta", "bounding_box_size"):
+        for name in ("lr", "bounding_box_size"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), minimum=0, exclusive=True)
-        if self.localization is not None:
-            check_number("localization", self.localization, minimum=0)
+        for name in ("nbeta", "localization"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), minimum=0)
         for name in ("weight_decay", "noise_level"):
             check_number(name, getattr(self, name), minimum=0)
 

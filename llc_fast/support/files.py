@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,12 +77,17 @@ def output_path(argument: str, path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write to; it takes the place of `path` when the block ends without an error.
 
     Several threads and processes may write to one path at once: each of them succeeds, and the last one's file stays.
     The file that is replaced hands on its permissions, and its owner where that is allowed. A symbolic link stays one:
     the file that it leads to is replaced.
+
+    Args:
+        path: of the file.
+        durable: wait until it is on the disk, so that a failure of power leaves it whole too; else call
+            :func:`make_durable` later, for many files at once.
 
     Raises:
         NotAFileError: there is a folder, a device, a pipe or a socket at `path`. It is an OSError and a ValueError.
@@ -96,18 +101,43 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             _hand_on(target, file.fileno())
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             _refuse_other_kinds(target)  # something else may have taken the name meanwhile
             os.replace(partial, target)
-        with contextlib.suppress(OSError):  # not every file system can; the rename itself is atomic
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if durable:
+            _sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def make_durable(paths: Iterable[Path]) -> None:
+    """Wait until these files are on the disk, with their names; those that are gone are left out.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    folders = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            folders.add(path.parent)
+    for folder in sorted(folders):
+        _sync_folder(folder)
+
+
+def _sync_folder(path: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can; the rename itself is atomic
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def remove_partial(*paths: Path) -> None:

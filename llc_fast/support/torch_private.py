@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _disabled_torch_function_impl
 from torch._C._autograd import _profiler_enabled
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -28,6 +29,18 @@ CPU_ATTENTION_COUNTED_AS = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
 """Attention on a CPU, which torch's table of floating-point operations leaves out, by its like in that table."""
+
+
+class PlainTensor(Tensor):
+    """A tensor with attributes of its own; what is computed from it, and its copies, are plain tensors."""
+
+    __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.detach().clone()
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

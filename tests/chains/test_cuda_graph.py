@@ -97,6 +97,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+_CAPTURED = set(OPTIONS) - {"released", "microbatches"}
+
+
 @pytest.mark.parametrize("what", OPTIONS)
 def test_every_option(what: str) -> None:
     """Whatever an estimate can be asked for comes out as on the CPU, chosen step sizes and draws included."""
@@ -104,11 +107,36 @@ def test_every_option(what: str) -> None:
     assert on_gpu.settings["lr"] == pytest.approx(on_cpu.settings["lr"], rel=1e-6)
     np.testing.assert_allclose(on_gpu.loss_trace, on_cpu.loss_trace, rtol=1e-5)
     assert on_gpu.llc_mean == pytest.approx(on_cpu.llc_mean, rel=1e-4, abs=1e-6)
+    assert on_gpu.settings["strategy"] == ("cuda-graph" if what in _CAPTURED else "sequential")
     for name, values in on_cpu.observables.items():
         np.testing.assert_allclose(on_gpu.observables[name], values, rtol=1e-6)
     for name, end in (on_cpu.ends or {}).items():
         assert on_gpu.ends is not None
         np.testing.assert_allclose(on_gpu.ends[name], end, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("between", [1, 3])
+@pytest.mark.parametrize("sampler", ["sgld", "rmsprop-sgld", "sghmc"])
+def test_observables_between_replays(sampler: str, between: int) -> None:
+    """A captured step stays captured, its chains have the bits of chains that nobody looks at, and observables see what
+    they see on the CPU: each draw's loss, parameters, minibatch, and evaluations of other batches."""
+    _, (x, y) = _problem("cpu")
+
+    def seen(draw: llc_fast.Draw) -> Tensor:
+        away = sum(p.square().sum() for p in draw.params.values())
+        other = draw.loss((x[:7], y[:7]))  # on the CPU: it goes to the chain's device
+        each = draw.evaluate_samples((x[:3], y[:3]))
+        again = draw.loss(draw.batch) - draw.loss
+        return torch.stack([draw.loss, again, other, draw.outputs((x[:7], y[:7])).sum(), away, *each])
+
+    options: dict[str, Any] = {"sampler": sampler, "num_steps_bw_draws": between, "num_draws": 20, "num_burnin": 9}
+    plain = _estimate("cuda", **options)
+    watched = _estimate("cuda", observables={"seen": seen}, **options)
+    on_cpu = _estimate("cpu", observables={"seen": seen}, strategy="sequential", **options)
+    assert watched.settings["strategy"] == plain.settings["strategy"] == "cuda-graph"
+    assert np.array_equal(watched.loss_trace, plain.loss_trace)
+    assert all(np.array_equal(watched.traces[name], values) for name, values in plain.traces.items())
+    np.testing.assert_allclose(watched.observables["seen"], on_cpu.observables["seen"], rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", ["cuda-graph", "sequential"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -182,3 +184,165 @@ def test_observables_see_the_minibatch_that_a_model_writes_to() -> None:
         before = x.clone()
         result = estimate(model, (x, y), batch_size=size, observables={"known": known})
         assert result.observables["known"].all() and torch.equal(x, before)
+
+
+# ---- evaluations at draws ----------------------------------------------------------------------------------
+
+
+def forward(draw: Draw, x: Tensor) -> Tensor:
+    hidden = torch.tanh(F.linear(x, draw.params["0.weight"], draw.params["0.bias"]))
+    return F.linear(hidden, draw.params["2.weight"], draw.params["2.bias"])
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("chains", [1, 3, 18])
+def test_evaluations_of_any_batch(chains: int, strategy: str) -> None:
+    """Loss, losses of samples and outputs of a batch that is none of the run's, at the draw's parameters."""
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(7, k, generator=generator, dtype=torch.float64) for k in (3, 1))
+    result = estimate(
+        mlp(),
+        strategy=strategy,
+        batch_size=5,
+        num_chains=chains,
+        observables={
+            "loss": lambda draw: draw.loss((x, y)),
+            "outputs": lambda draw: draw.outputs((x, y)),
+            "samples": lambda draw: draw.evaluate_samples((x, y)),
+            "again": lambda draw: draw.loss(draw.batch) - draw.loss,
+            "as arrays": lambda draw: draw.loss((x.numpy(), y.numpy())),
+            "by hand": lambda draw: forward(draw, x),
+        },
+    )
+    found = result.observables
+    errors = (found["by hand"] - y.numpy())[..., 0] ** 2
+    np.testing.assert_allclose(found["outputs"], found["by hand"], rtol=1e-12)
+    np.testing.assert_allclose(found["samples"], errors, rtol=1e-9)
+    np.testing.assert_allclose(found["loss"], errors.mean(axis=2), rtol=1e-9)
+    np.testing.assert_allclose(found["again"], 0, atol=1e-12)
+    assert np.array_equal(found["as arrays"], found["loss"])
+
+
+def test_the_loss_is_a_tensor_and_a_function() -> None:
+    """Whatever is done with it gives plain tensors; copies and files hold no more than the number."""
+    found: list[Draw] = []
+
+    def look(draw: Draw) -> float:
+        assert isinstance(draw.loss, Tensor) and draw.loss.shape == () and draw.sample_losses is not None
+        for value in (2 * draw.loss, draw.loss.clone(), draw.loss + draw.sample_losses, copy.deepcopy(draw.loss)):
+            assert type(value) is Tensor
+        assert pickle.loads(pickle.dumps(draw.loss)) == draw.loss.item() == float(draw.loss)
+        assert np.asarray(draw.sample_losses).shape == (5,)
+        same = draw.sample_losses(draw.batch)
+        torch.testing.assert_close(same, draw.sample_losses.clone())
+        moved = dataclasses.replace(draw, params={name: 0 * p for name, p in draw.params.items()})
+        torch.testing.assert_close(moved.loss(draw.batch), draw.batch[1].square().mean())
+        found.append(draw)
+        return 0.0
+
+    estimate(mlp(), loss_fn=sample_losses, batch_size=5, observables={"look": look})
+    assert len(found) == 30
+    by_hand = Draw(0, 0, 0, torch.ones(()), None, {}, None)
+    assert type(by_hand.loss) is Tensor
+    with pytest.raises(ValueError, match="draw can't be evaluated: it was not made by a run"):
+        by_hand.outputs(samples())
+
+
+class Noisy(torch.nn.Module):
+    """Dropout, statistics of batches, and a buffer that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+        self.drop = torch.nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.norm(torch.tanh(self.first(x)))))
+
+
+OTHERS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "smooth": (mlp, False),
+    "dropout and batch statistics": (lambda: Noisy().double().train(), False),
+    "in evaluation mode": (lambda: Noisy().double().eval(), False),
+    "from a loader": (mlp, True),
+}
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched", None])
+@pytest.mark.parametrize("what", OTHERS)
+def test_evaluations_leave_no_trace(what: str, strategy: str | None) -> None:
+    """The chains' bits, their random numbers, the statistics of their batches and the model are those of a run that
+    nobody looks at."""
+    make, is_loaded = OTHERS[what]
+    if strategy == "batched" and what in ("dropout and batch statistics", "from a loader"):
+        pytest.skip("not possible in a batch")
+    x, y = samples()
+    seen: list[Tensor] = []
+
+    def look(draw: Draw) -> Tensor:
+        torch.rand(3)
+        draw.outputs((x[:9], y[:9]))
+        draw.evaluate_samples((x[:4], y[:4]))
+        seen.append(draw.loss((x[:9], y[:9])))
+        return seen[-1]
+
+    def run(**options: Any) -> tuple[LLCResult, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = make()
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        data = DataLoader(TensorDataset(x, y), 6, shuffle=True) if is_loaded else (x, y)
+        result = estimate(model, data, strategy=strategy, batch_size=None if is_loaded else 6, **options)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        return result, before
+
+    plain, _ = run()
+    watched, _ = run(observables={"look": look})
+    assert np.array_equal(plain.loss_trace, watched.loss_trace)
+    assert all(np.array_equal(a, watched.traces[name], equal_nan=True) for name, a in plain.traces.items())
+    assert np.isfinite(watched.observables["look"]).all() and not any(t.requires_grad for t in seen)
+
+
+def test_evaluations_have_the_buffers_of_the_chain() -> None:
+    """In a model whose buffers move with its minibatches: those that the chain has at the draw, not the model's."""
+
+    class Counting(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.register_buffer("calls", torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) + 0 * self.calls
+
+    model = Counting().double()
+    counted: list[float] = []
+    model.register_forward_hook(lambda module, inputs, output: counted.append(float(module.calls)))
+    x, y = samples()
+
+    def look(draw: Draw) -> float:
+        counted.clear()
+        draw.outputs((x, y))
+        draw.loss((x, y))
+        assert counted == [draw.step + 2.0] * 2  # the chain's own call of this step was one more
+        return 0.0
+
+    estimate(model, num_chains=1, num_draws=4, num_burnin=2, observables={"look": look})
+    assert float(model.calls) == 0
+
+
+def test_outputs_of_losses_that_call_the_model() -> None:
+    """What the model returned to the loss; of several calls, all; and words for a loss that calls none."""
+    x, y = samples()
+
+    def twice(model: Any, batch: Any) -> Tensor:
+        return (model(batch[0]) - model(-batch[0]) - batch[1]).square().mean()
+
+    def around(model: Any, batch: Any) -> Tensor:
+        return F.mse_loss(model[2](torch.tanh(model[0](batch[0]))), batch[1])
+
+    found = estimate(mlp(), loss_fn=twice, observables={"all": lambda draw: torch.stack(draw.outputs((x, y)))})
+    assert found.observables["all"].shape == (2, 15, 2, NUM_SAMPLES, 1)
+    with pytest.raises(ValueError, match=r"loss_fn does not call the model as model\(…\)"):
+        estimate(mlp(), loss_fn=around, observables={"none": lambda draw: draw.outputs((x, y))})
+    with pytest.raises(TypeError, match=r"batch must be \(inputs…, target\), as loss_fn takes it, got Tensor"):
+        estimate(mlp(), observables={"none": lambda draw: draw.loss(x)})

@@ -117,6 +117,9 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         def replay(self) -> None:
             device.replay(self.number)
 
+        def pool(self) -> int:
+            return self.number
+
     @contextlib.contextmanager
     def graph(graph: Any, **_: Any) -> Iterator[None]:
         device.begin_capture()

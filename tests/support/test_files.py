@@ -14,7 +14,14 @@ import pytest
 from runs import Script
 
 from llc_fast.support import files
-from llc_fast.support.files import NotAFileError, atomic_write, output_path, partial_name, remove_partial
+from llc_fast.support.files import (
+    NotAFileError,
+    atomic_write,
+    make_durable,
+    output_path,
+    partial_name,
+    remove_partial,
+)
 
 
 def _write(path: Path, content: bytes = b"new") -> None:
@@ -228,3 +235,25 @@ def test_links_of_others_in_a_folder_for_all_are_the_kernels_to_refuse(tmp_path:
     with pytest.raises(PermissionError):
         _write(tmp_path / "link")
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_many_files_are_made_durable_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that did not wait for the disk when they were written; each of them, and each folder once."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    paths = [tmp_path / name for name in ("a", "b", "gone")]
+    for path in paths:
+        with atomic_write(path, durable=False) as file:
+            file.write(b"new")
+    assert synced == [] and [path.read_bytes() for path in paths] == [b"new"] * 3
+    paths[2].unlink()
+    make_durable(paths)
+    assert synced == [str(paths[0]), str(paths[1]), str(tmp_path)]
+    _write(paths[0])
+    assert len(synced) == 5

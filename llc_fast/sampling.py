@@ -1,0 +1,562 @@
+"""Sampling with probes: the loss of every probe sample at every draw, in a store, and the estimate of λ beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llc_fast.batches import Batch, DataSource, batch_length, leaves, split_batch
+from llc_fast.behavioral import Behavioral, BehavioralLoss, named_loss
+from llc_fast.calibration import Chosen
+from llc_fast.chains.draw import Draw
+from llc_fast.chains.processes import telling_early_failures
+from llc_fast.data import IndexedSource, is_loader, make_source
+from llc_fast.estimate import ARGUMENTS, Prepared, Recorder, Surroundings, completed, losses_of_draws, run_estimate
+from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, token_source
+from llc_fast.objective.objective import LossFunction, Objective
+from llc_fast.objective.per_sample import PER, Per, ProbeLoss, SampleLosses, sample_losses_for
+from llc_fast.result import LLCResult
+from llc_fast.samples import OURS, Probe, Samples, attributes, layout, save_result
+from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS, Settings, with_old_keywords
+from llc_fast.store import COMPLETED, SampleStore, Variable, read_attributes
+from llc_fast.support.files import plain
+from llc_fast.support.fingerprint import digest
+from llc_fast.support.optional import require
+from llc_fast.support.runtime import threads
+from llc_fast.support.warned import issue
+from llc_fast.traces import Traces
+
+_CHECKED = 2
+"""Minibatches of the run on which losses of single samples are compared with its loss."""
+_ORDER = 0x5EED
+"""Sets the seed of the probes' order apart from those of all chains."""
+_TOGETHER, _MOST_TOGETHER = 4, 4096
+"""Minibatches of a probe that pass the model at once, and samples at most."""
+_DTYPES = ("float32", "float16")
+
+
+def sample(
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | Behavioral | str | None,
+    *,
+    probes: Mapping[str, Any] | None = None,
+    per: Per = "sample",
+    store: str | os.PathLike[str] | None = None,
+    probe_dtype: str = "float32",
+    probe_loss: ProbeLoss | None = None,
+    **settings: Any,
+) -> Samples:
+    """Sample as :func:`llc_fast.estimate_llc` does, and take the losses of probes at every draw.
+
+    ``samples.llc()`` is the estimate of λ, with the same bits as that of estimate_llc with the same arguments.
+    ``samples.losses(name)`` are the losses of a probe, ``[chain, draw, sample]`` or ``[chain, draw, sample, token]``:
+    what influence functions and susceptibilities are made of.
+
+    Losses of single samples are those of the loss function, or of which its mean is one, see
+    :func:`llc_fast.objective.per_sample.sample_losses_for`; they are checked against the loss of the run at w* and
+    beside it. A model is evaluated as the chains have it at the draw: mode (train or eval), precision, and buffers.
+    The chains have the same bits with and without probes.
+
+    A store on disk survives: killed at any moment, the same call resumes, and the store ends with the same bytes as if
+    nothing had happened. Beside it is a checkpoint, ``<store>.checkpoint``, until the run is over. The same call after
+    that opens the store and samples nothing. Several processes write to the same store, each its own chains.
+
+    Args:
+        model, data, loss_fn: as for :func:`llc_fast.estimate_llc`.
+        probes: by name, data of whatever kind `data` may be; or pairs of data and a number k: k minibatches of them, in
+            a random order that is the same at every draw and follows `seed`, with their places in the data in
+            ``samples.dataset["indices_<name>"]``. They pass the model in batches of four minibatches of the run, or of
+            one where samples of a batch are not independent (dropout, batch statistics, microbatches).
+        per: ``"sample"``: a loss for each sample, the mean over what counts in it. ``"token"``: one for each of its
+            tokens; what does not count (padding, labels of −100) is NaN.
+        store: the folder of a Zarr store, which :meth:`llc_fast.Samples.open` reads; None: in memory, with no way to
+            resume.
+        probe_dtype: of the losses of probes in the store, ``"float32"`` or ``"float16"``.
+        probe_loss: ``probe_loss(model, batch)``, the losses ``[batch]`` or ``[batch, tokens]`` of which the loss of the
+            run is the mean, where they can't be had from `loss_fn`.
+        **settings: any other argument of :func:`llc_fast.estimate_llc` but ``checkpoint``. The length is a number of
+            draws, 2000 if ``num_draws`` is not given: ``target_error`` and other limits are not possible.
+
+    Returns:
+        The samples; of a run that was interrupted, what there is of them (``samples.is_partial``).
+
+    Raises:
+        TypeError, ValueError, PermissionError, MemoryError: as :func:`llc_fast.estimate_llc`; losses of single samples
+            can't be had; the store is of another run.
+        ModuleNotFoundError: zarr or xarray is not installed (``pip install "llc_fast[samples]"``).
+        OSError: the store can't be written.
+    """
+    _check_arguments(probes, per, probe_dtype, probe_loss, settings)
+    require("zarr", "samples")
+    require("xarray", "samples")
+    place = None if store is None else Path(os.fsdecode(store)).absolute()
+    known = {name: value for name, value in settings.items() if name in ARGUMENTS}
+    old = {name: value for name, value in settings.items() if name not in ARGUMENTS}
+    execution = settings.get("execution")
+    with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
+        if place is not None:
+            known["checkpoint"] = _checkpoint_of(place)
+        asked, loss = with_old_keywords(known, old, "sample"), named_loss(loss_fn)
+        asked = _with_length(asked)
+        surroundings = Surroundings(asked, model, data, loss)
+    recorder = _Recorder(dict(probes or {}), per, place, probe_dtype, probe_loss)
+    if surroundings.team.size > 1 and place is None:
+        raise ValueError("store=None keeps losses in the memory of one process, and there are several: give a path")
+    if place is not None and surroundings.team.size == 1 and not place.exists():
+        _forget(place)  # of a store that somebody has deleted
+    try:
+        result = run_estimate(asked, model, data, loss, surroundings, recorder)
+    except _AlreadyDoneError:
+        assert place is not None
+        if surroundings.team.rank == 0:
+            _forget(place)  # of a run that was killed at the very end
+        return Samples.open(place)
+    finally:
+        recorder.close()
+    if surroundings.team.rank == 0:
+        issue(result.warnings, stacklevel=2)
+    assert recorder.samples is not None
+    return recorder.samples
+
+
+def _check_arguments(
+    probes: object, per: object, probe_dtype: object, probe_loss: object, settings: Mapping[str, Any]
+) -> None:
+    """Raise TypeError or ValueError for what is wrong whatever model and data are."""
+    if probes is not None and not isinstance(probes, Mapping):
+        raise TypeError(f"probes must be a mapping from names to data, got {type(probes).__name__}")
+    for name in probes or ():
+        if not isinstance(name, str):
+            raise TypeError(f"probes must have names that are texts, got {name!r}")
+    if per not in PER:
+        raise ValueError(f'per must be "sample" or "token", got {per!r}')
+    if probe_dtype not in _DTYPES:
+        raise ValueError(f'probe_dtype must be "float32" or "float16", got {probe_dtype!r}')
+    if probe_loss is not None and not callable(probe_loss):
+        raise TypeError(f"probe_loss must be callable as probe_loss(model, batch), got {type(probe_loss).__name__}")
+    if settings.get("checkpoint") is not None:
+        raise TypeError("checkpoint is not an argument of sample(): a store has its own. Leave it out")
+    for name in LIMITS:
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"{name}={settings[name]} finds the length of the chains on the way, and a store has a fixed number of "
+                "draws: give num_draws instead"
+            )
+
+
+def _with_length(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, num_draws=DEFAULT_NUM_DRAWS) if settings.by_need else settings
+
+
+def _checkpoint_of(place: Path) -> Path:
+    return place.with_name(f"{place.name}.checkpoint")
+
+
+def _forget(place: Path) -> None:
+    """Delete the checkpoint of a store, of all processes."""
+    checkpoint = _checkpoint_of(place)
+    ours = re.compile(re.escape(checkpoint.name) + r"(\.rank[0-9]+)?", re.ASCII)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(place.parent):
+            if ours.fullmatch(name):
+                checkpoint.with_name(name).unlink(missing_ok=True)
+
+
+class _AlreadyDoneError(Exception):
+    """The store has the whole run."""
+
+
+# ---- probes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LoadedProbe:
+    """A probe on the device of the run.
+
+    Attributes:
+        probe: as the store has it.
+        batches: in the order of the samples.
+        init_losses: at w*, ``[sample]`` or ``[sample, token]``.
+        indices: places of the samples in the data; None: these are all, or a loader does not say.
+        input_ids: int64 ``[sample, token]``; None: there are none.
+    """
+
+    probe: Probe
+    batches: list[Batch]
+    init_losses: Tensor
+    indices: Tensor | None
+    input_ids: Tensor | None
+
+    def losses(self, losses_of: Callable[[Batch], Tensor]) -> Tensor:
+        """Of all samples, in memory of their own."""
+        return _joined([losses_of(batch) for batch in self.batches], self.probe.num_tokens)
+
+    @property
+    def identity(self) -> str:
+        """A digest of the samples."""
+        found = [leaf for batch in self.batches for leaf in leaves(batch)]
+        return digest((str(k), t) for k, t in enumerate(found) if isinstance(t, Tensor))
+
+    def variables(self) -> list[Variable]:
+        """Beyond those of :func:`llc_fast.samples.layout`."""
+        batch, found = f"batch_{self.probe.id}", list[Variable]()
+        if self.indices is not None:
+            found.append(Variable(f"indices_{self.probe.id}", (batch,), (len(self.indices),), "int64", False))
+        if self.input_ids is not None and self.probe.num_tokens is None:
+            dims, shape = (batch, f"token_{self.probe.id}"), tuple(self.input_ids.shape)
+            found.append(Variable(f"input_ids_{self.probe.id}", dims, shape, "int64", False))
+        return found
+
+
+def _joined(losses: list[Tensor], num_tokens: int | None) -> Tensor:
+    """One tensor, padded with NaN to so many tokens."""
+    if num_tokens is not None:
+        losses = [
+            t if t.shape[1] == num_tokens else nn.functional.pad(t, (0, num_tokens - t.shape[1]), value=torch.nan)
+            for t in losses
+        ]
+    return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+
+def _source_of(objective: Objective, data: Any) -> DataSource:
+    """A probe's data as the run's loss takes them."""
+    size, loss_fn, device = objective.source.batch_size, objective.loss_fn, objective.device
+    size = None if is_loader(data) else size  # a loader decides
+    takes_tokens = isinstance(loss_fn, TokenLoss) or (isinstance(loss_fn, BehavioralLoss) and loss_fn.has_tokens)
+    if takes_tokens:
+        return token_source(NextToken(), objective.model, data, size, device)[0]
+    data = columns_of_own_loss(objective.model, data) if loss_fn is None else data
+    return make_source(data, size, device, pairs=not objective.takes_model)
+
+
+def _batches_of(
+    name: str, source: DataSource, count: int | None, seed: int, together: int
+) -> tuple[list[Batch], Tensor | None]:
+    """The batches of a probe, and where its samples are in the data.
+
+    Args:
+        name: of the probe.
+        source: its data.
+        count: how many batches of the run's size; None: all data.
+        seed: of their order.
+        together: samples that pass the model at once, at most; a loader's batches are not joined.
+
+    Raises:
+        ValueError: there are not as many; the data have no end.
+    """
+    if isinstance(source, IndexedSource):
+        n, size = source.num_samples or 0, source.batch_size or 1
+        if count is None:
+            order = torch.arange(n)
+        elif count * size > n:
+            raise ValueError(
+                f"probes[{name!r}] has {n} samples, fewer than {count} batches of {size}: give {max(1, n // size)} or "
+                "fewer, or the data alone, for all of them"
+            )
+        else:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed((seed + _ORDER) % 2**63))[: count * size]
+        device = source.index_buffer(1).device
+        pieces = [source.gather(some.to(device)) for some in torch.split(order, together)]
+        return pieces, None if count is None else order
+    if count is None and source.sampling.num_batches is None:
+        raise ValueError(f"probes[{name!r}] has no end: give ({name}, k), for k batches")
+    found = list(itertools.islice((batch for batch, _ in source.full(seed=seed)), count))
+    if count is not None and len(found) < count:
+        raise ValueError(f"probes[{name!r}] gives {len(found)} batches, fewer than {count}: give as many or fewer")
+    return [piece for batch in found for piece, _ in split_batch(batch, together)], None
+
+
+def _spec_of(name: str, given: Any) -> tuple[Any, int | None]:
+    """Data, and how many batches of them."""
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], (int, np.integer)):
+        if isinstance(given[1], bool) or given[1] < 1:
+            raise ValueError(f"probes[{name!r}] must have at least 1 batch, got {given[1]}")
+        return given[0], int(given[1])
+    return given, None
+
+
+def _ids_in(batches: list[Batch], num_tokens: int | None) -> Tensor | None:
+    """The tokens of sequences, padded with 0; None: these are no sequences, or the losses are of something else."""
+    if not all(isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor) for batch in batches):
+        return None
+    ids = [batch["input_ids"].long() for batch in batches]
+    width = max(t.shape[-1] for t in ids)
+    if any(t.ndim != 2 for t in ids) or (num_tokens is not None and width != num_tokens + 1):
+        return None
+    return torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in ids])
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+class _Recorder(Recorder):
+    """Writes what the run leaves behind to a store.
+
+    Args:
+        probes: as they were given.
+        per: of losses.
+        place: of the store; None: in memory.
+        dtype: of the losses of probes.
+        probe_loss: the user's.
+
+    Attributes:
+        samples: at the end.
+    """
+
+    def __init__(
+        self, probes: dict[str, Any], per: Per, place: Path | None, dtype: str, probe_loss: ProbeLoss | None
+    ) -> None:
+        self._given, self._per, self._place, self._dtype, self._probe_loss = probes, per, place, dtype, probe_loss
+        self._probes: list[_LoadedProbe] = []
+        self._losses: SampleLosses | None = None
+        self._store: SampleStore | None = None
+        self._identity: dict[str, Any] = {}
+        self._draws_written: dict[int, int] = {}
+        self.samples: Samples | None = None
+
+    def close(self) -> None:
+        """Whatever happens: the store's thread ends."""
+        if self._store is not None:
+            with contextlib.suppress(OSError):  # of which the run has heard
+                self._store.close()
+
+    # ---- before the chains -----------------------------------------------------------------------------------
+
+    def look(self, prepared: Prepared) -> None:
+        objective, settings, team = prepared.objective, prepared.settings, prepared.surroundings.team
+        self._team = team
+        # Without gradients four minibatches need less memory than one with them; of some models they are the function.
+        mixes = prepared.mode.batch_statistics or prepared.mode.random_modules or objective.trial.writes_buffers
+        size = objective.source.batch_size or batch_length(next(_minibatches(objective, settings.seed)))
+        together = objective.microbatch_size or (size if mixes else max(size, min(_MOST_TOGETHER, _TOGETHER * size)))
+        with threads(prepared.plan.num_threads), objective.generators.kept(), objective.at_reference():
+            loaded = {
+                name: _batches_of(name, _source_of(objective, data), count, settings.seed, together)
+                for name, (data, count) in ((name, _spec_of(name, given)) for name, given in self._given.items())
+            }
+            if loaded:
+                first = [batches[0] for batches, _ in loaded.values()]
+                checked = [*_minibatches(objective, settings.seed), *first]
+                self._losses = sample_losses_for(objective, self._per, checked, self._probe_loss)
+            self._probes = [self._loaded(objective, name, *found) for name, found in loaded.items()]
+        self._identity = plain(
+            {
+                **prepared.identity,
+                "probes": {probe.probe.name: probe.identity for probe in self._probes},
+                "per": self._per,
+                "probe_dtype": self._dtype,
+                "sample_losses": None if self._losses is None else self._losses.name,
+            }
+        )
+        state = self._state_of_store(prepared)
+        if team.size > 1:  # all see the same, or none goes on
+            state = team.gather(state)[0]
+        if state == "completed":
+            raise _AlreadyDoneError
+        if state == "none" and prepared.saved is not None:
+            raise ValueError(
+                f"store={str(self._place)!r} does not exist, but its checkpoint does: delete the files beside it that "
+                "begin with its name to start again, or give another path"
+            )
+
+    def _loaded(self, objective: Objective, name: str, batches: list[Batch], indices: Tensor | None) -> _LoadedProbe:
+        assert self._losses is not None
+        buffers = objective.fresh_buffers()
+        found = [self._losses(objective.reference, batch, buffers).float() for batch in batches]
+        num_tokens = max(t.shape[1] for t in found) if self._per == "token" else None
+        losses = _joined(found, num_tokens)
+        mean_tokens = None
+        if num_tokens is not None and bool(losses.isnan().any()):
+            mean_tokens = float((~losses.isnan()).sum(1).double().mean())
+        probe = Probe(name, len(losses), num_tokens, mean_tokens)
+        return _LoadedProbe(probe, batches, losses, indices, _ids_in(batches, num_tokens))
+
+    def _state_of_store(self, prepared: Prepared) -> str:
+        """``"none"``, ``"begun"`` or ``"completed"``.
+
+        Raises:
+            ValueError: there is another run's.
+        """
+        place = self._place
+        if place is None or not place.exists() or (place.is_dir() and not any(place.iterdir())):
+            return "none"
+        found = read_attributes(place)
+        ours = found.get(OURS)
+        if not isinstance(ours, dict):
+            return "begun"  # `SampleStore.create` says what it is
+        schedule = {"schedule": vars(prepared.settings.longest)}
+        _compare(place, {**ours["identity"], "schedule": ours["schedule"]}, {**self._identity, **plain(schedule)})
+        return "completed" if found.get(COMPLETED) == 1 else "begun"
+
+    def begin(self, prepared: Prepared, chosen: Chosen) -> Callable[[Draw], None]:
+        if chosen.is_interrupted:
+            raise KeyboardInterrupt  # nothing has been sampled, and nothing is in the store
+        settings, team, objective = prepared.settings, prepared.surroundings.team, prepared.objective
+        sampler, schedule = completed(settings, chosen)
+        self._schedule, self._chosen = schedule, chosen
+        probes = [loaded.probe for loaded in self._probes]
+        variables = layout(probes, num_chains=settings.num_chains, num_draws=schedule.num_draws, dtype=self._dtype) + [
+            variable for loaded in self._probes for variable in loaded.variables()
+        ]
+        without = {f"input_ids_{p.probe.id}" for p in self._probes if p.input_ids is None}
+        variables = [variable for variable in variables if variable.name not in without]
+        said = attributes(
+            probes,
+            nbeta=chosen.nbeta,
+            init_loss=chosen.init_loss,
+            schedule=schedule,
+            settings={
+                "sampler": sampler.name,
+                "lr": chosen.lr,
+                "localization": sampler.localization,
+                "bias_correction": chosen.bias_correction,
+                "noise_level": sampler.noise_level,
+                "weight_decay": sampler.weight_decay,
+                "bounding_box_size": sampler.bounding_box_size,
+                "num_chains": settings.num_chains,
+                "batch_size": objective.source.batch_size,
+                "num_samples": objective.source.num_samples,
+                "seed": settings.seed,
+                "per": self._per,
+                "sample_losses": None if self._losses is None else self._losses.name,
+                "combination": None if self._losses is None else self._losses.combination,
+            },
+            identity=self._identity,
+        )
+        began_again = self._store is not None
+        if began_again:
+            assert self._store is not None
+            self._store.close()
+        if team.rank == 0:
+            if began_again and self._place is not None:  # the chains diverged, and start anew with a smaller ε
+                shutil.rmtree(self._place)
+            self._store = SampleStore.create(self._place, variables, said, resume=True)
+            self._write_fixed(settings.num_chains)
+        team.gather(None)
+        if team.rank:
+            assert self._place is not None
+            self._store = SampleStore.join(self._place, variables, said)
+        assert self._store is not None
+        self._draws_written = {}
+        self._check_resumed(prepared, self._store)
+        return self._watch
+
+    def _write_fixed(self, num_chains: int) -> None:
+        store = self._store
+        assert store is not None
+        shape = store.variables["init_loss"].shape
+        store.write_fixed("init_loss", np.full(shape, self._chosen.init_loss, np.float32))
+        for loaded in self._probes:
+            name, losses = loaded.probe.id, loaded.init_losses
+            store.write_fixed(f"init_loss_{name}", losses)
+            if f"token_mask_{name}" in store.variables:
+                store.write_fixed(f"token_mask_{name}", ~losses.isnan())
+            if loaded.input_ids is not None:
+                store.write_fixed(f"input_ids_{name}", loaded.input_ids)
+            if loaded.indices is not None:
+                store.write_fixed(f"indices_{name}", loaded.indices)
+
+    def _check_resumed(self, prepared: Prepared, store: SampleStore) -> None:
+        """Raise ValueError if chains would go on after draws that the store lacks."""
+        for traces in prepared.saved.traces if prepared.saved is not None else ():
+            for row, chain in enumerate(traces.chains):
+                made = int(np.isfinite(traces.loss[row, : traces.step][self._schedule.draws]).sum())
+                if made > store.draws_done(chain):
+                    raise ValueError(
+                        f"store={str(self._place)!r} has {store.draws_done(chain)} draws of chain {chain}, and its "
+                        f"checkpoint goes on after {made}: delete both to start again"
+                    )
+
+    # ---- while they run --------------------------------------------------------------------------------------
+
+    def _watch(self, draw: Draw) -> None:
+        """The losses of all probes at a draw, handed over to the store, for which nobody waits."""
+        store, losses = self._store, self._losses
+        if losses is None or draw.evaluator is None:
+            return
+        assert store is not None
+        if losses.objective.trial.writes_buffers:  # each evaluation has the buffers of the draw
+
+            def evaluated(batch: Batch) -> Tensor:
+                assert draw.evaluator is not None
+                with draw.evaluator.holding(draw.params):
+                    return losses.here(batch)
+
+            for loaded in self._probes:
+                store.write(f"loss_{loaded.probe.id}", draw.chain, draw.draw, loaded.losses(evaluated))
+            return
+        with draw.evaluator.holding(draw.params):
+            for loaded in self._probes:
+                store.write(f"loss_{loaded.probe.id}", draw.chain, draw.draw, loaded.losses(losses.here))
+
+    def snapshot(self, traces: list[Traces]) -> None:
+        store = self._store
+        assert store is not None
+        steps = np.arange(self._schedule.num_steps)[self._schedule.draws]
+        for t in traces:
+            losses = losses_of_draws(t, self._chosen)
+            for row, chain in enumerate(t.chains):
+                done = int((steps < t.step).sum())
+                done = int(np.isfinite(losses[row, steps[:done]]).cumprod().sum())  # a diverged chain has no more
+                for draw in range(self._draws_written.get(chain, 0), done):
+                    store.write("draw_loss", chain, draw, losses[row, steps[draw]])
+                self._draws_written[chain] = done
+        store.sync()
+
+    # ---- afterwards ------------------------------------------------------------------------------------------
+
+    def end(self, result: LLCResult) -> None:
+        store, team = self._store, self._team
+        assert store is not None
+        store.sync()
+        team.gather(None)  # of all chains there is what there is
+        if team.rank == 0 and not result.is_partial:
+            save_result(store, result)
+            store.complete()
+            if self._place is not None:
+                _forget(self._place)
+        store.close()
+        team.gather(None)
+        self.samples = Samples.of(store, result)
+
+
+def _compare(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what differs, unless a store is of this run."""
+    differences = [
+        f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"store={str(place)!r} belongs to another run: {'; '.join(differences)}. Give another path, or delete it "
+            "(rm -r) to start again"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _minibatches(objective: Objective, seed: int) -> Iterator[Batch]:
+    batches = objective.source.minibatches(seed)
+    try:
+        yield from itertools.islice(batches, _CHECKED)
+    finally:
+        if hasattr(batches, "close"):  # a loader's workers end
+            batches.close()
