@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+BENCHMARKS := $(wildcard benchmarks/gpu/*.cu)
 EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*') llc_fast/py.typed
 
@@ -46,12 +47,12 @@ lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(EMULATION)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(BENCHMARKS) $(EMULATION)
 
 format: $(VENV)/.installed-tools ## Rewrite the sources in this style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(NATIVE) $(EMULATION)
+	$(BIN)/clang-format -i $(NATIVE) $(BENCHMARKS) $(EMULATION)
 
 clean: ## Remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

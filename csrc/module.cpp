@@ -63,11 +63,11 @@ llc::Scalars scalars_of(const py::tuple& numbers) {
 }
 
 // `segments`: address of a table of llc::Segment, in the memory of the device that runs the step. `scalars`: the fields
-// of llc::Scalars, in their order. `rule`, `dtype` and `low`: places in the lists of interface(); `low_reference`: 0, 1.
-// `stream`: a cudaStream_t, or None to run on the CPU.
-void step(int rule, int dtype, int low, int low_reference, int64_t num_segments, int64_t begin, int64_t end, int64_t num_chains,
-          uintptr_t segments, const py::tuple& scalars, uint64_t seed, uint64_t step_index, uint32_t chain,
-          std::optional<uintptr_t> thermostat, llc::SumSet wanted, std::optional<uintptr_t> sums,
+// of llc::Scalars, in their order. `rule`, `dtype` and `low`: places in the lists of interface(); `low_reference`:
+// 0, 1. `stream`: a cudaStream_t, or None to run on the CPU.
+void step(int rule, int dtype, int low, int low_reference, int64_t num_segments, int64_t begin, int64_t end,
+          int64_t num_chains, uintptr_t segments, const py::tuple& scalars, uint64_t seed, uint64_t step_index,
+          uint32_t chain, std::optional<uintptr_t> thermostat, llc::SumSet wanted, std::optional<uintptr_t> sums,
           std::optional<uintptr_t> scratch, std::optional<uintptr_t> device_scalars,
           std::optional<uintptr_t> device_step, int num_threads, std::optional<uintptr_t> stream) {
     llc::Step request{};
@@ -207,6 +207,11 @@ py::dict scalars_layout() {
 }
 
 // What the package's Python must agree with; llc_fast/kernels/native.py compares it when it is imported.
+template <class... Arguments>
+constexpr int count_arguments(void (*)(Arguments...)) {
+    return sizeof...(Arguments);
+}
+
 py::dict interface() {
     py::list sums, rules;
 #define LLC_APPEND(sum, name) sums.append(name);
@@ -222,6 +227,7 @@ py::dict interface() {
     py::dict d;
     d["dtypes"] = dtypes, d["low"] = low;
     d["Segment"] = segment_layout(), d["Scalars"] = scalars_layout(), d["sums"] = sums, d["rules"] = rules;
+    d["step_arguments"] = count_arguments(&step);
     return d;
 }
 

@@ -48,11 +48,53 @@ __device__ inline int clamp(int64_t x, int high) {
     return x < 0 ? 0 : x > high ? high : int(x);
 }
 
+// What is read or written once in a step, which is all but w* and preconditioners, is the first to leave the caches:
+// those are there for the next chain then. In the widest accesses.
+template <class T>
+__device__ inline Quad<T> load_once(const T* p) {
+    constexpr int kWords = sizeof(Quad<T>) / 4;
+    static_assert(kWords == 2 || kWords % 4 == 0, "one access, or several of 16 bytes");
+    uint32_t bits[kWords];
+    if constexpr (kWords == 2) {
+        const uint2 x = __ldcs(reinterpret_cast<const uint2*>(p));
+        bits[0] = x.x, bits[1] = x.y;
+    } else {
+#pragma unroll
+        for (int k = 0; k < kWords; k += 4) {
+            const uint4 x = __ldcs(reinterpret_cast<const uint4*>(p) + k / 4);
+            bits[k] = x.x, bits[k + 1] = x.y, bits[k + 2] = x.z, bits[k + 3] = x.w;
+        }
+    }
+    Quad<T> quad;
+    memcpy(&quad, bits, sizeof(quad));
+    return quad;
+}
+
+template <class T>
+__device__ inline void store_once(T* p, const Quad<T>& quad) {
+    constexpr int kWords = sizeof(Quad<T>) / 4;
+    uint32_t bits[kWords];
+    memcpy(bits, &quad, sizeof(quad));
+    if constexpr (kWords == 2) {
+        __stcs(reinterpret_cast<uint2*>(p), make_uint2(bits[0], bits[1]));
+    } else {
+#pragma unroll
+        for (int k = 0; k < kWords; k += 4) {
+            __stcs(reinterpret_cast<uint4*>(p) + k / 4, make_uint4(bits[k], bits[k + 1], bits[k + 2], bits[k + 3]));
+        }
+    }
+}
+
 // Whole quads, at aligned addresses, are one access.
-template <bool kWhole, class T>
+template <bool kWhole, bool kOnce = false, class T>
 __device__ inline void load_quad(T (&out)[kQuad], const T* p, Part part) {
     if (kWhole) {
-        const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(p);
+        Quad<T> quad;
+        if constexpr (kOnce) {
+            quad = load_once(p);
+        } else {
+            quad = *reinterpret_cast<const Quad<T>*>(p);
+        }
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) out[k] = quad.v[k];
     } else {
@@ -67,7 +109,7 @@ __device__ inline void store_quad(T* p, const T (&in)[kQuad], Part part) {
         Quad<T> quad;
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) quad.v[k] = in[k];
-        *reinterpret_cast<Quad<T>*>(p) = quad;
+        store_once(p, quad);
     } else {
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) {
@@ -131,10 +173,10 @@ struct View {
 
 // Low-precision elements as they are, in the first half of where they will be: to convert them would be to wait for
 // them.
-template <bool kWhole, class T>
+template <bool kWhole, bool kOnce = false, class T>
 __device__ inline void load_bits(T (&out)[kQuad], const void* p, int i, Part part) {
     uint16_t bits[kQuad];
-    load_quad<kWhole>(bits, static_cast<const uint16_t*>(p) + i, part);
+    load_quad<kWhole, kOnce>(bits, static_cast<const uint16_t*>(p) + i, part);
     memcpy(out, bits, sizeof(bits));
 }
 
@@ -154,19 +196,19 @@ struct Operands {
 
     template <bool kWhole>
     __device__ void load(const View<Rule, T>& s, Low low, bool low_reference, int i, Part part) {
-        load_quad<kWhole>(w, s.w + i, part);
+        load_quad<kWhole, true>(w, s.w + i, part);
         if (!low_reference) {
             load_quad<kWhole>(reference, static_cast<const T*>(s.reference) + i, part);
         } else {
             load_bits<kWhole>(reference, s.reference, i, part);
         }
 #pragma unroll
-        for (int k = 0; k < Rule::kStates; ++k) load_quad<kWhole>(state[k], s.state[k] + i, part);
+        for (int k = 0; k < Rule::kStates; ++k) load_quad<kWhole, true>(state[k], s.state[k] + i, part);
         if (Rule::kPreconditioned && s.preconditioner) load_quad<kWhole>(given, s.preconditioner + i, part);
         if (low == Low::none) {
-            load_quad<kWhole>(grad, static_cast<const T*>(s.grad) + i, part);
+            load_quad<kWhole, true>(grad, static_cast<const T*>(s.grad) + i, part);
         } else {
-            load_bits<kWhole>(grad, s.grad, i, part);
+            load_bits<kWhole, true>(grad, s.grad, i, part);
         }
         mask = kWhole ? ~0u : part.mask();
         if (s.mask) {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.grid import ScanResult, scan
+    from llc_fast.objective.components import components
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
     from llc_fast.samples import Samples
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "behavioral_loss",
     "calibrate",
+    "components",
     "default_localization",
     "default_nbeta",
     "estimate_llc",
@@ -60,6 +62,7 @@ _HOME = {
         "chains.draw": ("Draw",),
         "estimate": ("calibrate", "estimate_llc"),
         "grid": ("ScanResult", "scan"),
+        "objective.components": ("components",),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),
         "samples": ("Samples",),

@@ -4,6 +4,7 @@ def step(
     rule: int,
     dtype: int,
     low: int,
+    low_reference: int,
     num_segments: int,
     begin: int,
     end: int,

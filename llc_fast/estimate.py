@@ -47,6 +47,7 @@ from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.curvature import Descent
 from llc_fast.objective.objective import LossFunction, Objective, takes_model, widened
 from llc_fast.objective.refinement import Refinement, refine
+from llc_fast.objective.selection import described
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
@@ -166,8 +167,9 @@ def estimate_llc(
             fewer for a model so large that this would take more than about ten minutes (:mod:`llc_fast.cost`).
         batch_size: samples in a minibatch; None: min(512, n), down to 32 for a model so large that the run would take
             more than about ten minutes, or what the loader gives. Adjusted samplers take all n.
-        params: the parameters to sample: a name, glob pattern, module or parameter, several of these, or a mapping from
-            these to boolean masks (weight-refined LLC); None: all that require a gradient. The others stay at w*.
+        params: the parameters to sample: a name, glob pattern, module, parameter or component (``"l3 h5"``, see
+            :func:`llc_fast.components`), several of these, or a mapping from these to boolean masks (weight-refined
+            LLC); None: all that require a gradient. The others stay at w*.
         bias_correction: whether ``result.loss_trace`` is cleared of bias, what step size and gradient noise add to the
             loss, measured at every step (:meth:`llc_fast.samplers.Sampler.bias`). None: if `lr` is None, since the
             step size is then chosen for it; with a step size of your own you get the plain average. Minibatches of
@@ -1212,6 +1214,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             **_loss_settings(objective),
             **({} if settings.preset is None else {"preset": settings.preset}),
             **({"refine": settings.refine} if settings.refine else {}),
+            **({} if (selected := described(settings.params)) is None else {"params": selected}),
             "num_parameters": objective.num_parameters,
             "control_variate": prepared.reference_losses.pairing in ("samples", "passes"),
             "device": str(objective.device),

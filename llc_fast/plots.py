@@ -443,3 +443,276 @@ def _scan_map(
     axes.set_yticks(range(mean.shape[0]), [f"{n:.3g}" for n in nbeta[:, 0]])
     axes.set(xlabel="γ", ylabel="nβ", xlim=(-0.55, mean.shape[1] - 0.45), ylim=(-0.55, mean.shape[0] - 0.45))
     axes.figure.colorbar(colors, ax=axes, label="λ̂ ± standard error; hollow: with a warning")
+
+
+# ---- what draws know ---------------------------------------------------------------------------------------
+
+_NAMED = 64
+"""How many rows or columns of a matrix have their names beside it."""
+_SHOWN = 1000
+"""Larger matrices are shown as means over squares of entries."""
+_PATH = 200
+"""Draws of a chain that its path goes through at most."""
+_RED, _BLUE = (178, 24, 43), (33, 102, 172)
+"""Positive and negative, as in Matplotlib's RdBu_r."""
+
+
+def plot_influence(
+    value: ArrayLike,
+    significant: ArrayLike | None = None,
+    *,
+    train_names: Sequence[str] | None = None,
+    query_names: Sequence[str] | None = None,
+    label: str = "influence",
+    title: str = "",
+) -> Figure:
+    """A matrix of influences, correlations or covariances: red is positive, blue negative, gray not significant.
+
+    Args:
+        value: ``[train, query]``; NaN stays white.
+        significant: where there is a color, ``[train, query]``; None: everywhere.
+        train_names, query_names: of rows and columns, shown if there are few.
+        label: of the colors.
+        title: of the figure.
+    """
+    matrix, mask = _numbers_and_mask(value, significant)
+    rows, columns = matrix.shape
+    cell = min(0.28, 7 / max(rows, columns))
+    size = {"width": 3.2 + max(cell * columns, 2.2), "height": 1.4 + max(cell * rows, 2.2)}
+    figure, (axes,) = new_figure(1, **size)
+    _signed_map(axes, matrix, mask, label, "equal" if 1 / 3 <= rows / columns <= 3 else "auto")
+    _name_ticks(axes, "y", rows, train_names, "train item")
+    _name_ticks(axes, "x", columns, query_names, "query item")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def plot_susceptibilities(
+    value: ArrayLike,
+    components: Sequence[str],
+    significant: ArrayLike | None = None,
+    *,
+    items: Sequence[str] | None = None,
+    label: str = "susceptibility χ",
+    title: str = "",
+) -> Figure:
+    """Susceptibilities of components for items: red is positive, blue negative, gray not significant.
+
+    Args:
+        value: χ or its z-scores, ``[component, item]``; NaN stays white.
+        components: names of the rows.
+        significant: where there is a color; None: everywhere.
+        items: names of the columns, such as tokens, shown if there are few.
+        label: of the colors.
+        title: of the figure.
+    """
+    matrix, mask = _numbers_and_mask(value, significant)
+    rows, columns = matrix.shape
+    width, height = 3.2 + min(max(0.22 * columns, 3.0), 10.0), 1.5 + min(max(0.28 * rows, 1.2), 9.0)
+    figure, (axes,) = new_figure(1, width=width, height=height)
+    _signed_map(axes, matrix, mask, label, "auto")
+    _name_ticks(axes, "y", rows, components, "component")
+    _name_ticks(axes, "x", columns, items, "item")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def _numbers_and_mask(value: ArrayLike, significant: ArrayLike | None) -> tuple[Any, Any]:
+    matrix = np.asarray(value)
+    if matrix.ndim != 2 or not matrix.size:
+        raise ValueError(f"value has shape {matrix.shape}; it must be a matrix with at least one entry.")
+    mask = np.ones(matrix.shape, dtype=bool) if significant is None else np.asarray(significant, dtype=bool)
+    if mask.shape != matrix.shape:
+        raise ValueError(f"significant has shape {mask.shape}, but value has {matrix.shape}.")
+    return matrix, mask
+
+
+def _shrunk(matrix: Any) -> Any:
+    """Means over rectangles of entries, so that few are left."""
+    for axis in (0, 1):
+        count = matrix.shape[axis]
+        if count > _SHOWN:
+            starts = np.linspace(0, count, _SHOWN, endpoint=False).astype(int)
+            sizes = np.diff(np.append(starts, count)).reshape((-1, 1) if axis == 0 else (1, -1))
+            matrix = np.add.reduceat(matrix, starts, axis=axis, dtype=np.float64) / sizes
+    return matrix
+
+
+def _largest(matrix: Any) -> float:
+    """The end of a color scale: a few entries, or the diagonal of a square, must not take all of it."""
+    counts = np.isfinite(matrix)
+    if matrix.shape[0] == matrix.shape[1] > 2:
+        np.fill_diagonal(counts, False)
+    sizes = np.abs(matrix[counts])
+    most = float(np.quantile(sizes, 0.98)) if sizes.size else 0.0
+    return most or float(sizes.max(initial=0.0)) or 1.0
+
+
+def _signed_map(axes: Axes, matrix: Any, mask: Any, label: str, aspect: str) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    rows, columns = matrix.shape
+    shown, share = _shrunk(matrix), _shrunk(mask)
+    known = np.isfinite(shown)
+    colored = known & (share >= 0.5)
+    most = _largest(np.where(colored, shown, np.nan)) if colored.any() else _largest(shown)
+    colors = ScalarMappable(Normalize(-most, most), "RdBu_r")
+    rgba = colors.to_rgba(np.where(known, shown, 0.0))
+    rgba[known & ~colored] = (0.85, 0.85, 0.85, 1.0)
+    rgba[~known] = 1.0
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    axes.imshow(rgba, aspect=aspect, interpolation="nearest", extent=extent)  # type: ignore[arg-type]
+    beyond = bool((np.abs(shown[colored]) > 1.001 * most).any())
+    gray = "" if mask.all() else "; gray: not significant"
+    axes.figure.colorbar(colors, ax=axes, label=f"{label}{gray}", extend="both" if beyond else "neither")
+
+
+def _name_ticks(axes: Axes, axis: str, count: int, names: Sequence[str] | None, label: str) -> None:
+    if names is not None and len(names) != count:
+        raise ValueError(f"{len(names)} names were given for {count} {label}s.")
+    axes.set(**{f"{axis}label": label})
+    if names is None or count > _NAMED:
+        from matplotlib.ticker import MaxNLocator
+
+        (axes.xaxis if axis == "x" else axes.yaxis).set_major_locator(MaxNLocator(integer=True))
+        return
+    shown = [_visible(name) if len(name) <= 24 else f"{_visible(name[:23])}…" for name in names]
+    ticks = (axes.set_xticks if axis == "x" else axes.set_yticks)(range(count), shown, fontsize=8)
+    for tick in ticks:
+        tick.label1.set_parse_math(False)  # a token may be a $
+    if axis == "x" and max(map(len, shown)) > 2:
+        axes.tick_params(axis="x", rotation=90)
+
+
+def _visible(token: str) -> str:
+    """With spaces at its ends, and line ends, that can be seen."""
+    inside = token.strip(" ")
+    before = len(token) - len(token.lstrip(" "))
+    after = len(token) - before - len(inside)
+    return "␣" * before + inside.replace("\n", "⏎").replace("\t", "⇥") + "␣" * after
+
+
+def plot_pca(
+    coordinates: ArrayLike, share: ArrayLike | None = None, *, reference: ArrayLike | None = None, title: str = ""
+) -> Figure:
+    """Where chains went: the path of each in the first two principal components, and in the first and third.
+
+    A hollow circle is a chain's first draw, a filled one its last.
+
+    Args:
+        coordinates: ``[chain, draw, component]``, of two components or more.
+        share: of the variance along each component, for the labels.
+        reference: coordinates of w*, which gets a star.
+        title: of the figure.
+    """
+    paths = np.asarray(coordinates)
+    if paths.ndim != 3 or paths.shape[2] < 2:
+        raise ValueError(f"coordinates has shape {paths.shape}; it must be [chain, draw, component], two or more.")
+    pairs = [(0, 1), (0, 2)][: paths.shape[2] - 1]
+    figure, panels = new_figure(len(pairs))
+
+    def named(k: int) -> str:
+        return f"component {k + 1}" + ("" if share is None else f" ({np.asarray(share)[k]:.0%} of the variance)")
+
+    # What goes back and forth through one place hides what lies below, so long paths go through some draws only.
+    shown = np.unique(np.linspace(0, paths.shape[1] - 1, _PATH).round().astype(int))
+    for axes, (first, second) in zip(panels, pairs, strict=True):
+        for chain, path in enumerate(paths):
+            look = {**chain_style(chain), "lw": 0.7, "alpha": 0.6, "marker": ".", "ms": 2.5}
+            axes.plot(path[shown, first], path[shown, second], label=f"chain {chain}", **look)
+        for chain, path in enumerate(paths):
+            color = chain_style(chain)["color"]
+            for place, fill in ((0, "white"), (-1, color)):
+                axes.plot(*path[place, [first, second]], "o", ms=7, mec=color, mfc=fill, mew=1.6, zorder=3)
+        if reference is not None:
+            star = np.asarray(reference)[[first, second]]
+            axes.plot(star[0], star[1], "*", ms=15, color="black", mec="white", zorder=4, label="w*")
+        axes.set(xlabel=named(first), ylabel=named(second))
+        axes.set_aspect("equal", adjustable="datalim")
+    lines, names = panels[0].get_legend_handles_labels()
+    if (more := len(paths) - NAMED_CHAINS) > 0:
+        del lines[NAMED_CHAINS : len(paths)], names[NAMED_CHAINS : len(paths)]
+        names[NAMED_CHAINS - 1] += f" (and {more} more)"
+    legend = figure.legend(lines, names, loc="outside lower center", ncols=min(8, len(names)), fontsize=9)
+    for line in legend.get_lines():
+        line.set(alpha=1, lw=2)
+    figure.suptitle("\n".join(filter(None, [title, "hollow: first draw of a chain; filled: its last"])), fontsize=10)
+    return figure
+
+
+def top_sentences_html(
+    sentences: Sequence[Sequence[str]],
+    values: Sequence[ArrayLike],
+    significant: Sequence[ArrayLike] | None = None,
+    *,
+    top: int = 10,
+    names: Sequence[str] | None = None,
+    title: str = "",
+) -> str:
+    """The sentences with the largest mean |value| of their tokens, as HTML with a color behind each token.
+
+    Red is positive, blue negative; tokens that are not significant are gray. Pointing at one shows its value.
+
+    Args:
+        sentences: tokens of each, as text.
+        values: a number for each token; NaN (a token without a value) has no color and counts for nothing.
+        significant: whether each token's number is; None: all are.
+        top: how many sentences.
+        names: of the sentences; None: their numbers.
+        title: above them.
+
+    Returns:
+        A piece of HTML (a ``div`` with inline styles) for a notebook or a page.
+
+    Raises:
+        ValueError: the numbers of sentences, tokens, values or names differ.
+    """
+    from html import escape
+
+    numbers = [np.asarray(row, np.float64) for row in values]
+    masks = (
+        [np.ones(len(row), bool) for row in numbers] if significant is None else [np.asarray(m) for m in significant]
+    )
+    if not len(sentences) == len(numbers) == len(masks) or (names is not None and len(names) != len(sentences)):
+        raise ValueError(
+            f"values has {len(numbers)} rows, significant {len(masks)} and names "
+            f"{len(sentences) if names is None else len(names)}, but there are {len(sentences)} sentences."
+        )
+    for k, (sentence, row, mask) in enumerate(zip(sentences, numbers, masks, strict=True)):
+        if not len(sentence) == len(row) == len(mask):
+            raise ValueError(f"values has {len(row)} numbers for sentence {k}, which has {len(sentence)} tokens.")
+    finite = [row[np.isfinite(row)] for row in numbers]
+    sizes = np.array([float(np.abs(row).mean()) if len(row) else 0.0 for row in finite])
+    most = _largest(np.concatenate(finite)[None]) if finite else 1.0
+    lines = []
+    for k in np.argsort(-sizes, kind="stable")[:top]:
+        spans = []
+        for token, value, is_significant in zip(sentences[k], numbers[k], masks[k], strict=True):
+            style = ""
+            if np.isfinite(value) and is_significant:
+                red, green, blue = _RED if value > 0 else _BLUE
+                strength = min(abs(value) / most, 1.0)
+                style = f"background:rgba({red},{green},{blue},{0.8 * strength:.2f})"
+                style += ";color:white" if strength > 0.7 else ""
+            elif np.isfinite(value):
+                style = "color:#999"
+            text = escape(token).replace("\n", "⏎<br>")
+            spans.append(f'<span title="{value:.4g}" style="border-radius:2px;{style}">{text}</span>')
+        mean = f"{finite[k].mean():+.3g}" if len(finite[k]) else "–"
+        name = escape(str(k if names is None else names[k]))
+        lines.append(
+            '<div style="display:flex;margin:6px 0">'
+            f'<div style="flex:0 0 9em;color:#666;font-size:85%">{name}<br>mean {mean}</div>'
+            f'<div style="flex:1;white-space:pre-wrap;font-family:monospace;line-height:1.6">{"".join(spans)}</div>'
+            "</div>"
+        )
+    gray = "" if significant is None else "; gray text: not significant"
+    legend = (
+        f'<div style="color:#666;font-size:85%">{len(lines)} of {len(sentences)} sentences, by the mean size of their '
+        f'tokens&#x27; values. <span style="background:rgba({_RED[0]},{_RED[1]},{_RED[2]},0.8);color:white">red</span> '
+        f'≥ {most:.3g}, <span style="background:rgba({_BLUE[0]},{_BLUE[1]},{_BLUE[2]},0.8);color:white">blue</span> '
+        f"≤ −{most:.3g}{gray}.</div>"
+    )
+    heading = f'<div style="font-weight:bold">{escape(title)}</div>' if title else ""
+    return f'<div style="background:white;color:black;padding:8px">{heading}{legend}{"".join(lines)}</div>'

@@ -241,8 +241,8 @@ class SampleStore:
             if draw == self._reached[key]:
                 self._reached[key] += 1
             if draw == buffer.first + len(buffer.values) - 1:
-                del self._buffers[key]
                 self._put(_Item(buffer, name, chain, self._reached[key]))
+                del self._buffers[key]  # only now: waiting may be interrupted
 
     def draws_done(self, chain: int) -> int:
         """How many draws of a chain are on disk, whole: all variables of each of them.
@@ -259,9 +259,10 @@ class SampleStore:
         """
         if not self._is_closed:
             for one in self._locks if chain is None else [chain]:
-                with self._locks[one]:
-                    for (name, of), buffer in self._buffers.items():
-                        if of == one and buffer.is_dirty:
+                with self._locks[one]:  # its own alone: the other chains go on
+                    for name in self.variables:
+                        buffer = self._buffers.get((name, one))
+                        if buffer is not None and buffer.is_dirty:
                             self._put(_Item(buffer.copy(), name, one, self._reached[name, one]))
                             buffer.is_dirty = False
             item = _Item(None, "", -1 if chain is None else chain)

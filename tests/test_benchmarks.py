@@ -77,7 +77,7 @@ def test_a_gpu_is_timed_by_events_around_several_steps(benchmark_module: Any, mo
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     seconds = harness.time_in_turn({"ours": lambda: log.append("step")}, 2, "cuda")
-    one_round = ["synchronize", "record", *["step"] * harness.STEPS_BETWEEN_EVENTS, "record", "synchronize"]
+    one_round = ["step", "synchronize", "record", *["step"] * harness.STEPS_BETWEEN_EVENTS, "record", "synchronize"]
     assert log == 3 * one_round
     assert seconds == {"ours": [2 * len(one_round), 3 * len(one_round)]}
 
@@ -380,6 +380,23 @@ def test_report_joins_calls(
     text = (tmp_path / "first" / "report.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip() and "| yes |" in text and "**no**" not in text
     assert "| step_kernel<63, Sgld<float>, float> | 530.1 us | 91 % |" in text
+
+
+# ---- influence -----------------------------------------------------------------------------------------------
+
+
+def test_influence_of_tokens(tmp_path: Path) -> None:
+    """With and without errors, from one set of sequences and from two: the same entries."""
+    path = tmp_path / "influence.json"
+    sizes = ["--sequences", "3", "--tokens", "5", "--chains", "2", "--draws", "40", "--rounds", "1"]
+    script = [sys.executable, str(FOLDER / "speed/bench_influence.py"), "--json", str(path), *sizes]
+    contenders = ["--contenders", "llc_fast", "errors", "two-sets"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*script, *contenders], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["contender"] for row in rows] == contenders[1:]
+    assert all(row["s"] > 0 and row["largest difference"] < 1e-6 for row in rows)
 
 
 # ---- families ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,8 +21,12 @@ from llc_fast.plots import (
     new_figure,
     plot_against_known,
     plot_density,
+    plot_influence,
+    plot_pca,
     plot_result,
+    plot_susceptibilities,
     plot_traces,
+    top_sentences_html,
 )
 from llc_fast.result import Diagnostics, LLCResult, Warning
 from llc_fast.schedule import Schedule
@@ -194,6 +199,146 @@ def test_a_spike_does_not_hide_the_densities() -> None:
     _, (axes,) = new_figure(1)
     plot_density(axes, result)
     assert axes.get_xlim()[1] < 30
+
+
+# ---- what draws know ---------------------------------------------------------------------------------------
+
+
+def _pixels(figure: Any) -> np.ndarray[Any, Any]:
+    """Red, green and blue of the entries that a heat map shows."""
+    figure.canvas.draw()
+    found: np.ndarray[Any, Any] = figure.axes[0].images[0].get_array()[..., :3]
+    return found
+
+
+def test_influence_matrix() -> None:
+    """Positive is red, negative blue, what is not significant gray, what is not known white; names beside it."""
+    value = np.array([[0.9, -0.9, 0.5], [0.1, np.nan, 0.0]])
+    significant = np.array([[True, True, False], [True, True, True]])
+    names = ["first", "a $ name that is much too long to show"]
+    figure = plot_influence(value, significant, train_names=names, query_names="xyz", label="correlation", title="T")
+    pixels, axes = _pixels(figure), figure.axes[0]
+    assert pixels[0, 0, 0] > 2 * pixels[0, 0, 2] and pixels[0, 1, 2] > 2 * pixels[0, 1, 0]
+    assert pixels[0, 2].tolist() == [0.85] * 3 and pixels[1, 1].tolist() == [1.0] * 3
+    assert pixels[1, 0].min() > 0.8 and pixels[1, 2].min() > 0.95
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "a $ name that is much t…"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == list("xyz")
+    assert figure.axes[1].get_ylabel() == "correlation; gray: not significant" and axes.get_title() == "T"
+    assert plot_influence(value).axes[1].get_ylabel() == "influence"
+
+
+def test_a_diagonal_does_not_take_the_colors() -> None:
+    """Of a loss kernel whose other entries are small."""
+    rng = np.random.default_rng(0)
+    kernel = 0.01 * rng.standard_normal((10, 10))
+    pixels = _pixels(plot_influence(kernel + np.eye(10)))
+    assert np.ptp(pixels[~np.eye(10, dtype=bool)], axis=0).min() > 0.5
+
+
+def test_a_matrix_of_millions_of_entries_is_averaged() -> None:
+    value = np.zeros((1500, 2300), np.float32)
+    value[:600, 1000:] = np.linspace(0.5, 1, 1300)
+    value[1499, 0] = np.nan
+    figure = plot_influence(value, value != 0)
+    pixels = _pixels(figure)
+    assert pixels.shape[:2] == (1000, 1000) and figure.axes[0].images[0].get_extent() == [-0.5, 2299.5, 1499.5, -0.5]
+    assert (pixels[:399, 436:, 0] > pixels[:399, 436:, 2]).all() and (pixels[402:-1] == 0.85).all()
+    assert (pixels[-1, 0] == 1).all()
+
+
+def test_matrices_that_nothing_is_known_of() -> None:
+    for value in (np.full((2, 3), np.nan), np.zeros((2, 3))):
+        for significant in (None, np.zeros((2, 3), bool)):
+            _pixels(plot_influence(value, significant))
+    with pytest.raises(ValueError, match=r"value has shape \(3,\); it must be a matrix"):
+        plot_influence(np.ones(3))
+    with pytest.raises(ValueError, match=r"significant has shape \(3, 2\), but value has \(2, 3\)"):
+        plot_influence(np.ones((2, 3)), np.ones((3, 2)))
+    with pytest.raises(ValueError, match="3 names were given for 2 train items"):
+        plot_influence(np.ones((2, 3)), train_names="abc")
+
+
+def test_susceptibilities() -> None:
+    """Spaces and line ends of tokens can be seen; of hundreds of items there are no names."""
+    value = np.array([[2.0, -2, 1], [0, 1, -1]])
+    figure = plot_susceptibilities(value, ["l0 h0", "l0 mlp"], np.abs(value) > 1.5, items=[" the", "$x$", "\n"])
+    pixels, axes = _pixels(figure), figure.axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["␣the", "$x$", "⏎"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["l0 h0", "l0 mlp"]
+    assert (pixels[1] == 0.85).all() and pixels[0, 0, 0] > pixels[0, 0, 2] and pixels[0, 1, 0] < pixels[0, 1, 2]
+    many = plot_susceptibilities(np.ones((2, 300)), ["a", "b"], items=["token"] * 300)
+    many.canvas.draw()
+    assert "token" not in [text.get_text() for text in many.axes[0].get_xticklabels()]
+
+
+def test_paths_of_chains() -> None:
+    """Each in its style through its draws, with its ends; in two pairs of components if there are three."""
+    rng = np.random.default_rng(0)
+    coordinates = rng.standard_normal((3, 50, 3))
+    figure = plot_pca(coordinates, [0.5, 0.3, 0.1], reference=[1.0, 2.0, 3.0], title="paths")
+    figure.canvas.draw()
+    for axes, second in zip(figure.axes, (1, 2), strict=True):
+        for chain, line in enumerate(axes.lines[:3]):
+            np.testing.assert_array_equal(line.get_xydata(), coordinates[chain][:, [0, second]])
+            assert line.get_color() == chain_style(chain)["color"]
+            first, last = axes.lines[3 + 2 * chain : 5 + 2 * chain]
+            assert first.get_markerfacecolor() == "white" and last.get_markerfacecolor() == line.get_color()
+            np.testing.assert_array_equal(last.get_xydata(), coordinates[chain, -1:, [0, second]].T)
+        np.testing.assert_array_equal(axes.lines[9].get_xydata(), [[1, [2, 3][second - 1]]])
+        assert axes.get_ylabel() == f"component {second + 1} ({[30, 10][second - 1]}% of the variance)"
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["chain 0", "chain 1", "chain 2", "w*"]
+
+
+def test_paths_of_many_chains_and_draws() -> None:
+    """A path goes through 200 draws at most, the first and last among them; the legend stays short."""
+    coordinates = np.random.default_rng(0).standard_normal((30, 1000, 2))
+    figure = plot_pca(coordinates, reference=[0, 0])
+    (axes,) = figure.axes
+    assert len(axes.lines[0].get_xdata()) == 200
+    np.testing.assert_array_equal(axes.lines[0].get_xydata()[[0, -1]], coordinates[0, [0, -1]])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == 25 and names[-2:] == ["chain 23 (and 6 more)", "w*"]
+    with pytest.raises(ValueError, match=r"coordinates has shape \(3, 4, 1\)"):
+        plot_pca(np.ones((3, 4, 1)))
+
+
+def test_top_sentences() -> None:
+    """The largest first, with each token's color and value; text is text, whatever it has in it."""
+    sentences = [["a", " small"], ["<b>", " large & ", "\n"], ["mid", "dle"]]
+    values = [[0.1, -0.1], [4.0, -2.0, np.nan], [1.0, -1.0]]
+    page = top_sentences_html(sentences, values, top=2, names=["A", "B", "<C>"], title="largest <values>")
+    root = ElementTree.fromstring(page.replace("<br>", "<br/>"))
+    spans = [span for span in root.iter("span") if span.get("title")]
+    assert [(span.text, span.get("title")) for span in spans] == [
+        ("<b>", "4"),
+        (" large & ", "-2"),
+        ("⏎", "nan"),
+        ("mid", "1"),
+        ("dle", "-1"),
+    ]
+    styles = [span.get("style", "") for span in spans]
+    assert "rgba(178,24,43,0.80)" in styles[0] and "rgba(33,102,172" in styles[1] and "background" not in styles[2]
+    text = "".join(root.itertext())
+    assert "largest <values>" in text and "<C>mean +0" in text and "small" not in text
+    assert "2 of 3 sentences" in text and "not significant" not in text
+
+
+def test_tokens_that_are_not_significant_are_gray() -> None:
+    page = top_sentences_html([["a", "b"]], [[1.0, 2.0]], [[False, True]])
+    first, second = [
+        span for span in ElementTree.fromstring(page.replace("<br>", "<br/>")).iter("span") if span.get("title")
+    ]
+    assert "color:#999" in first.get("style", "") and "background" not in first.get("style", "")
+    assert "background" in second.get("style", "") and "gray text: not significant" in page
+    assert "0 of 0 sentences" in top_sentences_html([], [])
+
+
+def test_sentences_and_values_fit_together() -> None:
+    with pytest.raises(ValueError, match="values has 3 numbers for sentence 0, which has 2 tokens"):
+        top_sentences_html([["a", "b"]], [[1.0, 2.0, 3.0]])
+    with pytest.raises(ValueError, match=r"values has 1 rows.*but there are 2 sentences"):
+        top_sentences_html([["a"], ["b"]], [[1.0]])
 
 
 def test_figures_show_themselves() -> None:

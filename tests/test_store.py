@@ -210,6 +210,52 @@ def test_syncs_of_one_thread_while_others_write(tmp_path: Path, whole: Path) -> 
     assert same_files(tmp_path / "run.zarr", whole)
 
 
+def test_a_chain_goes_on_while_another_one_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next chunk is begun in the middle of it."""
+    copy, begun = store_module._Buffer.copy, []
+    with SampleStore.create(None, variables(), ATTRIBUTES, resume=False) as store:
+        fill(store, range(1), last=20)
+
+        def slow(buffer: Any) -> Any:
+            if not begun:
+                begun.append(threading.Thread(target=fill, args=(store, range(1, 2), 0, 20)))
+                begun[0].start()
+                begun[0].join()
+            return copy(buffer)
+
+        monkeypatch.setattr(store_module._Buffer, "copy", slow)
+        store.sync(0)
+        assert begun and store.draws_done(0) == 20
+        store.sync()
+        assert store.draws_done(1) == 20
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_ctrl_c_while_a_draw_waits_loses_nothing(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    """The queue is full when a chunk is, or when a draw of the next one comes."""
+    with SampleStore.create(None, variables(), ATTRIBUTES, resume=False) as store:
+        fill(store, last=49)
+        put = store._put
+
+        def interrupted(item: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_put", interrupted)
+            if full:
+                with pytest.raises(KeyboardInterrupt):
+                    store.write("loss_text", 0, 49, values(0, 49))
+                store._put = put  # type: ignore[method-assign]
+                store.write("draw_loss", 0, 49, 49 / 3)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    store.write("loss_text", 0, 51, values(0, 51))
+        store.sync()
+        done = store.draws_done(0)
+        assert done == (50 if full else 49)
+        np.testing.assert_array_equal(store._open["loss_text"][0, :done], expected()[0, :done])
+
+
 @pytest.mark.gpu
 def test_tensors_of_a_gpu_are_copied_in_order(tmp_path: Path) -> None:
     """What the stream does to the tensor afterwards is not seen."""

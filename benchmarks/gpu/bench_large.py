@@ -17,7 +17,7 @@ steps, unless it is told HOW; then, and devinterp always, it makes `--short` ste
 extrapolated from the difference to a tenth of them; such rows say so, and have no λ̂. devinterp's data are as many
 samples as it looks at.
 
-`--samples` makes a smaller data set: the inputs of 10⁶ samples are made on the host, and L(w*) is measured on all of them.
+`--samples` makes a smaller data set: 10⁶ inputs are made on the host, and L(w*) is measured on all of them.
 
 `--seconds` stops an estimate that takes longer, as Ctrl-C would: λ̂ comes from the draws so far, if there are any, and
 the seconds of all steps are extrapolated.

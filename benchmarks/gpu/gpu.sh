@@ -16,7 +16,8 @@
 #                                      allow, the rest extrapolated; other strategies and a rival, fewer steps
 #     tests             60      300    pytest -m gpu
 #
-#     second           240             the stages down to `dln-scaling`
+#     second           260             the stages down to `dln-scaling`
+#     kernels           30       90    the step kernels alone, without Python: shares of a copy's bytes per second
 #     language          60      240    a GPT-NeoX-shaped bfloat16 model of 1.4·10⁹ parameters, and a rival's loop
 #     language-large    40      180    the same of 6.9·10⁹ parameters: whether it fits
 #     step-devinterp2   20       60    devinterp 2.0.1's step of 10⁸ parameters
@@ -48,7 +49,7 @@
 set -uo pipefail
 
 first=(smoke samplers step chains large-tf32 tests)
-second=(language language-large step-devinterp2 step-compiled memory memcheck dln-scaling)
+second=(kernels language language-large step-devinterp2 step-compiled memory memcheck dln-scaling)
 others=(large-whole large-float32 racecheck ncu profile scaling)
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=$repo/benchmarks/results/gpu
@@ -169,6 +170,9 @@ bench large-tf32 240 gpu/bench_large "${large[@]}" "${short[@]}" --contenders ll
 export PYTHONPATH=$ours
 when tests 300 "${pytest[@]}" "${workers[@]}" --durations 15 "${gpu_tests[@]}"
 
+# shellcheck disable=SC2016
+when kernels 90 bash -c 'nvcc -arch=native -O3 -std=c++17 --fmad=false -DNDEBUG -DLLC_WITH_CUDA -I "$1/csrc" -o "$0/kernels" \
+    "$1/benchmarks/gpu/bench_kernels.cu" && "$0/kernels" 100000000 "$2/kernels.json"' "$work" "$repo" "$out"
 export PYTHONPATH=$ours${DEVINTERP2:+:$DEVINTERP2}
 bench language 240 gpu/bench_language "${language[@]}" --contenders llc_fast loop devinterp
 bench language-large 180 gpu/bench_language "${whole[@]}" --contenders llc_fast

@@ -147,7 +147,10 @@ MaxGradients = Annotated[
     int | None, typer.Option(min=1, help="Gradients that the run may take; default: 10,000 steps of each chain.")
 ]
 Burnin = Annotated[int | None, typer.Option(min=0, help="Steps before the first draw; default: as draws.")]
-Params = Annotated[list[str] | None, typer.Option(help="Name or glob of parameters to sample; repeatable.")]
+Params = Annotated[
+    list[str] | None,
+    typer.Option(help="Name or glob of parameters, or a component such as 'l3 h5', to sample; repeatable."),
+]
 Strategy = Annotated[str | None, typer.Option(help="sequential, batched, compiled or cuda-graph; default: chosen.")]
 Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16, of forward passes; default: none.")]
 Refine = Annotated[bool, typer.Option("--refine", help="Look for a better minimum first, near the model's weights.")]

@@ -27,6 +27,8 @@ from llc_fast.kernels.step import SCALARS, SEGMENT, SUMS, NoiseKey, StepScalars
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_STEP_ARGUMENTS = 21
+"""Of ``_native.step``, as :meth:`SegmentTable.run` gives them."""
 
 
 def check_interface(exported: Mapping[str, Any]) -> None:
@@ -34,7 +36,8 @@ def check_interface(exported: Mapping[str, Any]) -> None:
 
     Args:
         exported: ``_native.interface()``: the layouts of ``Segment`` and ``Scalars`` as ``numpy.dtype`` takes them,
-            the names of the sums, the rules and the dtypes, in the order of their numbers.
+            the names of the sums, the rules and the dtypes, in the order of their numbers, and how many arguments a
+            step has.
     """
     expected = {
         "Segment": SEGMENT,
@@ -43,6 +46,7 @@ def check_interface(exported: Mapping[str, Any]) -> None:
         "rules": list(reference.RULES),
         "dtypes": list(_DTYPES.values()),
         "low": ["", *_LOW.values()],
+        "step_arguments": _STEP_ARGUMENTS,
     }
     found = dict(exported)
     found |= {name: np.dtype(found[name]) for name in ("Segment", "Scalars") if name in found}

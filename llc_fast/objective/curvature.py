@@ -329,5 +329,5 @@ def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     """The inner product in float64, by parts: of a large layer there is no copy."""
-    parts = zip(x.reshape(-1).split(_PART), y.reshape(-1).split(_PART), strict=True)
+    parts = zip(*(torch.split(t.reshape(-1), _PART) for t in (x, y)), strict=True)
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in parts]).sum()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llc_fast.objective.components import Component, Components, components
+from llc_fast.objective.heads import ComponentError
 
 
 def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
@@ -16,10 +20,12 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
     Args:
         model: whose parameters.
         params: None for all that require a gradient; a name, glob pattern (``"layers.0.*"``), module or parameter of
-            the model, or several of these; or a mapping from such to a boolean mask that broadcasts to the parameter
-            (weight-refined LLC: one attention head, say), or to True for all of it. A pattern that matches no whole
-            name may leave out what comes before one of its dots, as ``"lora_*"`` or ``"attention.*"`` do; if none
-            matches then, it names modules, and stands for all of their parameters.
+            the model, the name of a component (``"l3 h5"``, see :func:`llc_fast.components`), or several of
+            these; or a mapping from such to a boolean mask that broadcasts to the parameter (weight-refined LLC), or
+            to True for all of it. A pattern that matches no whole name may leave out what comes before one of its
+            dots, as ``"lora_*"`` or ``"attention.*"`` do; if none matches then, it names modules, and stands for all
+            of their parameters; if there is no such module either, it names a component. Several components, or
+            mappings from names to masks in a list, select what any of them does.
 
     Raises:
         TypeError, ValueError: nothing to sample, something that is not the model's, a mask that does not fit.
@@ -41,10 +47,52 @@ def select(model: nn.Module, params: Any) -> dict[str, Tensor | None]:
     if not entries:
         raise ValueError("params is empty: nothing to sample")
     masks: dict[str, Tensor | None] = {}
+    known: Components | None = None
     for entry, mask in entries:
-        for name in _matching(model, named, entry):
-            masks[name] = _mask(name, named[name], mask)
+        part: Mapping[Any, Any] | None = None
+        if isinstance(entry, str) and not _names_of(model, named, entry):
+            known = known or components(model)
+            part = _component(known, named, entry, mask)
+        elif isinstance(entry, Mapping):
+            part = {name: inner for key, inner in entry.items() for name in _matching(model, named, key)}
+        if part is None:
+            for name in _matching(model, named, entry):
+                masks[name] = _mask(name, named[name], mask)
+            continue
+        for name, inner in part.items():
+            own = _mask(name, named[name], inner)
+            before = masks.get(name, own)
+            masks[name] = None if own is None or before is None else own | before
     return {name: masks[name] for name in named if name in masks}
+
+
+def described(params: Any) -> str | None:
+    """What was selected by name, in words; None if nothing was."""
+    entries = [params] if isinstance(params, (str, Component)) else params
+    if not isinstance(entries, (list, tuple, set, frozenset, Mapping)):
+        return None
+    names = [entry.name if isinstance(entry, Component) else entry for entry in entries]
+    return ", ".join(name if isinstance(name, str) else f"a {type(name).__name__}" for name in names) or None
+
+
+def _component(known: Components, named: Mapping[str, Tensor], entry: str, mask: object) -> Component:
+    try:
+        found = known[entry]
+    except ComponentError as error:
+        if not known.has(entry):
+            close = known.close_to(entry)
+            also = f"; close to it: {', '.join(map(repr, close))}" if close else ""
+            raise ValueError(
+                f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}, "
+                f"and components such as {', '.join(map(repr, itertools.islice(known, 8)))}{also}"
+            ) from None
+        raise ValueError(f"params={error}") from error
+    if mask is not True and mask is not None:
+        raise TypeError(
+            f"params={entry!r} is a component, which has masks of its own: map it to True, or give masks by the names "
+            "of parameters"
+        )
+    return found
 
 
 def _if_quantized(model: nn.Module) -> str:
@@ -59,12 +107,16 @@ def _if_quantized(model: nn.Module) -> str:
     )
 
 
+def _names_of(model: nn.Module, named: Mapping[str, Tensor], entry: str) -> list[str]:
+    """The parameters that a name or pattern stands for; a tied one goes by each of its names."""
+    tied = {alias: id(p) for alias, p in model.named_parameters(remove_duplicate=False)}
+    wanted = {tied[alias] for alias in _named_by(entry, tied)}
+    return [name for name, p in named.items() if id(p) in wanted]
+
+
 def _matching(model: nn.Module, named: Mapping[str, Tensor], entry: object) -> Iterator[str]:
     if isinstance(entry, str):
-        # A tied parameter goes by each of its names.
-        tied = {alias: id(p) for alias, p in model.named_parameters(remove_duplicate=False)}
-        wanted = {tied[alias] for alias in _named_by(entry, tied)}
-        found = [name for name, p in named.items() if id(p) in wanted]
+        found = _names_of(model, named, entry)
         if not found:
             raise ValueError(f"params={entry!r} matches no parameter; the model has: {', '.join(list(named)[:20])}")
     elif isinstance(entry, (nn.Module, Tensor)):

@@ -44,6 +44,22 @@ def ess_tail(draws: NDArray[np.float64]) -> float:
     return min(_ess(_split((draws <= _quantile(draws, prob)).astype(np.float64))) for prob in (0.05, 0.95))
 
 
+def split_r_hat(draws: NDArray[np.float64]) -> float:
+    """Split-R̂ of the moments of draws ``[chain, draw]``, without ranks: some 50 times as fast as :func:`r_hat`."""
+    return _plain_r_hat(_split(draws)) if _is_valid(draws) else math.nan
+
+
+def autocorrelation_time(draws: NDArray[np.float64]) -> float:
+    """−1 + 2Σρ of draws ``[chain, draw]``, in draws, from the correlation within chains alone; chains share ρ.
+
+    NaN with fewer than four draws, where something is not finite, or where nothing moves.
+    """
+    if not _is_valid(draws) or not np.ptp(draws, axis=1).any():
+        return math.nan
+    covariance = _autocovariance(draws).mean(axis=0)
+    return _time(covariance / covariance[0]) if covariance[0] > 0 else math.nan
+
+
 def _is_valid(draws: NDArray[np.float64]) -> bool:
     return draws.ndim == 2 and len(draws) > 0 and draws.shape[1] >= _MIN_DRAWS and bool(np.isfinite(draws).all())
 

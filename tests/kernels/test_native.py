@@ -499,9 +499,10 @@ def _add_a_scalar(interface: dict[str, Any]) -> None:
         (_change_a_type, "Segment differ"),
         (_add_a_scalar, "Scalars differ"),
         (lambda interface: interface["rules"].pop(), "rules differ"),
+        (lambda interface: interface.update(step_arguments=20), "step_arguments differ"),
         (
             dict.clear,
-            "Segment, Scalars, sums, rules, dtypes, low differ",
+            "Segment, Scalars, sums, rules, dtypes, low, step_arguments differ",
         ),  # a module from before there was such a check
     ],
 )

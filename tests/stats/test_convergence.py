@@ -36,6 +36,24 @@ def test_convergence_equals_arviz(kind: str, phi: float) -> None:
                 assert convergence.r_hat(x) == pytest.approx(float(arviz.rhat(x)), rel=1e-8, nan_ok=True)
 
 
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
+def test_autocorrelation_time(phi: float) -> None:
+    """(1 + φ)/(1 − φ) of AR(1) chains, whatever their means: of 80,000 draws, to five standard errors or less."""
+    x = ar1(np.random.default_rng(0), 4, 20000, phi) + np.array([[0], [5], [9], [7]])
+    assert convergence.autocorrelation_time(x) == pytest.approx((1 + phi) / (1 - phi), rel=0.15)
+    assert math.isnan(convergence.autocorrelation_time(np.full((2, 50), 0.7)))
+    assert math.isnan(convergence.autocorrelation_time(x[:, :3]))
+
+
+def test_r_hat_of_moments() -> None:
+    """The square root of the variance of all halves' draws over that within, by its formula."""
+    x = np.random.default_rng(0).standard_normal((3, 40)) + np.array([[0], [0], [2]])
+    halves = x.reshape(6, 20)
+    between, within = halves.mean(axis=1).var(ddof=1), halves.var(axis=1, ddof=1).mean()
+    assert convergence.split_r_hat(x) == pytest.approx(math.sqrt(19 / 20 + between / within))
+    assert math.isnan(convergence.split_r_hat(x[:, :3]))
+
+
 def test_convergence_of_what_can_not_be_judged() -> None:
     """NaN without draws, with three of them, or where one is not finite; constant draws count as they are."""
     for x in (np.zeros((0, 50)), np.zeros((2, 3)), np.array([[1, 2, math.nan, 4, 5]])):
