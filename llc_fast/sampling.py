@@ -353,6 +353,8 @@ class _Recorder(Recorder):
                 checked = [*_minibatches(objective, settings.seed), *first]
                 self._losses = sample_losses_for(objective, self._per, checked, self._probe_loss)
             self._probes = [self._loaded(objective, name, *found) for name, found in loaded.items()]
+            if self._losses is not None and not any(bool(p.init_losses.isnan().any()) for p in self._probes):
+                self._losses = self._losses.without_gaps()
         self._identity = plain(
             {
                 **prepared.identity,
