@@ -44,6 +44,16 @@ def _run(script: str, *options: str, path: Path, **environment: str) -> dict[str
     return found
 
 
+def test_what_probes_cost(tmp_path: Path) -> None:
+    """Every column of every width, the ratio being that of its parts."""
+    pytest.importorskip("zarr")
+    options = ["--widths", "4", "8", "--draws", "3", "--probes", "10", "--repeats", "1"]
+    rows = _run("speed/bench_probes.py", *options, path=tmp_path / "out.json")["probes"]
+    assert [row["width"] for row in rows] == [4, 8]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["with probes s"] / (row["alone s"] + row["forwards s"]))
+
+
 # ---- timing --------------------------------------------------------------------------------------------------
 
 
