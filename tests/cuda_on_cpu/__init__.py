@@ -151,11 +151,10 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
                 continue
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
-            if node.name().endswith("AccumulateGrad"):
-                if node.metadata.setdefault("stream", mine) != mine and device.is_capturing():
-                    raise RuntimeError(
-                        "CUDA emulation: a gradient leaves for the stream in which its leaf was first used"
-                    )
+            if not node.name().endswith("AccumulateGrad"):
+                continue
+            if node.metadata.setdefault("stream", mine) != mine and device.is_capturing():
+                raise RuntimeError("CUDA emulation: a gradient leaves for the stream in which its leaf was first used")
         return differentiate(outputs, *args, **options)
 
     torch.autograd.grad = grad
