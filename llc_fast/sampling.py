@@ -373,6 +373,8 @@ class _Recorder(Recorder):
                 checked = [*_minibatches(objective, settings.seed), *first]
                 self._losses = sample_losses_for(objective, self._per, checked, self._probe_loss)
             self._probes = [self._loaded(objective, name, *found) for name, found in loaded.items()]
+            if self._losses is not None and not any(bool(p.init_losses.isnan().any()) for p in self._probes):
+                self._losses = self._losses.without_gaps()
         self._identity = plain(
             {
                 **prepared.identity,
@@ -387,6 +389,7 @@ class _Recorder(Recorder):
         state = self._state_of_store(prepared)
         if team.size > 1:  # all see the same, or none goes on
             state = team.gather(state)[0]
+        self._is_begun = state == "begun"
         if state == "completed":
             raise _AlreadyDoneError
         if state == "none" and prepared.saved is not None:
@@ -408,7 +411,7 @@ class _Recorder(Recorder):
         return _LoadedProbe(probe, batches, losses, indices, _ids_in(batches, num_tokens))
 
     def _state_of_store(self, prepared: Prepared) -> str:
-        """``"none"``, ``"begun"`` or ``"completed"``.
+        """``"none"``, ``"begun"``, ``"completed"`` or ``"foreign"``.
 
         Raises:
             ValueError: there is another run's.
@@ -419,7 +422,7 @@ class _Recorder(Recorder):
         found = read_attributes(place)
         ours = found.get(OURS)
         if not isinstance(ours, dict):
-            return "begun"  # `SampleStore.create` says what it is
+            return "foreign"  # `SampleStore.create` says what it is
         schedule = {"schedule": vars(prepared.settings.longest)}
         _compare(place, {**ours["identity"], "schedule": ours["schedule"]}, {**self._identity, **plain(schedule)})
         return "completed" if found.get(COMPLETED) == 1 else "begun"
@@ -469,8 +472,9 @@ class _Recorder(Recorder):
             self._store.close()
         if team.rank == 0:
             if began_again and self._place is not None:  # the chains diverged, and start anew with a smaller ε
+                _forget(self._place)
                 shutil.rmtree(self._place)
-            self._store = SampleStore.create(self._place, variables, said, resume=True)
+            self._store = self._created(variables, said, is_resumed=prepared.saved is not None)
             self._write_fixed(settings.num_chains)
         team.gather(None)
         if team.rank:
@@ -480,6 +484,17 @@ class _Recorder(Recorder):
         self._draws_written = {}
         self._check_resumed(prepared, self._store)
         return self._watch
+
+    def _created(self, variables: list[Variable], said: Mapping[str, Any], *, is_resumed: bool) -> SampleStore:
+        """The store, made or opened."""
+        try:
+            return SampleStore.create(self._place, variables, said, resume=True)
+        except ValueError:
+            # Of this run, but with another ε: it was killed after its chains had started anew with a smaller one.
+            if is_resumed or self._place is None or not self._is_begun:
+                raise
+            shutil.rmtree(self._place)
+            return SampleStore.create(self._place, variables, said, resume=True)
 
     def _write_fixed(self, num_chains: int) -> None:
         store = self._store
