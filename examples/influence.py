@@ -29,7 +29,7 @@ from llc_fast.problems.text import python_manual
 from llc_fast.problems.transformer import Transformer
 
 SMALL = os.environ.get("LLC_FAST_SMALL") == "1"  # seconds instead of minutes, to see that everything runs
-LENGTH = 32 if SMALL else 64
+LENGTH = 32 if SMALL else 48
 FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "influence")
 FOLDER.mkdir(parents=True, exist_ok=True)
 
@@ -63,7 +63,7 @@ print(f"{len(VOCABULARY)} characters; sequences:", {kind: len(piece) for kind, p
 # %% The model, trained for about a minute
 model = Transformer(len(VOCABULARY), LENGTH, **({"width": 16, "layers": 1} if SMALL else {"width": 48}))
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-generator, steps, start = torch.Generator().manual_seed(1), 40 if SMALL else 1500, time.perf_counter()
+generator, steps, start = torch.Generator().manual_seed(1), 40 if SMALL else 1000, time.perf_counter()
 for step in range(steps):
     for group in optimizer.param_groups:
         group["lr"] = 3e-3 * min(1.0, 2 * (1 - step / steps))
@@ -86,9 +86,9 @@ samples = llc_fast.sample(
     nbeta=30.0,
     localization=300.0,
     num_chains=2 if SMALL else 4,
-    num_draws=60 if SMALL else 250,
-    num_burnin=20 if SMALL else 150,
-    num_steps_bw_draws=1 if SMALL else 3,
+    num_draws=60 if SMALL else 200,
+    num_burnin=20 if SMALL else 100,
+    num_steps_bw_draws=1 if SMALL else 2,
     batch_size=32,
     seed=0,
 )

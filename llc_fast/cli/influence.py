@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from llc_fast.cli.options import JsonPath, PlotPath, check_different, writable, write_all, write_json
@@ -124,6 +123,8 @@ def read_vocabulary(path: Path) -> list[str]:
 
 def numbers_of(found: SampleInfluence, best: list[Pair], q: float) -> dict[str, Any]:
     """What is written of a matrix; one of more than a million entries is left to ``--out``."""
+    import numpy as np
+
     numbers: dict[str, Any] = found.attributes() | {
         "top": [
             {"train": pair.train, "query": pair.query, "value": pair.value, "stderr": pair.stderr} for pair in best
