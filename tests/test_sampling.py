@@ -209,7 +209,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def run(store: Path, **options: Any) -> Samples:
     x, y = samples()
-    chosen = arguments(SETTINGS | {"num_draws": 120, "probes": {"a": (x, y), "b": ((x, y), 1)}} | options)
+    probes = {"a": (x, y), "b": ((x, y), 1)}
+    chosen = arguments(SETTINGS | {"num_draws": 120, "probes": probes, "sketch": 6} | options)
     return llc_fast.sample(mlp(), (x, y), F.mse_loss, store=store, **chosen)
 
 
