@@ -5,8 +5,8 @@
 A transformer of 70,000 parameters learns the characters of Python's manual, its grammar and the source code of its
 library: text that comes with Python, so nothing is downloaded. Then `llc_fast.sample` runs Langevin chains around the
 trained weights and keeps the loss of every token of a few sequences at every draw. From these come, for no further
-run, λ̂, which sequences the model treats alike, and which tokens help to predict other text. It takes two to three
-minutes on two cores and writes pictures and a page to FOLDER.
+run, λ̂, which sequences the model treats alike, and which tokens help to predict other text. It takes two minutes on
+two cores and writes pictures and a page to FOLDER.
 
 The cells (`# %%`) run one by one in editors that know them, or as a notebook (jupytext).
 """
@@ -56,7 +56,7 @@ EACH, HELD_OUT = (3, 4) if SMALL else (8, 24)  # sequences of a kind to look at,
 pieces = {kind: sequences(text) for kind, text in texts.items()}
 held_out = {kind: piece[:HELD_OUT] for kind, piece in pieces.items()}
 train = torch.cat([piece[HELD_OUT:3000] for piece in pieces.values()])
-looked_at = torch.cat([piece[HELD_OUT : HELD_OUT + EACH] for piece in pieces.values()])  # all of them in `train`
+chosen = torch.cat([piece[HELD_OUT : HELD_OUT + EACH] for piece in pieces.values()])  # all of them in `train`
 kinds = [kind for kind in pieces for _ in range(EACH)]
 print(f"{len(VOCABULARY)} characters; sequences:", {kind: len(piece) for kind, piece in pieces.items()})
 
@@ -79,7 +79,7 @@ samples = llc_fast.sample(
     model,
     train,
     "next-token",
-    probes={"looked at": looked_at, **held_out},
+    probes={"chosen": chosen, **held_out},
     per="token",
     sketch=256,  # where the chains went, for samples.pca()
     store=None,  # or a folder, which survives an interruption
@@ -104,14 +104,14 @@ def decode(tokens: list[int]) -> str:
     return "".join(VOCABULARY[k] for k in tokens)
 
 
-kernel = samples.loss_kernel("looked at")
+kernel = samples.loss_kernel("chosen")
 print(kernel.summary())
 kernel.plot(FOLDER / "kernel.png", decode=decode, title="correlation of losses: " + ", ".join(pieces))
 
 # %% What would more of a sequence do to the loss of each kind of held-out text? Negative: it would fall
 rows = []
 for kind in pieces:
-    found = samples.influence("looked at", kind, per=("sample", "probe"))
+    found = samples.influence("chosen", kind, per=("sample", "probe"))
     rows.append([found.value[[k for k, own in enumerate(kinds) if own == row], 0].mean() for row in pieces])
 table = np.array(rows).T
 print("mean influence of a sequence of (row) on the mean loss of held-out (column), in 1e-6:")
@@ -120,7 +120,7 @@ for kind, row in zip(pieces, table, strict=True):
     print(f"{kind:<10}" + "".join(f"{1e6 * value:>10.2f}" for value in row))
 
 # %% The pairs with the largest influence, with standard errors
-pairs = samples.influence("looked at", "grammar")
+pairs = samples.influence("chosen", "grammar")
 for pair in pairs.top(5, decode):
     print(f"{pair.value:+.2e} ± {pair.stderr:.1e}  {pair.train}  on  {pair.query}")
 pairs.plot(FOLDER / "influence.png", title="influence of sequences on held-out grammar")
@@ -128,11 +128,11 @@ pairs.plot(FOLDER / "influence.png", title="influence of sequences on held-out g
 # %% Which tokens matter to which kind of text? A color behind each
 parts = []
 for kind in pieces:
-    tokens = samples.influence("looked at", kind, per=("token", "probe"))
+    tokens = samples.influence("chosen", kind, per=("token", "probe"))
     parts.append(tokens.html(decode, top=6, title=f"influence of tokens on the mean loss of held-out {kind}"))
 page = '<!doctype html><meta charset="utf-8"><title>influence of tokens</title>' + "\n".join(parts)
 (FOLDER / "tokens.html").write_text(page, encoding="utf-8")
 
-# %% Where did the chains go?
+# %% Where did the chains go? Around w*, and nowhere in particular: γ holds most directions alike
 samples.pca().plot(FOLDER / "pca.png")
 print(f"pictures and a page in {FOLDER}")

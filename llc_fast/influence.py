@@ -241,7 +241,7 @@ class SampleInfluence(Influence):
             self.value[:], mask, train_names=names[0], query_names=names[1], label=self.kind, title=title
         )
         axes = figure.axes[0]
-        axes.set(ylabel=f"{self.train.per} of {self.train.probe}", xlabel=f"{self.query.per} of {self.query.probe}")
+        axes.set(ylabel=_axis(self.train), xlabel=_axis(self.query))
         if path is not None:
             write_figure(figure, path)
         return figure
@@ -346,6 +346,10 @@ def _described(items: Items) -> str:
     if items.per == "probe":
         return f"the mean loss of {items.probe!r}"
     return f"{len(items):,} {items.per}{'s' if len(items) != 1 else ''} of {items.probe!r}"
+
+
+def _axis(items: Items) -> str:
+    return items.probe if items.per == "probe" else f"{items.per}s of {items.probe!r}"
 
 
 def _column(whole: Influence, values: NDArray[Any], errors: NDArray[Any]) -> Influence:

@@ -394,7 +394,7 @@ def test_pictures(tmp_path: Path) -> None:
     axes = figure.axes[0]
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert [t.get_text() for t in axes.get_yticklabels()] == ["abcd", "efgh", "mnop", "qrst"]
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("sample of text", "sample of points")
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("samples of 'text'", "samples of 'points'")
 
 
 def test_in_words() -> None:
