@@ -232,13 +232,14 @@ def test_bif_is_the_influence_function_where_the_posterior_is_narrow(
     """Where γ dominates, −β·Cov is −g_i·g_j·β/γ: gradient dot products, with their sign and size."""
     settings = Settings(chains=2, burnin=50)
     study = Study("influence", "small", tmp_path, progress=False)
-    train, query, row = experiment.draw_losses(study, "k", model, task, Posterior(1e3, 1e6), 1.0, settings, 300)
+    train, query, row = experiment.draw_losses(study, "k", model, task, Posterior(1e3, 1e6), 1.0, settings, 500)
     assert row["prior"] == 1 and (row["nbeta"], row["localization"]) == (1e3, 1e6)
     found = experiment.influence(train, query, beta=row["nbeta"] / len(task.x))
     dots = experiment.dot_products(model, task) * row["nbeta"] / row["localization"]
     low, high = found.interval()
     assert ((low < dots) & (dots < high)).mean() > 0.85
-    assert (found.value * dots).sum() / (dots**2).sum() == pytest.approx(1, abs=0.15)
+    error = np.sqrt(2 / found.ess.worst)  # of a variance, as the largest entries nearly are
+    assert error < 0.12 and (found.value * dots).sum() / (dots**2).sum() == pytest.approx(1, abs=4 * error)
     assert np.corrcoef(found.value.flatten(), dots.flatten())[0, 1] > 0.75
 
 
