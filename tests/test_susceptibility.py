@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import llc_fast
 from llc_fast import Samples, sampling
-from llc_fast.susceptibility import SusceptibilityResult
+from llc_fast.susceptibility import SusceptibilityResult, _parts
 
 pytest.importorskip("zarr")
 pytest.importorskip("xarray")
@@ -59,7 +59,7 @@ class TwoParameters(nn.Module):
 
 
 class Plane:
-    """The model's posterior on a grid: L is the mean over eight samples of (y − f)², the probe has six, two of others."""
+    """The model's posterior on a grid. L is the mean of (y − f)² over eight samples; two of the probe's are others."""
 
     gamma = 6.0
 
@@ -91,30 +91,32 @@ class Plane:
 
 def in_plane(nbeta: float, **options: Any) -> SusceptibilityResult:
     plane = Plane(nbeta)
-    given = {"sampler": "mala", "num_chains": 4, "num_draws": 2500, "num_burnin": 300, "localization": plane.gamma}
+    given = {"sampler": "mala", "num_chains": 4, "num_draws": 700, "num_burnin": 150, "localization": plane.gamma}
     return llc_fast.susceptibilities(
         TwoParameters(), plane.data(slice(8)), F.mse_loss, {"probe": plane.data(slice(4, 10))}, ["u", "v"],
         nbeta=nbeta, progress=False, **(given | options),
     )  # fmt: skip
 
 
-def test_two_parameters() -> None:
+@pytest.mark.parametrize("draws", [700, pytest.param(4000, marks=pytest.mark.slow)])
+def test_two_parameters(draws: int) -> None:
     """χ within two standard errors of the integrals, and so is the control's."""
-    found = in_plane(20.0, num_steps_bw_draws=2)
+    found = in_plane(20.0, num_draws=draws)
     control = found.control()
     assert control is not None
-    for result, nbeta, most in ((found.chi(), 20.0, 0.12), (control, 0.0, 0.5)):
+    few = math.sqrt(700 / draws)
+    for result, nbeta, most in ((found.chi(), 20.0, 0.25 * few), (control, 0.0, 0.4 * few)):
         exact = np.stack([Plane(nbeta).chi(name) for name in ("u", "v")])
         z = (result.value - exact) / result.stderr
         assert np.abs(z).max() < 2, z
         assert np.median(result.stderr / np.abs(exact)) < most
     assert found.reference_loss == pytest.approx(float(Plane(1.0).loss[200, 200]), rel=1e-6)
-    assert found.components == ("u", "v") and found.significant().mean() > 0.8
+    assert found.components == ("u", "v") and found.significant().mean() > 0.7
 
 
 def test_nothing_exceeds_the_control_where_the_posterior_is_the_localization() -> None:
     """At nβ = 1e-6. Entries differ from 0 all the same: that alone says nothing of the loss."""
-    found = in_plane(1e-6, lr=0.1, num_draws=1500)
+    found = in_plane(1e-6, lr=0.1, num_draws=500)
     assert not found.against_control().exceeds.any()
     assert np.abs(found.against_control().z).max() < 3.5  # of 12 entries
     assert found.significant().any()
@@ -149,7 +151,9 @@ def by_hand(component: Samples, full: Samples, probe: str) -> Array:
 def test_numbers_are_those_of_the_stores(tmp_path: Path) -> None:
     found = short(store=tmp_path, probes={"test": samples(), "few": tuple(t[:5] for t in samples())})
     folders = {path.name for path in tmp_path.iterdir()}
-    assert folders == {f"{quoted}{name}.zarr" for quoted in ("", "control%3A ") for name in ("all weights", "0.%2A", "2.%2A")}
+    assert folders == {
+        f"{quoted}{name}.zarr" for quoted in ("", "control%3A ") for name in ("all weights", "0.%2A", "2.%2A")
+    }
     assert found.probes == ("test", "few") and found.lr["0.*"] == 1e-2 != found.lr["control: 0.*"]
     for probe in found.probes:
         for prefix, result in (("", found.chi(probe)), ("control: ", found.control(probe))):
@@ -164,9 +168,7 @@ def test_numbers_are_those_of_the_stores(tmp_path: Path) -> None:
 
 def test_what_runs_share() -> None:
     """nβ, γ and the places of samples; not the random numbers. Only the component moves."""
-    shared = short(probes={"test": (samples(), 2)}, localization=None, nbeta=None, control=False, keep=None) if False else (
-        short(probes={"test": (samples(), 2)}, localization=None, nbeta=None)
-    )
+    shared = short(probes={"test": (samples(), 2)}, localization=None, nbeta=None)
     places = [each.dataset["indices_test"].values for each in shared.samples.values()]
     assert all((each == places[0]).all() for each in places)
     full = shared.samples["all weights"]
@@ -208,18 +210,22 @@ def by_token(tmp_path_factory: pytest.TempPathFactory) -> tuple[SusceptibilityRe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = llc_fast.susceptibilities(
-            gpt_neox().eval(), data, "next-token", {"probe": data[:3]}, "heads", per="token", store=folder,
-            num_chains=2, num_draws=30, num_burnin=5, lr=1e-3, nbeta=10.0, localization=10.0, batch_size=8,
-            progress=False,
+            gpt_neox().eval(), data, "next-token", {"probe": data[:3]}, ["l0 h1", "l1 mlp"], per="token",
+            store=folder, control=False, num_chains=2, num_draws=30, num_burnin=5, lr=1e-3, nbeta=10.0,
+            localization=10.0, batch_size=8, progress=False,
         )  # fmt: skip
     return found, folder
 
 
-def test_heads_by_token(by_token: tuple[SusceptibilityResult, Path]) -> None:
+def test_all_heads() -> None:
+    assert list(_parts(gpt_neox(), "heads")) == ["l0 h0", "l0 h1", "l1 h0", "l1 h1"]
+
+
+def test_components_by_token(by_token: tuple[SusceptibilityResult, Path]) -> None:
     found, folder = by_token
-    assert found.components == ("l0 h0", "l0 h1", "l1 h0", "l1 h1")
+    assert found.components == ("l0 h1", "l1 mlp")
     dataset = found.to_xarray()
-    assert dataset["chi"].dims == ("component", "sample", "token") and dataset["chi"].shape == (4, 3, 7)
+    assert dataset["chi"].dims == ("component", "sample", "token") and dataset["chi"].shape == (2, 3, 7)
     full = Samples.open(folder / "all weights.zarr")
     for k, name in enumerate(found.components):
         expected = by_hand(Samples.open(folder / f"{name}.zarr"), full, "probe").reshape(3, 7)
@@ -239,8 +245,8 @@ def test_devinterp_has_the_same_of_our_stores(by_token: tuple[SusceptibilityResu
     }
     # It takes L(w*) from init_loss, which is that of all data: the probe of the data is all of them.
     theirs = compute_susceptibilities(trees, "data")["susceptibilities"]
-    ours = found.to_xarray()["chi"].values.reshape(4, -1)
-    np.testing.assert_allclose(ours.T, np.asarray(theirs["probe"].values if "probe" in theirs else theirs["sus"].values).reshape(ours.T.shape), atol=1e-5)
+    ours = found.to_xarray()["chi"].values.reshape(2, -1)
+    np.testing.assert_allclose(theirs["sus"].values[: ours.shape[1]], ours.T, atol=1e-5)
 
 
 def test_tokens_that_do_not_count() -> None:
@@ -260,7 +266,7 @@ def test_tokens_that_do_not_count() -> None:
 
 def test_significance() -> None:
     """Benjamini–Hochberg's by SciPy, of p-values that follow from χ and its error."""
-    found = short(num_draws=400)
+    found = short(num_draws=500, lr=0.05)
     dataset = found.to_xarray(q=0.1)
     np.testing.assert_allclose(dataset["z"], dataset["chi"] / dataset["stderr"])
     p = 2 * stats.t.sf(np.abs(dataset["z"]), found.chi().degrees_of_freedom)
@@ -268,7 +274,7 @@ def test_significance() -> None:
     expected = stats.false_discovery_control(p, axis=None).reshape(p.shape) <= 0.1
     np.testing.assert_array_equal(found.significant(0.1), expected)
     np.testing.assert_array_equal(dataset["significant"], expected)
-    assert 0 < expected.sum()
+    assert expected.any()
     np.testing.assert_allclose(dataset["difference"], dataset["chi"] - dataset["control"])
     np.testing.assert_allclose(dataset["standardized"], stats.zscore(dataset["chi"].values, axis=1))
 
@@ -303,10 +309,18 @@ class _Killed(BaseException):
     """As sudden as a signal that nobody can catch: nothing of the run is told."""
 
 
-@pytest.mark.parametrize("after", [20, 200, 420])
-def test_killed_and_resumed(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first run, at its end or in a later one; the numbers are those of a call that nobody killed."""
-    expected = short(store=tmp_path / "whole")
+@pytest.fixture(scope="module")
+def expected() -> SusceptibilityResult:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return short()
+
+
+@pytest.mark.parametrize("after", [20, 420])
+def test_killed_and_resumed(
+    after: int, expected: SusceptibilityResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first run or in a later one; the numbers are those of a call that nobody killed."""
     left = iter(range(after, -1, -1))
     with monkeypatch.context() as patched:
         watch = sampling._Recorder._watch
@@ -332,7 +346,7 @@ def test_killed_and_resumed(after: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_interrupted() -> None:
     """What has run by then is there; before one component has, there is nothing."""
-    steps = 3 * 45
+    steps = 45  # of all chains of a run
     with interrupted_after(5 * steps + 10):  # of the second component
         found = short()
     assert found.is_partial and found.components == ("0.*",) and found.left_out == {"2.*": "it has not run"}
