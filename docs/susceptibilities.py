@@ -27,8 +27,7 @@ def main() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    first = [[k for k in range(len(y)) if y[k] == digit][:4] for digit in range(10)]
-    probe = torch.tensor(sum(first, []))
+    probe = torch.cat([(y == digit).nonzero()[:4, 0] for digit in range(10)])
     rows = [torch.arange(UNITS) == k for k in range(UNITS)]
     units = {f"unit {k}": {"0.weight": row[:, None], "0.bias": row} for k, row in enumerate(rows)}
     found = llc_fast.susceptibilities(

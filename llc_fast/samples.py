@@ -10,6 +10,7 @@ init_loss_{probe}          losses at w*, float32 ``[batch_{probe}, token_pos]``,
 token_mask_{probe}         which tokens are predicted, bool ``[batch_{probe}, token_pos]``, if not all are
 draw_loss                  the loss that enters λ̂ of each draw, float64 ``[chain, draw]``
 draws_done                 draws that are whole, int64 ``[chain]``
+sketch                     a count sketch of w − w* at the draws, float32 ``[chain, draw, sketch_dim]``, if asked for
 sampling_loss_micro        the loss of every step, ``[chain, step, batch_sampling, token_pos]``: ours has one sample,
                            and the mean over tokens in the first of them, NaN in the others
 llc_loss_trace, llc_…      the :class:`llc_fast.LLCResult` of the run
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,11 @@ from numpy.typing import NDArray
 
 import llc_fast
 from llc_fast.checks import Facts, examine
+from llc_fast.influence import ITEM_PER, DrawPCA, ItemPer, Items, SampleInfluence, Weighted
 from llc_fast.result import Diagnostics, LLCResult, Warning
 from llc_fast.schedule import Schedule
+from llc_fast.stats.influence import KINDS, MIN_BLOCKS, Draws, FlatDraws, Influence, Kind, influence
+from llc_fast.stats.projection import pca
 from llc_fast.stats.step_checks import COLUMNS
 from llc_fast.store import COMPLETED, DRAWS_DONE, SampleStore, Variable, read_attributes
 from llc_fast.support.files import plain
@@ -47,6 +52,8 @@ if TYPE_CHECKING:
     import xarray
 
 Per = Literal["sample", "token"]
+ProbePart = str | tuple[str, Any]
+"""A probe's name, or its name and which of its samples: numbers, a mask or a slice."""
 
 FORMAT = 1
 BLOCK_BYTES = 32 * 2**20
@@ -57,6 +64,7 @@ _RESULT = "llc_loss_trace"
 _SAMPLERS = {"sgld": "sgmcmc_sgld", "rmsprop-sgld": "rmsprop_sgld"}
 """Ours by devinterp's names."""
 _MICRO = "sampling_loss_micro"
+SKETCH = "sketch"
 _OF_ONE_CALL = frozenset(
     {
         *("seconds", "seconds_of_data", "seconds_of_setup", "resumed_steps", "workers", "chains_per_group"),
@@ -470,6 +478,274 @@ class Samples:
         values = np.asarray(mask.values, dtype=bool)
         return values, float(values.sum(axis=1).mean()) if said is None else float(said)
 
+    # ---- what samples say about each other --------------------------------------------------------------------
+
+    def influence(
+        self,
+        train: ProbePart,
+        query: ProbePart | None = None,
+        *,
+        kind: Kind = "influence",
+        per: ItemPer | tuple[ItemPer, ItemPer] = "sample",
+        n: int | None = None,
+        stderr: bool = True,
+        draws: slice | None = None,
+        block_length: int | None = None,
+        centred: Literal["chains", "pooled"] = "chains",
+        out: str | os.PathLike[str] | None = None,
+        memory: int = 1 << 29,
+    ) -> SampleInfluence:
+        """How the losses of samples move together over the posterior's draws, ``[train, query]``, with standard errors.
+
+        influence    d⟨φ_j⟩/dε_i = −β·Cov(ℓ_i, φ_j), where 1 + ε_i is the weight of ℓ_i in the posterior
+                     ∝ exp(−nβ/n·Σ_i (1 + ε_i)·ℓ_i) times the localization; β = nβ/n
+        covariance   Cov(ℓ_i, φ_j), within chains
+        correlation  Cov(ℓ_i, φ_j)/√(Var ℓ_i·Var φ_j), the loss kernel
+
+        A negative influence says: with more of sample i, the loss of j falls. See
+        :func:`llc_fast.stats.influence.influence` for how errors are made.
+
+        Rows and columns are samples, tokens, or the whole probe (its mean loss). The influence of a token is that of
+        its own weight, nβ/(n·T) for the mean over tokens, T of which a sample has. So the influences of a sample's
+        tokens add up to its own.
+
+        Chains that diverged are left out, and interrupted runs cut to the draws that chains have in common, with a
+        warning. So are tokens and samples without a loss (padding, labels of −100), without one.
+
+        Args:
+            train: a probe, ℓ_i; or (name, which samples): numbers, a mask or a slice.
+            query: φ_j, likewise; None: that of `train`, with itself.
+            kind: which of the three.
+            per: ``"sample"``, ``"token"`` or ``"probe"``; or a pair, for rows and columns: ``("token", "probe")`` is
+                the influence of each token on the mean loss of the query probe.
+            n: samples of the data that were sampled with, for kind="influence"; None: as the store has it.
+            stderr: whether standard errors are computed.
+            draws: which draws of each chain, such as ``slice(500, None)``; None: all.
+            block_length: of the jackknife's blocks, in draws; None: from the autocorrelation time.
+            centred: ``"chains"``, or ``"pooled"`` at the mean of all draws, as devinterp does.
+            out: folder of a new Zarr store for the matrix, which then never is in memory as a whole; its arrays are
+                ``value`` and ``stderr``. None: in memory.
+            memory: bytes that losses may take, about.
+
+        Raises:
+            ValueError: no such probe, samples, tokens or draws; n is not known; there is something at `out`; a loss
+                that is not finite, of a chain that did not diverge.
+            OSError: `out` can't be written.
+            LLCWarning: is issued where chains or draws are left out, or standard errors can't be had.
+        """
+        options: dict[str, Any] = {"n": n, "stderr": stderr, "draws": draws, "centred": centred}
+        options["block_length"] = block_length
+        result = self._influence(train, query, kind, per, **options, out=out, memory=memory)
+        issue(result.warnings, stacklevel=2)
+        return result
+
+    def _influence(
+        self,
+        train: ProbePart,
+        query: ProbePart | None,
+        kind: Kind,
+        per: ItemPer | tuple[ItemPer, ItemPer] = "sample",
+        *,
+        n: int | None = None,
+        stderr: bool = True,
+        draws: slice | None = None,
+        out: str | os.PathLike[str] | None = None,
+        **more: Any,
+    ) -> SampleInfluence:
+        rows_per, columns_per = _pair_of(per)
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        beta = self._beta(n) if kind == "influence" else None
+        chains, made, notes = self._whole_chains("influence()")
+        chosen = _draws_of(draws, made)
+        left = self._side("train", train, rows_per, chains, chosen)
+        right = None
+        if query is not None:
+            right = self._side("query", query, columns_per, chains, chosen)
+        elif columns_per != rows_per:
+            right = self._side("train", train, columns_per, chains, chosen)
+        if right is not None and _is_same(left.items, right.items):
+            right = None
+        columns = left.items if right is None else right.items
+        losses, weights = left.draws, left.weights
+        if weights is not None and beta is not None:
+            if np.ptp(weights) <= 1e-12 * abs(float(weights[0])):
+                beta *= float(weights[0])
+            else:  # for rows alone, so that the matrix is no longer symmetric
+                losses, right = Weighted(losses, weights), right or left
+        shape = (len(left.items), len(columns))
+        options: dict[str, Any] = {"kind": kind, "beta": beta, "stderr": stderr, **more}
+        place = None if out is None else Path(os.fsdecode(out)).absolute()
+        value, errors = (None, None) if place is None else _out_arrays(place, shape, stderr)
+        try:
+            found = influence(losses, None if right is None else right.draws, out=value, out_stderr=errors, **options)
+            known = {name: getattr(found, name) for name in Influence.__dataclass_fields__}
+            if isinstance(losses, Weighted) and weights is not None:
+                known["train_means"] = found.train_means / weights
+            result = SampleInfluence(
+                **known,
+                train=left.items,
+                query=columns,
+                is_symmetric=right is None and len(columns) > 1,
+                chains=tuple(chains),
+                num_draws=len(range(*chosen.indices(made))),
+                path=None if place is None else str(place),
+                warnings=(*notes, *_on_errors(found, stderr)),
+            )
+            if place is not None:
+                _finish_out(place, result)
+        except BaseException:
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+            raise
+        return result
+
+    def loss_kernel(self, probe: ProbePart, **options: Any) -> SampleInfluence:
+        """The correlation of a probe's losses over draws: symmetric, with ones on its diagonal.
+
+        Args:
+            probe: its name, or (name, which samples).
+            **options: as :meth:`influence` takes them, other than `query`, `kind` and `n`.
+        """
+        result = self._influence(probe, None, "correlation", **options)
+        issue(result.warnings, stacklevel=2)
+        return result
+
+    def pca(self, components: int = 10, *, draws: slice | None = None) -> DrawPCA:
+        """Principal components of where chains went, from count sketches of w − w* at the draws.
+
+        Inner products of sketches are those of w − w* but for a relative error of about √(2/K). So the largest
+        directions are found, whose variances are far above the mean of all.
+
+        Args:
+            components: how many, at most.
+            draws: which draws of each chain; None: all.
+
+        Raises:
+            ValueError: the run has no sketches; no such draws.
+            LLCWarning: is issued where chains or draws are left out.
+        """
+        if SKETCH not in self.dataset:
+            raise ValueError("pca() needs sketches of the draws, which this run has not stored: sample with sketch=512")
+        chains, made, notes = self._whole_chains("pca()")
+        issue(notes, stacklevel=2)
+        chosen = _draws_of(draws, made)
+        sketches = self.dataset[SKETCH].isel(chain=chains, draw=slice(0, made)).isel(draw=chosen).values
+        found = pca(sketches, components)
+        return DrawPCA(**vars(found), chains=tuple(chains), sketch_size=sketches.shape[2])
+
+    def _beta(self, n: int | None) -> float:
+        """nβ/n."""
+        if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
+            raise ValueError(f"n must be the number of samples of the data, got {n!r}")
+        n = self.num_samples if n is None else int(n)
+        if n is None:
+            raise ValueError(
+                "n=None: this store does not say how many samples the data had, which kind='influence' needs for "
+                "β = nβ/n: give n=…, or kind='correlation'"
+            )
+        if not self.nbeta:
+            raise ValueError(
+                "kind='influence' at nβ = 0 is 0: no sample is in the posterior. Use kind='covariance' or 'correlation'"
+            )
+        return self.nbeta / n
+
+    def _whole_chains(self, who: str) -> tuple[list[int], int, list[Warning]]:
+        """The chains to use, how many draws they have in common, and what is left out."""
+        counts, total, code = self.draws_done, self.dataset.sizes["draw"], "partial"
+        if min(counts, default=0) == total:
+            return list(range(len(counts))), total, []
+        if not self.is_partial:
+            chains, made, code = [k for k, count in enumerate(counts) if count == total], total, "diverged"
+            dead = ", ".join(str(k) for k in range(len(counts)) if k not in chains)
+            text = f"The loss of chain {dead} became non-finite: {who} uses the other {len(chains)} of {len(counts)}."
+        else:  # what leaves the most draws
+            made = max(sorted(set(counts)), key=lambda least: least * sum(count >= least for count in counts))
+            chains = [k for k, count in enumerate(counts) if count >= made]
+            done = ", ".join(map(str, counts))
+            text = (
+                f"The run was interrupted, or goes on: its chains have made {done} of {total} draws. {who} uses the "
+                f"first {made} of chain {', '.join(map(str, chains))}. The same call of sample(store=…) resumes it."
+            )
+        if not chains or made < 2:
+            raise ValueError(
+                f"{who} needs a chain with 2 draws or more, but its chains have made {', '.join(map(str, counts))}: "
+                + ("resume the run" if self.is_partial else "they diverged; use a smaller lr")
+            )
+        return chains, made, [Warning(text, code)]
+
+    def _side(self, side: str, given: ProbePart, per: ItemPer, chains: list[int], draws: slice) -> _Side:
+        """The losses of rows or columns."""
+        probe, which = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if not isinstance(probe, str):
+            raise TypeError(f"{side} must be the name of a probe, or (name, which samples), got {given!r}")
+        try:
+            found = self._id(probe)
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from None
+        name = next(name for name, known in self._ids.items() if known == found)
+        array = self.dataset[f"loss_{found}"]
+        if per == "token" and array.ndim == 3:
+            raise ValueError(
+                f"per='token': losses of {name!r} are per sample. Sample with per='token', or use per='sample'"
+            )
+        array = array.rename(dict(zip(array.dims, ("chain", "draw", "sample", "token"), strict=False)))
+        chosen = _which(side, which, array.sizes["sample"])
+        array = array.isel(draw=draws) if which is None else array.isel(draw=draws, sample=chosen)
+        mask, _ = self._tokens(found)
+        keep: NDArray[np.bool_] = self._counted(found, chosen, array[chains[0], 0], mask)
+        ids = self.dataset.get(f"input_ids_{found}")
+        input_ids = None if ids is None else np.asarray(ids.values)
+        combination = self.settings.get("combination")
+        if per == "token":
+            place = np.argwhere(keep)
+            shift = 0 if input_ids is None else max(0, input_ids.shape[1] - array.shape[3])
+            items = Items(name, per, chosen[place[:, 0]], place[:, 1] + shift, input_ids)
+            weights = self._token_weights(found, mask, chosen, place[:, 0], combination)
+            return _Side(FlatDraws(array, chains=chains, keep=keep), items, weights)
+        kept = np.asarray(keep if keep.ndim == 1 else keep.any(axis=1))
+        items = Items(name, per, chosen[kept], None, input_ids)
+        if not len(items.sample):
+            raise ValueError(f"{side}: no sample of {name!r} has a loss")
+        weight = 1.0
+        if array.ndim == 3:
+            losses: Draws = FlatDraws(array, chains=chains, keep=kept)
+        else:
+            own = combination == "samples"
+            count = keep[kept].sum(axis=1) if own else np.full(int(kept.sum()), self._tokens(found)[1])
+            losses = _means(array, chains, keep, kept, count)
+            weight = float(count[0]) if combination == "sums" else 1.0
+        if per == "probe":
+            losses, weight = _mean_of(losses), weight * len(items.sample)
+        return _Side(losses, items, np.full(1 if per == "probe" else len(items.sample), weight))
+
+    def _counted(
+        self, found: str, chosen: NDArray[np.intp], first: xarray.DataArray, mask: NDArray[np.bool_] | None
+    ) -> NDArray[np.bool_]:
+        """Which items have a loss, ``[sample]`` or ``[sample, token]``: the same at all draws."""
+        if mask is not None:
+            counted: NDArray[np.bool_] = mask[chosen]
+            return counted
+        at_reference = self.dataset.get(f"init_loss_{found}")
+        known = first.values if at_reference is None else np.asarray(at_reference.values)[chosen]
+        return np.asarray(~np.isnan(known))
+
+    def _token_weights(
+        self,
+        found: str,
+        mask: NDArray[np.bool_] | None,
+        chosen: NDArray[np.intp],
+        sample: NDArray[np.intp],
+        combination: str | None,
+    ) -> NDArray[np.float64]:
+        """What a token weighs in the loss of the data, of n samples, times n."""
+        if combination == "sums":
+            return np.ones(len(sample))
+        mean = self._tokens(found)[1]
+        if combination == "samples" and mask is not None:
+            return np.asarray(1.0 / mask[chosen].sum(axis=1)[sample], np.float64)
+        return np.full(len(sample), 1.0 / mean)
+
     # ---- λ̂ ----------------------------------------------------------------------------------------------------
 
     def llc(self) -> LLCResult:
@@ -600,6 +876,124 @@ class Samples:
                 "draws, and losses of the others are NaN. The same call of sample(store=…) resumes it."
             )
             issue([Warning(text, "partial")], stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Rows or columns.
+
+    Attributes:
+        draws: their losses.
+        items: what they are.
+        weights: of each in the loss of the data, times n.
+    """
+
+    draws: Draws
+    items: Items
+    weights: NDArray[np.float64]
+
+
+def _pair_of(per: Any) -> tuple[ItemPer, ItemPer]:
+    found = per if isinstance(per, tuple) else (per, per)
+    if len(found) != 2 or any(one not in ITEM_PER for one in found):
+        raise ValueError(f"per must be 'sample', 'token' or 'probe', or a pair of them, got {per!r}")
+    return found
+
+
+def _on_errors(found: Influence, stderr: bool) -> list[Warning]:
+    if not stderr or found.num_blocks >= MIN_BLOCKS:
+        return []
+    text = (
+        f"There are {found.num_blocks} blocks of {found.block_length} draws (minimum {MIN_BLOCKS}; the autocorrelation "
+        f"time is {found.autocorrelation_time:.3g}): standard errors of {found.kind} are not known. Sample more draws "
+        "or chains."
+    )
+    return [Warning(text, "short")]
+
+
+def _is_same(left: Items, right: Items) -> bool:
+    return (left.probe, left.per) == (right.probe, right.per) and np.array_equal(left.sample, right.sample)
+
+
+def _draws_of(draws: object, made: int) -> slice:
+    """Of `made` ones, with a start, a stop and a step."""
+    if draws is not None and not isinstance(draws, slice):
+        raise TypeError(f"draws must be a slice of each chain's draws, such as slice(500, None), got {draws!r}")
+    start, stop, step = (draws or slice(None)).indices(made)
+    if step < 1 or len(range(start, stop, step)) < 2:
+        raise ValueError(f"draws={draws} leaves fewer than 2 draws of {made}, or goes backwards: take more")
+    return slice(start, stop, step)
+
+
+def _which(side: str, which: Any, count: int) -> NDArray[np.intp]:
+    """The places of samples that were chosen."""
+    if which is None or isinstance(which, slice):
+        found = np.arange(count)[which or slice(None)]
+    else:
+        asked = np.atleast_1d(np.asarray(which, None if np.size(which) else int))
+        if asked.dtype == bool and asked.shape != (count,):
+            raise ValueError(f"{side}: a mask of samples must have shape ({count},), got {asked.shape}")
+        if asked.ndim != 1 or asked.dtype.kind not in "iub":
+            raise TypeError(f"{side}: samples must be numbers, a mask or a slice, got {which!r}")
+        found = np.flatnonzero(asked) if asked.dtype == bool else asked.astype(np.intp)
+        if len(found) and not (-count <= found.min() and found.max() < count):
+            raise ValueError(f"{side}: the probe has {count} samples, but {found[np.abs(found).argmax()]} is asked for")
+        found = np.where(found < 0, found + count, found)
+    if not len(found):
+        raise ValueError(f"{side}: {which!r} leaves no sample of {count}")
+    return found.astype(np.intp)
+
+
+def _means(
+    array: xarray.DataArray,
+    chains: list[int],
+    keep: NDArray[np.bool_],
+    kept: NDArray[np.bool_],
+    count: NDArray[Any],
+) -> NDArray[np.float32]:
+    """The losses of samples from those of tokens: sums over the tokens that count, over `count`."""
+    places = np.flatnonzero(kept)
+    found = np.empty((len(chains), array.shape[1], len(places)), np.float32)
+    size = max(1, BLOCK_BYTES // max(1, 4 * array.shape[1] * array.shape[3]))
+    for row, chain in enumerate(chains):
+        for first in range(0, array.shape[2], size):
+            here = slice(first, min(first + size, array.shape[2]))
+            values = np.asarray(array[chain, :, here].values, np.float32)
+            inside = (places >= here.start) & (places < here.stop)
+            sums = np.where(keep[here], values, np.float32(0)).sum(axis=2, dtype=np.float64)
+            found[row][:, inside] = sums[:, places[inside] - here.start] / count[inside]
+    return found
+
+
+def _mean_of(losses: Draws) -> NDArray[np.float64]:
+    """Over items, ``[chain, draw, 1]``."""
+    chains, draws, count = losses.shape
+    size = max(1, BLOCK_BYTES // max(1, 4 * chains * draws))
+    total = np.zeros((chains, draws))
+    for first in range(0, count, size):
+        total += np.asarray(losses[:, :, first : first + size]).sum(axis=2, dtype=np.float64)
+    return (total / count)[:, :, None]
+
+
+def _out_arrays(place: Path, shape: tuple[int, int], stderr: bool) -> tuple[Any, Any]:
+    """New arrays of a new store."""
+    zarr = require("zarr", "samples")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"out={str(place)!r} exists: give another path, or delete it (rm -r) first")
+    group = zarr.open_group(str(place), mode="w", zarr_format=3)
+    chunks = tuple(min(size, 1024) for size in shape)
+    made = [
+        group.create_array(name, shape=shape, dtype="float32", chunks=chunks, dimension_names=("train", "query"))
+        for name in ("value", "stderr")[: 1 + stderr]
+    ]
+    return made[0], made[1] if stderr else None
+
+
+def _finish_out(place: Path, result: SampleInfluence) -> None:
+    group = require("zarr", "samples").open_group(str(place), mode="r+")
+    for name, (side, values) in result.coordinates().items():
+        group.create_array(name, data=np.asarray(values, np.int64), dimension_names=(side,))
+    group.attrs.update({**plain(result.attributes()), COMPLETED: 1})
 
 
 def _order(said: list[str], ids: list[str]) -> Any:

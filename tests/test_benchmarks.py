@@ -34,13 +34,24 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def _run(script: str, *options: str, path: Path) -> dict[str, Any]:
+def _run(script: str, *options: str, path: Path, **environment: str) -> dict[str, Any]:
     """The JSON file that a benchmark writes."""
     command = [sys.executable, str(FOLDER / script), "--device", "cpu", "--json", str(path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def test_what_probes_cost(tmp_path: Path) -> None:
+    """Every column of every width, the ratio being that of its parts."""
+    pytest.importorskip("zarr")
+    options = ["--widths", "4", "8", "--draws", "3", "--probes", "10", "--repeats", "1"]
+    rows = _run("speed/bench_probes.py", *options, path=tmp_path / "out.json")["probes"]
+    assert [row["width"] for row in rows] == [4, 8]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["with probes s"] / (row["alone s"] + row["forwards s"]))
 
 
 # ---- timing --------------------------------------------------------------------------------------------------
@@ -153,11 +164,21 @@ def test_the_large_network(tmp_path: Path) -> None:
     assert short["done"] == 20 and short["λ̂"] is None and "extrapolated" in short["contender"]
 
 
-def test_a_language_model(tmp_path: Path) -> None:
-    """What llc_fast says that it needs, and how it does it, stands beside what it takes."""
+@pytest.fixture
+def with_transformers(tmp_path: Path) -> dict[str, str]:
+    """An environment in which language models of transformers can be imported, whatever torchvision is there."""
     pytest.importorskip("transformers")
+    folder = tmp_path / "at_start"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import families\n\nkept = families.import_torchvision()\n")
+    places = [str(folder), str(Path(__file__).parent / "shared"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
+def test_a_language_model(tmp_path: Path, with_transformers: dict[str, str]) -> None:
+    """What llc_fast says that it needs, and how it does it, stands beside what it takes."""
     options = ["--size", "tiny", "--steps", "6", "--context", "16", "--contenders", "llc_fast", "loop"]
-    tables = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json")
+    tables = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json", **with_transformers)
     ours, loop = tables["rows"]
     # Embeddings of 512 tokens, and a matrix back; in each layer two norms, attention and what follows, with biases.
     layer = 2 * 2 * 64 + (64 * 192 + 192) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64)
@@ -167,11 +188,11 @@ def test_a_language_model(tmp_path: Path) -> None:
     assert abs(ours["L(w*)"] - math.log(512)) < 0.1 and abs(loop["loss"] - math.log(512)) < 0.1
 
 
-def test_a_contender_that_takes_too_long_says_so(tmp_path: Path) -> None:
+def test_a_contender_that_takes_too_long_says_so(tmp_path: Path, with_transformers: dict[str, str]) -> None:
     """It ends after the steps that it has made, of which there are seconds a step."""
-    pytest.importorskip("transformers")
     options = ["--size", "tiny", "--steps", "100000", "--context", "16", "--seconds", "1", "--contenders", "loop"]
-    (row,) = _run("gpu/bench_language.py", *options, path=tmp_path / "language.json")["rows"]
+    path = tmp_path / "language.json"
+    (row,) = _run("gpu/bench_language.py", *options, path=path, **with_transformers)["rows"]
     assert 1 < row["steps"] < 100000 and 0 < row["s per step"] < 1
 
 

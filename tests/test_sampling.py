@@ -209,7 +209,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def run(store: Path, **options: Any) -> Samples:
     x, y = samples()
-    chosen = arguments(SETTINGS | {"num_draws": 120, "probes": {"a": (x, y), "b": ((x, y), 1)}} | options)
+    probes = {"a": (x, y), "b": ((x, y), 1)}
+    chosen = arguments(SETTINGS | {"num_draws": 120, "probes": probes, "sketch": 6} | options)
     return llc_fast.sample(mlp(), (x, y), F.mse_loss, store=store, **chosen)
 
 
@@ -272,7 +273,7 @@ def test_killed_and_resumed(tmp_path: Path, strategy: str) -> None:
     """kill -9 at any step, again and again: the store ends with the bytes of one that nobody killed."""
     whole = run(tmp_path / "whole.zarr", strategy=strategy)
     here = str(Path(__file__).parent)
-    for count in (0, 30, 60):
+    for count in (0, 60, 200) if strategy == "sequential" else (0, 30, 60):  # of 372 steps and 124
         environment = {"PYTHONPATH": here}
         body = f"sys.path.insert(0, {here!r})\n" + _KILLED
         code, _, errors = Script(body, tmp_path, count, tmp_path / "run.zarr", strategy, **environment).finish()
@@ -297,6 +298,29 @@ def test_killed_before_the_first_checkpoint(tmp_path: Path) -> None:
 
 def _fails_at_100(taken: Any) -> None:
     if not taken.is_pilot and taken.step == 100:
+        1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_chains_that_start_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
+    """With a smaller step size, after most of them diverged: the store is that of the new ones alone."""
+    calls = iter([True])
+    monkeypatch.setattr("llc_fast.estimate.may_begin_again", lambda *_: next(calls, False))
+    if killed:  # at once after they have started anew
+        left = iter(range(9))
+        with pytest.raises(ZeroDivisionError), llc_fast.chains.run.after_each_step(lambda t: _fails_at_last(t, left)):
+            run(tmp_path / "run.zarr", lr=None, strategy="batched")
+        calls = iter([True])
+    found = run(tmp_path / "run.zarr", lr=None, strategy="batched")
+    plain = llc_fast.estimate_llc(mlp(), samples(), F.mse_loss, **arguments(SETTINGS | {"lr": None}))
+    assert found.settings["lr"] == plain.settings["lr"] / 4 == found.llc().settings["lr"]
+    assert found.llc().diagnostics["restarts"] == 1 and not found.is_partial
+    np.testing.assert_array_equal(found.dataset["draw_loss"].values, found.llc().loss_trace[:, 4:])
+    assert beside(tmp_path) == ["run.zarr"]
+
+
+def _fails_at_last(taken: Any, left: Any) -> None:
+    if not taken.is_pilot and taken.step == 5 and next(left) == 1:  # the second time that they come here
         1 / 0  # noqa: B018
 
 
@@ -332,8 +356,9 @@ _RANKS = """
 from pathlib import Path
 import test_sampling
 
-found = test_sampling.run(Path(sys.argv[1]), strategy="sequential")
-assert not found.is_partial and found.llc().loss_trace.shape[0] == 3
+for _ in range(2):  # then it is there
+    found = test_sampling.run(Path(sys.argv[1]), strategy="sequential")
+    assert not found.is_partial and found.llc().loss_trace.shape[0] == 3
 print("done", flush=True)
 """
 

@@ -200,7 +200,7 @@ class _Structure:
         self.norms = {path for path, m in self.modules.items() if _is_norm(path, m)}
         self.units = self._find_units()
         self._attention = {name for unit in self.units for name in unit.own}
-        self._layers: dict[str, list[str]] = {}
+        self._layers: dict[str, str] = {}
         """Paths of layers by name, such as l0."""
         self._unit_names: dict[str, Unit] = {}
         """Attention by name, such as l0 attn."""
@@ -259,12 +259,10 @@ class _Structure:
                 None,
             )
         if isinstance(module, nn.MultiheadAttention) and "qkv" not in found and "qkv" in biases:
-            joint, shape = module._parameters[biases["qkv"]], module.embed_dim
+            bias = self.aliases[prefix + biases["qkv"]]
             for k, role in enumerate("qkv"):
-                if role in found and joint is not None:
-                    found[role] = dataclasses.replace(
-                        found[role], bias=self.aliases[prefix + biases["qkv"]], bias_start=k * shape
-                    )
+                if role in found:
+                    found[role] = dataclasses.replace(found[role], bias=bias, bias_start=k * module.embed_dim)
         outs = list(_ROLES["o"].split())
         best = len(outs)
         for name, child in module._modules.items():
@@ -319,9 +317,9 @@ class _Structure:
         own = {self.aliases[name] for name in inside if name.rpartition(".")[0] not in self.norms} | mine
         unit = Unit(root, projections, tuple(name for name in self.parameters if name in own))
         self._measure(unit, path)
-        for name in own - mine if not unit.problem else ():
+        for name in unit.own if not unit.problem else ():
             shape = self.parameters[name].shape
-            if unit.heads in shape:
+            if name not in mine and unit.heads in shape:
                 unit.extras[name] = max(k for k, size in enumerate(shape) if size == unit.heads)
         return unit
 
@@ -383,17 +381,13 @@ class _Structure:
         blocks = [k for k in range(1, unit.groups + 1) if unit.groups % k == 0]
         joint = any(role in projections for role in ("qkv", "kv"))
         blocks.sort(key=lambda k: (k != 1, k != unit.groups, k))
-        kind = _LAYOUT_OF_TYPE.get(str(getattr(self._config(path), "model_type", "")))
-        if isinstance(self.modules[path], nn.MultiheadAttention) or type(self.modules[path]).__module__.startswith(
-            "timm."
-        ):
-            kind = "one"
-        preferred = {"one": 1, "groups": unit.groups, "four": 4}.get(kind or "", 0)
-        if preferred in blocks:
-            blocks.remove(preferred)
-            blocks.insert(0, preferred)
+        usual = _LAYOUT_OF_TYPE.get(str(getattr(self._config(path), "model_type", "")), "")
+        if type(self.modules[path]).__module__.startswith(("timm.", "torch.nn.")):
+            usual = "one"
+        preferred = {"one": 1, "groups": unit.groups, "four": 4}.get(usual)
+        blocks.sort(key=lambda k: k != preferred)
         unit.layouts = [Layout(b, t) for t in ((False, True) if raw else (False,)) for b in (blocks if joint else [1])]
-        if not raw and (not joint or preferred or unit.groups == 1):
+        if not raw and (not joint or preferred in blocks or unit.groups == 1):
             unit.believed = unit.layouts[0]
 
     def _numbers_of_heads(self, path: str, root: str) -> Iterator[int]:
@@ -433,7 +427,7 @@ class _Structure:
         for kind, paths in stacks.items():
             for number, path in enumerate(paths):
                 name = f"{prefixes[kind]}l{number}"
-                self._layers[name] = [path]
+                self._layers[name] = path
                 self._number[path] = number
                 mine = [self.units[k] for k, found in layer_of.items() if found == path]
                 for k, unit in enumerate(mine):
@@ -445,11 +439,8 @@ class _Structure:
 
     def _layer_path(self, unit: Unit) -> str | None:
         """The innermost numbered module around an attention that has a perceptron too; else the innermost one."""
-        pieces, numbered = unit.root.split("."), list[str]()
-        for k in range(len(pieces), 0, -1):
-            path = ".".join(pieces[:k])
-            if pieces[k - 1].isdigit():
-                numbered.append(path)
+        pieces = unit.root.split(".")
+        numbered = [".".join(pieces[:k]) for k in range(len(pieces), 0, -1) if pieces[k - 1].isdigit()]
         for path in numbered:
             if any(
                 self.parameters[self.aliases[n]].ndim >= 2
@@ -466,13 +457,9 @@ class _Structure:
         found = []
         for name in self._below(layer):
             owner = name.rpartition(".")[0]
-            is_wide = any(p.ndim >= 2 for _, p in own_parameters(self.modules[owner]))
-            if (
-                is_wide
-                and owner not in self.norms
-                and name not in attention
-                and self.aliases[name] not in self._attention
-            ):
+            if owner in self.norms or name in attention or self.aliases[name] in self._attention:
+                continue
+            if any(p.ndim >= 2 for _, p in own_parameters(self.modules[owner])):
                 found.append(self.aliases[name])
         return list(dict.fromkeys(found))
 
@@ -487,7 +474,7 @@ class _Structure:
         if not self._layers and not any(isinstance(m, nn.Embedding) for m in self.modules.values()):
             return found
         paths = {id(m): path for path, m in reversed(self.modules.items())}
-        layers = [path for stack in self._layers.values() for path in stack]
+        layers = list(self._layers.values())
 
         def is_outside(path: str) -> bool:
             return not any(path == layer or path.startswith(f"{layer}.") for layer in layers)
@@ -542,12 +529,12 @@ class _Structure:
         """All names, in the model's order; without the heads of attention that is not understood."""
         if "embed" in self._ends:
             yield "embed"
-        for name, paths in self._layers.items():
+        for name, path in self._layers.items():
             yield name
             for known, unit in self._unit_names.items():
                 if known.rpartition(" ")[0] == name:
                     yield from self._names_of(known, unit)
-            if self._mlp(paths[0]):
+            if self._mlp(path):
                 yield f"{name} mlp"
         for known, unit in self._unit_names.items():
             if known.rpartition(" ")[0] not in self._layers:
@@ -604,7 +591,7 @@ class _Structure:
         if name in self._ends:
             return dict.fromkeys(self._ends[name])
         if name in self._layers:
-            return {self.aliases[n]: None for path in self._layers[name] for n in self._below(path)}
+            return {self.aliases[n]: None for n in self._below(self._layers[name])}
         if name in self._unit_names:
             return dict.fromkeys(self._unit_names[name].own)
         if name in self.parameters:
@@ -613,7 +600,7 @@ class _Structure:
             return {self.aliases[n]: None for n in self._below(name)}
         before, _, last = name.rpartition(" ")
         if last == "mlp" and before in self._layers:
-            return dict.fromkeys(self._mlp(self._layers[before][0])) or None
+            return dict.fromkeys(self._mlp(self._layers[before])) or None
         if last == "shared" and before in self._unit_names:
             unit = self._unit_names[before]
             self._check(unit, name)
@@ -756,7 +743,7 @@ def _prefixes(stacks: list[str]) -> dict[str, str]:
     found = {}
     for stack, pieces in zip(stacks, split, strict=True):
         own = [p for k, p in enumerate(pieces) if any(k >= len(o) or o[k] != p for o in split) and p != "#"]
-        found[stack] = f"{own[0] if len({tuple(p[:1]) for p in [own]}) and own else stack} "
+        found[stack] = f"{own[0] if own else stack} "
     if len(set(found.values())) < len(stacks):
         found = {stack: f"{stack} " for stack in stacks}
     return found

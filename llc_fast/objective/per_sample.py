@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -48,6 +48,8 @@ class _Form(NamedTuple):
     """None: to be found."""
     is_given: bool = False
     """Whether the user says so: then nothing is looked for beside it."""
+    whole: Callable[[Batch], Tensor] | None = None
+    """The same where every element counts; None: `elements` is as fast."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class SampleLosses:
         combination: how the run's loss is the mean of these losses' elements. ``"elements"``: samples with more tokens
             weigh more in it than in the mean of losses per sample.
         elements: of a batch, ``[batch, …]``, while the model holds a chain's parameters.
+        whole: the same where it is known that every element counts; None: `elements` is as fast.
     """
 
     objective: Objective
@@ -71,6 +74,11 @@ class SampleLosses:
     name: str
     combination: Combination
     elements: Callable[[Batch], Tensor]
+    whole: Callable[[Batch], Tensor] | None = None
+
+    def without_gaps(self) -> SampleLosses:
+        """For batches of which every element is known to count."""
+        return self if self.whole is None else replace(self, elements=self.whole)
 
     def __call__(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Tensor:
         with self.objective.holding(params, buffers):
@@ -152,7 +160,7 @@ class _Search:
                     raise
                 refused.append(f"{form.name}: {first_line(error)}")
                 continue
-            return SampleLosses(self._objective, self._per, form.name, combination, form.elements)
+            return SampleLosses(self._objective, self._per, form.name, combination, form.elements, form.whole)
         raise ValueError(self._refusal(refused))
 
     # ---- evaluations -----------------------------------------------------------------------------------------
@@ -272,7 +280,9 @@ def _forms(objective: Objective, per: Per) -> Iterator[_Form]:
         yield _Form("the loss function", lambda batch: _samples_of(objective, batch), "samples")
     if not objective.takes_model and (unreduced := _without_reduction(loss_fn)) is not None:
         ignored = _ignored_index(loss_fn)
-        yield _Form('reduction="none"', functools.partial(_unreduced, objective, unreduced, ignored))
+        whole = functools.partial(_unreduced, objective, unreduced, None)
+        elements = whole if ignored is None else functools.partial(_unreduced, objective, unreduced, ignored)
+        yield _Form('reduction="none"', elements, whole=whole)
     for name, of_outputs in _AUTOMATIC.items():
         yield _Form(name, functools.partial(_automatic, objective, of_outputs))
     if per == "sample" and not objective.trial.accumulates:

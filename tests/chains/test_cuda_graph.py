@@ -139,6 +139,27 @@ def test_observables_between_replays(sampler: str, between: int) -> None:
     np.testing.assert_allclose(watched.observables["seen"], on_cpu.observables["seen"], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("strategy", ["cuda-graph", "batched", "sequential"])
+def test_probes(strategy: str, tmp_path: Path) -> None:
+    """``llc_fast.sample``: the losses of the CPU's draws, of data on the CPU, and the chains of an estimate alone."""
+    pytest.importorskip("zarr")
+    pytest.importorskip("xarray")
+    _, (x, y) = _problem("cpu")
+
+    def sampled(device: str, strategy: str) -> llc_fast.Samples:
+        model, data = _problem(device)
+        options = arguments(SETTINGS | {"strategy": strategy})
+        probes = {"a": (x[:20], y[:20]), "b": ((x, y), 1)}
+        return llc_fast.sample(model, data, mse, probes=probes, progress=False, store=tmp_path / device, **options)
+
+    on_gpu, on_cpu = sampled("cuda", strategy), sampled("cpu", "sequential")
+    assert np.array_equal(on_gpu.llc().loss_trace, _estimate("cuda", strategy=strategy).loss_trace)
+    assert on_gpu.llc().settings["strategy"] == strategy
+    for name in ("a", "b"):
+        np.testing.assert_allclose(on_gpu.losses(name).values, on_cpu.losses(name).values, rtol=1e-5)
+    np.testing.assert_array_equal(on_gpu.dataset["indices_b"].values, on_cpu.dataset["indices_b"].values)
+
+
 @pytest.mark.parametrize("strategy", ["cuda-graph", "sequential"])
 def test_examined_as_on_the_cpu(strategy: str) -> None:
     """Between the replays of a graph too: acceptance, gradient noise, bias, and the warnings that follow."""

@@ -20,7 +20,19 @@ def test_help() -> None:
     """Without a command the commands are listed."""
     result = invoke()
     listed = re.findall(r"^│ ([a-z]+) ", printed(result), re.MULTILINE)
-    assert listed == ["bench", "components", "demo", "dln", "estimate", "hf", "info", "reproduce", "sample", "scan"]
+    assert listed == [
+        "bench",
+        "components",
+        "demo",
+        "dln",
+        "estimate",
+        "hf",
+        "influence",
+        "info",
+        "reproduce",
+        "sample",
+        "scan",
+    ]
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch) -> None:

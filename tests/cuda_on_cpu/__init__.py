@@ -120,15 +120,44 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         def pool(self) -> int:
             return self.number
 
+    streams, nothing = [Stream()], contextlib.nullcontext
+
     @contextlib.contextmanager
-    def graph(graph: Any, **_: Any) -> Iterator[None]:
-        device.begin_capture()
+    def in_stream(stream: Stream) -> Iterator[None]:
+        streams.append(stream)
         try:
             yield
         finally:
-            graph.number = device.end_capture()
+            streams.pop()
 
-    default, nothing = Stream(), contextlib.nullcontext
+    @contextlib.contextmanager
+    def graph(graph: Any, stream: Stream | None = None, **_: Any) -> Iterator[None]:
+        with in_stream(stream or Stream()):
+            device.begin_capture()
+            try:
+                yield
+            finally:
+                graph.number = device.end_capture()
+
+    differentiate = torch.autograd.grad
+
+    def grad(outputs: Any, *args: Any, **options: Any) -> Any:
+        """Autograd sends a leaf's gradient to the stream of its first use, while a graph of that use is there."""
+        waiting = [t.grad_fn for t in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
+        seen, mine = set[Any](), streams[-1].cuda_stream
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            if not node.name().endswith("AccumulateGrad"):
+                continue
+            if node.metadata.setdefault("stream", mine) != mine and device.is_capturing():
+                raise RuntimeError("CUDA emulation: a gradient leaves for the stream in which its leaf was first used")
+        return differentiate(outputs, *args, **options)
+
+    torch.autograd.grad = grad
     for name, value in {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -143,10 +172,10 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
         "max_memory_allocated": lambda *_: device.peak_memory(None),
         "synchronize": lambda *_: None,
         "device": nothing,
-        "stream": nothing,
+        "stream": in_stream,
         "Event": Event,
         "Stream": Stream,
-        "current_stream": lambda *_: default,
+        "current_stream": lambda *_: streams[-1],
         "CUDAGraph": CUDAGraph,
         "graph": graph,
         "is_current_stream_capturing": lambda: bool(device.is_capturing()),
@@ -159,6 +188,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch.version.cuda = "13.0"
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign,assignment]
 
     clone_of_cpu = torch.UntypedStorage.clone
 
