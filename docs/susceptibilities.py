@@ -32,7 +32,7 @@ def main() -> None:
     units = {f"unit {k}": {"0.weight": row[:, None], "0.bias": row} for k, row in enumerate(rows)}
     found = llc_fast.susceptibilities(
         model, (x, y), F.cross_entropy, {"digits": (x[probe], y[probe])}, units,
-        localization=20.0, num_chains=4, num_draws=1000, num_burnin=300, batch_size=128,
+        localization=300.0, num_chains=4, num_draws=1500, num_burnin=300, batch_size=128, control=False,
     )  # fmt: skip
     print(found)
     names = [str(int(label)) for label in y[probe]]

@@ -77,6 +77,13 @@ class _Of:
     control: Susceptibilities | None
     keep: NDArray[np.bool_]
 
+    def likeness(self) -> Array:
+        """The correlation of χ with that of the control over items, by component; NaN where either is constant."""
+        assert self.control is not None
+        found, control = self.found.standardized, self.control.standardized
+        result: Array = (found * control).mean(axis=1)
+        return result
+
     def spread(self, values: NDArray[Any], fill: Any = math.nan) -> NDArray[Any]:
         """``[component, item]`` as ``[component, sample(, token)]``."""
         result = np.full((len(values), *self.keep.shape), fill, values.dtype)
@@ -152,8 +159,8 @@ class SusceptibilityResult:
 
         ``chi``, ``stderr``, ``z`` (a test of χ = 0), ``standardized`` (compares items; no test), ``p``,
         ``significant``; with a control ``control``, ``control_stderr``, ``difference``, ``difference_stderr``,
-        ``exceeds``; and of each component ``phi``, ``phi_stderr``, ``ess``, ``r_hat``, ``lr``. Tokens that have no loss
-        are NaN.
+        ``exceeds``; and of each component ``phi``, ``phi_stderr``, ``ess``, ``r_hat``, ``lr``, and with a control
+        ``control_correlation``, of χ with the control's over items. Tokens that have no loss are NaN.
         """
         of = self._probe(probe)
         found = of.found
@@ -180,6 +187,8 @@ class SusceptibilityResult:
             "r_hat": np.array([self.convergence[name][1] for name in self.components]),
             "lr": np.array([self.lr[name] for name in self.components]),
         }
+        if of.control is not None:
+            of_components["control_correlation"] = of.likeness()
         variables |= {name: (("component",), array) for name, array in of_components.items()}
         dataset: xarray.Dataset = require("xarray", "xarray").Dataset(
             variables,
@@ -203,7 +212,7 @@ class SusceptibilityResult:
         q: float = 0.05,
         items: Iterable[str] | None = None,
     ) -> Figure:
-        """A heat map, components by items; gray: not significant, or with a control not more than the control.
+        """A heat map, components by items; gray: χ does not differ from 0.
 
         Args:
             path: where to save it, too.
@@ -225,8 +234,6 @@ class SusceptibilityResult:
         else:
             values = {"chi": of.found.value, "z": of.found.z, "standardized": of.found.standardized}[what]
         mask = of.found.significant(q)
-        if of.control is not None:
-            mask &= of.found.against(of.control, q).exceeds
         named = None if items is None else list(items)
         figure = plot_susceptibilities(values, self.components, mask, items=named, label=_LABELS[what])
         if path is not None:
@@ -246,6 +253,8 @@ class SusceptibilityResult:
             line = f"  {name}: {few} of {total} entries differ from 0 (false discovery rate {q:g})"
             if of.control is not None:
                 line += f", {int(of.found.against(of.control, q).exceeds.sum())} exceed the control at nβ = 0"
+                if (alike := of.likeness()[np.isfinite(of.likeness())]).size:
+                    line += f"; correlation with the control's over items: {alike.min():.2f} to {alike.max():.2f}"
             lines.append(line + ("" if known else "; some have no error: chains are too short"))
         ess = min(self.convergence.items(), key=lambda entry: _or(entry[1][0], -math.inf))
         worst = max(self.convergence.items(), key=lambda entry: _or(entry[1][1], math.inf))

@@ -98,9 +98,13 @@ def in_plane(nbeta: float, **options: Any) -> SusceptibilityResult:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("draws", [700, pytest.param(4000, marks=pytest.mark.slow)])
-def test_two_parameters(draws: int) -> None:
-    """χ within two standard errors of the integrals, and so is the control's."""
+@pytest.mark.parametrize(("draws", "bound"), [(700, 2), pytest.param(4000, 3, marks=pytest.mark.slow)])
+def test_two_parameters(draws: int, bound: float) -> None:
+    """χ within two standard errors of the integrals, and so is the control's.
+
+    Entries of a row have errors in common. One of four rows is outside of two in every sixth run, so longer chains
+    are given three.
+    """
     found = in_plane(20.0, num_draws=draws)
     control = found.control()
     assert control is not None
@@ -108,7 +112,7 @@ def test_two_parameters(draws: int) -> None:
     for result, nbeta, most in ((found.chi(), 20.0, 0.25 * few), (control, 0.0, 0.4 * few)):
         exact = np.stack([Plane(nbeta).chi(name) for name in ("u", "v")])
         z = (result.value - exact) / result.stderr
-        assert np.abs(z).max() < 2, z
+        assert np.abs(z).max() < bound, z
         assert np.median(result.stderr / np.abs(exact)) < most
     assert found.reference_loss == pytest.approx(float(Plane(1.0).loss[200, 200]), rel=1e-6)
     assert found.components == ("u", "v") and found.significant().mean() > 0.7
@@ -116,7 +120,7 @@ def test_two_parameters(draws: int) -> None:
 
 def test_nothing_exceeds_the_control_where_the_posterior_is_the_localization() -> None:
     """At nβ = 1e-6. Entries differ from 0 all the same: that alone says nothing of the loss."""
-    found = in_plane(1e-6, lr=0.1, num_draws=500)
+    found = in_plane(1e-6, lr=0.1, num_draws=300)
     assert not found.against_control().exceeds.any()
     assert np.abs(found.against_control().z).max() < 3.5  # of 12 entries
     assert found.significant().any()
@@ -266,7 +270,7 @@ def test_tokens_that_do_not_count() -> None:
 
 def test_significance() -> None:
     """Benjamini–Hochberg's by SciPy, of p-values that follow from χ and its error."""
-    found = short(num_draws=500, lr=0.05)
+    found = short(num_draws=300, lr=0.1, components=["2.*"])
     dataset = found.to_xarray(q=0.1)
     np.testing.assert_allclose(dataset["z"], dataset["chi"] / dataset["stderr"])
     p = 2 * stats.t.sf(np.abs(dataset["z"]), found.chi().degrees_of_freedom)
@@ -276,11 +280,13 @@ def test_significance() -> None:
     np.testing.assert_array_equal(dataset["significant"], expected)
     assert expected.any()
     np.testing.assert_allclose(dataset["difference"], dataset["chi"] - dataset["control"])
+    pearson = stats.pearsonr(dataset["chi"].values[0], dataset["control"].values[0]).statistic
+    assert float(dataset["control_correlation"][0]) == pytest.approx(pearson)
     np.testing.assert_allclose(dataset["standardized"], stats.zscore(dataset["chi"].values, axis=1))
 
 
 def test_summary_and_picture(tmp_path: Path) -> None:
-    found = short(num_draws=200)
+    found = short(num_draws=60)
     text = found.summary()
     exceed = int(found.against_control().exceeds.sum())
     assert f"{int(found.significant().sum())} of 48 entries differ from 0" in text
