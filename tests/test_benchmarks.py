@@ -410,6 +410,31 @@ def test_influence_of_tokens(tmp_path: Path) -> None:
     assert all(row["s"] > 0 and row["largest difference"] < 1e-6 for row in rows)
 
 
+def test_a_whole_run_with_probes(tmp_path: Path) -> None:
+    """Parts add up to the whole; the chains' mean is λ̂; what sampling costs is set against its parts."""
+    pytest.importorskip("zarr")
+    pytest.importorskip("transformers")
+    script, path = str(FOLDER / "speed" / "bench_samples.py"), tmp_path / "run.json"
+    options = ["--contenders", "llc_fast", "--sizes", "tiny", "--chains", "2", "--draws", "8", "--burnin", "2"]
+    options += ["--tokens", "8", "--batch", "4", "--probe", "4", "--threads", "1", "--training", "2", "--rounds", "1"]
+    command = [sys.executable, script, *options, "--parts", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    table = json.loads(path.read_text())["tables"]["tiny"]
+    ours, steps, forwards = table["rows"]
+    assert [ours["contender"], steps["contender"], forwards["contender"]] == [
+        "llc_fast",
+        "steps alone",
+        "forward passes",
+    ]
+    parts = ("set-up, s", "chains, s", "token BIF, s", "sequence BIF, s")
+    assert ours["s"] == pytest.approx(sum(ours[part] for part in parts))
+    (round_,) = table["rounds"]["llc_fast"]
+    expected = round_["cpu of sampling"] / (steps["CPU s"] + forwards["CPU s"])
+    assert table["with probes over steps and forward passes"] == pytest.approx(expected)
+    assert math.isfinite(round_["draws"][0]) and round_["store"] > 2 * 8 * 8 * 7 * 2
+
+
 # ---- families ------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from runs import estimate
 
 import llc_fast
@@ -529,3 +530,32 @@ def test_the_kept_numbers_are_its(theirs: tuple[Path, dict[str, Any]]) -> None:
     assert found.keys() == expected.keys()
     for name in ("llc_per_chain", "loss_trace", "susceptibilities", "sequence covariance pile"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+# ---- λ̂ of the same model by devinterp's chains and by ours --------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::llc_fast.LLCWarning")
+def test_its_chains_and_ours_agree() -> None:
+    """λ̂ over all steps, as its compute_llc has it, and after burn-in: within two standard errors of the difference.
+
+    64 chains of its and 256 of ours, whose means are independent: the standard errors are those of their spread. Its
+    numbers are kept, see tests/shared/devinterp_llc.py.
+    """
+    kept = json.loads((HERE / "data" / "devinterp_llc.json").read_text())
+    ids = torch.tensor(kept["input_ids"])
+    weights = {name: torch.tensor(w) for name, w in kept["weights"].items()}
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Tanh(), torch.nn.Linear(4, 8))
+    model.load_state_dict(weights)
+    settings = kept["settings"] | {"num_chains": 256, "seed": 5}
+    found = llc_fast.sample(model, ids, "next-token", probes={"one": ids[:4]}, progress=False, **settings).llc()
+    assert found.init_loss == pytest.approx(kept["init_loss"], rel=1e-6)
+    steps = {"all steps": found.loss_trace, "draws": found.loss_trace[:, kept["settings"]["num_burnin"] :]}
+    for name, losses_of_steps in steps.items():
+        ours = found.nbeta * (losses_of_steps.mean(axis=1) - found.init_loss)
+        (mean, error), (its_mean, its_error) = (
+            (np.mean(chains), np.std(chains, ddof=1) / math.sqrt(len(chains))) for chains in (ours, kept[name])
+        )
+        assert error < 0.05 * mean and its_error < 0.05 * its_mean  # else anything would agree
+        assert abs(mean - its_mean) < 2 * math.hypot(error, its_error), (name, mean, error, its_mean, its_error)

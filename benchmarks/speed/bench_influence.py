@@ -54,7 +54,7 @@ def with_llc_fast(contender: str) -> Callable[[Losses], Any]:
 
 
 def with_devinterp() -> Callable[[Losses], Any]:
-    _let_torchvision_be_imported()
+    let_torchvision_be_imported()
     import xarray as xr
     from devinterp.slt.bif import compute_bif
 
@@ -69,7 +69,7 @@ def with_devinterp() -> Callable[[Losses], Any]:
     return run
 
 
-def _let_torchvision_be_imported() -> None:
+def let_torchvision_be_imported() -> None:
     """devinterp imports it by way of transformers, which fails where its operators were built for another torch."""
     import torch
 
@@ -114,7 +114,7 @@ def main() -> None:
     if min(options.sequences, options.tokens, options.chains, options.rounds) < 1 or options.draws < 8:
         parser.error("--draws must be at least 8, and the other numbers at least 1")
     contenders = list(options.contenders)
-    if "devinterp" in contenders and not _is_installed("2.0.1"):
+    if "devinterp" in contenders and not is_installed("2.0.1"):
         print("devinterp 2.0.1 is not installed and is left out: pip install devinterp==2.0.1")
         contenders.remove("devinterp")
     spec = {name: getattr(options, name) for name in ("sequences", "tokens", "chains", "draws")}
@@ -144,7 +144,7 @@ def main() -> None:
     write_json(options.json, {"asked": ASKED, "rounds": options.rounds, **spec, "rows": rows})
 
 
-def _is_installed(version: str) -> bool:
+def is_installed(version: str) -> bool:
     try:
         return importlib.metadata.version("devinterp") == version
     except importlib.metadata.PackageNotFoundError:
