@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llc_fast.sampling import sample
     from llc_fast.settings import Execution, default_localization, default_nbeta
     from llc_fast.support.warned import LLCWarning
+    from llc_fast.susceptibility import SusceptibilityResult, susceptibilities
     from llc_fast.sweep import sweep_checkpoints
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "RMSpropSGLD",
     "Samples",
     "ScanResult",
+    "SusceptibilityResult",
     "__version__",
     "behavioral_loss",
     "calibrate",
@@ -52,6 +54,7 @@ __all__ = [
     "sample",
     "samplers",
     "scan",
+    "susceptibilities",
     "sweep_checkpoints",
     "theory",
 ]
@@ -69,6 +72,7 @@ _HOME = {
         "sampling": ("sample",),
         "settings": ("Execution", "default_localization", "default_nbeta"),
         "support.warned": ("LLCWarning",),
+        "susceptibility": ("SusceptibilityResult", "susceptibilities"),
         "sweep": ("sweep_checkpoints",),
     }.items()
     for name in names

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -28,11 +30,14 @@ from llc_fast.estimate import ARGUMENTS, Prepared, Recorder, Surroundings, compl
 from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, token_source
 from llc_fast.objective.objective import LossFunction, Objective
 from llc_fast.objective.per_sample import PER, Per, ProbeLoss, SampleLosses, sample_losses_for
-from llc_fast.result import LLCResult
+from llc_fast.objective.prefix import PrefixCache
+from llc_fast.result import LLCResult, Warning
 from llc_fast.samples import OURS, SKETCH, Probe, Samples, attributes, layout, save_result
 from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS, Settings, with_old_keywords
 from llc_fast.stats.projection import CountSketch
 from llc_fast.store import COMPLETED, SampleStore, Variable, read_attributes
+from llc_fast.support.arguments import check_integer
+from llc_fast.support.errors import first_line
 from llc_fast.support.files import plain
 from llc_fast.support.fingerprint import digest
 from llc_fast.support.optional import require
@@ -47,6 +52,10 @@ _ORDER = 0x5EED
 _TOGETHER, _MOST_TOGETHER = 4, 4096
 """Minibatches of a probe that pass the model at once, and samples at most."""
 _DTYPES = ("float32", "float16")
+CACHE_BYTES = 2**30
+"""Of activations that are kept where only a part of the model is sampled."""
+_AGREE, _AGREE_COARSELY = 1e-5, 2e-2
+"""Differences of losses from those without kept activations, over the largest loss; the latter below float32."""
 
 
 def sample(
@@ -59,6 +68,7 @@ def sample(
     store: str | os.PathLike[str] | None = None,
     probe_dtype: str = "float32",
     probe_loss: ProbeLoss | None = None,
+    cache_bytes: int = CACHE_BYTES,
     sketch: int | None = None,
     **settings: Any,
 ) -> Samples:
@@ -90,6 +100,10 @@ def sample(
         probe_dtype: of the losses of probes in the store, ``"float32"`` or ``"float16"``.
         probe_loss: ``probe_loss(model, batch)``, the losses ``[batch]`` or ``[batch, tokens]`` of which the loss of the
             run is the mean, where they can't be had from `loss_fn`.
+        cache_bytes: memory for activations. Where only a part of the model is sampled, what lies below it gives the
+            same for a batch of a probe at every draw: it is evaluated once, at w*, and kept, for as many batches as
+            fit. At the first draw of each chain losses are taken without it, too. If they are others, it is given up,
+            with a warning. 0: keep nothing.
         sketch: K numbers onto which w − w* is projected at every draw, for :meth:`llc_fast.Samples.pca`: a count sketch
             (:class:`llc_fast.stats.projection.CountSketch`) of the sampled parameters in their order, the same in all
             runs. It passes over the weights once, on the CPU (about 45 ms for each million); None: none.
@@ -105,7 +119,46 @@ def sample(
         ModuleNotFoundError: zarr or xarray is not installed (``pip install "llc_fast[samples]"``).
         OSError: the store can't be written.
     """
+    found, warnings = run_samples(
+        model,
+        data,
+        loss_fn,
+        probes=probes,
+        per=per,
+        store=store,
+        probe_dtype=probe_dtype,
+        probe_loss=probe_loss,
+        cache_bytes=cache_bytes,
+        sketch=sketch,
+        settings=settings,
+    )
+    issue(warnings, stacklevel=2)
+    return found
+
+
+def run_samples(
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFunction | NextToken | Behavioral | str | None,
+    *,
+    probes: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    per: Per = "sample",
+    store: str | os.PathLike[str] | None = None,
+    probe_dtype: str = "float32",
+    probe_loss: ProbeLoss | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    sketch: int | None = None,
+    order: int | None = None,
+) -> tuple[Samples, list[Warning]]:
+    """:func:`sample` with the warnings of the run, none of which was issued; the result of one that was over has them.
+
+    Args:
+        order: sets the order of probes' samples; None: the seed of the run. Several runs may then have the same ones.
+            Data may be a :class:`Some`, too.
+    """
     _check_arguments(probes, per, probe_dtype, probe_loss, sketch, settings)
+    check_integer("cache_bytes", cache_bytes, 0)
     require("zarr", "samples")
     require("xarray", "samples")
     place = None if store is None else Path(os.fsdecode(store)).absolute()
@@ -118,7 +171,7 @@ def sample(
         asked, loss = with_old_keywords(known, old, "sample"), named_loss(loss_fn)
         asked = _with_length(asked)
         surroundings = Surroundings(asked, model, data, loss)
-    recorder = _Recorder(dict(probes or {}), per, place, probe_dtype, probe_loss, sketch)
+    recorder = _Recorder(dict(probes or {}), per, place, probe_dtype, probe_loss, cache_bytes, order, sketch)
     if surroundings.team.size > 1 and place is None:
         raise ValueError("store=None keeps losses in the memory of one process, and there are several: give a path")
     if place is not None and surroundings.team.size == 1 and not place.exists():
@@ -129,13 +182,11 @@ def sample(
         assert place is not None
         if surroundings.team.rank == 0:
             _forget(place)  # of a run that was killed at the very end
-        return Samples.open(place)
+        return Samples.open(place), []
     finally:
         recorder.close()
-    if surroundings.team.rank == 0:
-        issue(result.warnings, stacklevel=2)
     assert recorder.samples is not None
-    return recorder.samples
+    return recorder.samples, [*result.warnings, *recorder.warnings] if surroundings.team.rank == 0 else []
 
 
 def _check_arguments(
@@ -213,9 +264,15 @@ class _LoadedProbe:
     indices: Tensor | None
     input_ids: Tensor | None
 
-    def losses(self, losses_of: Callable[[Batch], Tensor]) -> Tensor:
-        """Of all samples, in memory of their own."""
-        return _joined([losses_of(batch) for batch in self.batches], self.probe.num_tokens)
+    def losses(self, losses_of: Callable[[Batch], Tensor], cache: PrefixCache | None = None) -> Tensor:
+        """Of all samples, in memory of their own; with a cache, without what it has of the model."""
+        if cache is None:
+            return _joined([losses_of(batch) for batch in self.batches], self.probe.num_tokens)
+        found = [
+            cache.evaluate((self.probe.name, k), functools.partial(losses_of, batch))
+            for k, batch in enumerate(self.batches)
+        ]
+        return _joined(found, self.probe.num_tokens)
 
     @property
     def identity(self) -> str:
@@ -256,7 +313,7 @@ def _source_of(objective: Objective, data: Any) -> DataSource:
 
 
 def _batches_of(
-    name: str, source: DataSource, count: int | None, seed: int, together: int
+    name: str, source: DataSource, count: int | Some | None, seed: int, together: int
 ) -> tuple[list[Batch], Tensor | None]:
     """The batches of a probe, and where its samples are in the data.
 
@@ -270,6 +327,7 @@ def _batches_of(
     Raises:
         ValueError: there are not as many; the data have no end.
     """
+    count = count.count(source) if isinstance(count, Some) else count
     if isinstance(source, IndexedSource):
         n, size = source.num_samples or 0, source.batch_size or 1
         if count is None:
@@ -292,8 +350,29 @@ def _batches_of(
     return [piece for batch in found for piece, _ in split_batch(batch, together)], None
 
 
-def _spec_of(name: str, given: Any) -> tuple[Any, int | None]:
+@dataclass(frozen=True)
+class Some:
+    """Of data the first few minibatches, in the order of probes, that have so many samples; all, if there are fewer."""
+
+    data: Any
+    num_samples: int
+
+    def count(self, source: DataSource) -> int | None:
+        """How many minibatches; None: all data."""
+        size, most = source.batch_size or 1, source.num_samples
+        if most is not None and most <= self.num_samples:
+            return None
+        wanted = -(-self.num_samples // size)
+        available = [wanted] if most is None else [wanted, most // size]
+        if source.sampling.num_batches is not None:
+            available.append(source.sampling.num_batches)
+        return max(1, min(available))
+
+
+def _spec_of(name: str, given: Any) -> tuple[Any, int | Some | None]:
     """Data, and how many batches of them."""
+    if isinstance(given, Some):
+        return given.data, given
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], (int, np.integer)):
         if isinstance(given[1], bool) or given[1] < 1:
             raise ValueError(f"probes[{name!r}] must have at least 1 batch, got {given[1]}")
@@ -324,10 +403,14 @@ class _Recorder(Recorder):
         place: of the store; None: in memory.
         dtype: of the losses of probes.
         probe_loss: the user's.
+        cache_bytes: of activations that may be kept.
+        order: of probes' samples; None: by the seed of the run.
         sketch: the dimensions of sketches of w − w*; None: there are none.
 
     Attributes:
         samples: at the end.
+        cache: of activations.
+        warnings: of what is not the estimate's.
     """
 
     def __init__(
@@ -337,8 +420,14 @@ class _Recorder(Recorder):
         place: Path | None,
         dtype: str,
         probe_loss: ProbeLoss | None,
+        cache_bytes: int,
+        order: int | None,
         sketch: int | None = None,
     ) -> None:
+        self._cache_bytes, self._order_seed = cache_bytes, order
+        self._compared = set[int]()
+        self.cache: PrefixCache | None = None
+        self.warnings: list[Warning] = []
         self._sketch = None if sketch is None else CountSketch(int(sketch))
         self._given, self._per, self._place, self._dtype, self._probe_loss = probes, per, place, dtype, probe_loss
         self._probes: list[_LoadedProbe] = []
@@ -364,14 +453,17 @@ class _Recorder(Recorder):
         size = objective.source.batch_size or batch_length(next(_minibatches(objective, settings.seed)))
         together = objective.microbatch_size or (size if mixes else max(size, min(_MOST_TOGETHER, _TOGETHER * size)))
         with threads(prepared.plan.num_threads), objective.generators.kept(), objective.at_reference():
+            order = settings.seed if self._order_seed is None else self._order_seed
             loaded = {
-                name: _batches_of(name, _source_of(objective, data), count, settings.seed, together)
+                name: _batches_of(name, _source_of(objective, data), count, order, together)
                 for name, (data, count) in ((name, _spec_of(name, given)) for name, given in self._given.items())
             }
             if loaded:
                 first = [batches[0] for batches, _ in loaded.values()]
                 checked = [*_minibatches(objective, settings.seed), *first]
                 self._losses = sample_losses_for(objective, self._per, checked, self._probe_loss)
+                if self._cache_bytes and not self._losses.by_vmap:
+                    self.cache = PrefixCache(objective, self._cache_bytes)
             self._probes = [self._loaded(objective, name, *found) for name, found in loaded.items()]
             if self._losses is not None and not any(bool(p.init_losses.isnan().any()) for p in self._probes):
                 self._losses = self._losses.without_gaps()
@@ -400,8 +492,12 @@ class _Recorder(Recorder):
 
     def _loaded(self, objective: Objective, name: str, batches: list[Batch], indices: Tensor | None) -> _LoadedProbe:
         assert self._losses is not None
-        buffers = objective.fresh_buffers()
-        found = [self._losses(objective.reference, batch, buffers).float() for batch in batches]
+        buffers, found = objective.fresh_buffers(), list[Tensor]()
+        for k, batch in enumerate(batches):
+            with objective.holding(objective.reference, buffers):
+                evaluate = functools.partial(self._losses.here, batch)
+                losses = evaluate() if self.cache is None else self.cache.record((name, k), evaluate)
+            found.append(losses.float())
         num_tokens = max(t.shape[1] for t in found) if self._per == "token" else None
         losses = _joined(found, num_tokens)
         mean_tokens = None
@@ -544,8 +640,37 @@ class _Recorder(Recorder):
                 store.write(f"loss_{loaded.probe.id}", draw.chain, draw.draw, loaded.losses(evaluated))
             return
         with draw.evaluator.holding(draw.params):
+            for loaded, values in zip(self._probes, self._losses_here(losses, draw.chain), strict=True):
+                store.write(f"loss_{loaded.probe.id}", draw.chain, draw.draw, values)
+
+    def _losses_here(self, losses: SampleLosses, chain: int) -> Iterator[Tensor]:
+        """Of each probe, at the parameters that the model holds."""
+        if not self.cache or chain in self._compared:
             for loaded in self._probes:
-                store.write(f"loss_{loaded.probe.id}", draw.chain, draw.draw, loaded.losses(losses.here))
+                yield loaded.losses(losses.here, self.cache)
+            return
+        self._compared.add(chain)
+        exact = [loaded.losses(losses.here) for loaded in self._probes]
+        try:
+            found = [loaded.losses(losses.here, self.cache) for loaded in self._probes]
+            off = max((_difference(a, b) for a, b in zip(found, exact, strict=True)), default=0.0)
+        except Exception as error:  # whatever the model says to activations that are not there
+            self._give_up(first_line(error))
+        else:
+            if off <= (_AGREE if losses.objective.is_precise else _AGREE_COARSELY):
+                yield from found  # as at all other draws
+                return
+            self._give_up(f"losses of chain {chain} differ by {off:.2g} of the largest")
+        yield from exact
+
+    def _give_up(self, reason: str) -> None:
+        assert self.cache is not None
+        self.cache.give_up(reason)
+        text = (
+            f"Activations below the sampled parameters could not be kept ({reason}): every draw evaluates the whole "
+            "model on the probes, which is right and takes longer. Use cache_bytes=0 to leave out the attempt."
+        )
+        self.warnings.append(Warning(text, "uncached"))
 
     def snapshot(self, traces: list[Traces]) -> None:
         store = self._store
@@ -576,6 +701,16 @@ class _Recorder(Recorder):
         store.close()
         team.gather(None)
         self.samples = Samples.of(store, result)
+
+
+def _difference(found: Tensor, exact: Tensor) -> float:
+    """The largest one of losses, over the largest loss; of a chain that diverged 0 if both did alike."""
+    away = (found - exact).abs()[~(found.isnan() & exact.isnan()) & (found != exact)]
+    if not away.numel():
+        return 0.0
+    scale = float(exact[exact.isfinite()].abs().max()) if bool(exact.isfinite().any()) else 0.0
+    largest = float(away.max())
+    return largest / scale if scale > 0 and not math.isnan(largest) else math.inf
 
 
 def _compare(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

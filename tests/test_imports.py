@@ -19,7 +19,7 @@ LEVELS = (
     ("chains",),
     ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
     ("estimate",),
-    ("sweep", "grid", "sampling"),
+    ("sweep", "grid", "sampling", "susceptibility"),
     ("reproduce",),
     ("cli",),
 )

@@ -31,6 +31,7 @@ sums; their sum over the number of samples and T̄, see :class:`llc_fast.languag
 
 _TOLERANCE, _COARSE = 1e-4, 2e-2
 """Relative differences from the loss of the run that rounding explains; the latter below float32."""
+_ONE_BY_ONE = "every sample as a batch of one"
 _BESIDE = 0.05
 """How far from w*, over its size, the check is made again: at w* itself all losses may be 0."""
 
@@ -82,6 +83,11 @@ class SampleLosses:
     def __call__(self, params: Mapping[str, Tensor], batch: Batch, buffers: Mapping[str, Tensor]) -> Tensor:
         with self.objective.holding(params, buffers):
             return self.here(batch)
+
+    @property
+    def by_vmap(self) -> bool:
+        """Whether the model itself sees samples of torch.func, not tensors."""
+        return self.name == _ONE_BY_ONE and self.objective.takes_model
 
     def here(self, batch: Batch) -> Tensor:
         """The same at the parameters that the model holds."""
@@ -280,7 +286,7 @@ def _forms(objective: Objective, per: Per) -> Iterator[_Form]:
     for name, of_outputs in _AUTOMATIC.items():
         yield _Form(name, functools.partial(_automatic, objective, of_outputs))
     if per == "sample" and not objective.trial.accumulates:
-        yield _Form("every sample as a batch of one", objective.losses_of_one)
+        yield _Form(_ONE_BY_ONE, objective.losses_of_one)
 
 
 def _evaluated(objective: Objective, function: Callable[[nn.Module, Batch], Tensor]) -> Callable[[Batch], Tensor]:
