@@ -215,10 +215,10 @@ def test_ekfac_is_exact_where_the_fisher_matrix_is_a_product(task: Task, model: 
 
 @pytest.mark.slow
 def test_ekfac_is_kronfluences(task: Task, model: nn.Sequential) -> None:
-    """Up to its draws of labels."""
+    """Up to its draws of labels: few differ from the most probable one, so it takes many."""
     pytest.importorskip("kronfluence")
     expected = experiment.ekfac(model, task)
-    found = experiment.kronfluence_ekfac(model, task, experiment.DECAY, 50)
+    found = experiment.kronfluence_ekfac(model, task, experiment.DECAY, 500)
     assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] > 0.97
     assert (found * expected).sum() / (expected**2).sum() == pytest.approx(1, abs=0.2)
     before = torch.get_rng_state()
