@@ -93,8 +93,9 @@ def sample(
             a random order that is the same at every draw and follows `seed`, with their places in the data in
             ``samples.dataset["indices_<name>"]``. They pass the model in batches of four minibatches of the run, or of
             one where samples of a batch are not independent (dropout, batch statistics, microbatches).
-        per: ``"sample"``: a loss for each sample, the mean over what counts in it. ``"token"``: one for each of its
-            tokens; what does not count (padding, labels of −100) is NaN.
+        per: ``"sample"``: a loss for each sample, of which the loss of the run is the mean: where that is a mean over
+            tokens, the sum over a sample's tokens by their mean number in the samples of the probe. ``"token"``: one
+            for each of its tokens; what does not count (padding, labels of −100) is NaN.
         store: the folder of a Zarr store, which :meth:`llc_fast.Samples.open` reads; None: in memory, with no way to
             resume.
         probe_dtype: of the losses of probes in the store, ``"float32"`` or ``"float16"``.
@@ -256,6 +257,8 @@ class _LoadedProbe:
         init_losses: at w*, ``[sample]`` or ``[sample, token]``.
         indices: places of the samples in the data; None: these are all, or a loader does not say.
         input_ids: int64 ``[sample, token]``; None: there are none.
+        weights: what a sample weighs in the loss of the run, over the mean; None: all weigh the same.
+        has_gaps: whether something in a sample does not count.
     """
 
     probe: Probe
@@ -263,16 +266,20 @@ class _LoadedProbe:
     init_losses: Tensor
     indices: Tensor | None
     input_ids: Tensor | None
+    weights: Tensor | None = None
+    has_gaps: bool = True
 
     def losses(self, losses_of: Callable[[Batch], Tensor], cache: PrefixCache | None = None) -> Tensor:
         """Of all samples, in memory of their own; with a cache, without what it has of the model."""
         if cache is None:
-            return _joined([losses_of(batch) for batch in self.batches], self.probe.num_tokens)
-        found = [
-            cache.evaluate((self.probe.name, k), functools.partial(losses_of, batch))
-            for k, batch in enumerate(self.batches)
-        ]
-        return _joined(found, self.probe.num_tokens)
+            found = [losses_of(batch) for batch in self.batches]
+        else:
+            found = [
+                cache.evaluate((self.probe.name, k), functools.partial(losses_of, batch))
+                for k, batch in enumerate(self.batches)
+            ]
+        losses = _joined(found, self.probe.num_tokens)
+        return losses if self.weights is None else losses * self.weights
 
     @property
     def identity(self) -> str:
@@ -465,7 +472,7 @@ class _Recorder(Recorder):
                 if self._cache_bytes and not self._losses.by_vmap:
                     self.cache = PrefixCache(objective, self._cache_bytes)
             self._probes = [self._loaded(objective, name, *found) for name, found in loaded.items()]
-            if self._losses is not None and not any(bool(p.init_losses.isnan().any()) for p in self._probes):
+            if self._losses is not None and not any(p.has_gaps for p in self._probes):
                 self._losses = self._losses.without_gaps()
         self._identity = plain(
             {
@@ -504,7 +511,17 @@ class _Recorder(Recorder):
         if num_tokens is not None and bool(losses.isnan().any()):
             mean_tokens = float((~losses.isnan()).sum(1).double().mean())
         probe = Probe(name, len(losses), num_tokens, mean_tokens)
-        return _LoadedProbe(probe, batches, losses, indices, _ids_in(batches, num_tokens))
+        weights, has_gaps = None, bool(losses.isnan().any())
+        if self._per == "sample":
+            with objective.holding(objective.reference, buffers):
+                counted = [self._losses.counted(batch) for batch in batches]
+            counted = [c[:, None] if c.ndim == 1 else c.flatten(1) for c in counted]
+            has_gaps = not all(bool(c.all()) for c in counted)
+            counts = torch.cat([c.sum(1) for c in counted]).double()
+            if self._losses.combination in ("elements", "tokens of the data") and bool((counts != counts[0]).any()):
+                weights = (counts / counts.mean()).to(losses.dtype)
+                losses = losses * weights
+        return _LoadedProbe(probe, batches, losses, indices, _ids_in(batches, num_tokens), weights, has_gaps)
 
     def _state_of_store(self, prepared: Prepared) -> str:
         """``"none"``, ``"begun"``, ``"completed"`` or ``"foreign"``.

@@ -187,13 +187,15 @@ def test_tokens(dtype: str) -> None:
 
 
 def test_sequences_by_sample() -> None:
-    """The mean over the predicted tokens of a sequence, and its ids."""
+    """The sum over the predicted tokens of a sequence by their mean number: the mean is the run's loss. And its ids."""
     model, data = Words().eval(), sequences()
     options: dict[str, Any] = {"batch_size": 4, "probes": {"a": data}}
     found = llc_fast.sample(model, data, "next-token", **(SETTINGS | options))
     by_token = llc_fast.sample(model, data, "next-token", per="token", **(SETTINGS | options))
-    means = np.nanmean(by_token.dataset["loss_a"].values, axis=3)
-    np.testing.assert_allclose(found.losses("a").values, means, rtol=1e-5)
+    tokens = by_token.dataset["loss_a"].values
+    expected = np.nansum(tokens, axis=3) / (~np.isnan(tokens[0, 0])).sum(1).mean()
+    np.testing.assert_allclose(found.losses("a").values, expected, rtol=1e-5)
+    assert np.mean(found.init_losses("a")) == pytest.approx(found.llc().init_loss, rel=1e-5)
     ids = found.input_ids("a")
     assert ids is not None and ids[0].tolist() == data[0]
 
@@ -410,3 +412,44 @@ def test_without_probes() -> None:
     """The estimate alone, with the losses of the draws."""
     plain, found = both()
     assert found.probes == () and np.array_equal(found.dataset["draw_loss"].values, plain.loss_trace[:, 4:])
+
+
+# ---- samples of unequal length -----------------------------------------------------------------------------------
+
+
+def test_samples_weigh_by_their_tokens() -> None:
+    """Where the run's loss is a mean over tokens: their sum over the mean number, so that the plain mean is the run's.
+
+    Padding counts neither as a token nor as a loss of 0; a store of tokens gives the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(8, (30, 6), generator=generator)
+    y = torch.randint(8, (30, 6), generator=generator)
+    y[:, 1:][torch.rand(30, 5, generator=generator) < 0.4] = -100
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), _Transposed())
+    settings: dict[str, Any] = {"lr": 1e-3, "nbeta": 20.0, "localization": 5.0, "num_chains": 1, "batch_size": 10}
+    settings |= {"num_burnin": 0, "num_draws": 3, "seed": 0, "progress": False}
+    taken = list[Tensor]()
+
+    def look(draw: llc_fast.Draw) -> float:
+        out = draw.outputs((x, y))
+        taken.append(nn.functional.cross_entropy(out, y, reduction="none"))
+        return 0.0
+
+    loss = nn.CrossEntropyLoss()
+    stores = {
+        per: llc_fast.sample(
+            model, (x, y), loss, probes={"p": (x, y)}, per=per, observables={"look": look}, **settings
+        )
+        for per in ("sample", "token")
+    }  # fmt: skip
+    by_hand = np.stack([t.sum(1).numpy() / float((y != -100).sum() / 30) for t in taken[:3]])
+    for found in stores.values():
+        np.testing.assert_allclose(found.losses("p", per="sample").values[0], by_hand, rtol=1e-5)
+    with torch.no_grad():
+        assert np.mean(stores["sample"].init_losses("p")) == pytest.approx(float(loss(model(x), y)), rel=1e-5)
+
+
+class _Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)

@@ -89,6 +89,11 @@ class SampleLosses:
         """Whether the model itself sees samples of torch.func, not tensors."""
         return self.name == _ONE_BY_ONE and self.objective.takes_model
 
+    def counted(self, batch: Batch) -> Tensor:
+        """Which elements of each sample count, bool ``[batch, …]``, at the parameters that the model holds."""
+        batch = copy.deepcopy(batch) if self.objective.trial.writes_batch else batch
+        return ~self.elements(batch).detach().isnan()
+
     def here(self, batch: Batch) -> Tensor:
         """The same at the parameters that the model holds."""
         batch = copy.deepcopy(batch) if self.objective.trial.writes_batch else batch
