@@ -540,15 +540,15 @@ def test_the_kept_numbers_are_its(theirs: tuple[Path, dict[str, Any]]) -> None:
 def test_its_chains_and_ours_agree() -> None:
     """λ̂ over all steps, as its compute_llc has it, and after burn-in: within two standard errors of the difference.
 
-    64 chains of its and 256 of ours, whose means are independent: the standard errors are those of their spread. Its
-    numbers are kept, see tests/shared/devinterp_llc.py.
+    256 chains each, whose means are independent: the standard errors are those of their spread. Its numbers are kept,
+    see tests/shared/devinterp_llc.py. Both seeds were fixed before either's numbers were seen.
     """
     kept = json.loads((HERE / "data" / "devinterp_llc.json").read_text())
     ids = torch.tensor(kept["input_ids"])
     weights = {name: torch.tensor(w) for name, w in kept["weights"].items()}
     model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Tanh(), torch.nn.Linear(4, 8))
     model.load_state_dict(weights)
-    settings = kept["settings"] | {"num_chains": 256, "seed": 5}
+    settings = kept["settings"] | {"seed": 11}
     found = llc_fast.sample(model, ids, "next-token", probes={"one": ids[:4]}, progress=False, **settings).llc()
     assert found.init_loss == pytest.approx(kept["init_loss"], rel=1e-6)
     steps = {"all steps": found.loss_trace, "draws": found.loss_trace[:, kept["settings"]["num_burnin"] :]}

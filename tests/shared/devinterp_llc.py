@@ -19,11 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 
 VOCABULARY, LENGTH, SEQUENCES = 8, 9, 64
+SEED = 5000
 SETTINGS = {
     "lr": 2e-3,
     "nbeta": 20.0,
     "localization": 5.0,
-    "num_chains": 64,
+    "num_chains": 256,
     "num_draws": 300,
     "num_burnin": 150,
     "batch_size": 16,
@@ -70,7 +71,7 @@ def main() -> dict[str, Any]:
             localization=chosen["localization"], num_chains=int(chosen["num_chains"]),
             num_draws=int(chosen["num_draws"]), num_burnin_steps=int(chosen["num_burnin"]),
             batch_size=int(chosen["batch_size"]), num_init_loss_batches=SEQUENCES // int(chosen["batch_size"]),
-            match_sampling_input_ids_across_chains=False, device="cpu", output_path=f"{folder}/run.zarr",
+            match_sampling_input_ids_across_chains=False, init_seed=SEED, device="cpu", output_path=f"{folder}/run.zarr",
         )  # fmt: skip
         found = compute_llc(samples)
         init_loss = float(found.init_loss)
