@@ -71,7 +71,8 @@ def main() -> dict[str, Any]:
             localization=chosen["localization"], num_chains=int(chosen["num_chains"]),
             num_draws=int(chosen["num_draws"]), num_burnin_steps=int(chosen["num_burnin"]),
             batch_size=int(chosen["batch_size"]), num_init_loss_batches=SEQUENCES // int(chosen["batch_size"]),
-            match_sampling_input_ids_across_chains=False, init_seed=SEED, device="cpu", output_path=f"{folder}/run.zarr",
+            match_sampling_input_ids_across_chains=False, init_seed=SEED, device="cpu",
+            output_path=f"{folder}/run.zarr",
         )  # fmt: skip
         found = compute_llc(samples)
         init_loss = float(found.init_loss)
