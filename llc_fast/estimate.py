@@ -58,7 +58,7 @@ from llc_fast.stats.sensitivity import sensitivity as slopes_of
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
-from llc_fast.support.torch_private import drops, normalizes_batches
+from llc_fast.support.torch_private import drops, modes_kept, normalizes_batches
 from llc_fast.support.warned import issue
 from llc_fast.traces import LOSS, REFERENCE_LOSS, Traces
 from llc_fast.twins import HALF_FACTOR, twin_schedule, twin_traces
@@ -448,6 +448,7 @@ class Surroundings:
         self._stack.callback(snapshot.restore)
         snapshot.silence()
         self._stack.enter_context(mode_for(self._model, self._loss_fn))
+        self._stack.enter_context(modes_kept())  # last, to end before what is put back
 
     def __exit__(self, *error: Any) -> bool:
         handled = bool(self._stack.__exit__(*error))

@@ -261,9 +261,9 @@ def test_unknown_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_script(tmp_path: Path) -> None:
+def test_the_whole_script(tmp_path: Path, with_transformers: dict[str, str]) -> None:
     """Every stage with the real benchmarks at tiny sizes: all options exist, all files are written."""
-    done = _gpu_script(tmp_path, PYTHON=sys.executable, REPRODUCE="5")
+    done = _gpu_script(tmp_path, PYTHON=sys.executable, REPRODUCE="5", **with_transformers)
     assert done.returncode == 0, done.stdout[-3000:]
     names = {path.name for path in (tmp_path / "out").glob("*.json")}
     stages = ["samplers", "step", "chains", "large-tf32", "language", "language-large", "step-devinterp2"]

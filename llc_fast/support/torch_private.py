@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _disabled_torch_function_impl
+from torch._C import _disabled_torch_function_impl, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -19,7 +19,9 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.overrides import _pop_mode as _pop_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils.data import DataLoader, IterableDataset
 
 _aten = torch.ops.aten
@@ -49,6 +51,22 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch would import all of its compiler to keep it away from the method
         return False
+
+
+@contextlib.contextmanager
+def modes_kept() -> Iterator[None]:
+    """Afterwards torch has the modes that it has now, and none that was left behind.
+
+    An interrupt may come when a mode has begun, and the ``with`` that would end it has not.
+    """
+    depth, functions = _len_torch_dispatch_stack(), _len_torch_function_stack()
+    try:
+        yield
+    finally:
+        while _len_torch_dispatch_stack() > depth:
+            _pop_dispatch_mode()  # type: ignore[no-untyped-call]
+        while _len_torch_function_stack() > functions:
+            _pop_function_mode()
 
 
 def schema_of(op: Any) -> Any:

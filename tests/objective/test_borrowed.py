@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import llc_fast
 from llc_fast.chains.run import StepTaken, after_each_step
+from llc_fast.gradients import replay
+from llc_fast.objective.flops import FlopCounter
 
 mse = nn.functional.mse_loss
 
@@ -266,6 +268,28 @@ def test_a_nested_estimate_does_not_wait_for_itself() -> None:
     for options in ({"strategy": "sequential"}, {}, {"loss_fn": lambda o, y: mse(o, y) + 0 * float(o.detach().sum())}):
         result = runs.estimate(model=model, num_draws=2, observables={"inner": observe}, **options)
         assert np.all(result.observables["inner"] == alone)
+
+
+@pytest.mark.parametrize("mode", [replay._Recorder, replay._ReadRefuser, FlopCounter])
+def test_ctrl_c_when_a_mode_has_just_begun(mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the ``with`` that ends it: torch goes on without it, and knows the modes that the caller had."""
+
+    def enter(self: Any) -> None:
+        for base in mode.__mro__[1:]:
+            if "__enter__" in vars(base):
+                vars(base)["__enter__"](self)
+                break
+        raise KeyboardInterrupt
+
+    with FlopCounter() as own:
+        with monkeypatch.context() as patch:
+            patch.setattr(mode, "__enter__", enter, raising=False)
+            with pytest.raises(KeyboardInterrupt):
+                runs.estimate(num_draws=10, num_burnin=0)
+        assert torch._C._len_torch_dispatch_stack() == 1 and torch._C._len_torch_function_stack() == 0
+        before = own.flops
+        torch.ones(3, 4) @ torch.ones(4, 5)
+        assert own.flops == before + 2 * 3 * 4 * 5
 
 
 @pytest.mark.slow
