@@ -64,9 +64,9 @@ def modes_kept() -> Iterator[None]:
         yield
     finally:
         while _len_torch_dispatch_stack() > depth:
-            _pop_dispatch_mode()  # type: ignore[no-untyped-call]
+            _pop_dispatch_mode()
         while _len_torch_function_stack() > functions:
-            _pop_function_mode()
+            _pop_function_mode()  # type: ignore[no-untyped-call]
 
 
 def schema_of(op: Any) -> Any:
