@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils.data import DataLoader, IterableDataset
 
 _aten = torch.ops.aten
+_functorch: Any = torch._C._functorch
 
 CPU_ATTENTION_COUNTED_AS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
@@ -55,18 +56,34 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def modes_kept() -> Iterator[None]:
-    """Afterwards torch has the modes that it has now, and none that was left behind.
+    """Afterwards torch has the modes and transforms (vmap, grad) that it has now, and none that was left behind.
 
-    An interrupt may come when a mode has begun, and the ``with`` that would end it has not.
+    An interrupt may come when one has begun, and the ``with`` that would end it has not.
     """
-    depth, functions = _len_torch_dispatch_stack(), _len_torch_function_stack()
+    modes, functions, transforms = _len_torch_dispatch_stack(), _len_torch_function_stack(), _num_transforms()
     try:
         yield
     finally:
-        while _len_torch_dispatch_stack() > depth:
+        while _num_transforms() > transforms:
+            _end_transform()
+        while _len_torch_dispatch_stack() > modes:
             _pop_dispatch_mode()
         while _len_torch_function_stack() > functions:
             _pop_function_mode()  # type: ignore[no-untyped-call]
+
+
+def _num_transforms() -> int:
+    return int(_functorch.get_dynamic_layer_stack_depth())
+
+
+def _end_transform() -> None:
+    kind = _functorch.peek_interpreter_stack().key()
+    if kind == _functorch.TransformType.Vmap:
+        _functorch._vmap_decrement_nesting()
+    elif kind == _functorch.TransformType.Grad:
+        _functorch._grad_decrement_nesting()
+    else:
+        _functorch.pop_dynamic_layer_stack()
 
 
 def schema_of(op: Any) -> Any:

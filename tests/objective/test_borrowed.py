@@ -292,6 +292,23 @@ def test_ctrl_c_when_a_mode_has_just_begun(mode: type, monkeypatch: pytest.Monke
         assert own.flops == before + 2 * 3 * 4 * 5
 
 
+def test_ctrl_c_when_vmap_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = torch._C._functorch._vmap_increment_nesting
+
+    def begin_and_stop(*args: Any) -> int:
+        begin(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._functorch.vmap, "_vmap_increment_nesting", begin_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            runs.estimate(num_draws=10, num_burnin=0)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    x = torch.ones(3, requires_grad=True)
+    x.sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("name", ["mlp", "dropout", "counting", "clipping", "weight_norm"])
