@@ -454,7 +454,18 @@ class Surroundings:
         handled = bool(self._stack.__exit__(*error))
         if self.interrupts.is_pending:
             raise KeyboardInterrupt
+        if (raised := error[1]) is not None and not handled and _is_of_an_interrupt(raised):
+            raise KeyboardInterrupt from raised
         return handled
+
+
+def _is_of_an_interrupt(error: BaseException) -> bool:
+    """Whether it was raised while an interrupt was on its way: by what that had left half done, as torch's modes."""
+    while (context := error.__context__) is not None and not isinstance(error, KeyboardInterrupt):
+        if isinstance(context, KeyboardInterrupt):
+            return True
+        error = context
+    return False
 
 
 @dataclass(frozen=True)

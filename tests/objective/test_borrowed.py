@@ -292,15 +292,41 @@ def test_ctrl_c_when_a_mode_has_just_begun(mode: type, monkeypatch: pytest.Monke
         assert own.flops == before + 2 * 3 * 4 * 5
 
 
-def test_ctrl_c_when_vmap_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = torch._C._functorch._vmap_increment_nesting
+def test_ctrl_c_that_breaks_the_end_of_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left half done fails on the way out: still it is Ctrl-C."""
 
-    def begin_and_stop(*args: Any) -> int:
-        begin(*args)
+    def stop(self: Any, *_: Any) -> None:
         raise KeyboardInterrupt
 
+    def end(self: Any, *error: Any) -> None:
+        torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
+        torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
+
     with monkeypatch.context() as patch:
-        patch.setattr(torch._functorch.vmap, "_vmap_increment_nesting", begin_and_stop)
+        patch.setattr(replay._ReadRefuser, "__torch_function__", stop)
+        patch.setattr(replay._ReadRefuser, "__exit__", end, raising=False)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            runs.estimate(num_draws=10, num_burnin=0)
+    assert "empty mode stack" in str(caught.value.__cause__)
+    assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+    assert runs.estimate(num_draws=10, num_burnin=0).settings["strategy"]
+
+
+def test_ctrl_c_when_vmap_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its beginning and the ``with`` that would end it."""
+
+    class Begins:
+        def __init__(self, *args: Any) -> None:
+            self._args = args
+
+        def __enter__(self) -> None:
+            torch._C._functorch._vmap_increment_nesting(*self._args)
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._functorch.vmap, "vmap_increment_nesting", Begins)
         with pytest.raises(KeyboardInterrupt):
             runs.estimate(num_draws=10, num_burnin=0)
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
