@@ -73,7 +73,7 @@ def modes_kept() -> Iterator[None]:
 
 
 def _num_transforms() -> int:
-    return int(_functorch.get_dynamic_layer_stack_depth())
+    return len(_functorch.get_interpreter_stack() or ())
 
 
 def _end_transform() -> None:
