@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -37,7 +36,7 @@ from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS, Settings, with_old_keyw
 from llc_fast.stats.projection import CountSketch
 from llc_fast.store import COMPLETED, SampleStore, Variable, read_attributes
 from llc_fast.support.arguments import check_integer
-from llc_fast.support.errors import first_line
+from llc_fast.support.errors import differences, first_line
 from llc_fast.support.files import plain
 from llc_fast.support.fingerprint import digest
 from llc_fast.support.optional import require
@@ -732,21 +731,11 @@ def _difference(found: Tensor, exact: Tensor) -> float:
 
 def _compare(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless a store is of this run."""
-    differences = [
-        f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
+    if found := differences(before, now):
         raise ValueError(
-            f"store={str(place)!r} belongs to another run: {'; '.join(differences)}. Give another path, or delete it "
+            f"store={str(place)!r} belongs to another run: {'; '.join(found)}. Give another path, or delete it "
             "(rm -r) to start again"
         )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _minibatches(objective: Objective, seed: int) -> Iterator[Batch]:

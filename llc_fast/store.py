@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llc_fast.support.errors import differences
 from llc_fast.support.files import atomic_write, make_durable, partial_name, plain, remove_partial
 from llc_fast.support.optional import require
 
@@ -789,14 +790,9 @@ def _compare(place: Path, variables: Sequence[Variable], attributes: Mapping[str
     for variable in variables:
         now[f"array {variable.name}"] = _described(variable.dims, variable.shape, variable.dtype, chunks[variable.name])
         before[f"array {variable.name}"] = _array_at(place / variable.name)
-    differences = [
-        f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
-        more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
-        raise ValueError(f"store={str(place)!r} belongs to another run: {'; '.join(differences[:6])}{more}. {remedy}")
+    if different := differences(before, now, _short):
+        more = f"; and {len(different) - 6} more" if len(different) > 6 else ""
+        raise ValueError(f"store={str(place)!r} belongs to another run: {'; '.join(different[:6])}{more}. {remedy}")
 
 
 def read_attributes(place: Path, argument: str = "store") -> dict[str, Any]:

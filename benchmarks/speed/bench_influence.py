@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from harness import in_fresh_process, median, parse, peak_memory, print_table, write_json
+from harness import median, parse, peak_memory, print_table, rounds_in_turn, write_json
 
 OURS = ("llc_fast", "errors", "two-sets")
 ASKED = "at least 4 times as fast as devinterp, in at most a quarter of the memory"
@@ -118,13 +118,7 @@ def main() -> None:
         print("devinterp 2.0.1 is not installed and is left out: pip install devinterp==2.0.1")
         contenders.remove("devinterp")
     spec = {name: getattr(options, name) for name in ("sequences", "tokens", "chains", "draws")}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for _ in range(options.rounds):
-        for name in contenders:
-            done = in_fresh_process(__file__, spec | {"contender": name})
-            if "error" in done:
-                sys.exit(f"{name}: {done['error']}")
-            found[name].append(done)
+    found = rounds_in_turn(__file__, spec, contenders, options.rounds)
     first = next(iter(found.values()))[0]["values"]
     rows = []
     for name, rounds in found.items():

@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import math
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_influence import is_installed, let_torchvision_be_imported
-from harness import in_fresh_process, median, parse, peak_memory, print_table, ratio, write_json
+from harness import median, parse, peak_memory, print_table, ratio, rounds_in_turn, write_json
 from torch import Tensor, nn
 
 CONTENDERS = ("llc_fast", "devinterp")
@@ -294,13 +293,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             count = prepare(size, options.tokens, options.probe, options.training, Path(folder))
             spec = {name: getattr(options, name) for name in numbers} | {"size": size, "folder": folder}
-            found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-            for _ in range(options.rounds):
-                for name in contenders:
-                    done = in_fresh_process(__file__, spec | {"contender": name})
-                    if "error" in done:
-                        sys.exit(f"{name}: {done['error']}")
-                    found[name].append(done)
+            found = rounds_in_turn(__file__, spec, contenders, options.rounds)
         rows = rows_of(found)
         print_table(
             f"GPT-NeoX of {count:,} parameters, {options.chains} chains × ({options.burnin} + {options.draws}) steps "

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,23 @@ def in_fresh_process(
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"error": f"exit status {done.returncode}: {last}"}
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def rounds_in_turn(
+    script: str, spec: Mapping[str, Any], contenders: Sequence[str], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """What each contender finds in each round, in fresh processes, one contender after another within a round.
+
+    The script ends, with what a contender said, if one fails.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name in contenders:
+            done = in_fresh_process(script, {**spec, "contender": name})
+            if "error" in done:
+                sys.exit(f"{name}: {done['error']}")
+            found[name].append(done)
+    return found
 
 
 def peak_memory(device: str = "cpu", *, reset: bool = False) -> int:

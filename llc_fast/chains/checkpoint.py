@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from llc_fast.support.arrays import read_arrays, read_meta, write_arrays
+from llc_fast.support.errors import differences
 from llc_fast.support.files import atomic_write, output_path, remove_partial
 from llc_fast.traces import Traces
 
@@ -212,18 +213,8 @@ def read(path: Path, checkpoint: Path | None = None) -> Saved:
 
 def compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless both identities are the same run's."""
-    differences = [
-        f"{name} was {_short(saved.get(name))}, is {_short(wanted.get(name))}"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    if differences:
+    if found := differences(saved, wanted):
         raise ValueError(
-            f"checkpoint={str(path)!r} belongs to another run: {'; '.join(differences)}. "
+            f"checkpoint={str(path)!r} belongs to another run: {'; '.join(found)}. "
             "Give another path, or delete the file to start again"
         )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

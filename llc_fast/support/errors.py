@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; the name of its class if it has none."""
@@ -19,3 +23,20 @@ def add_note(error: BaseException, text: str) -> None:
         error.args = (f"{error.args[0]}\n{text}",)
     else:
         error.args = (*error.args, text)
+
+
+def shortened(value: Any) -> str:
+    """A value as JSON, or its beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], in_words: Callable[[Any], str] = shortened
+) -> list[str]:
+    """What differs between two runs: "NAME was …, is …" for each name, in their order."""
+    return [
+        f"{name} was {in_words(before.get(name))}, is {in_words(now.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
