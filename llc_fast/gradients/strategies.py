@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from llc_fast.data import Batch, map_tensors
+from llc_fast.gradients.memory import held_bytes
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
 from llc_fast.gradients.replay import NotReplayableError, OtherPathError, Recording
@@ -64,6 +65,7 @@ class EagerGradient:
         self._params = state.single()
         self._last = torch.empty(0)
         self._targets = dict(zip(objective.reference, objective.targets, strict=True))
+        self._most_held = held_bytes(objective) if release else 0
 
     @property
     def written(self) -> list[Tensor]:
@@ -128,17 +130,31 @@ class EagerGradient:
             return self._state.info()
         waiting = set(self._params)
         self._state.start_parts()
+        held: dict[str, Tensor] = {}
+        room = self._most_held
 
         def take(name: str, grad: Tensor) -> None:
+            nonlocal room
             waiting.discard(name)
-            self._state.move_one(name, grad, step)
-            # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
-            torch.autograd.graph.increment_version(self._targets[name])
+            if grad.nbytes > room:
+                move_held()
+            held[name] = grad
+            room -= grad.nbytes
+
+        def move_held() -> None:
+            nonlocal room
+            self._state.move_some(held, step)
+            for name in held:
+                # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
+                torch.autograd.graph.increment_version(self._targets[name])
+            held.clear()
+            room = self._most_held
 
         with self._objective.holding(self._params, self._buffers):
             self._objective.consume_gradients(self._last, take)
+            move_held()
         for name in waiting:  # what the loss did not use still feels noise and localization
-            self._state.move_one(name, torch.zeros_like(self._params[name]), step)
+            self._state.move_some({name: torch.zeros_like(self._params[name])}, step)
         return self._state.info()
 
 

@@ -188,7 +188,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch.version.cuda = "13.0"
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor.clone()  # type: ignore[method-assign,assignment]
 
     clone_of_cpu = torch.UntypedStorage.clone
 
