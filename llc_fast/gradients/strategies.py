@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from llc_fast.data import Batch, map_tensors
+from llc_fast.gradients.branches import Branches
 from llc_fast.gradients.memory import held_bytes
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
@@ -269,14 +270,18 @@ class ReplayedGradient:
         self._feed, self._tried = feed, 1 if feed.is_shared else _TRIED
         self._written = inner.written
         batch = feed(0)
+        self._on_gpu = on_gpu = objective.device.type == "cuda"
 
         def both() -> tuple[Evaluation, list[Tensor]]:
-            return inner.evaluate(batch), inner.gradients()
+            evaluation, grads = inner.evaluate(batch), inner.gradients()
+            # On a GPU a copy that the step would make runs beside other kernels.
+            return evaluation, [g.contiguous() for g in grads] if on_gpu else grads
 
         aliases = inner.aliases if isinstance(inner, EagerGradient) else {}
         self._recording = self._recorded(both, aliases)
         self._evaluation, self._grads = self._recording.result
         self._found = self._grads
+        self._replay = Branches(self._recording, objective.device).replay if on_gpu else self._recording.replay
         self._reference: Recording[Tensor] | None = None
         if evaluates_reference:
             reference = zip(objective.targets, objective.reference.values(), strict=True)
@@ -295,7 +300,9 @@ class ReplayedGradient:
             self._feed(first)
             self._inner.forget()
             with self._as_they_were():
-                recording = Recording(function, aliases, self._written)
+                recording = Recording(function, aliases, self._written, reuses_memory=not self._on_gpu)
+            if self._on_gpu and (recording.num_guards or any(d.type == "cpu" for d in recording.devices)):
+                raise NotReplayableError("values go to the CPU, which synchronizes with the GPU")
             if not recording.num_guards:
                 followed = [first + 1]
                 break
@@ -343,7 +350,7 @@ class ReplayedGradient:
 
     def evaluate(self, batch: Batch) -> Evaluation:
         try:
-            self._recording.replay()
+            self._replay()
         except OtherPathError:
             with self._model:
                 evaluation = self._inner.evaluate(batch)
