@@ -38,6 +38,14 @@ class MetricOfChains:
         if state.is_matrix != self._factors.is_matrix:
             state.set_matrices(self._factors.is_matrix)
 
+    @property
+    def described(self) -> str:
+        """Which parameters' metrics are Kronecker-factored, and why others with more than one dimension are not."""
+        found = self._factors
+        text = f"Kronecker-factored metric for {sum(found.is_matrix)} of {len(found.is_matrix)} parameters"
+        others = ", ".join(f"{name} ({reason})" for name, reason in found.diagonal_because.items())
+        return text + (f"; diagonal for {others}" if others else "")
+
     def __call__(self, step: int) -> None:
         """Before the step."""
         state = self._state
