@@ -67,7 +67,7 @@ class KFACSGLDSampler(LangevinSampler):
 
     Attributes:
         damping: ρ > 0.
-        adapt_steps: steps after which the metric stays; None: the length of burn-in.
+        adapt_steps: steps after which the metric stays; None: the length of burn-in in `estimate_llc`, otherwise 0.
     """
 
     name: ClassVar[str] = "kfac-sgld"
@@ -127,7 +127,7 @@ def refreshes(adapt_steps: float) -> list[int]:
     while step < adapt_steps:
         found.append(step)
         step += min(_LONGEST, max(1, int(_GROWTH * step)))
-    return [*found, int(adapt_steps)] if math.isfinite(adapt_steps) else found
+    return [*found, math.ceil(adapt_steps)]
 
 
 def damped(factors: Factors, nbeta: float, pull: float, damping: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -221,7 +221,7 @@ class KroneckerState(ChainState):
     @property
     def adapts_until(self) -> float:
         steps = self._kfac.adapt_steps
-        return math.inf if steps is None else steps
+        return 0 if steps is None else steps
 
     def start(self, first_chain: int, seed: int) -> None:
         super().start(first_chain, seed)
