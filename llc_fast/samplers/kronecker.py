@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -268,6 +269,13 @@ class KroneckerState(ChainState):
         super().put(rows)
         self._follow_w()
 
+    @contextlib.contextmanager
+    def at(self, w: Tensor) -> Iterator[None]:
+        v = self._v.clone()  # to the last bit: w does not say it as precisely
+        with super().at(w):
+            yield
+        self._v.copy_(v)
+
     @torch.no_grad()
     def _follow_w(self) -> None:
         """v of w as it is."""
@@ -367,7 +375,7 @@ class KroneckerState(ChainState):
     def send_addresses(self) -> None:
         self._table.send_addresses()
 
-    def move_one(self, name: str, grad: Tensor, step: int) -> None:
+    def move_some(self, grads: Mapping[str, Tensor], step: int) -> None:
         raise NotImplementedError(f"sampler={self._kfac.name!r} needs the whole gradient")
 
 

@@ -126,6 +126,16 @@ def test_renewing_does_not_move_the_chains(dtype: torch.dtype) -> None:
         assert moved[:, :12].all() and moved[:, 16].all() and not moved[:, 17].any() and not moved[:, 12:16].any()
 
 
+def test_a_look_elsewhere_changes_nothing() -> None:
+    state = _state({"w": (3, 4)}, num_chains=2)
+    state.renew(0, [[Factors(_positive(3, 1), _positive(4, 2))]] * 2)
+    state.move([_random(2, 3, 4)], 0)
+    before = {name: t.clone() for name, t in state.arrays().items()}
+    with state.displaced():
+        assert not torch.equal(state.w, before["w"])
+    assert all(torch.equal(t, before[name]) for name, t in state.arrays().items())
+
+
 def test_a_chain_that_diverged_does_not_touch_the_others() -> None:
     factors = [[Factors(_positive(3, c), _positive(4, c + 5))] for c in range(2)]
     state, other = _state({"w": (3, 4)}, num_chains=2), _state({"w": (3, 4)}, num_chains=2)
