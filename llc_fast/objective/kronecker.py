@@ -166,7 +166,7 @@ class GaussNewton:
         inputs go with the rows."""
         module, weight = self._modules[name], self._objective.reference[name]
         size = weight.shape[0], weight.numel() // max(weight.shape[0], 1)
-        found = [torch.zeros(s, s, device=weight.device) for s in size]
+        found = [torch.zeros(s, s, dtype=torch.float32, device=weight.device) for s in size]
         inputs_first = _is_transposed(module)
         total = 0
         for x, slope in zip(seen.inputs.get(name, []), seen.slopes.get(name, []), strict=True):
@@ -352,7 +352,12 @@ def curvature_in(
     reference = objective.reference
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in reference.values())
     delta = (1e-1 if low else 1e-3) * max(_norm(reference), 1e-3)  # short against w*, long against rounding
-    vector = metric({name: torch.randn(p.shape, generator=generator).to(p.device) for name, p in reference.items()})
+    vector = metric(
+        {
+            name: torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device)
+            for name, p in reference.items()
+        }
+    )
     curvature = 0.0
     for _ in range(iterations):
         length = _norm(vector)

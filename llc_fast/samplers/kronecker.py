@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ _EARLY_STEP, _EARLY_DAMPING = 0.3, 0.1
 """ε and the damping while the metric follows the chain, as shares of those of draws. A metric of this very place may be
 damped less than one that has to do for all places that draws will come to."""
 _TINY = 1e-9
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _in_full_precision(method: _F) -> _F:
+    """A method of :class:`KroneckerState` without gradients, and without the caller's autocast."""
+
+    @functools.wraps(method)
+    def wrapped(self: KroneckerState, *args: Any, **options: Any) -> Any:
+        with torch.no_grad(), torch.autocast(self.w.device.type, enabled=False):
+            return method(self, *args, **options)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class Factors(NamedTuple):
@@ -276,7 +291,7 @@ class KroneckerState(ChainState):
             yield
         self._v.copy_(v)
 
-    @torch.no_grad()
+    @_in_full_precision
     def _follow_w(self) -> None:
         """v of w as it is."""
         for part in self._parts:
@@ -292,7 +307,7 @@ class KroneckerState(ChainState):
         """Whether :meth:`renew` will look at factors: not where the metric becomes that of their means."""
         return step < self.adapts_until or not float(self._count.max())
 
-    @torch.no_grad()
+    @_in_full_precision
     def renew(self, step: int, factors: Sequence[Sequence[Factors]] | None) -> None:
         """Set the metric of this step; w stays where it is.
 
@@ -327,6 +342,7 @@ class KroneckerState(ChainState):
             self._count += 1
         self._follow_w()
 
+    @_in_full_precision
     def _each(self, rows: Tensor, function: str) -> Tensor:
         """A :class:`_Part`'s function of each parameter, in a new tensor of rows."""
         found = torch.zeros_like(self._v)
@@ -346,7 +362,7 @@ class KroneckerState(ChainState):
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_in_full_precision
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         s, v, root = self.scalars, self._v, self._root
         if self._v_follows:

@@ -136,6 +136,19 @@ def test_a_look_elsewhere_changes_nothing() -> None:
     assert all(torch.equal(t, before[name]) for name, t in state.arrays().items())
 
 
+def test_the_callers_autocast_leaves_steps_in_full_precision() -> None:
+    start = {"w": _random(3, 4, dtype=torch.float32)}
+    ends = []
+    for enabled in (False, True):
+        state = KroneckerState(start, {}, KFACSGLDSampler(lr=0.1, nbeta=NBETA, localization=GAMMA, adapt_steps=4), 2)
+        state.start(0, 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            state.renew(0, [[Factors(_positive(3, 1), _positive(4, 2))]] * 2)
+            state.move([_random(2, 3, 4, dtype=torch.float32)], 0)
+        ends.append(state.w.clone())
+    assert torch.equal(*ends)
+
+
 def test_a_chain_that_diverged_does_not_touch_the_others() -> None:
     factors = [[Factors(_positive(3, c), _positive(4, c + 5))] for c in range(2)]
     state, other = _state({"w": (3, 4)}, num_chains=2), _state({"w": (3, 4)}, num_chains=2)
