@@ -20,6 +20,7 @@ from llc_fast.gradients.memory import needed_bytes
 from llc_fast.gradients.plan import make_plan
 from llc_fast.kernels.native import normals
 from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective import kronecker as objective_kronecker
 from llc_fast.objective.kronecker import GaussNewton, _as_rows
 from llc_fast.objective.objective import Objective
 from llc_fast.problems.deep_linear import most_singular
@@ -374,6 +375,14 @@ def test_inputs_and_outputs_give_the_gradient(kind: str) -> None:
     [grad] = torch.autograd.grad(y, [weight], slope)
     rows, columns = _as_rows(module, x, slope, None)
     torch.testing.assert_close((rows.mT @ columns).view(grad.shape), grad, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison that finds weights that are used in other ways, with a few samples at a time."""
+    model, data = _convolutions()
+    objective = Objective(model, mse, make_source(data, 64, _CPU), device=_CPU)
+    monkeypatch.setattr(objective_kronecker, "_PIECE", 2 * 8 * 8 * 9 * 10)
+    assert sum(GaussNewton(objective, 3).is_matrix) == 3
 
 
 class _Tied(nn.Module):
