@@ -236,7 +236,7 @@ def test_it_is_one_over_the_hessian_of_a_linear_regression() -> None:
     """h_ij = (2/k)·E[x_j²], whatever the targets are; d is η times the mean of h·w² over the scale of a weight."""
     x, y = _normal(256, 3, seed=1) * torch.tensor([1.0, 0.1, 30.0]), _normal(256, 2, seed=2)
     model = _initialized(nn.Linear(3, 2))
-    probes = 2000
+    probes = 800
     found = curvature_metric(_objective(model, (x.double(), y), mse), probes=probes, damping=0.0)
     exact = (x.square().mean(dim=0)).double().expand(2, 3)
     tolerance = 5 * math.sqrt(2 / probes)
@@ -244,15 +244,17 @@ def test_it_is_one_over_the_hessian_of_a_linear_regression() -> None:
     torch.testing.assert_close(1 / found.preconditioner["bias"], torch.ones(2).double(), rtol=tolerance, atol=0)
     damped = curvature_metric(_objective(model, (x.double(), y), mse), probes=probes, damping=0.5)
     h = {name: 1 / a for name, a in found.preconditioner.items()}
-    common = sum(float((h[name] * p.square()).sum()) for name, p in model.named_parameters()) / 8
+    common = sum(float((h[name] * p.detach().square()).sum()) for name, p in model.named_parameters()) / 8
     extra = 1 / damped.preconditioner["weight"] - h["weight"]
     torch.testing.assert_close(extra, (0.5 * common / _scale(model.weight)).detach(), rtol=1e-6, atol=0)
-    extra, bias = 1 / damped.preconditioner["bias"] - h["bias"], model.bias.detach()
-    torch.testing.assert_close(extra, torch.minimum(0.5 * common / bias.square(), h["bias"]), rtol=1e-6, atol=0)
+    # A bias in proportion to its row.
+    proportion = 0.5 * common / (h["weight"] * _scale(model.weight)).mean(dim=1)
+    extra = 1 / damped.preconditioner["bias"] - h["bias"]
+    torch.testing.assert_close(extra, h["bias"] * proportion, rtol=1e-6, atol=0)
 
 
 def _huber(z: Tensor, y: Tensor) -> Tensor:
-    return F.huber_loss(z, y.sin().expand_as(z) * torch.arange(1, 4), delta=0.7)
+    return F.huber_loss(z, y.double().sin()[:, None] * torch.arange(1, 4), delta=0.7)
 
 
 def _paired(z: Tensor, y: Tensor) -> Tensor:
@@ -288,7 +290,7 @@ def test_directions_have_the_covariance_of_the_second_derivative(name: str) -> N
     def curved(v: Tensor) -> Tensor:
         return torch.autograd.grad(slope, leaf, v, retain_graph=True)[0]
 
-    count = 4000
+    count = 400 if name == "paired" else 1000
     draws = [_direction(z, curved, generator) for _ in range(count)]
     found = torch.stack([u.flatten() for u in draws if u is not None])
     assert len(found) == count
@@ -379,7 +381,7 @@ def test_a_bias_of_0_is_free_to_move() -> None:
     with torch.no_grad():
         model.bias.zero_()
     found = curvature_metric(_objective(model, (x, y), mse), probes=400)
-    torch.testing.assert_close(found.preconditioner["bias"], torch.full((2,), 0.5).double(), rtol=0.4, atol=0)
+    torch.testing.assert_close(found.preconditioner["bias"], torch.ones(2).double(), rtol=0.4, atol=0)
 
 
 def test_masks_and_microbatches_and_low_precision() -> None:
@@ -394,7 +396,8 @@ def test_masks_and_microbatches_and_low_precision() -> None:
         part.preconditioner["0.weight"][:3], whole.preconditioner["0.weight"][:3], rtol=0.6, atol=0
     )
     assert part.norm == pytest.approx(
-        float((model[0].weight[:3].double().square() / part.preconditioner["0.weight"][:3]).sum().sqrt()), rel=1e-5
+        float((model[0].weight.detach()[:3].double().square() / part.preconditioner["0.weight"][:3]).sum().sqrt()),
+        rel=1e-5,
     )
     pieces = curvature_metric(_objective(model, (x, y), mse, microbatch_size=8), probes=400)
     for key, a in whole.preconditioner.items():
@@ -436,7 +439,7 @@ def test_the_estimate_is_the_same_for_a_rescaled_model(name: str) -> None:
         llc_fast.estimate_llc(m, data, loss_fn, seed=3, progress=False, lr=first.settings["lr"], **SHORT).llc_mean
         for m in (model, rescaled)
     ]
-    assert not plain[1] == pytest.approx(plain[0], rel=0.02)  # which SGLD is not
+    assert plain[1] != pytest.approx(plain[0], rel=0.02)  # which SGLD is not
 
 
 def _regression(num: int = 400) -> tuple[nn.Linear, tuple[Tensor, Tensor], Tensor]:
@@ -473,7 +476,7 @@ def test_the_posterior_of_a_localization_in_the_metric(sampler: str) -> None:
     else:
         used = {"mala": MALASampler, "hmc": HMCSampler}[sampler](**given)
         if sampler == "hmc":
-            options |= {"num_draws": 400, "num_burnin": 100}
+            options |= {"num_draws": 1000, "num_burnin": 100}
     result = llc_fast.estimate_llc(
         model, data, mse, sampler=used, nbeta=nbeta, localization=gamma, lr=lr, batch_size=400, progress=False,
         seed=5, **options,
@@ -481,7 +484,7 @@ def test_the_posterior_of_a_localization_in_the_metric(sampler: str) -> None:
     exact = _exact(hessian, nbeta, gamma, metric[0])
     euclidean = _exact(hessian, nbeta, gamma, torch.ones(6, dtype=torch.float64))
     assert abs(result.llc_mean - exact) < 5 * result.llc_stderr + 1e-3
-    assert abs(exact - euclidean) > 10 * result.llc_stderr  # otherwise it shows nothing
+    assert abs(exact - euclidean) > 8 * result.llc_stderr  # otherwise it shows nothing
     assert result.settings["localization_metric"] == "sampler"
     # In the metric ‖w − w*‖² has the mean tr A⁻¹(nβH + γA⁻¹)⁻¹, and dλ̂/dlog γ = −(γ/2)·tr nβH·M·A⁻¹·M with that M.
     inverse = torch.linalg.inv(nbeta * hessian + gamma * torch.diag(1 / metric[0]))
@@ -552,9 +555,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Any) -> None:
     assert resumed.diagnostics["resumed_steps"] > 0
     assert (whole.loss_trace == resumed.loss_trace).all()
     with pytest.raises(ValueError, match="another run"):
-        llc_fast.estimate_llc(
-            model, data, loss_fn, checkpoint=place, **{**options, "localization_metric": "euclidean"}
-        )
+        llc_fast.estimate_llc(model, data, loss_fn, checkpoint=place, **{**options, "localization_metric": "euclidean"})
 
 
 def test_calibrate_gives_back_the_name(recwarn: Any) -> None:
@@ -618,7 +619,7 @@ def test_scans_and_stores_know_it(tmp_path: Any) -> None:
 def test_gradients_through_functional_calls_agree() -> None:
     """(Jᵀu)² of one sample is what torch.func's Jacobian says: the outputs that are seen are the model's."""
     model, _, _, (x, y), _ = _case("ReLU")
-    probes = 3000
+    probes = 800
     found = curvature_metric(_objective(model, (x, y), mse, batch_size=64), probes=probes, damping=0.0)
     params = {name: p.detach() for name, p in model.named_parameters()}
     jacobian = torch.func.jacrev(lambda p: functional_call(model, p, (x,)))(params)
