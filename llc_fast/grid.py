@@ -945,17 +945,17 @@ def _prior_row(prepared: Prepared, gamma: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _prior_offset(w: Tensor, gamma: Tensor, options: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+def _prior_offset(w: Tensor, gamma: Tensor | float, options: Mapping[str, Any], generator: torch.Generator) -> Tensor:
     """w − w* of one draw of ∝ exp(−γ/2·‖w − w*‖² − μ/2·‖w‖²), in the box if there is one, on the CPU.
 
     γ may be another one for each element: γ/A where the localization is in the metric.
     """
     decay, box = float(options["weight_decay"]), options["bounding_box_size"]
-    precision = gamma + decay
+    precision = torch.as_tensor(gamma, dtype=torch.float64) + decay
     uniform = torch.rand(w.shape, generator=generator, dtype=torch.float64)
     if not precision.any():
         return (2 * uniform - 1) * float(box)
-    width = float(options["noise_level"]) / precision.double().sqrt()
+    width = float(options["noise_level"]) / precision.sqrt()
     middle = -decay * w.detach().cpu().double() / precision
     low = torch.zeros_like(middle) if box is None else torch.special.ndtr((-box - middle) / width)
     high = torch.ones_like(middle) if box is None else torch.special.ndtr((box - middle) / width)

@@ -628,3 +628,71 @@ def test_gradients_through_functional_calls_agree() -> None:
         seen = exact > 0
         found_h = 1 / found.preconditioner[key]
         torch.testing.assert_close(found_h[seen], exact[seen], rtol=6 * math.sqrt(2 / probes), atol=0)
+
+
+def _hmc(energy: Callable[[Tensor], Tensor], start: Tensor, step: Tensor, draws: int, seed: int) -> Tensor:
+    """Hamiltonian Monte Carlo of our own, in float64: where each of several chains is after every trajectory."""
+    generator = torch.Generator().manual_seed(seed)
+    w, found, accepted = start.clone(), list[Tensor](), 0.0
+
+    def slope(w: Tensor) -> tuple[Tensor, Tensor]:
+        w = w.detach().requires_grad_()
+        values = energy(w)
+        return values.detach(), torch.autograd.grad(values.sum(), w)[0]
+
+    here, force = slope(w)
+    for _ in range(draws):
+        v = torch.randn(w.shape, dtype=torch.float64, generator=generator)
+        scale = step * (0.8 + 0.4 * torch.rand(len(w), 1, dtype=torch.float64, generator=generator))
+        there, place, pull = w, v, force
+        for _ in range(8):
+            place = place - 0.5 * scale * pull
+            there = there + scale * place
+            end, pull = slope(there)
+            place = place - 0.5 * scale * pull
+        change = end - here + 0.5 * (place.square() - v.square()).sum(dim=1)
+        moves = torch.rand(len(w), dtype=torch.float64, generator=generator).log() < -change
+        w, force = (torch.where(moves[:, None], a, b) for a, b in ((there, w), (pull, force)))
+        here = torch.where(moves, end, here)
+        accepted += float(moves.double().mean()) / draws
+        found.append(w)
+    assert accepted > 0.6
+    return torch.stack(found)
+
+
+def test_the_posterior_is_what_an_independent_sampler_finds() -> None:
+    """A small ReLU network, rescaled by 1000: far from quadratic, and by HMC that shares no code."""
+    x, y = _normal(100, 2, seed=1), _normal(100, 1, seed=2)
+    model = _initialized(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    with torch.no_grad():
+        y = model(x) + 0.3 * y
+        model[0].weight *= 1000
+        model[0].bias *= 1000
+        model[2].weight /= 1000
+    metric = curvature_metric(_objective(model, (x, y), mse, batch_size=100)).preconditioner
+    nbeta = 20.0
+    result = llc_fast.estimate_llc(
+        model, (x, y), mse, preconditioner="curvature", nbeta=nbeta, batch_size=100, num_draws=8000, num_burnin=1000,
+        num_chains=4, progress=False, seed=2,
+    )  # fmt: skip
+    gamma = result.settings["localization"]
+    names = [name for name, _ in model.named_parameters()]
+    center = torch.cat([p.detach().flatten() for p in model.parameters()])
+    a = torch.cat([metric[name].flatten() for name in names])
+
+    def loss(w: Tensor) -> Tensor:
+        first, bias, second, last = w[:, :6].view(-1, 3, 2), w[:, 6:9], w[:, 9:12], w[:, 12:]
+        hidden = torch.relu(torch.einsum("chi,ni->cnh", first, x) + bias[:, None])
+        return (torch.einsum("cnh,ch->cn", hidden, second) + last - y[:, 0]).square().mean(dim=1)
+
+    def energy(w: Tensor) -> Tensor:
+        return nbeta * loss(w) + gamma / 2 * ((w - center).square() / a).sum(dim=1)
+
+    step = 0.25 * a.sqrt() / math.sqrt(nbeta)
+    draws = _hmc(energy, center.repeat(32, 1), step, 400, seed=3)[100:]
+    with torch.no_grad():
+        excess = nbeta * (torch.stack([loss(w) for w in draws]) - loss(center[None]))
+    per_chain = excess.mean(dim=0)
+    exact, error = float(per_chain.mean()), float(per_chain.std()) / math.sqrt(32)
+    assert error < 0.03 * exact
+    assert abs(result.llc_mean - exact) < 4 * math.hypot(result.llc_stderr, error)
