@@ -875,7 +875,8 @@ def _number(place: tuple[int, ...]) -> int:
 def _gradients(result: LLCResult) -> float:
     """Of all chains and pilots."""
     each = result.diagnostics.get("gradients_per_draw", 0) / result.schedule.num_steps_bw_draws or 1.0
-    return result.loss_trace.size * each + float(result.diagnostics.get("pilot_steps", 0))
+    beside = sum(result.diagnostics.get(name, 0) for name in ("pilot_steps", "metric_gradients"))
+    return result.loss_trace.size * each + float(beside)
 
 
 def _row(result: LLCResult) -> dict[str, Any]:

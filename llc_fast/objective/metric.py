@@ -47,13 +47,15 @@ from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 
 PROBES = 64
-"""Random directions, a gradient each: A is known to 18 %."""
+"""Random directions, a gradient each: h is known to 18 %."""
 DAMPING = 0.01
 """η."""
 _TRIED, _AGREEING = 8, 6
 """Directions that are tried again beside w*, and how many must agree for a gradient to be one."""
 _WIDE, _LOW = (4, 0.1), (1, 0.3)
 """How far beside w*, in roundings of float32 or float64, and to what share gradients must agree; in lower precision."""
+METRIC_GRADIENTS = PROBES + 2 * _TRIED
+"""What the metric takes, usually."""
 _SEED = 0
 """A belongs to model and data: runs of other seeds sample the same posterior."""
 _MOST_BLOCK = 64
@@ -100,7 +102,7 @@ def curvature_metric(objective: Objective, *, probes: int = PROBES, damping: flo
     Raises:
         ValueError: there is no curvature at w*.
     """
-    method, gradients = "gauss-newton", probes
+    method, gradients = "gauss-newton", probes + 2 * _TRIED
     with objective.generators.kept():
         objective.generators.seed(_SEED)
         try:

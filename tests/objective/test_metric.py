@@ -527,8 +527,20 @@ def test_the_default_localization_is_that_of_the_metric() -> None:
     assert result.settings["sampler"] == "preconditioned-sgld"
     assert result.settings["preconditioner"] == "curvature"
     assert result.settings["curvature"] == "gauss-newton"
-    assert result.diagnostics["metric_gradients"] == 64 and result.diagnostics["metric_undetermined"] == 0
+    assert result.diagnostics["metric_gradients"] == 80 and result.diagnostics["metric_undetermined"] == 0
     assert result.diagnostics["reach"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_budget_counts_it() -> None:
+    """80 gradients are 20 steps of each of four chains."""
+    from llc_fast.settings import Settings
+
+    options: dict[str, Any] = {"sampler": "preconditioned-sgld", "lr": 1e-3, "max_gradients": 4000}
+    assert Settings(**options).longest.num_steps == 1000
+    assert Settings(**options, preconditioner="curvature").longest.num_steps == 980
+    assert Settings(**options, preconditioner="curvature").in_metric({}).longest.num_steps == 980
+    with pytest.raises(ValueError, match="max_gradients=100 is too few for 4 chains"):
+        Settings(**{**options, "max_gradients": 100}, preconditioner="curvature")
 
 
 def test_localization_alone_is_that_of_the_metric() -> None:
