@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import llc_fast
 from llc_fast.data import make_source
-from llc_fast.objective.metric import CurvatureMetric, _direction, _row_times_column, _scale, curvature_metric
+from llc_fast.objective.metric import CurvatureMetric, _direction, _Numbers, _row_times_column, _scale, curvature_metric
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers import HMCSampler, MALASampler, PreconditionedSGLDSampler
 
@@ -285,13 +285,13 @@ def test_directions_have_the_covariance_of_the_second_derivative(name: str) -> N
         exact = vectors @ torch.diag(values.clamp(min=0)) @ vectors.T
     leaf = z.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss_fn(leaf, y), leaf, create_graph=True)
-    generator = torch.Generator().manual_seed(0)
+    numbers = _Numbers()
 
     def curved(v: Tensor) -> Tensor:
         return torch.autograd.grad(slope, leaf, v, retain_graph=True)[0]
 
     count = 400 if name == "paired" else 1000
-    draws = [_direction(z, curved, generator) for _ in range(count)]
+    draws = [_direction(z, curved, numbers) for _ in range(count)]
     found = torch.stack([u.flatten() for u in draws if u is not None])
     assert len(found) == count
     covariance = found.T @ found / count
@@ -309,10 +309,10 @@ def test_of_many_outputs_that_mix_the_diagonal_is_taken() -> None:
 
     leaf = z.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss_fn(leaf), leaf, create_graph=True)
-    generator = torch.Generator().manual_seed(0)
+    numbers = _Numbers()
     squares = torch.zeros_like(z)
     for _ in range(400):
-        u = _direction(z, lambda v: torch.autograd.grad(slope, leaf, v, retain_graph=True)[0], generator)
+        u = _direction(z, lambda v: torch.autograd.grad(slope, leaf, v, retain_graph=True)[0], numbers)
         assert u is not None
         squares += u.square() / 400
     large = z.abs() > 0.3
