@@ -448,7 +448,7 @@ class _unknown_if_it_fails:  # noqa: N801
 
 def _product(a: Tensor, b: Tensor) -> float:
     """Σab in float64, piece by piece: a copy of the largest gradient may not fit."""
-    pieces = zip(a.reshape(-1).split(_PIECE), b.reshape(-1).split(_PIECE), strict=True)
+    pieces = zip(torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE), strict=True)
     return float(torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum())
 
 
