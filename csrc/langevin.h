@@ -22,12 +22,13 @@ struct Scalars {
     double eps;             // added to the root of the squared gradients
     double friction;        // SGHMC's alpha; SGNHT's diffusion factor A
     double adapt_steps;     // steps whose gradients enter the running mean of squares; later ones leave it as it is
+    double in_metric;       // not 0: localization is (gamma/2)(w - w*)^T A^-1 (w - w*), in the rule that is given A
 };
 
 // What a step can sum up on the way, in the order of the columns it writes, with the names that Python has for them.
 #define LLC_SUMS(X)                                                                           \
     X(kGradSquare, "grad")         /* g^2 */                                                  \
-    X(kDistanceSquare, "distance") /* (w - w*)^2, before the update */                        \
+    X(kDistanceSquare, "distance") /* (w - w*)^2, before the update; over A where A localizes */ \
     X(kWeightSquare, "weight")     /* w^2, after it */                                        \
     X(kNoiseSquare, "noise")       /* xi^2 */                                                 \
     X(kMomentumSquare, "momentum") /* the square of the first state (a momentum), after it */ \
@@ -63,6 +64,7 @@ struct Coordinate {
     T w;
     T state[2];  // what the rule keeps between steps
     T bias = 0;  // q, for the sum of that name
+    T measure = 1;  // of distances: 1 / A where the localization is in the metric
 };
 
 // nbeta g + gamma (w - w*) + mu w: the gradient of the localized, tempered potential.
@@ -71,8 +73,9 @@ struct Potential {
     T nbeta, localization, weight_decay;
     LLC_HD explicit Potential(const Scalars& s)
         : nbeta(T(s.nbeta)), localization(T(s.localization)), weight_decay(T(s.weight_decay)) {}
-    LLC_HD T drift(const Coordinate<T>& x, T grad) const {
-        return fused(nbeta, grad, fused(localization, x.w - x.reference, weight_decay * x.w));
+    LLC_HD T drift(const Coordinate<T>& x, T grad) const { return drift(x, grad, localization); }
+    LLC_HD T drift(const Coordinate<T>& x, T grad, T gamma) const {
+        return fused(nbeta, grad, fused(gamma, x.w - x.reference, weight_decay * x.w));
     }
 };
 
@@ -101,7 +104,10 @@ struct Langevin {
         : potential(s), half_lr(T(0.5 * s.lr)), noise_scale(T(s.noise_level * sqrt(s.lr))), box(T(s.bounding_box)) {}
 
     LLC_HD void move(Coordinate<T>& x, T grad, T p, T root_p) const {
-        const T drift = potential.drift(x, grad);
+        move(x, grad, p, root_p, potential.localization);
+    }
+    LLC_HD void move(Coordinate<T>& x, T grad, T p, T root_p, T gamma) const {
+        const T drift = potential.drift(x, grad, gamma);
         x.bias = T(0.25) * half_lr * p * drift;
         // The increment first, then one addition: w is rounded once.
         const T increment = fused(-half_lr * p, drift, noise_scale * root_p * x.noise);
@@ -141,16 +147,19 @@ struct SGLD {
     LLC_HD void operator()(Coordinate<T>& x) const { langevin.move(x, x.grad, T(1), T(1)); }
 };
 
-// A fixed diagonal preconditioner.
+// A fixed diagonal preconditioner A. Localization in its metric pulls each element by gamma / A: outside the metric.
 template <class T>
 struct PreconditionedSGLD {
     static constexpr int kStates = 0;
     static constexpr bool kPreconditioned = true;
     static constexpr SumSet kUsualSums = only(kDistanceSquare) | only(kBias);
     Langevin<T> langevin;
-    LLC_HD PreconditionedSGLD(const Scalars& s, uint64_t) : langevin(s) {}
+    bool in_metric;
+    LLC_HD PreconditionedSGLD(const Scalars& s, uint64_t) : langevin(s), in_metric(s.in_metric != 0) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
-        langevin.move(x, x.grad, x.preconditioner, root(x.preconditioner));
+        const T p = x.preconditioner;
+        x.measure = in_metric ? T(1) / p : T(1);
+        langevin.move(x, x.grad, p, root(p), langevin.potential.localization * x.measure);
     }
 };
 
@@ -244,7 +253,7 @@ template <SumSet kSums, class Rule, class T, class Add>
 LLC_HD void measure(const Coordinate<T>& x, T before, const Add& add) {
     const T distance = before - x.reference;
     if constexpr (holds(kSums, kGradSquare)) add(kGradSquare, x.grad, x.grad);
-    if constexpr (holds(kSums, kDistanceSquare)) add(kDistanceSquare, distance, distance);
+    if constexpr (holds(kSums, kDistanceSquare)) add(kDistanceSquare, distance, distance * x.measure);
     if constexpr (holds(kSums, kWeightSquare)) add(kWeightSquare, x.w, x.w);
     if constexpr (holds(kSums, kNoiseSquare)) add(kNoiseSquare, x.noise, x.noise);
     if constexpr (holds(kSums, kMomentumSquare) && Rule::kStates > 0) add(kMomentumSquare, x.state[0], x.state[0]);

@@ -203,6 +203,7 @@ py::dict scalars_layout() {
     LLC_FIELD(Scalars, eps);
     LLC_FIELD(Scalars, friction);
     LLC_FIELD(Scalars, adapt_steps);
+    LLC_FIELD(Scalars, in_metric);
     return layout.finished();
 }
 

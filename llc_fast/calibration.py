@@ -25,6 +25,7 @@ from llc_fast.data import mix
 from llc_fast.gradients.plan import Plan, make_plan
 from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
 from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_curvature
+from llc_fast.objective.metric import metric_of
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 from llc_fast.schedule import Schedule
@@ -123,10 +124,12 @@ def choose_settings(
     corrected = settings.wants_bias_correction
     found = None
     if nbeta:
+        template = settings.complete_sampler(1.0, nbeta)
         found = descent(
             objective,
             nbeta,
-            settings.complete_sampler(1.0, nbeta).localization or 0.0,
+            template.localization or 0.0,
+            metric=metric_of(template, objective) if template.localizes_in_metric else None,
             max_gradients=_DESCENT_SHARE * settings.num_chains * settings.schedule.num_steps,
         )
     chosen = Chosen(
@@ -176,6 +179,8 @@ def num_pilot_steps(settings: Settings) -> int:
 def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STIFFNESS, seed: int = 0) -> float:
     """ε = `stiffness` / a with a = nβ·h_max + γ·p_max, h_max the largest curvature at w* in the sampler's metric.
 
+    Where the localization is in that metric too, γ takes the place of γ·p_max.
+
     At nβ = 0 it asks nothing of the loss, unless the metric adapts to its gradients.
 
     A drift that lags k steps behind overshoots by as much: a is multiplied by 1 + k.
@@ -193,11 +198,16 @@ def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STI
     if sampler.metric == "adaptive":
         metric = pilot_metric(objective, vars(sampler), seed=seed)
     elif sampler.metric == "given":
-        given = vars(sampler)["preconditioner"]
-        metric = {name: given[name] if isinstance(given, Mapping) else given for name in objective.reference}
-    largest = 1.0 if metric is None else max(float(in_float32(p).max()) for p in metric.values())
+        metric = metric_of(sampler, objective)
+    largest = (
+        1.0
+        if metric is None or sampler.localizes_in_metric
+        else max(float(in_float32(p).max()) for p in metric.values())
+    )
     assert sampler.nbeta is not None and sampler.localization is not None
-    curvature = top_curvature(objective, metric=metric, seed=seed) if sampler.nbeta else 0.0
+    curvature = 0.0
+    if sampler.nbeta:
+        curvature = top_curvature(objective, metric=metric, seed=seed, steps_in_metric=sampler.localizes_in_metric)
     stiffest = sampler.nbeta * curvature + sampler.localization * largest
     stiffest *= 1 + lag
     if not 0 < stiffest < math.inf:

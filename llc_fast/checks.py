@@ -78,7 +78,7 @@ class Facts:
 
     Attributes:
         step_checks: of all chains, ``[chain, check, column]``, see :data:`llc_fast.stats.step_checks.COLUMNS`.
-        reference_norm: ‖w*‖ over the parameters that are sampled.
+        reference_norm: ‖w*‖ over the parameters that are sampled, in the metric of the localization.
         init_loss_stderr: what L(w*) adds to the standard error of λ̂, over nβ: rounding.
         planned_steps: of all chains.
         in_calibration: whether the run was interrupted while pilot chains chose its step size.
@@ -86,7 +86,7 @@ class Facts:
         refining_passes: passes over the data that w* was made better with; None: it was not.
         local_localization: the γ that keeps chains nearer to w* than w* is to 0.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
-        euclidean: whether the sampler's metric is 1.
+        euclidean: whether the localization is in the sampler's metric, which is 1 or given.
         target_acceptance: of Metropolis-adjusted chains that adapted their step size; None of all others.
         random_modules: what makes the loss of a model in training mode random, by the names of modules.
         batch_statistics: names of modules in evaluation mode that normalize by the minibatch's own statistics.

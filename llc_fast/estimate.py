@@ -45,12 +45,14 @@ from llc_fast.language import NextToken, TokenLoss, columns_of_own_loss, mode_fo
 from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.control_variate import ReferenceLosses, reference_losses
 from llc_fast.objective.curvature import Descent
+from llc_fast.objective.metric import CurvatureMetric, curvature_metric, metric_norm, metric_of
 from llc_fast.objective.objective import LossFunction, Objective, takes_model, widened
 from llc_fast.objective.refinement import Refinement, refine
 from llc_fast.objective.selection import described
 from llc_fast.progress import Progress, ProgressFunction, announce, make_progress
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
+from llc_fast.samplers.langevin import CURVATURE, EstimatedMetric
 from llc_fast.schedule import Schedule
 from llc_fast.settings import PRESETS, UNUSED, Execution, Settings, default_localization, with_old_keywords
 from llc_fast.stats.sensitivity import Sensitivity
@@ -108,6 +110,8 @@ def estimate_llc(
     progress: bool | ProgressFunction = True,
     preset: str | None = None,
     refine: bool | int = False,
+    preconditioner: Any = None,
+    localization_metric: str | None = None,
     **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -201,6 +205,14 @@ def estimate_llc(
             w*: L(w*), γ's centre and the start of chains are then those of the place found, and the model stays as it
             is. A number: of passes over the data at most; True: as many as a quarter of the run's gradients are, but
             20 at least. What it did is in ``result.diagnostics`` (``refine_fall``, …) and ``summary()``.
+        preconditioner: A, of samplers in a given metric (``"preconditioned-sgld"``, which it chooses if `sampler` is
+            None, ``"mala"``, ``"hmc"``): a number, or tensors by parameter. ``"curvature"``: 1 over the diagonal of the
+            curvature at w*, estimated with 64 gradients and frozen, which follows every rescaling of the network by
+            itself (:mod:`llc_fast.objective.metric`). None: the sampler's own.
+        localization_metric: ``"sampler"``: the localization is γ/2·(w − w*)ᵀA⁻¹(w − w*), and all that is said of γ and
+            of distances is in that metric: the default γ is P / (½)²·w*ᵀA⁻¹w*. With ``preconditioner="curvature"``
+            chains, posterior and λ̂ are then the same for a rescaled network. ``"euclidean"``: γ/2·‖w − w*‖². None:
+            ``"sampler"`` for ``"curvature"``, otherwise ``"euclidean"``.
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
@@ -325,6 +337,8 @@ def calibrate(
     settings_used = prepared.settings
     sampler, schedule = completed(settings_used, chosen)
     decides, is_exact = isinstance(prepared.objective.source, LoaderSource), sampler.kind == "metropolis"
+    if isinstance(getattr(sampler, "preconditioner", None), EstimatedMetric):  # the estimate makes its own
+        sampler = dataclasses.replace(sampler, preconditioner=CURVATURE)  # type: ignore[call-arg]
     is_plain = SAMPLERS.get(sampler.name) is type(sampler) and not _options(sampler)
     found = Calibration(
         sampler=sampler.name if is_plain else dataclasses.replace(sampler, lr=None, nbeta=None, localization=None),
@@ -488,6 +502,7 @@ class Prepared:
         refined: what was done for a better w*; None: nothing, or it is what was saved.
         reference: w* by parameter, where it is not the model's.
         recorder: sees the draws; None: nobody does.
+        metric: what was estimated of the preconditioner ``"curvature"``; None: there is none.
     """
 
     settings: Settings
@@ -505,6 +520,7 @@ class Prepared:
     refined: dict[str, Any] | None = None
     reference: dict[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     recorder: Recorder | None = None
+    metric: CurvatureMetric | None = None
 
 
 @dataclass(frozen=True)
@@ -546,9 +562,10 @@ def prepare(
         keeper = Checkpoint(settings.checkpoint, rank=rank, interval=settings.checkpoint_interval)
     asked = settings
     objective, settings, shortened = _affordable(asked, model, data, loss_fn, surroundings)
-    settings = settings.localized(objective.num_parameters, _norm(objective))
     start = None if settings.warm_start is None else _ends_of(settings.warm_start, objective, settings.num_chains)
     template = settings.complete_sampler(1.0, 1.0)
+    if template.localization is None:  # for the plan it is enough that there is one
+        template = dataclasses.replace(template, localization=1.0)
     chains = -(-settings.num_chains // team.size)  # the largest share: the same plan in all processes
     planned = functools.partial(
         make_plan,
@@ -573,6 +590,11 @@ def prepare(
         team.agree(identity | {"schedule": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
     if keeper is not None and (saved := keeper.load(identity)) is not None:
         saved = _fitted(saved, settings, keeper)
+    metric = None
+    if settings.needs_metric:
+        with threads(plan.num_threads):
+            settings, metric = _in_metric(settings, objective, team)
+    settings = settings.localized(objective.num_parameters, _reference_norm(settings.template, objective))
     if settings.progress is True and team.rank == 0 and saved is None:
         with threads(plan.num_threads):
             announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
@@ -611,7 +633,24 @@ def prepare(
         _Mode.of(objective),
         refined,
         reference,
+        metric=metric,
     )
+
+
+def _in_metric(settings: Settings, objective: Objective, team: Team) -> tuple[Settings, CurvatureMetric]:
+    """The settings with the metric that is estimated at w*, and what was found."""
+    found = curvature_metric(objective)
+    if team.size > 1:  # one process's metric for all: another number of threads may round differently
+        arrays = {name: a.cpu().numpy() for name, a in found.preconditioner.items()} if team.rank == 0 else {}
+        tensors = {name: torch.from_numpy(a) for name, a in team.gather(arrays)[0].items()}
+        moved = {name: a.to(found.preconditioner[name].device) for name, a in tensors.items()}
+        found = dataclasses.replace(found, preconditioner=moved, norm=metric_norm(objective, moved))
+    return settings.in_metric(found.preconditioner), found
+
+
+def _reference_norm(sampler: Sampler, objective: Objective) -> float:
+    """‖w*‖ over the elements that are sampled, in the metric of the localization."""
+    return metric_norm(objective, metric_of(sampler, objective)) if sampler.localizes_in_metric else _norm(objective)
 
 
 def _refined(
@@ -1217,6 +1256,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
             "bias_correction": chosen.bias_correction,
             "localization": sampler.localization,
             **{name: value for name, value in _options(sampler).items() if isinstance(value, (bool, int, float, str))},
+            **_metric_settings(prepared.metric),
             "num_chains": settings.num_chains,
             "num_burnin": planned.num_burnin,
             "num_draws": planned.num_draws,
@@ -1258,6 +1298,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     if chosen.pilot_bias_share is not None:
         share = None if math.isnan(chosen.pilot_bias_share) else chosen.pilot_bias_share
         result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=share)
+    if (metric := prepared.metric) is not None:
+        result.diagnostics.update(metric_gradients=metric.gradients, metric_undetermined=metric.undetermined)
     if chosen.refined is not None:
         result.diagnostics.update({f"refine_{name}": value for name, value in chosen.refined.items()})
     if sampler.kind == "metropolis":
@@ -1332,7 +1374,7 @@ def _facts(
     objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
     settings = prepared.settings
     planned_steps = settings.num_chains * (sampled.until if settings.by_need else settings.longest.num_steps)
-    adapts, norm = sampler.kind == "metropolis" and bool(options["adapt_steps"]), _norm(objective)
+    adapts, norm = sampler.kind == "metropolis" and bool(options["adapt_steps"]), _reference_norm(sampler, objective)
     return Facts(
         step_checks=traces.checks,
         reference_norm=norm,
@@ -1353,8 +1395,13 @@ def _facts(
         resumable=prepared.keeper is not None,
         target_acceptance=options["target_acceptance"] if adapts else None,
         injected_noise=sampler.injected_noise(options),
-        euclidean=sampler.metric == "identity",
+        euclidean=sampler.metric == "identity" or sampler.localizes_in_metric,
     )
+
+
+def _metric_settings(metric: CurvatureMetric | None) -> dict[str, Any]:
+    """What settings say of a metric that was estimated."""
+    return {} if metric is None else {"preconditioner": CURVATURE, "curvature": metric.method}
 
 
 def _options(sampler: Sampler) -> dict[str, Any]:

@@ -563,12 +563,20 @@ def _differ(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 def _is_constant(value: Any) -> bool:
     """Whether it can't change in place, as a tensor or a list could."""
-    return all(map(_is_constant, value)) if isinstance(value, tuple) else isinstance(value, (int, float, type(None)))
+    return all(map(_is_constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANT)
+
+
+_CONSTANT = (int, float, str, type(None))
 
 
 def _check_entries(group: Group) -> None:
     """Raise TypeError or ValueError unless masks and preconditioners suit a group's parameters."""
     params: list[Tensor] = group["params"]
+    if isinstance(given := group.get("preconditioner"), str):
+        raise ValueError(
+            f"preconditioner={given!r} is not possible in an optimizer, which has no data to estimate it with: pass "
+            "tensors, or call estimate_llc"
+        )
     for name in ("optimize_over", "preconditioner"):
         given = group.get(name)
         if isinstance(given, (list, tuple)) and len(given) != len(params):
@@ -616,7 +624,10 @@ class _Report:
             if "dws" in self.wanted:
                 drift = group["nbeta"] * p.grad.to(w.dtype) + group["weight_decay"] * w
                 if group["localization"]:
-                    drift = drift + group["localization"] * (w - kept["initial_param"])
+                    pull = group["localization"] * (w - kept["initial_param"])
+                    if group.get("localization_metric") == "sampler":
+                        pull = pull / _entry(group["preconditioner"], k)
+                    drift = drift + pull
                 self.values["dws"].append(drift)
 
     def finish(self, sums: list[tuple[Group, Tensor | None]]) -> None:
@@ -773,6 +784,8 @@ class LangevinOptimizer(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device) if isinstance(value, Tensor) else value
         for index, group in enumerate(self.param_groups):
             expected = {f.name for f in fields(self.sampler)} | {"optimize_over", "seed", "step", "offset"}
+            if "localization_metric" in expected:  # of a state_dict from before there was a choice
+                group.setdefault("localization_metric", None)
             if missing := sorted(expected - group.keys()):
                 raise ValueError(
                     f"state_dict's group {index} has no {', '.join(missing)}: it is of another optimizer than "

@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llc_fast.chains.checkpoint import INTERVAL
 from llc_fast.chains.draw import Observable
 from llc_fast.progress import ProgressFunction
 from llc_fast.result import LLCResult
 from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.langevin import EstimatedMetric
 from llc_fast.samplers.metropolis import MetropolisSampler
-from llc_fast.samplers.registry import make_sampler
+from llc_fast.samplers.registry import make_sampler, sampler_class
 from llc_fast.schedule import Schedule
 from llc_fast.support.arguments import check_integer, check_number
 from llc_fast.support.fingerprint import option_identity
@@ -129,8 +131,8 @@ class Execution:
 class Settings:
     """The arguments of :func:`llc_fast.estimate_llc`, which documents them, checked before any work.
 
-    `localization` may be open until the model has been looked at (:meth:`localized`), `lr` and `nbeta` until
-    calibration fills them in (:meth:`complete_sampler`).
+    `localization` and the preconditioner ``"curvature"`` may be open until the model has been looked at
+    (:meth:`localized`, :meth:`in_metric`), `lr` and `nbeta` until calibration fills them in (:meth:`complete_sampler`).
 
     Raises:
         TypeError, ValueError: an option of the wrong kind or out of range.
@@ -162,6 +164,8 @@ class Settings:
     progress: bool | ProgressFunction = True
     preset: str | None = None
     refine: bool | int = False
+    preconditioner: Any = None
+    localization_metric: str | None = None
 
     def __post_init__(self) -> None:
         is_limited = any(getattr(self, name) is not None for name in ("target_error", "max_seconds", "max_gradients"))
@@ -209,6 +213,11 @@ class Settings:
             )
         if self.nbeta == 0:
             self._check_prior()
+        if self.refine and template.localizes_in_metric:
+            raise ValueError(
+                f'refine={self.refine} is not possible with localization_metric="sampler": it looks near w* in the '
+                "Euclidean metric. Give the estimate a refined model, or leave one of them out"
+            )
 
     def _check_prior(self) -> None:
         """Raise ValueError for what needs a loss, if localization alone is sampled."""
@@ -230,7 +239,9 @@ class Settings:
         Raises:
             TypeError, ValueError: no such sampler or option; an option that was given twice, differently.
         """
-        given: Any = "sgld" if self.sampler is None else self.sampler
+        given: Any = self.sampler
+        if given is None:
+            given = "sgld" if self.preconditioner is None and self.localization_metric is None else _IN_METRIC
         if not isinstance(given, (str, Sampler)):
             raise TypeError(
                 f"sampler must be a name or a sampler of llc_fast.samplers, got {type(given).__name__}: pass for "
@@ -242,7 +253,30 @@ class Settings:
             if value is not None and inside is not None and value != inside:
                 raise ValueError(f"{option}={value:g} contradicts sampler.{option}={inside:g}: give one of them")
             options[option] = inside if value is None else value
-        return make_sampler(given, **options)
+        return make_sampler(given, **options, **self._metric_options(given))
+
+    def _metric_options(self, given: str | Sampler) -> dict[str, Any]:
+        """Preconditioner and localization's metric, as far as they are given beside the sampler.
+
+        Raises:
+            ValueError: it takes none, or has another one itself.
+        """
+        names = ("preconditioner", "localization_metric")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if not found:
+            return {}
+        cls = sampler_class(given) if isinstance(given, str) else type(given)
+        if cls.metric != "given":
+            name = next(iter(found))
+            raise ValueError(
+                f"{name} is given, and sampler={cls.name!r} takes none: pass sampler={_IN_METRIC!r}, or leave it out"
+            )
+        if isinstance(given, Sampler) and "preconditioner" in found:
+            inside = vars(given)["preconditioner"]
+            if inside is not found["preconditioner"] and not (isinstance(inside, (int, float)) and inside == 1):
+                raise ValueError("preconditioner is given beside a sampler that has another one: give one of them")
+            found.setdefault("localization_metric", None)  # as is usual with this preconditioner
+        return found
 
     @property
     def template(self) -> Sampler:
@@ -269,9 +303,19 @@ class Settings:
         return dataclasses.replace(_adapting(template, self._adapts_for, self.lr), lr=lr, nbeta=nbeta)
 
     @property
+    def needs_metric(self) -> bool:
+        """Whether the preconditioner is to be estimated from the curvature at w*."""
+        return isinstance(getattr(self._template, "preconditioner", None), str)
+
+    def in_metric(self, metric: Mapping[str, Tensor]) -> Settings:
+        """With the preconditioner that was estimated, in a sampler object."""
+        sampler = dataclasses.replace(self._template, preconditioner=EstimatedMetric(metric))  # type: ignore[call-arg]
+        return dataclasses.replace(self, sampler=sampler, preconditioner=None, localization_metric=None)
+
+    @property
     def is_default_sampler(self) -> bool:
         """Whether the sampler may be replaced by its variant with momentum."""
-        return self.sampler is None
+        return self.sampler is None and self._template.metric == "identity"
 
     @property
     def needs_ends(self) -> bool:
@@ -389,6 +433,8 @@ class Settings:
         """What names a run, apart from model and data; as JSON gives it back."""
         template, execution = self.template, self.execution
         options = {k: v for k, v in vars(template).items() if k not in ("lr", "nbeta")}
+        if options.get("localization_metric") == "euclidean":  # as it was before there was another
+            del options["localization_metric"]
         return {
             "sampler": template.name,
             **{name: option_identity(value) for name, value in options.items()},
@@ -414,6 +460,8 @@ _NEED_LOSS = {
     "refine": "the minimum of localization alone is w* itself",
 }
 """Options that localization alone has no use for, and why."""
+_IN_METRIC = "preconditioned-sgld"
+"""The sampler of a preconditioner that is given without one."""
 _COUNTS = {
     "num_chains": 1,
     "num_draws": 1,

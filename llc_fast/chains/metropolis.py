@@ -2,7 +2,9 @@
 
 The target is π(w) ∝ exp(−U(w)),
 
-    U(w) = nβ·L_n(w) + γ/2·‖w − w*‖² + μ/2·‖w‖²,        L_n the loss over the whole data set.
+    U(w) = nβ·L_n(w) + γ/2·‖w − w*‖² + μ/2·‖w‖²,        L_n the loss over the whole data set,
+
+with (w − w*)ᵀA⁻¹(w − w*) for ‖w − w*‖² where the localization is in the metric.
 
 A transition draws a velocity v ~ N(0, 1), follows Hamilton's equations for a trajectory of leapfrog steps
 
@@ -79,6 +81,9 @@ class Metropolis:
     def __init__(self, sampler: MetropolisSampler, state: ChainState, gradient: Gradient, feed: Feed) -> None:
         self._sampler, self._state, self._gradient, self._feed = sampler, state, gradient, feed
         self._reference, self._metric = state.rows_of(state.reference, torch.float64), state.metric_rows()
+        self._measure: Tensor | float = 1.0  # of squared distances
+        if state.scalars.in_metric:
+            self._measure = torch.where(self._metric > 0, self._metric, math.inf).square().reciprocal()
         self._place: _Place | None = None
 
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -136,13 +141,14 @@ class Metropolis:
             loss = samples.mean(dim=1, dtype=torch.float64)
         w = self._state.w.double()
         away = w - self._reference
-        squared_distance = away.square().sum(dim=1)
+        pull = away * self._measure
+        squared_distance = (away * pull).sum(dim=1)
         energy = scalars.nbeta * loss + 0.5 * (
             scalars.localization * squared_distance + scalars.weight_decay * w.square().sum(dim=1)
         )
         if scalars.bounding_box < math.inf:
             energy.masked_fill_((away.abs() > scalars.bounding_box).any(dim=1), math.inf)
-        slope = self._metric * (scalars.nbeta * grads + scalars.localization * away + scalars.weight_decay * w)
+        slope = self._metric * (scalars.nbeta * grads + scalars.localization * pull + scalars.weight_decay * w)
         return _Place(loss, squared_distance, energy, slope, samples)
 
     def _adapt(self, adaptation: Tensor, acceptance: Tensor, step: int) -> None:

@@ -152,7 +152,10 @@ class StepChecks:
             return
         del variance
         away = w - state.rows_of(state.reference)
-        drift = s.nbeta * grad + s.localization * away + s.weight_decay * w
+        pull: Tensor | float = s.localization  # in the metric of the localization
+        if s.in_metric:
+            pull = s.localization / torch.where(p > 0, p, math.inf)
+        drift = s.nbeta * grad + pull * away + s.weight_decay * w
         noise = torch.stack(
             [
                 normals(
@@ -176,8 +179,8 @@ class StepChecks:
         if self._has_acceptance:
             # Σ over both ends of the drift; the potentials' difference and the two proposal densities are
             # U(w) − U(w') + Σ ½√(εp)(G + G')ξ − (ε/8)p(G + G')².
-            both = 2 * drift + change + (s.localization + s.weight_decay) * move
-            quadratic = move * (s.localization * (away + move / 2) + s.weight_decay * (w + move / 2))
+            both = 2 * drift + change + (pull + s.weight_decay) * move
+            quadratic = move * (pull * (away + move / 2) + s.weight_decay * (w + move / 2))
             self._write(step, "log_acceptance", 0.5 * kick * both - s.lr / 8 * p * both.square() - quadratic)
             rounding = s.nbeta * torch.finfo(w.dtype).eps * loss.abs()
             difference = torch.where(rounding < 0.05, s.nbeta * (loss - new_loss), torch.nan)

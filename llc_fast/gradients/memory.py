@@ -52,7 +52,8 @@ def may_compare_gradients(objective: Objective, plan: Plan) -> bool:
 
 
 def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
-    """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, step checks."""
+    """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, step checks, and
+    the metric, if it is estimated."""
     tensors = list(objective.reference.values())
     elements = sum(p.numel() for p in tensors)
     low = [p for p in tensors if is_low_precision(p)]
@@ -66,7 +67,9 @@ def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
     per_chain = chain + (max(gradients) if plan.release else sum(gradients))
     per_chain += objective.trial.activation_bytes * (2 if plan.replay else 1)
     per_chain += elements * width * _CHECK_ROWS if may_compare_gradients(objective, plan) else 0
-    return per_chain * plan.group_size * plan.num_workers
+    # A metric that is estimated lasts as long as the run; making it takes less than the chains do, which come later.
+    metric = elements * width if isinstance(getattr(sampler, "preconditioner", None), str) else 0
+    return per_chain * plan.group_size * plan.num_workers + metric
 
 
 def check_memory(objective: Objective, sampler: Sampler, plan: Plan) -> None:

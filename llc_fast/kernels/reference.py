@@ -128,6 +128,7 @@ class Coordinates:
         w: parameters.
         state: what the rule keeps between steps, see its docstring.
         bias: q of the rule: nβ·Σg·q is the bias of nβ·L that comes from step size and gradient noise.
+        measure: what squared distances are multiplied by: 1/p where the localization is in the metric.
     """
 
     grad: Tensor
@@ -138,6 +139,7 @@ class Coordinates:
     preconditioner: Tensor | float = 1.0
     state: list[Tensor] = field(default_factory=list)
     bias: Tensor | float = 0.0
+    measure: Tensor | float = 1.0
 
 
 def _drift(x: Coordinates, grad: Tensor, s: StepScalars) -> Tensor:
@@ -175,7 +177,10 @@ def sgld(x: Coordinates, s: StepScalars, step: int) -> None:
 
 
 def preconditioned_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
-    """SGLD in a fixed diagonal metric: p is given."""
+    """SGLD in a fixed diagonal metric: p is given. Localization in that metric pulls each element by γ/p."""
+    if s.in_metric:
+        x.measure = 1 / x.preconditioner
+        s = s._replace(localization=s.localization * x.measure)  # type: ignore[arg-type]
     _langevin(x, x.grad, x.preconditioner, s)
 
 
@@ -228,7 +233,7 @@ def apply(rule: str, x: Coordinates, s: StepScalars, step: int) -> Tensor:
     RULES[rule](x, s, step)
     terms = {
         "grad": x.grad**2,
-        "distance": (before - x.reference) ** 2,
+        "distance": (before - x.reference) ** 2 * x.measure,
         "weight": x.w**2,
         "noise": x.noise**2,
         "momentum": x.state[0] ** 2 if x.state else torch.zeros_like(x.w),

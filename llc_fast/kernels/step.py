@@ -42,6 +42,8 @@ class StepScalars(NamedTuple):
         eps: added to the root of the mean squared gradient.
         friction: SGHMC's α; SGNHT's diffusion factor A.
         adapt_steps: steps whose gradients enter the running mean of squares; later ones leave it as it is.
+        in_metric: 1: localization is (γ/2)·(w − w*)ᵀA⁻¹(w − w*) in the rule that is given A, and so are distances; 0:
+            both are Euclidean.
     """
 
     lr: float
@@ -55,13 +57,14 @@ class StepScalars(NamedTuple):
     eps: float = 0.0
     friction: float = 0.0
     adapt_steps: float = math.inf
+    in_metric: float = 0.0
 
 
 SUMS = ("grad", "distance", "weight", "noise", "momentum", "bias")
 """The sums over all elements of a chain that a step can take.
 
 - grad: Σg²;
-- distance: Σ(w − w*)², before the step;
+- distance: Σ(w − w*)², before the step; Σ(w − w*)²/A where the localization is in the metric;
 - weight: Σw², after it;
 - noise: Σξ²;
 - momentum: Σv² after it, v the rule's first state (a momentum in SGHMC and SGNHT);

@@ -39,7 +39,12 @@ def pilot_metric(objective: Objective, options: Mapping[str, Any], *, seed: int 
 
 @torch.no_grad()
 def top_curvature(
-    objective: Objective, *, metric: Mapping[str, Tensor | float] | None = None, seed: int = 0, iterations: int = 12
+    objective: Objective,
+    *,
+    metric: Mapping[str, Tensor | float] | None = None,
+    seed: int = 0,
+    iterations: int = 12,
+    steps_in_metric: bool = False,
 ) -> float:
     """The largest curvature of the minibatch loss at w*, that is the top eigenvalue of √p·H·√p in the metric 1/p.
 
@@ -52,6 +57,8 @@ def top_curvature(
         metric: p for each parameter by name; None: 1.
         seed: of the starting direction and the minibatch.
         iterations: of the power method, two gradients each.
+        steps_in_metric: whether differences are as long against w* in the metric, rather than in the Euclidean one, so
+            that the result is the same in all parametrizations that the metric follows.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = next(iter(objective.source.minibatches(seed)))
@@ -61,6 +68,9 @@ def top_curvature(
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
     given = {name: 1.0 if metric is None else metric[name] for name in reference}
     roots = {name: in_float32(given[name]).to(p.device).sqrt() for name, p in reference.items()}
+    if steps_in_metric:
+        scale = math.sqrt(sum(float((p / roots[name]).double().square().sum()) for name, p in reference.items()))
+        delta = (1e-1 if low else 1e-3) * scale
     for name, mask in objective.masks.items():
         roots[name] = roots[name] * mask  # elements that can't move have no curvature
     displaced = {name: p.clone() for name, p in reference.items()}
@@ -78,9 +88,11 @@ def top_curvature(
     for _ in range(iterations):
         if not 0 < curvature < math.inf:
             break
-        for name, v in vector.items():
-            v.mul_(roots[name])  # steps of length delta in w, whatever the metric's scale
         length = norm()
+        for name, v in vector.items():
+            v.mul_(roots[name])
+        if not steps_in_metric:
+            length = norm()  # steps of length delta in w, whatever the metric's scale
         for name, v in vector.items():
             displaced[name].copy_(reference[name] + (v * (delta / length)).to(reference[name].dtype))
             v.zero_()
@@ -150,7 +162,14 @@ _ITERATIONS, _BATCHES, _FEWEST = 10, 4, 3
 
 
 @torch.no_grad()
-def descent(objective: Objective, nbeta: float, localization: float, *, max_gradients: float) -> Descent | None:
+def descent(
+    objective: Objective,
+    nbeta: float,
+    localization: float,
+    *,
+    max_gradients: float,
+    metric: Mapping[str, Tensor] | None = None,
+) -> Descent | None:
     """How far U = nβ·L + γ/2·‖w − w*‖² falls from w* in its quadratic model, ½·nβ²·gᵀ(nβH + γ)⁻¹g; 0 at a minimum.
 
     g is the gradient of L over all data, H its Hessian on a few minibatches. Conjugate gradients (Hestenes & Stiefel
@@ -166,7 +185,7 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
 
     Returns:
         None where it can't be had: a gradient over all data and a few iterations would take more, the data have no end,
-        the loss or the data are random, or the gradient is not finite.
+        the loss or the data are random, the gradient is not finite, or a large model is in another metric.
     """
     source = objective.source
     pieces = source.sampling.num_batches
@@ -176,14 +195,20 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
     while used > 1 and left < _FEWEST * used:
         used -= 1
     iterations = min(_ITERATIONS, int(left / used))
-    if iterations < _FEWEST:
+    if iterations < _FEWEST or (metric is not None and is_large(objective.reference)):
         return None
     slope = gradient_over(objective, objective.reference, None).gradient
+    roots = {name: torch.ones(()) if metric is None else metric[name].sqrt() for name in slope}
+    if metric is not None:
+        slope = {name: roots[name] * g for name, g in slope.items()}
     size = _dot(slope, slope)
     if not 0 < size < math.inf:
         return Descent() if size == 0 else None
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.reference.values())
-    scale = math.sqrt(_dot(objective.reference, objective.reference))
+    lengths = objective.reference
+    if metric is not None:
+        lengths = {name: w / roots[name] for name, w in lengths.items()}
+    scale = math.sqrt(_dot(lengths, lengths))
     delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)  # short against w*, long against rounding
     if is_large(objective.reference):
         return Descent((size,), (_curvature_along(objective, slope, size, delta, used),))
@@ -193,8 +218,13 @@ def descent(objective: Objective, nbeta: float, localization: float, *, max_grad
         step = delta / math.sqrt(_dot(vector, vector))
         ends = []
         for sign in (step, -step):
-            there = {name: (w + sign * vector[name]).to(w.dtype) for name, w in objective.reference.items()}
+            there = {
+                name: (w + sign * (vector[name] if metric is None else roots[name] * vector[name])).to(w.dtype)
+                for name, w in objective.reference.items()
+            }
             ends.append(gradient_over(objective, there, used).gradient)
+            if metric is not None:
+                ends[-1] = {name: roots[name] * g for name, g in ends[-1].items()}
         factor = nbeta / (2 * step)
         return {name: (a - ends[1][name]) * factor + localization * vector[name] for name, a in ends[0].items()}
 

@@ -71,6 +71,11 @@ class Sampler:
         for name in ("weight_decay", "noise_level"):
             check_number(name, getattr(self, name), minimum=0)
 
+    @property
+    def localizes_in_metric(self) -> bool:
+        """Whether γ pulls in the sampler's own metric: γ/2·(w − w*)ᵀA⁻¹(w − w*)."""
+        return getattr(self, "localization_metric", None) == "sampler"
+
     # ---- capabilities that depend on options; `options` are ``vars(sampler)`` or an optimizer's group -------
 
     @classmethod

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from llc_fast.kernels.step import StepScalars
 from llc_fast.samplers.base import Kind, Metric, Sampler
-from llc_fast.samplers.langevin import check_preconditioner
+from llc_fast.samplers.langevin import check_preconditioner, checked_localization_metric
 from llc_fast.samplers.registry import register
 from llc_fast.support.arguments import check_decay, check_integer, check_number
 
@@ -21,6 +22,7 @@ class MetropolisSampler(Sampler):
 
     Attributes:
         preconditioner: A, as for preconditioned SGLD; momenta have covariance 1/A.
+        localization_metric: as for preconditioned SGLD.
         adapt_steps: transitions, the first ones, that each chain uses to find its own ε, starting from `lr`; 0 or None:
             ε stays `lr`. `estimate_llc` replaces None by the length of burn-in if ``lr=None``.
         target_acceptance: the mean acceptance probability that adaptation aims at.
@@ -35,10 +37,14 @@ class MetropolisSampler(Sampler):
     preconditioner: Any = 1.0
     adapt_steps: int | None = None
     target_acceptance: float = 0.574
+    localization_metric: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_preconditioner(self.preconditioner)
+        object.__setattr__(
+            self, "localization_metric", checked_localization_metric(self.localization_metric, self.preconditioner)
+        )
         if self.adapt_steps is not None:
             check_integer("adapt_steps", self.adapt_steps, 0)
         if not 0 < check_number("target_acceptance", self.target_acceptance) < 1:
@@ -56,6 +62,10 @@ class MetropolisSampler(Sampler):
     @classmethod
     def bytes_moved(cls, low: bool = False, chains: int = 1) -> float:
         return math.nan  # a transition is no single pass
+
+    @classmethod
+    def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
+        return super().scalars(options)._replace(in_metric=float(options.get("localization_metric") == "sampler"))
 
     def trajectory(self) -> tuple[int, float]:
         """Leapfrog steps of a transition, and how far their length may differ from √ε, as a share of it."""

@@ -141,10 +141,14 @@ class ChainState:
         return rows
 
     def distances(self) -> list[float]:
-        """‖w − w*‖² of each chain, over what may move; row by row and in pieces, without another buffer like `w`."""
+        """‖w − w*‖² of each chain, over what may move, in the metric of the localization.
+
+        Row by row and in pieces, without another buffer like `w`.
+        """
         sums = [0.0] * self.num_chains
         for k, (reference, mask) in enumerate(zip(self._reference, self._masks, strict=True)):
-            flat = reference.view(-1)
+            flat, given = reference.view(-1), self._segments[k].preconditioner
+            metric = given.expand_as(reference).reshape(-1) if isinstance(given, Tensor) else None
             may_move = None if mask is None else mask.expand_as(reference).reshape(-1)
             for row in range(self.num_chains):
                 w = self._view(self.w, k)[row].view(-1)
@@ -153,7 +157,10 @@ class ChainState:
                     away = w[piece] - flat[piece]
                     if may_move is not None:
                         away *= may_move[piece]
-                    sums[row] += float(away.square_().sum(dtype=torch.float64))
+                    away.square_()
+                    if self.scalars.in_metric:
+                        away /= given if metric is None else metric[piece]
+                    sums[row] += float(away.sum(dtype=torch.float64))
         return sums
 
     def metric(self, step: int) -> Tensor:

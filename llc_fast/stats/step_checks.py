@@ -60,7 +60,7 @@ def step_check_statistics(
         step_checks: float64 ``[chain, check, column]``, see :data:`COLUMNS`.
         lr: ε.
         num_parameters: P.
-        localization: γ, where the metric is 1; in others it pulls each direction differently, and is left out.
+        localization: γ, where it pulls all directions alike in the sampler's metric; otherwise it is left out.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
     """
     columns = {name: step_checks[:, :, k] for k, name in enumerate(COLUMNS)}
