@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llc_fast.chains.group import DIVERGED_AFTER, RunSpec
+from llc_fast.chains.metric import kronecker_stiffness
 from llc_fast.chains.run import Monitor, run_chains
 from llc_fast.data import mix
 from llc_fast.gradients.plan import Plan, make_plan
@@ -28,6 +29,7 @@ from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_
 from llc_fast.objective.metric import metric_of
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.kronecker import KFACSGLDSampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import PILOT_SHARE, Settings
 from llc_fast.support.runtime import Stop
@@ -195,6 +197,9 @@ def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STI
             f"lr=None: sampler={sampler.name!r} does not say how a step size is chosen for it (metric, drift_lag): "
             "pass lr"
         )
+    if isinstance(sampler, KFACSGLDSampler):
+        # A step of a quarter is what its metric is damped for, and less where H is more than its factors.
+        return stiffness / max(4.0, kronecker_stiffness(objective, sampler, seed))
     if sampler.metric == "adaptive":
         metric = pilot_metric(objective, vars(sampler), seed=seed)
     elif sampler.metric == "given":
@@ -315,7 +320,10 @@ class _Pilot:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Losses and bias of one chain from w*."""
         sampler = self.settings.complete_sampler(lr, self.chosen.nbeta, friction=friction)
-        if sampler.metric == "adaptive":  # half of the pilot to learn the metric, the other half to see what it does
+        if sampler.metric in (
+            "adaptive",
+            "kronecker",
+        ):  # half of the pilot to learn the metric, the other half to see what it does
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
         spec = RunSpec(
             self.objective,

@@ -1049,6 +1049,11 @@ def optimizer_for(sampler: type[samplers.Sampler]) -> type[LangevinOptimizer]:
             f"{name} accepts or rejects by the loss over all data, which an optimizer does not see: use "
             f"estimate_llc(sampler={sampler.name!r})"
         )
+    if not sampler.has_optimizer:
+        raise ValueError(
+            f"{name} needs the model's inputs and outputs, which an optimizer does not see: use "
+            f"estimate_llc(sampler={sampler.name!r})"
+        )
     for cls in LangevinOptimizer.__subclasses__():
         if cls.sampler is sampler:
             return cls

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llc_fast.chains.cuda_graph import CapturedStep
 from llc_fast.chains.draw import Draw, Evaluator, Observable, Observables
+from llc_fast.chains.metric import MetricOfChains
 from llc_fast.chains.metropolis import Metropolis
 from llc_fast.chains.step_checks import StepChecks, check_steps
 from llc_fast.data import Batch, map_tensors, mix
@@ -26,6 +27,7 @@ from llc_fast.gradients.strategies import Gradient, Transition, is_refusal, make
 from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.objective.objective import Evaluation, Objective
 from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.kronecker import KroneckerState, make_state
 from llc_fast.samplers.metropolis import MetropolisSampler
 from llc_fast.samplers.state import ChainState
 from llc_fast.schedule import Schedule
@@ -118,12 +120,15 @@ class Group:
     ) -> None:
         objective, sampler, first, start = spec.objective, spec.sampler, traces.first_chain, traces.step
         self._spec, self.traces, self._observables, self._model = spec, traces, observables, model
-        self.state = state or ChainState(objective.reference, objective.masks, sampler, len(traces.chains))
+        self.state = state or make_state(objective.reference, objective.masks, sampler, len(traces.chains))
         objective.generators.seed(mix(spec.seed, first))  # what a model with dropout draws from
         self._buffers = objective.fresh_buffers()
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self._evaluator = Evaluator(objective, self._buffers)
         self._params: dict[int, dict[str, Tensor]] = {}
+        self._metric: MetricOfChains | None = None
+        if isinstance(self.state, KroneckerState):
+            self._metric = MetricOfChains(objective, self.state, self._buffers, first, spec.seed)
         self.state.start(first, spec.seed)
         with self._refusals():
             gradient, self.note = make_gradient(
@@ -194,6 +199,9 @@ class Group:
     def advance(self) -> None:
         """One step."""
         traces = self.traces
+        if self._metric is not None:
+            with self._model:
+                self._metric(traces.step)
         self._step(traces.step)
         traces.step += 1
         # Reading the loss waits for a GPU, so look only now and then; a diverged chain stays diverged.

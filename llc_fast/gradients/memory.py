@@ -60,6 +60,7 @@ def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
     width = 4 if low else tensors[0].element_size()  # bytes of a chain's element
     copies = {p.dtype: p.element_size() for p in low}  # in the model's precision, each for all parameters
     chain = elements * (width * (1 + NUM_STATES[sampler.rule()]) + sum(copies.values()))
+    chain += sampler.extra_bytes([p.shape for p in tensors], width)
     if sampler.kind == "metropolis":
         chain += elements * _METROPOLIS_BYTES
     gradients = [p.nbytes for p in tensors]

@@ -6,6 +6,7 @@ from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.langevin import LangevinSampler, PreconditionedSGLDSampler, SGLDSampler
 from llc_fast.samplers.adaptive import AdamSGLDSampler, RMSpropSGLDSampler
 from llc_fast.samplers.momentum import SGHMCSampler, SGNHTSampler
+from llc_fast.samplers.kronecker import KFACSGLDSampler
 from llc_fast.samplers.metropolis import HMCSampler, MALASampler, MetropolisSampler
 from llc_fast.samplers.registry import SAMPLERS, make_sampler, register, samplers_with_optimizer
 # isort: on
@@ -14,6 +15,7 @@ __all__ = [
     "SAMPLERS",
     "AdamSGLDSampler",
     "HMCSampler",
+    "KFACSGLDSampler",
     "LangevinSampler",
     "MALASampler",
     "MetropolisSampler",

@@ -15,7 +15,7 @@ from llc_fast.kernels.step import SUMS, StepScalars
 from llc_fast.support.arguments import check_number
 
 Kind = Literal["langevin", "momentum", "thermostat", "metropolis", "unknown"]
-Metric = Literal["identity", "given", "adaptive", "unknown"]
+Metric = Literal["identity", "given", "adaptive", "kronecker", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class Sampler:
     kinetic energy; ``"metropolis"``: proposals are accepted or rejected by the loss over the whole data set, which
     an optimizer does not see."""
     metric: ClassVar[Metric] = "unknown"
-    """p is 1, the option ``preconditioner``, or learned from gradients and frozen before the draws."""
+    """p is 1, the option ``preconditioner``, or learned from gradients and frozen before the draws; ``"kronecker"``: a
+    matrix for each weight matrix, learned from the Gauss–Newton matrix and frozen before the draws."""
     supports_bias_correction: ClassVar[bool] = False
     """Whether :meth:`bias` holds."""
+    has_optimizer: ClassVar[bool] = True
+    """Whether its transition is one fused step with a given gradient, which an optimizer can make."""
     momentum_variant: ClassVar[str | None] = None
     """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
     traces: ClassVar[tuple[str, ...]] = ("squared_distance",)
@@ -133,6 +136,11 @@ class Sampler:
         gradient, copy = (2, 2) if low else (4, 0)
         shared = 8 if cls.metric == "given" else 4
         return 8 + gradient + copy + 8 * NUM_STATES[cls.rule()] + shared / chains
+
+    @classmethod
+    def extra_bytes(cls, shapes: Sequence[Sequence[int]], width: int) -> int:
+        """What a chain keeps beside w and the rule's states, with parameters of these shapes and elements so wide."""
+        return 0
 
     @classmethod
     def scalars(cls, options: Mapping[str, Any]) -> StepScalars:

@@ -32,6 +32,7 @@ class MetropolisSampler(Sampler):
 
     kind: ClassVar[Kind] = "metropolis"
     metric: ClassVar[Metric] = "given"
+    has_optimizer: ClassVar[bool] = False
     traces: ClassVar[tuple[str, ...]] = ("acceptance", "lr", "squared_distance")
 
     preconditioner: Any = 1.0

@@ -27,8 +27,8 @@ def register(cls: _S) -> _S:
 
 
 def samplers_with_optimizer() -> dict[str, type[Sampler]]:
-    """Those whose transition is one step with a given gradient: all but the Metropolis-adjusted ones."""
-    return {name: cls for name, cls in SAMPLERS.items() if cls.kind != "metropolis"}
+    """Those whose transition is one fused step with a given gradient."""
+    return {name: cls for name, cls in SAMPLERS.items() if cls.has_optimizer}
 
 
 def sampler_class(name: str) -> type[Sampler]:
