@@ -398,9 +398,10 @@ def _why(chosen: Chosen, settings: Settings) -> str:
         return (
             f"{lr}: pilot chains of {chosen.pilot_steps} steps found no loss above L(w*) to compare bias with; {length}"
         )
+    why = f"; {chosen.reason}" if chosen.reason else ""
     return (
         f"{lr}: pilot chains of {chosen.pilot_steps} steps ended with bias at {chosen.pilot_bias_share:.1%} of "
-        f"nβ·(L − L(w*)), which is subtracted; {length}"
+        f"nβ·(L − L(w*)), which is subtracted{why}; {length}"
     )
 
 
@@ -944,7 +945,8 @@ class _PilotMonitor(Monitor):
 
 def completed(settings: Settings, chosen: Chosen) -> tuple[Sampler, Schedule]:
     """The sampler and the schedule of the chains."""
-    return settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction), settings.longest
+    sampler = settings.complete_sampler(chosen.lr, chosen.nbeta, friction=chosen.friction, name=chosen.sampler)
+    return sampler, settings.longest
 
 
 # ---- sample ------------------------------------------------------------------------------------------------
@@ -1298,6 +1300,8 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     if chosen.pilot_bias_share is not None:
         share = None if math.isnan(chosen.pilot_bias_share) else chosen.pilot_bias_share
         result.diagnostics.update(pilot_steps=chosen.pilot_steps, pilot_bias_share=share)
+    if chosen.reason:
+        result.diagnostics["sampler_reason"] = chosen.reason
     if (metric := prepared.metric) is not None:
         result.diagnostics.update(metric_gradients=metric.gradients, metric_undetermined=metric.undetermined)
     if chosen.refined is not None:

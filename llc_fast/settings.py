@@ -289,15 +289,18 @@ class Settings:
             return self
         return dataclasses.replace(self, localization=default_localization(num_parameters, norm))
 
-    def complete_sampler(self, lr: float, nbeta: float, *, friction: float = 1.0) -> Sampler:
+    def complete_sampler(self, lr: float, nbeta: float, *, friction: float = 1.0, name: str = "") -> Sampler:
         """The sampler of the chains.
 
         Args:
             lr, nbeta: ε and nβ.
             friction: α < 1 replaces the sampler by its variant with momentum (``Sampler.momentum_variant``).
+            name: of the sampler that takes its place; empty: none does.
         """
         template = self._template
-        if friction != 1 and template.momentum_variant is not None:
+        if name:
+            template = make_sampler(name, **{f.name: getattr(template, f.name) for f in dataclasses.fields(Sampler)})
+        elif friction != 1 and template.momentum_variant is not None:
             shared = {f.name: getattr(template, f.name) for f in dataclasses.fields(Sampler)}
             template = make_sampler(template.momentum_variant, **shared, momentum_decay=friction)
         return dataclasses.replace(_adapting(template, self._adapts_for, self.lr), lr=lr, nbeta=nbeta)

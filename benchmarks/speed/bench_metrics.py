@@ -43,7 +43,7 @@ from llc_fast.problems.resnet import resnet
 from llc_fast.problems.text import load_text
 from llc_fast.problems.transformer import Transformer, sequence_losses
 from llc_fast.reproduce.accuracy import FIRST_SEED
-from llc_fast.samplers import SAMPLERS, SGHMCSampler
+from llc_fast.samplers import PreconditionedSGLDSampler, SGHMCSampler
 from llc_fast.stats.convergence import ess_mean
 from llc_fast.support.files import plain
 
@@ -53,6 +53,8 @@ METRICS: dict[str, Callable[[], Any]] = {
     "sghmc": lambda: SGHMCSampler(momentum_decay=0.5),
     "default": lambda: None,
     "rmsprop-sgld": lambda: "rmsprop-sgld",
+    "curvature": lambda: PreconditionedSGLDSampler(preconditioner="curvature", localization_metric="euclidean"),
+    "kfac-sgld": lambda: "kfac-sgld",
 }
 """What is given as `sampler`. "sghmc" has the least friction that the default may choose."""
 
@@ -233,7 +235,9 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
     parser.add_argument("--steps", type=int, default=2400, help="of each of four chains")
     parser.add_argument("--seed", type=int, default=0, help="other networks")
-    parser.add_argument("--quick", action="store_true", help="one network of each class, 400 steps, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="one network of each class, 400 steps, to see that it runs"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     steps, networks = (400, 1) if arguments.quick else (arguments.steps, arguments.networks)
