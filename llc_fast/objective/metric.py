@@ -454,7 +454,9 @@ def _hutchinson(objective: Objective, probes: int) -> dict[str, Tensor]:
         steps = {}
         for name, w in objective.reference.items():
             signs = torch.randint(0, 2, w.shape, generator=generator).to(w.device, totals[name].dtype) * 2 - 1
-            steps[name] = (signs * lengths[name].to(signs.dtype)) * (objective.masks.get(name, 1))
+            steps[name] = (signs * lengths[name].to(signs.dtype)) * (
+                objective.masks.get(name, 1)
+            )
             displaced[name].copy_(w + (delta * steps[name]).to(w.dtype))
             vector[name].zero_()
         objective.gradient_at(displaced, batch, lambda name, grad: vector[name].add_(grad))

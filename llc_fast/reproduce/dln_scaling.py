@@ -108,7 +108,7 @@ SCALES = {
     "small": Settings(
         {"1k": Sample(10, 8800), "10k": Sample(8, 8800), "100k": Sample(2, 8800, chains=2, median=FEW_MEDIAN)}
     ),
-    "hours": Settings({"1M": Sample(3, 8800, chains=2, median=FEW_MEDIAN)}, large=None),
+    "hours": Settings({"1M": Sample(3, 4000, chains=2, median=FEW_MEDIAN)}, large=None),
     "paper": Settings(
         {
             size: Sample(networks, SIZE_CLASSES[size].num_steps, chains)

@@ -55,7 +55,7 @@ class Sampler:
     momentum_variant: ClassVar[str | None] = None
     """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
     structured_variant: ClassVar[str | None] = None
-    """The name of the sampler of the same posterior in a metric that is no diagonal, which pilot chains may change to."""
+    """The name of the sampler of the same posterior in a metric that is no diagonal, which pilots may change to."""
     traces: ClassVar[tuple[str, ...]] = ("squared_distance",)
     """The names of what its transitions report of every step, as :meth:`info` does for those of one fused step."""
 
