@@ -51,6 +51,15 @@ def may_compare_gradients(objective: Objective, plan: Plan) -> bool:
     return not plan.release and objective.num_parameters <= LARGE_MODEL
 
 
+def held_bytes(objective: Objective) -> int:
+    """Gradients that are held, at most, before they are consumed: as many as the largest one, or a few per cent.
+
+    To move a parameter by itself costs as much as to move fifty, and a model has hundreds.
+    """
+    sizes = [p.nbytes for p in objective.reference.values()]
+    return max(max(sizes), sum(sizes) // 32)
+
+
 def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
     """What a run allocates beyond the model: chains, what the sampler keeps, gradients, activations, step checks, and
     the metric, if it is estimated."""
@@ -65,7 +74,8 @@ def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
         chain += elements * _METROPOLIS_BYTES
     gradients = [p.nbytes for p in tensors]
     # The backward pass makes about as much as the forward pass kept, and a recording keeps both.
-    per_chain = chain + (max(gradients) if plan.release else sum(gradients))
+    # Those that are held, and the one that comes.
+    per_chain = chain + (held_bytes(objective) + max(gradients) if plan.release else sum(gradients))
     per_chain += objective.trial.activation_bytes * (2 if plan.replay else 1)
     per_chain += elements * width * _CHECK_ROWS if may_compare_gradients(objective, plan) else 0
     # A metric that is estimated lasts as long as the run; making it takes less than the chains do, which come later.

@@ -15,7 +15,8 @@ _BATCHED_FLOPS = 1.5e7
 """Floating-point operations of one chain's gradient below which chains are batched on a CPU: a kernel then takes no
 longer than it takes to get to the next."""
 _REPLAYED_FLOPS = 1e10
-"""Below which a CPU replays recorded kernels; above, what is saved does not show and all intermediates are kept."""
+"""Below which recorded kernels are replayed; above, what is saved on a CPU does not show, each kernel fills a GPU, and
+all intermediates are kept."""
 _SINGLE_THREAD_FLOPS = 1.2e8
 """Below which a single chain runs on one thread. A gradient of that size takes about a millisecond; handing work to
 other threads costs more than it saves, and on a busy machine it can cost ten times the step."""
@@ -188,8 +189,7 @@ def make_plan(
         group = min(num_chains, _MAX_GROUP if strategy == "batched" and not is_given else num_chains)
     is_cpu, flops = objective.device.type != "cuda", objective.trial.flops
     replay = (
-        is_cpu
-        and strategy in ("sequential", "batched")
+        strategy in (("sequential", "batched") if is_cpu else ("cuda-graph",))
         and not release
         and can_be_replayed(objective)
         and flops * group <= _REPLAYED_FLOPS

@@ -71,12 +71,11 @@ class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
         given = self._fixed(args), self._fixed(kwargs)
         # Attention is tagged for the sake of its dropout, which may be off: what counts is whether it drew.
         seeded = torch.Tag.nondeterministic_seeded in op.tags
-        before = torch.get_rng_state() if seeded else None
+        before = _random_states(args) if seeded else None
         out = op(*args, **kwargs)
         if before is not None and (
             any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values()))
-            or any(t.device.type != "cpu" for t in _tensors(out))
-            or not torch.equal(before, torch.get_rng_state())
+            or not all(map(torch.equal, before, _random_states(args)))
         ):
             raise NotReplayableError(f"it draws random numbers ({op})")
         if any(t.layout != torch.strided for t in _tensors((args, kwargs, out))):
@@ -92,6 +91,12 @@ class _Recorder(DispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, (tuple, list)):
             return [*map(self._fixed, value)] if isinstance(value, list) else tuple(map(self._fixed, value))
         return {k: self._fixed(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _random_states(args: Any) -> list[Tensor]:
+    """Of the generators that an operation on these arguments may draw from."""
+    devices = {t.device for t in _tensors(args) if t.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 class _ReadRefuser(TorchFunctionMode):
@@ -113,9 +118,12 @@ class Recording(Generic[T]):
         function: what is recorded, by calling it once.
         aliases: what stands for a tensor with memory that is only lent to it, by its identity.
         writable: memory that the function was given to write to; so will each replay.
+        reuses_memory: whether results that nobody needs any more give their memory to later ones. If not, kernels wait
+            for fewer others.
 
     Attributes:
         num_guards: values, and sizes that depend on values, that each replay compares with those of the recording.
+        calls: the kernels, in the order in which they were recorded.
 
     Raises:
         NotReplayableError: the function draws random numbers, shows Python values by other ways than operations of
@@ -123,7 +131,12 @@ class Recording(Generic[T]):
     """
 
     def __init__(
-        self, function: Callable[[], T], aliases: Mapping[int, Tensor] | None = None, writable: Sequence[Tensor] = ()
+        self,
+        function: Callable[[], T],
+        aliases: Mapping[int, Tensor] | None = None,
+        writable: Sequence[Tensor] = (),
+        *,
+        reuses_memory: bool = True,
     ) -> None:
         recorder = _Recorder(aliases or {})
         with recorder, _ReadRefuser():
@@ -160,14 +173,39 @@ class Recording(Generic[T]):
                     if torch.Tag.dynamic_output_shape in op.tags and not _indexes_by_integers(op, args):
                         guards.append(call)
         self.num_guards = len(guards)
-        _use_memory_again(kernels, recorder.calls, made - constant - lent - set(_storages(self.result)))
+        if reuses_memory:
+            _use_memory_again(kernels, recorder.calls, made - constant - lent - set(_storages(self.result)))
         compared = set(map(id, guards))
-        self._calls = [_again(call, id(call) in compared) for call in kernels]
+        self._kernels = kernels
+        self.calls = [_again(call, id(call) in compared) for call in kernels]
         self._kept = recorder.calls  # memory that was freed could be given to somebody else
 
     @property
     def num_kernels(self) -> int:
-        return len(self._calls)
+        return len(self.calls)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Those that the kernels' results are on."""
+        return {t.device for *_, out in self._kernels for t in _tensors(out)}
+
+    @property
+    def needs(self) -> list[frozenset[int]]:
+        """For each kernel the earlier ones that have to be done, by number: what wrote to memory that it reads or
+        writes, and what reads memory that it writes."""
+        wrote, read, found = dict[int, int](), dict[int, list[int]](), list[frozenset[int]]()
+        for k, (op, args, kwargs, out) in enumerate(self._kernels):
+            targets = list(_written(op, args, kwargs)) if schema_of(op).is_mutable else out
+            writes = set(_storages(targets)) - {0}
+            reads = set(_storages((args, kwargs))) - {0}
+            needed = {wrote[place] for place in reads | writes if place in wrote}
+            needed.update(*(read.get(place, ()) for place in writes))
+            found.append(frozenset(needed - {k}))
+            for place in reads - writes:
+                read.setdefault(place, []).append(k)
+            for place in writes:
+                wrote[place], read[place] = k, []
+        return found
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -176,7 +214,7 @@ class Recording(Generic[T]):
         Raises:
             OtherPathError: a value that Python has read is another one now; :attr:`result` is then of no use.
         """
-        for call in self._calls:
+        for call in self.calls:
             call()
 
 

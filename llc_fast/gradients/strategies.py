@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from llc_fast.data import Batch, map_tensors
+from llc_fast.gradients.branches import Branches
+from llc_fast.gradients.memory import held_bytes
 from llc_fast.gradients.minibatches import Feed
 from llc_fast.gradients.plan import STRATEGIES, Plan
 from llc_fast.gradients.replay import NotReplayableError, OtherPathError, Recording
@@ -64,6 +66,7 @@ class EagerGradient:
         self._params = state.single()
         self._last = torch.empty(0)
         self._targets = dict(zip(objective.reference, objective.targets, strict=True))
+        self._most_held = held_bytes(objective) if release else 0
 
     @property
     def written(self) -> list[Tensor]:
@@ -128,17 +131,31 @@ class EagerGradient:
             return self._state.info()
         waiting = set(self._params)
         self._state.start_parts()
+        held: dict[str, Tensor] = {}
+        room = self._most_held
 
         def take(name: str, grad: Tensor) -> None:
+            nonlocal room
             waiting.discard(name)
-            self._state.move_one(name, grad, step)
-            # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
-            torch.autograd.graph.increment_version(self._targets[name])
+            if grad.nbytes > room:
+                move_held()
+            held[name] = grad
+            room -= grad.nbytes
+
+        def move_held() -> None:
+            nonlocal room
+            self._state.move_some(held, step)
+            for name in held:
+                # The step wrote behind autograd's back; what still needs the old value must raise, not go on.
+                torch.autograd.graph.increment_version(self._targets[name])
+            held.clear()
+            room = self._most_held
 
         with self._objective.holding(self._params, self._buffers):
             self._objective.consume_gradients(self._last, take)
+            move_held()
         for name in waiting:  # what the loss did not use still feels noise and localization
-            self._state.move_one(name, torch.zeros_like(self._params[name]), step)
+            self._state.move_some({name: torch.zeros_like(self._params[name])}, step)
         return self._state.info()
 
 
@@ -253,14 +270,18 @@ class ReplayedGradient:
         self._feed, self._tried = feed, 1 if feed.is_shared else _TRIED
         self._written = inner.written
         batch = feed(0)
+        self._on_gpu = on_gpu = objective.device.type == "cuda"
 
         def both() -> tuple[Evaluation, list[Tensor]]:
-            return inner.evaluate(batch), inner.gradients()
+            evaluation, grads = inner.evaluate(batch), inner.gradients()
+            # On a GPU a copy that the step would make runs beside other kernels.
+            return evaluation, [g.contiguous() for g in grads] if on_gpu else grads
 
         aliases = inner.aliases if isinstance(inner, EagerGradient) else {}
         self._recording = self._recorded(both, aliases)
         self._evaluation, self._grads = self._recording.result
         self._found = self._grads
+        self._replay = Branches(self._recording, objective.device).replay if on_gpu else self._recording.replay
         self._reference: Recording[Tensor] | None = None
         if evaluates_reference:
             reference = zip(objective.targets, objective.reference.values(), strict=True)
@@ -279,7 +300,9 @@ class ReplayedGradient:
             self._feed(first)
             self._inner.forget()
             with self._as_they_were():
-                recording = Recording(function, aliases, self._written)
+                recording = Recording(function, aliases, self._written, reuses_memory=not self._on_gpu)
+            if self._on_gpu and (recording.num_guards or any(d.type == "cpu" for d in recording.devices)):
+                raise NotReplayableError("values go to the CPU, which synchronizes with the GPU")
             if not recording.num_guards:
                 followed = [first + 1]
                 break
@@ -327,7 +350,7 @@ class ReplayedGradient:
 
     def evaluate(self, batch: Batch) -> Evaluation:
         try:
-            self._recording.replay()
+            self._replay()
         except OtherPathError:
             with self._model:
                 evaluation = self._inner.evaluate(batch)

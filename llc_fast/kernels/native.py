@@ -525,8 +525,10 @@ class SegmentTable:
     def send_addresses(self) -> None:
         """Send the GPU the addresses of the last step's gradients: after capturing it, before the graph's replay."""
         assert self._device_rows is not None
-        # A copy, because the host may write to its rows before the GPU has read them; and it does not wait for that.
-        self._device_rows.copy_(torch.from_numpy(self._rows.copy().view(np.uint8)), non_blocking=True)
+        # A copy, because the host may write to its rows before the GPU has read them. In pinned memory, or the host
+        # would wait until the GPU has done all that it was given before.
+        rows = torch.from_numpy(self._rows.view(np.uint8)).pin_memory()
+        self._device_rows.copy_(rows, non_blocking=True)
         self._is_sent = True
 
     def _scratch_address(self) -> int | None:

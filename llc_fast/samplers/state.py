@@ -16,6 +16,7 @@ from llc_fast.kernels.streams import NOISE_STREAM
 from llc_fast.samplers.base import Sampler
 
 _PIECE = 2**20  # elements that are looked at together where memory counts
+_MAX_TABLES = 1000  # that are kept for groups of parameters
 _ALIGN = 16  # elements: each tensor of a chain starts on a cache line
 
 
@@ -38,6 +39,7 @@ class ChainState:
         self._sampler, self._options = sampler, dict(vars(sampler))
         self.scalars = sampler.scalars(self._options)
         self.num_chains, self._names = num_chains, list(reference)
+        self._places = {name: k for k, name in enumerate(self._names)}
         self._device = next(iter(reference.values())).device
         # Contiguous, because that is how the elements' noise is numbered.
         # Not widened: the step does that, and so w* of a large model is the model's own memory.
@@ -78,7 +80,8 @@ class ChainState:
             )
             for part in parts
         ]
-        self._single_tables: dict[str, SegmentTable] = {}
+        self._part_of = {k: n for n, part in enumerate(parts) for k in part}
+        self._tables_of_some: dict[tuple[int, ...], SegmentTable] = {}
         self._num_moving = sum(
             p.numel() if mask is None else int(mask.expand_as(p).sum())
             for p, mask in zip(self._reference, self._masks, strict=True)
@@ -309,21 +312,30 @@ class ChainState:
         return self._sampler.info(self.scalars, self._sums_seen, self.adaptation)
 
     def start_parts(self) -> None:
-        """Before the first :meth:`move_one` of a step."""
+        """Before the first :meth:`move_some` of a step."""
         if self._sums is not None:
             self._sums.zero_()
 
     def _adapted(self, step: int, grads: Sequence[Tensor]) -> StepScalars:
         return self._sampler.adapted(self.scalars, self._options, self.adaptation, step, grads, self._masks)
 
-    def move_one(self, name: str, grad: Tensor, step: int) -> None:
-        """The part of a step that moves one parameter: the same bits as the whole step."""
-        table = self._single_tables.get(name)
-        if table is None:
-            k = self._names.index(name)
-            table = self._single_tables[name] = SegmentTable(self._sampler.rule(), [self._segments[k]])
-        part = None if self._sums is None else self._part
-        key = NoiseKey(self._seed, step=step, chain=self._first_chain)
-        table.step([grad], self.scalars, key, sums=part, wanted=self._wanted)
-        if self._sums is not None:
-            self._sums += self._part
+    def move_some(self, grads: Mapping[str, Tensor], step: int) -> None:
+        """The part of a step that moves some parameters: the same bits as the whole step."""
+        places = sorted(map(self._places.__getitem__, grads))
+        for _, group in itertools.groupby(sorted(places, key=self._part_of.__getitem__), self._part_of.__getitem__):
+            some = tuple(group)
+            table = self._tables_of_some.get(some)
+            if table is None:
+                if len(self._tables_of_some) > _MAX_TABLES:  # they come in other groups each time
+                    self._tables_of_some.clear()
+                table = SegmentTable(self._sampler.rule(), [self._segments[k] for k in some])
+                self._tables_of_some[some] = table
+            table.step(
+                [grads[self._names[k]] for k in some],
+                self.scalars,
+                NoiseKey(self._seed, step=step, chain=self._first_chain),
+                sums=None if self._sums is None else self._part,
+                wanted=self._wanted,
+            )
+            if self._sums is not None:
+                self._sums += self._part

@@ -102,6 +102,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
             self.cuda_stream = next(self.numbers)
 
         def wait_stream(self, other: Stream) -> None: ...
+        def wait_event(self, event: Event) -> None: ...
         def synchronize(self) -> None: ...
 
     class Event:
@@ -188,7 +189,7 @@ def _replace_parts_of_torch(device: ctypes.CDLL) -> None:
     }.items():
         setattr(torch.cuda, name, value)
     torch.version.cuda = "13.0"
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor.clone()  # type: ignore[method-assign,assignment]
 
     clone_of_cpu = torch.UntypedStorage.clone
 

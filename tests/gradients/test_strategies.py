@@ -476,7 +476,14 @@ class _Counts(nn.Linear):
 
 
 class _Waits(nn.Linear):
-    """Brings a constant from the CPU at every call: fine for vmap, and nothing for a CUDA graph."""
+    """Computes with the input on the CPU: fine for vmap, and nothing for a CUDA graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + x[..., :1].square().cpu()).to(x.device)
+
+
+class _FromTheCPU(nn.Linear):
+    """Brings a constant from the CPU at every call: recorded once, it need not come again."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * torch.full((1,), 2.0, dtype=x.dtype).to(x.device)
@@ -614,6 +621,14 @@ def test_gpu_models_that_can_not_be_captured(
             ValueError, match=r'strategy=.cuda-graph. is not possible here: .*; use .*strategy="(batched|sequential)"'
         ):
             estimate(model, PLAIN, F.mse_loss, device="cuda", strategy="cuda-graph")
+
+
+@pytest.mark.gpu
+def test_gpu_constants_from_the_cpu(plainly: Plainly) -> None:
+    model = _FromTheCPU(3, 1).double()
+    result = estimate(model, PLAIN, F.mse_loss, device="cuda")
+    assert result.settings["strategy"] == "cuda-graph"
+    np.testing.assert_allclose(result.loss_trace, plainly(model, PLAIN, F.mse_loss), rtol=RTOL[torch.float64])
 
 
 @pytest.mark.gpu

@@ -280,7 +280,7 @@ def test_parameters_of_several_dtypes(name: str) -> None:
         if in_parts:
             found.start_parts()
             for k, g in given.items():
-                found.move_one(k, g[0], step)
+                found.move_some({k: g[0]}, step)
         else:
             found.move(list(given.values()), step)
         assert torch.equal(found.w, expected.w) and found.w.dtype == torch.float32
