@@ -595,7 +595,7 @@ def prepare(
     if settings.needs_metric:
         with threads(plan.num_threads):
             settings, metric = _in_metric(settings, objective, team)
-    settings = settings.localized(objective.num_parameters, _reference_norm(settings.template, objective))
+    settings = settings.localized(objective.num_parameters, reference_norm(settings.template, objective))
     if settings.progress is True and team.rank == 0 and saved is None:
         with threads(plan.num_threads):
             announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
@@ -649,7 +649,7 @@ def _in_metric(settings: Settings, objective: Objective, team: Team) -> tuple[Se
     return settings.in_metric(found.preconditioner), found
 
 
-def _reference_norm(sampler: Sampler, objective: Objective) -> float:
+def reference_norm(sampler: Sampler, objective: Objective) -> float:
     """‖w*‖ over the elements that are sampled, in the metric of the localization."""
     return metric_norm(objective, metric_of(sampler, objective)) if sampler.localizes_in_metric else _norm(objective)
 
@@ -1378,7 +1378,7 @@ def _facts(
     objective, options, at_reference = prepared.objective, vars(sampler), prepared.reference_losses
     settings = prepared.settings
     planned_steps = settings.num_chains * (sampled.until if settings.by_need else settings.longest.num_steps)
-    adapts, norm = sampler.kind == "metropolis" and bool(options["adapt_steps"]), _reference_norm(sampler, objective)
+    adapts, norm = sampler.kind == "metropolis" and bool(options["adapt_steps"]), reference_norm(sampler, objective)
     return Facts(
         step_checks=traces.checks,
         reference_norm=norm,

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from llc_fast.calibration import CORRECTED_STIFFNESS, MIN_FRICTION, TARGET_BIAS_SHARE, default_lr
 from llc_fast.data import mix
-from llc_fast.estimate import Prepared, estimate_llc, prepared_alone
+from llc_fast.estimate import Prepared, estimate_llc, prepared_alone, reference_norm
 from llc_fast.language import NextToken
+from llc_fast.objective.metric import metric_of
 from llc_fast.objective.objective import LossFunction
 from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult, Warning
@@ -598,7 +599,7 @@ def _plan(
     if nbetas is None:
         nbetas = tuple(settings.nbeta_for(objective.source.num_samples) * f for f in NBETA_FACTORS)
     if gammas is None:
-        norm = math.hypot(*(float(torch.linalg.vector_norm(w)) for w in _moving(prepared).values()))
+        norm = reference_norm(settings.template, objective)
         gammas = tuple(default_localization(objective.num_parameters, norm) * f for f in LOCALIZATION_FACTORS)
     cells: dict[tuple[int, ...], tuple[float, float]] = {}
     parents: dict[tuple[int, ...], tuple[int, ...] | None] = {}
@@ -642,12 +643,6 @@ def _plan(
     warm = -(-cold // 4)
     planned = count * settings.num_chains * (warm + num_draws * settings.num_steps_bw_draws)
     return _Plan(shape, cells, parents, num_draws, cold, warm, planned / (1 - _RESERVE))
-
-
-def _moving(prepared: Prepared) -> dict[str, Tensor]:
-    """w* of the elements that are sampled."""
-    objective = prepared.objective
-    return {k: w[objective.masks[k]] if k in objective.masks else w.reshape(-1) for k, w in objective.reference.items()}
 
 
 @dataclass(eq=False)
@@ -910,17 +905,20 @@ def _prior_row(prepared: Prepared, gamma: float, seed: int) -> dict[str, Any]:
     objective, template = prepared.objective, vars(prepared.settings.template)
     generator = torch.Generator().manual_seed(seed % 2**63)
     count = min(_PRIOR_DRAWS, max(2, prepared.settings.num_chains * prepared.settings.schedule.num_draws))
-    norm = math.hypot(*(float(torch.linalg.vector_norm(w)) for w in _moving(prepared).values()))
+    sampler = prepared.settings.template
+    norm = reference_norm(sampler, objective)
+    metric = metric_of(sampler, objective) if sampler.localizes_in_metric else {}
     excess, distances = np.empty(count), np.empty(count)
     batches = objective.source.minibatches(seed % 2**63)
     buffers = objective.fresh_buffers()
     for k, batch in enumerate(itertools.islice(batches, count)):
         params, squares = dict[str, Tensor](), 0.0
         for name, w in objective.reference.items():
-            offset = _prior_offset(w, gamma, template, generator)
+            measure = 1 / metric[name].cpu().double() if metric else torch.ones((), dtype=torch.float64)
+            offset = _prior_offset(w, gamma * measure, template, generator)
             if name in objective.masks:
                 offset = offset * objective.masks[name].cpu()
-            squares += float(offset.double().square().sum())
+            squares += float((offset.double().square() * measure).sum())
             params[name] = (w + offset.to(w.device, w.dtype)).to(w.dtype)
         distances[k] = math.sqrt(squares)
         with objective.at_reference():
@@ -947,14 +945,17 @@ def _prior_row(prepared: Prepared, gamma: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _prior_offset(w: Tensor, gamma: float, options: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    """w − w* of one draw of ∝ exp(−γ/2·‖w − w*‖² − μ/2·‖w‖²), in the box if there is one, on the CPU."""
+def _prior_offset(w: Tensor, gamma: Tensor, options: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """w − w* of one draw of ∝ exp(−γ/2·‖w − w*‖² − μ/2·‖w‖²), in the box if there is one, on the CPU.
+
+    γ may be another one for each element: γ/A where the localization is in the metric.
+    """
     decay, box = float(options["weight_decay"]), options["bounding_box_size"]
     precision = gamma + decay
     uniform = torch.rand(w.shape, generator=generator, dtype=torch.float64)
-    if precision == 0:
+    if not precision.any():
         return (2 * uniform - 1) * float(box)
-    width = float(options["noise_level"]) / math.sqrt(precision)
+    width = float(options["noise_level"]) / precision.double().sqrt()
     middle = -decay * w.detach().cpu().double() / precision
     low = torch.zeros_like(middle) if box is None else torch.special.ndtr((-box - middle) / width)
     high = torch.ones_like(middle) if box is None else torch.special.ndtr((box - middle) / width)

@@ -114,18 +114,21 @@ class LLCResult:
             the loss rises by along steps), ``relaxations`` (of the stiff directions, among a chain's draws),
             ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
             ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
-            w), ``chains_left``; and ``chains_diverged``. Of γ: ``reach`` (prior width of a weight, 1/√γ, over the root
-            mean square weight), ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ of chains of this
-            length, see :mod:`llc_fast.stats.response`; None where its error is above a quarter of λ̂). Of w*:
+            w), ``chains_left``; and ``chains_diverged``; all of them in the metric of the localization. Of γ: ``reach``
+            (prior width of a weight, 1/√γ, over the root mean square weight, in that metric, too),
+            ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ of chains of this length, see
+            :mod:`llc_fast.stats.response`; None where its error is above a quarter of λ̂). Of w*:
             ``descent`` and ``descent_loss`` (how far
             nβ·L + γ/2·‖w − w*‖², and with it nβ·L, fall from w* in their quadratic model, at least), ``fall`` (how far
             nβ·L falls below that of w* along the chains, for certain); with ``refine=`` what
-            :class:`llc_fast.objective.refinement.Refinement` has, as ``refine_fall`` and so on. Their meaning is in
-            ``warnings``.
+            :class:`llc_fast.objective.refinement.Refinement` has, as ``refine_fall`` and so on; with
+            ``preconditioner="curvature"`` the ``metric_gradients`` that it took, and ``metric_undetermined`` (elements
+            that have neither curvature nor scale). Their meaning is in ``warnings``.
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
         traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
-            ``"squared_distance"``, ‖w − w*‖² where the loss was taken; ``"acceptance"`` (probability) and ``"lr"`` of
+            ``"squared_distance"``, ‖w − w*‖² where the loss was taken, (w − w*)ᵀA⁻¹(w − w*) where the localization is
+            in the metric; ``"acceptance"`` (probability) and ``"lr"`` of
             Metropolis-adjusted samplers; ``"reference_loss"``, what the
             minibatches of draws lose at w*, where a minibatch's loss is not the mean of what its samples lose.
         ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, with ``keep_ends=True``: the
@@ -383,11 +386,14 @@ class LLCResult:
 
     def _scale(self) -> str:
         """A sentence about γ."""
+        in_metric = self.settings.get("localization_metric") == "sampler"
         if not self.nbeta:
-            return f"draws of w are from N(w*, 1/γ) with γ = {self.settings.get('localization', math.nan):.4g}"
+            width, gamma = "A" if in_metric else "1", self.settings.get("localization", math.nan)
+            return f"draws of w are from N(w*, {width}/γ) with γ = {gamma:.4g}"
         gamma, reach = self.settings.get("localization", math.nan), self.diagnostics.get("reach")
         slope, error = (self.diagnostics.get(k) for k in ("localization_slope", "localization_slope_stderr"))
         width = "" if reach is None else f", a prior width of {reach:.2g} times the root mean square weight"
+        width += " in the metric of the sampler" if in_metric else ""
         change = "" if slope is None else f"; dλ̂/dlog γ = {slope:+.2g} ± {error or math.nan:.2g}"
         return f"λ̂ is at the scale of γ = {gamma:.4g}{width}{change}"
 

@@ -564,6 +564,7 @@ class _Recorder(Recorder):
                 "sampler": sampler.name,
                 "lr": chosen.lr,
                 "localization": sampler.localization,
+                **({"localization_metric": "sampler"} if sampler.localizes_in_metric else {}),
                 "bias_correction": chosen.bias_correction,
                 "noise_level": sampler.noise_level,
                 "weight_decay": sampler.weight_decay,

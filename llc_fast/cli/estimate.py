@@ -54,6 +54,13 @@ def estimate(
     lr: StepSize = None,
     nbeta: Annotated[float | None, typer.Option(help="nβ; default: n / log n.")] = None,
     localization: Annotated[float | None, typer.Option(help="γ; default: from the size of the weights.")] = None,
+    preconditioner: Annotated[
+        str | None,
+        typer.Option(help="curvature: a metric estimated at w*, which follows every rescaling; default: none."),
+    ] = None,
+    localization_metric: Annotated[
+        str | None, typer.Option(help="Of γ: euclidean, or sampler, that of the preconditioner; default: by that.")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -117,6 +124,8 @@ def estimate(
         lr=lr,
         nbeta=nbeta,
         localization=localization,
+        preconditioner=preconditioner,
+        localization_metric=localization_metric,
         preset=preset,
         refine=refine,
         num_chains=chains,

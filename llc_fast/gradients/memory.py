@@ -78,9 +78,13 @@ def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:
     per_chain = chain + (held_bytes(objective) + max(gradients) if plan.release else sum(gradients))
     per_chain += objective.trial.activation_bytes * (2 if plan.replay else 1)
     per_chain += elements * width * _CHECK_ROWS if may_compare_gradients(objective, plan) else 0
-    # A metric that is estimated lasts as long as the run; making it takes less than the chains do, which come later.
-    metric = elements * width if isinstance(getattr(sampler, "preconditioner", None), str) else 0
-    return per_chain * plan.group_size * plan.num_workers + metric
+    run = per_chain * plan.group_size * plan.num_workers
+    if not isinstance(getattr(sampler, "preconditioner", None), str):
+        return run
+    # A metric that is estimated lasts as long as the run. Before the chains there are squares, a gradient to compare
+    # with, how often it agreed, and another w*.
+    estimating = elements * (2 * width + 1) + sum(gradients) + max(gradients) + objective.trial.activation_bytes
+    return max(run + elements * width, estimating)
 
 
 def check_memory(objective: Objective, sampler: Sampler, plan: Plan) -> None:

@@ -19,9 +19,14 @@ d keeps A finite where data say nothing, by what else transforms as it should: w
 
 A weight may be near 0 by chance, which says nothing of its scale. So the s² of a matrix or a kernel is a factor for its
 row times one for its column: those by which w*² must be divided to have rows and columns of mean 1 (Sinkhorn & Knopp
-1967), and that is equivariant for rescalings of rows and columns, which are all that functions know. Vectors have no
-such structure: s² is w*² itself, and d is at most h, so that a bias of 0 stays free to move. Elements whose h and s²
-are both 0 have no scale at all; they get the mean A of their tensor, which is not equivariant, and are counted.
+1967), and that is equivariant for rescalings of rows and columns, which are all that functions know. A bias is damped
+in the same proportion as its row; that of a normalization has the scale of its gain. Other vectors have w*² itself, and
+d is at most h, so that an element of 0 stays free to move.
+
+Some elements do nothing by symmetry, such as the bias of keys before a softmax, and their gradients are rounding. These
+are found by a few directions at w*·(1 ± a few roundings): what is another number there has h = 0. Elements whose h and
+s² are both 0 have no scale at all. They get the geometric mean of A over their tensor, or over the model, which is not
+equivariant, and are counted.
 """
 
 from __future__ import annotations
@@ -45,6 +50,10 @@ PROBES = 64
 """Random directions, a gradient each: A is known to 18 %."""
 DAMPING = 0.01
 """η."""
+_TRIED, _AGREEING = 8, 6
+"""Directions that are tried again beside w*, and how many must agree for a gradient to be one."""
+_WIDE, _LOW = (4, 0.1), (1, 0.3)
+"""How far beside w*, in roundings of float32 or float64, and to what share gradients must agree; in lower precision."""
 _SEED = 0
 """A belongs to model and data: runs of other seeds sample the same posterior."""
 _MOST_BLOCK = 64
@@ -166,7 +175,7 @@ def _finished(
     method: str,
     gradients: int,
 ) -> CurvatureMetric:
-    """A of h, which is used up."""
+    """A of h."""
     total, count = 0.0, 0
     for name, h in curvature.items():
         w, seen = objective.reference[name], h > 0
@@ -181,31 +190,69 @@ def _finished(
             "a preconditioner"
         )
     common = damping * (total / count)
+    proportions = _proportions(objective, curvature)
     found: dict[str, Tensor] = {}
-    undetermined, missing = 0, list[str]()
+    undetermined, unknown = 0, list[str]()
+    logs, known_count = 0.0, 0
     for name, w in objective.reference.items():
-        h = curvature.pop(name)
+        h, seen = curvature[name], curvature[name] > 0
         extra = (common / _scale(w)).to(h.dtype)  # infinite where there is no scale
-        if w.ndim < 2:
-            extra = torch.where(h > 0, torch.minimum(extra, h), extra)
-        extra = torch.where((h > 0) & ~torch.isfinite(extra), h, extra)
+        if (like := proportions.get(name)) is not None:
+            extra = torch.where(seen & (like > 0), h * (common / like).to(h.dtype), extra)
+        elif w.ndim < 2:
+            gain = _gain_of(objective, name)
+            extra = torch.where(seen, torch.minimum(extra, h), extra) if gain is None else common / gain.to(h.dtype)
+        extra = torch.where(seen & ~torch.isfinite(extra), h, extra)
         metric = 1 / (h + extra)
-        has_none = ~(torch.isfinite(metric) & (metric > 0))
-        lacking = int(has_none.sum())
-        if lacking:
-            undetermined += lacking
-            known = metric[~has_none]
-            if known.numel():
-                metric = torch.where(has_none, known.mean(), metric)
+        is_known = torch.isfinite(metric) & (metric > 0)
+        log = torch.where(is_known, metric, 1.0).log().sum(dtype=torch.float64)
+        number = int(is_known.sum())
+        logs, known_count = logs + float(log), known_count + number
+        if number < metric.numel():
+            undetermined += metric.numel() - number
+            if number:
+                metric = torch.where(is_known, metric, float((log / number).exp()))
             else:
-                missing.append(name)
+                unknown.append(name)
         found[name] = metric
-    if missing:
-        known_sum = sum(float(a.sum(dtype=torch.float64)) for name, a in found.items() if name not in missing)
-        known_count = sum(a.numel() for name, a in found.items() if name not in missing)
-        for name in missing:
-            found[name] = torch.full_like(found[name], known_sum / known_count)
+    for name in unknown:
+        found[name] = torch.full_like(found[name], math.exp(logs / known_count))
     return CurvatureMetric(found, metric_norm(objective, found), method, undetermined, gradients)
+
+
+_COLUMNS_FIRST = ("Conv1D", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+"""Modules whose outputs are the second dimension of their weights; the first of these is Hugging Face's."""
+
+
+def _weight_of(objective: Objective, name: str) -> str | None:
+    """The weight beside a bias, if it is sampled too."""
+    path, _, last = name.rpartition(".")
+    weight = f"{path}.weight" if path else "weight"
+    return weight if last == "bias" and weight in objective.reference else None
+
+
+def _proportions(objective: Objective, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For the bias of a matrix or a kernel the mean of h·s² over each of its rows, which no rescaling changes."""
+    found = {}
+    for name, b in objective.reference.items():
+        weight = _weight_of(objective, name)
+        if weight is None or b.ndim != 1 or (w := objective.reference[weight]).ndim < 2:
+            continue
+        path = weight.rpartition(".")[0]
+        rows = 1 if type(objective.model.get_submodule(path)).__name__ in _COLUMNS_FIRST else 0
+        if w.shape[rows] == len(b):
+            terms = curvature[weight] * _scale(w).to(curvature[weight].dtype)
+            found[name] = terms.mean(dim=[d for d in range(w.ndim) if d != rows])
+    return found
+
+
+def _gain_of(objective: Objective, name: str) -> Tensor | None:
+    """The squares of the gains beside a normalization's bias, where none is 0."""
+    weight = _weight_of(objective, name)
+    if weight is None or objective.reference[weight].shape != objective.reference[name].shape:
+        return None
+    squares = _scale(objective.reference[weight])
+    return squares if bool((squares > 0).all()) else None
 
 
 # ---- curvature in outputs ----------------------------------------------------------------------------------
@@ -225,31 +272,97 @@ def _gauss_newton(objective: Objective, probes: int) -> tuple[dict[str, Tensor],
     parts = _zeros(objective) if objective.trial.is_reentrant else None  # whose gradients come in several parts
     generator = torch.Generator(objective.device).manual_seed(_SEED)
     method = "gauss-newton"
+    noise = _Rounding(objective)
     count = 0
     for batch in itertools.islice(objective.source.minibatches(_SEED), probes):
-        buffers = objective.fresh_buffers()
-        with torch.enable_grad(), objective.holding(objective.reference, buffers):
-            for piece, share in objective.pieces(copy.deepcopy(batch) if objective.trial.writes_batch else batch):
-                seen = _outputs_and_loss(objective, piece, share)
-                directions, is_fisher = _directions(seen, generator, share)
-                method = "fisher" if is_fisher else method
-                along = sum((z * u).sum() for z, u in zip(seen.outputs, directions, strict=True))
-                assert isinstance(along, Tensor)
+        if count < _TRIED:
+            noise.look(batch, generator)
+        for piece, share in objective.pieces(copy.deepcopy(batch) if objective.trial.writes_batch else batch):
 
-                def square(name: str, grad: Tensor) -> None:
-                    squares[name].addcmul_(grad.to(squares[name].dtype), grad.to(squares[name].dtype))
+            def square(name: str, grad: Tensor) -> None:
+                squares[name].addcmul_(grad.to(squares[name].dtype), grad.to(squares[name].dtype))
 
-                if parts is None:
-                    objective.consume_gradients(along, square)
-                    continue
-                objective.consume_gradients(along, lambda name, grad: parts[name].add_(grad), plain=True)
-                for name, part in parts.items():
-                    square(name, part)
-                    part.zero_()
+            def add(name: str, grad: Tensor) -> None:
+                assert parts is not None
+                parts[name] += grad
+
+            take = square if parts is None else add
+            is_fisher = _along_direction(objective, objective.reference, piece, share, generator, take)
+            method = "fisher" if is_fisher else method
+            for name, part in (parts or {}).items():
+                square(name, part)
+                part.zero_()
         count += 1
     if not count:
         raise _NoOutputError
+    noise.remove_from(squares)
     return {name: square.div_(count) for name, square in squares.items()}, method
+
+
+def _along_direction(
+    objective: Objective,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    share: float,
+    generator: torch.Generator,
+    take: Callable[[str, Tensor], object],
+) -> bool:
+    """Hand Jᵀu for one random u to `take`, as it comes; whether B was that of gradients."""
+    with torch.enable_grad(), objective.holding(params, objective.fresh_buffers()):
+        seen = _outputs_and_loss(objective, batch, share)
+        directions, is_fisher = _directions(seen, generator, share)
+        along = torch.stack([(z * u).sum() for z, u in zip(seen.outputs, directions, strict=True)]).sum()
+        objective.consume_gradients(along, take, plain=objective.trial.is_reentrant)
+    return is_fisher
+
+
+class _Rounding:
+    """Which gradients are nothing but rounding: they are others at w*·(1 ± a few roundings)."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective, self._tried = objective, 0
+        self._agreeing = {name: torch.zeros_like(w, dtype=torch.int8) for name, w in objective.reference.items()}
+        roundings, self._apart = _WIDE if objective.is_precise else _LOW
+        generator = torch.Generator().manual_seed(_SEED)
+        self._beside = {}
+        for name, w in objective.reference.items():
+            signs = torch.randint(0, 2, w.shape, generator=generator).to(w.device, w.dtype) * 2 - 1
+            self._beside[name] = w + signs * (roundings * torch.finfo(w.dtype).eps) * w
+
+    def look(self, batch: Batch, generator: torch.Generator) -> None:
+        """Compare the gradients of one direction; the generator is left as it was."""
+        objective, state = self._objective, generator.get_state()
+        kept = objective.generators.states()
+        here = _zeros(objective)
+        there = _zeros(objective) if objective.trial.is_reentrant else None
+        sides = ((objective.reference, here), (self._beside, there))
+        for params, sums in sides:
+            generator.set_state(state)
+            objective.generators.restore(kept)
+
+            def take(name: str, grad: Tensor, sums: dict[str, Tensor] | None = sums) -> None:
+                if sums is None:
+                    self._compare(name, here[name], grad)
+                else:
+                    sums[name] += grad
+
+            piece = objective.pieces(copy.deepcopy(batch) if objective.trial.writes_batch else batch)[0]
+            _along_direction(objective, params, *piece, generator, take)
+        if there is not None:
+            for name, grad in there.items():
+                self._compare(name, here[name], grad)
+        generator.set_state(state)
+        objective.generators.restore(kept)
+        self._tried += 1
+
+    def _compare(self, name: str, here: Tensor, there: Tensor) -> None:
+        size = torch.maximum(here.abs(), there.abs().to(here.dtype))
+        self._agreeing[name] += ((here - there).abs() <= self._apart * size).to(torch.int8)
+
+    def remove_from(self, squares: Mapping[str, Tensor]) -> None:
+        """0 where there is rounding alone."""
+        for name, square in squares.items():
+            square *= self._agreeing[name] >= _AGREEING / _TRIED * self._tried
 
 
 def _zeros(objective: Objective) -> dict[str, Tensor]:
@@ -400,16 +513,22 @@ def _direction(z: Tensor, curved: Callable[[Tensor], Tensor], generator: torch.G
     diagonal = image * first
     if float(torch.linalg.vector_norm((diagonal - other * second).double())) <= tolerance * size:
         return diagonal.clamp(min=0).sqrt() * noise
-    for dim in dict.fromkeys((z.ndim - 1, 1)):
-        if 0 < dim < z.ndim:
-            p = torch.softmax(z.to(noise.dtype), dim)
-            v = first.to(p.dtype)
-            pattern = p * v - p * (p * v).sum(dim, keepdim=True)
-            weight = (image * pattern).sum(dim, keepdim=True) / pattern.square().sum(dim, keepdim=True).clamp(min=1e-30)
-            rest = torch.linalg.vector_norm((image - weight * pattern).double())
-            if float(rest) <= tolerance * size:
-                root = p.sqrt() * noise
-                return weight.clamp(min=0).sqrt() * (root - p * (p.sqrt() * root).sum(dim, keepdim=True))
+    dims = [dim for dim in dict.fromkeys((z.ndim - 1, 1)) if 0 < dim < z.ndim]
+    if dims:
+        v = _normal(z, generator)  # not of signs: where these are all the same a softmax gives 0
+        image = curved(v.to(z.dtype)).to(v.dtype)
+        size = float(torch.linalg.vector_norm(image.double()))
+    for dim in dims:
+        p = torch.softmax(z.to(v.dtype), dim)
+        pattern = p * v - p * (p * v).sum(dim, keepdim=True)
+        products, squares = ((x * pattern).sum(dim, keepdim=True) for x in (image, pattern))
+        # Where nearly all of p is one class what is left is rounding, and the common factor is as good.
+        is_clear = squares > 1e-6 * (p * v).square().sum(dim, keepdim=True)
+        common = products.sum() / squares.sum().clamp(min=torch.finfo(p.dtype).tiny)
+        weight = torch.where(is_clear, products / torch.where(is_clear, squares, 1), common)
+        if float(torch.linalg.vector_norm((image - weight * pattern).double())) <= tolerance * size:
+            root = p.sqrt() * noise
+            return weight.clamp(min=0).sqrt() * (root - p * root.sum(dim, keepdim=True))
     samples = len(z)
     outputs = z.numel() // max(samples, 1)
     if outputs <= _MOST_BLOCK:
@@ -454,9 +573,7 @@ def _hutchinson(objective: Objective, probes: int) -> dict[str, Tensor]:
         steps = {}
         for name, w in objective.reference.items():
             signs = torch.randint(0, 2, w.shape, generator=generator).to(w.device, totals[name].dtype) * 2 - 1
-            steps[name] = (signs * lengths[name].to(signs.dtype)) * (
-                objective.masks.get(name, 1)
-            )
+            steps[name] = (signs * lengths[name].to(signs.dtype)) * (objective.masks.get(name, 1))
             displaced[name].copy_(w + (delta * steps[name]).to(w.dtype))
             vector[name].zero_()
         objective.gradient_at(displaced, batch, lambda name, grad: vector[name].add_(grad))

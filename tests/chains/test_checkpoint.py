@@ -102,6 +102,7 @@ _RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         "params": "0.*",
         "sampler_options": {"preconditioner": {"0.weight": torch.rand(4, 3) + 0.5, "0.bias": 2.0}},
     },
+    "metric of the curvature": lambda: {"sampler": "preconditioned-sgld", "preconditioner": "curvature"},
     "rmsprop": lambda: {"sampler": "rmsprop-sgld"},
     "rmsprop, never frozen": lambda: {"sampler": "rmsprop-sgld", "sampler_options": {"adapt_steps": None}},
     "rmsprop, relative": lambda: {"sampler": "rmsprop-sgld", "sampler_options": {"relative_eps": True}},

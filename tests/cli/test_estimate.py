@@ -78,6 +78,24 @@ def test_estimate_of_some_parameters(tmp_path: Path, problem_file: Path) -> None
     assert json.loads(path.read_text())["settings"]["num_parameters"] == 12 + 4 + 1
 
 
+def test_the_metric_of_the_curvature(problem_file: Path) -> None:
+    options = ["--preconditioner", "curvature", "--lr", "1e-4"]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    model, data, loss_fn = problem_of(f"{problem_file}:problem")
+    expected = llc_fast.estimate_llc(
+        model, data, loss_fn, preconditioner="curvature", num_chains=2, num_draws=40, num_burnin=20, batch_size=50,
+        lr=1e-4, progress=False,
+    )  # fmt: skip
+    assert found["llc_mean"] == expected.llc_mean
+    assert found["settings"]["preconditioner"] == "curvature"
+    assert found["settings"]["localization_metric"] == "sampler"
+    options += ["--localization-metric", "euclidean"]
+    done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options, "--json")
+    assert json.loads(done.stdout)["settings"]["localization_metric"] == "euclidean"
+
+
 def test_options_of_the_sampler_and_of_execution(tmp_path: Path, problem_file: Path) -> None:
     """The numbers of `estimate_llc` with a sampler object and an Execution."""
     options = ["--sampler", "RMSprop SGLD", "--sampler-option", "eps=1e-2", "--sampler-option", "relative-eps=true"]

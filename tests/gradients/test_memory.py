@@ -88,6 +88,24 @@ def test_needed_memory_grows_with_what_is_kept(strategy: str) -> None:
     assert np.diff(sizes).tolist() == [together * element * objective.num_parameters] * 2
 
 
+def test_a_metric_that_is_estimated_is_counted() -> None:
+    """A is a tensor like w for all chains; one that is given is the user's. Making it may need more than few chains."""
+    objective = make_objective()
+    width, count = 8, objective.num_parameters
+    for chains in (1, 8):
+        plan = make_plan(objective, SGLD, chains, strategy="batched")
+        given, estimated = (
+            memory.needed_bytes(
+                objective, make_sampler("preconditioned-sgld", lr=1e-3, nbeta=1.0, preconditioner=a), plan
+            )
+            for a in (1.0, "curvature")
+        )
+        assert estimated - given == width * count
+    released = make_plan(objective, SGLD, 1, strategy="sequential", release_gradients=True)
+    sampler = make_sampler("preconditioned-sgld", lr=1e-3, nbeta=1.0, preconditioner="curvature")
+    assert memory.needed_bytes(objective, sampler, released) >= (3 * width + 1) * count
+
+
 def test_room_for_momentum_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pilot chains may choose it: a run that just fits without must not run out of memory half-way."""
     torch.set_num_threads(1)

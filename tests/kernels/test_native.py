@@ -37,6 +37,7 @@ OPTIONS = {
     "plain": StepScalars(lr=1e-3, nbeta=50.0),
     "localized": StepScalars(lr=1e-3, nbeta=50.0, localization=7.0),
     "weight decay": StepScalars(lr=1e-3, nbeta=50.0, weight_decay=3.0),
+    "in the metric": StepScalars(lr=1e-3, nbeta=50.0, localization=7.0, weight_decay=3.0, in_metric=1.0),
     "box": StepScalars(lr=1e-2, nbeta=5.0, localization=1.0, bounding_box=0.05),
     "noise-free": StepScalars(lr=1e-3, nbeta=50.0, localization=7.0, noise_level=0.0),
     "half noise": StepScalars(lr=1e-3, nbeta=50.0, noise_level=0.5),

@@ -219,6 +219,10 @@ def every_placement() -> None:
         _compare("sgld", mesh, [placement], metrics=optim.METRICS)
         _compare("sghmc", mesh, [placement], dtype=torch.bfloat16)
         _compare("preconditioned-sgld", mesh, [placement], preconditioner=scales)
+        _compare(
+            "preconditioned-sgld", mesh, [placement], preconditioner=scales, localization_metric="sampler",
+            metrics=optim.METRICS,
+        )  # fmt: skip
         _compare("adam-sgld", mesh, [placement], optimize_over=masks, metrics=optim.METRICS, adapt_steps=2)
     sharded, whole, ours, theirs = _pair("sgnht", mesh, [Shard(0)], optimize_over=masks)
     ours.param_groups[0]["optimize_over"] = [m if m is None else _distributed(m, mesh, [Shard(0)]) for m in masks]
