@@ -421,13 +421,8 @@ class _Pilot:
         work, calls = sampler.extra_work(shapes, objective.trial.flops, self.settings.longest.num_steps)
         moved = sampler.bytes_moved()
         moved = (0.0 if math.isnan(moved) else moved) * objective.num_parameters
-        together = self.plan.group_size if self.plan.strategy != "sequential" else 1
-        return (
-            objective.trial.flops
-            + work
-            + FLOPS_PER_BYTE[device] * moved
-            + FLOPS_PER_CALL[device] * (_CALLS_OF_GRADIENT * len(shapes) + calls) / together
-        )
+        calls += _CALLS_OF_GRADIENT * len(shapes)
+        return objective.trial.flops + work + FLOPS_PER_BYTE[device] * moved + FLOPS_PER_CALL[device] * calls
 
     def _chain(
         self, lr: float, friction: float, length: int, attempt: int, stop: Stop | None, name: str = ""

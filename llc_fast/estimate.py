@@ -1285,7 +1285,9 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     result, init_loss_stderr = _with_reference(result, chosen, objective)
     saved = prepared.saved
     result.diagnostics.update(
-        strategy_reason=run.plan.reason + (f"; not recorded: {run.note}" if run.note else ""),
+        strategy_reason="; ".join(
+            filter(None, (run.plan.reason, run.note and f"not recorded: {run.note}", run.metric))
+        ),
         unpaired_reason=chosen.unpaired_reason,
         paired_with=prepared.reference_losses.pairing,
         shortened=prepared.shortened,

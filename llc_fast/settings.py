@@ -48,8 +48,8 @@ subtracted, stays small.
 DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 """Of a length by need: the total relative error at which chains stop, and the draws that they stop at, burn-in counted
 as draws; if time is limited instead."""
-PILOT_SHARE = 0.13
-"""Gradients of the pilot chains, of those of all chains."""
+PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.025
+"""Gradients of the pilot chains, of those of all chains; and of the one in another metric, where the sampler is open."""
 LIMITS = ("target_error", "max_seconds", "max_gradients")
 """Arguments that find a length, where `num_draws` and `num_burnin` give one."""
 FIRST_LOOK, UNUSED = 1250, 16
@@ -399,7 +399,8 @@ class Settings:
             affordable = self.max_gradients / (self.num_chains * self.gradients_per_step)
             if self.has_pilots:
                 nominal = 2 * DEFAULT_NUM_DRAWS * between
-                affordable = max(affordable / (1 + PILOT_SHARE), affordable - PILOT_SHARE * nominal)
+                share = PILOT_SHARE + (CHALLENGE_SHARE if self.is_default_sampler else 0.0)
+                affordable = max(affordable / (1 + share), affordable - share * nominal)
             most = int(affordable / between)
         elif self.max_seconds is not None:
             most = DEFAULT_MOST_TIMED

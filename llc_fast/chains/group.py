@@ -105,6 +105,7 @@ class Group:
 
     Attributes:
         note: why kernels were not recorded, if they should have been.
+        metric: of which kind it is for which parameters, where the sampler has several.
 
     Raises:
         RefusedError: the strategy can't run this model.
@@ -126,9 +127,11 @@ class Group:
         self._feed = Feed(objective, spec.seed, first, len(traces.chains), start)
         self._evaluator = Evaluator(objective, self._buffers)
         self._params: dict[int, dict[str, Tensor]] = {}
+        self.metric = ""
         self._metric: MetricOfChains | None = None
         if isinstance(self.state, KroneckerState):
             self._metric = MetricOfChains(objective, self.state, self._buffers, first, spec.seed)
+            self.metric = self._metric.described
         self.state.start(first, spec.seed)
         with self._refusals():
             gradient, self.note = make_gradient(

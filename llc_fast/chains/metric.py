@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llc_fast.data import mix
-from llc_fast.objective.kronecker import GaussNewton, kronecker_curvature
+from llc_fast.objective.kronecker import GaussNewton, curvature_in
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.kronecker import KFACSGLDSampler, KroneckerState
 
@@ -38,6 +38,14 @@ class MetricOfChains:
         if state.is_matrix != self._factors.is_matrix:
             state.set_matrices(self._factors.is_matrix)
 
+    @property
+    def described(self) -> str:
+        """Which parameters' metrics are Kronecker-factored, and why others with more than one dimension are not."""
+        found = self._factors
+        text = f"Kronecker-factored metric for {sum(found.is_matrix)} of {len(found.is_matrix)} parameters"
+        others = ", ".join(f"{name} ({reason})" for name, reason in found.diagonal_because.items())
+        return text + (f"; diagonal for {others}" if others else "")
+
     def __call__(self, step: int) -> None:
         """Before the step."""
         state = self._state
@@ -66,11 +74,12 @@ def kronecker_stiffness(objective: Objective, sampler: KFACSGLDSampler, seed: in
     state.set_matrices(found.is_matrix)
     factors = [found(objective.reference, objective.fresh_buffers(), 0, 0)]
     state.renew(int(state.adapts_until), factors)
-    order = {name: k for k, name in enumerate(objective.reference)}
+    names = list(objective.reference)
 
-    def roots(vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: state.rooted(order[name], v[None])[0] for name, v in vector.items()}
+    def metric(vector: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = state.times_metric(state.rows_of([vector[name] for name in names]), 0, 1.0)
+        return {name: state.of_rows(rows, k)[0] for k, name in enumerate(names)}
 
-    largest = kronecker_curvature(objective, roots, seed=seed)
+    largest = curvature_in(objective, metric, seed=seed)
     assert sampler.nbeta is not None
     return sampler.nbeta * largest + 1.0

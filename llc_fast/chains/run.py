@@ -33,6 +33,7 @@ class ChainRun:
         plan: how they were run.
         note: why kernels were not recorded, if they should have been.
         seconds_of_data: that were spent waiting for a loader.
+        metric: of which kind it is for which parameters, where a sampler has several.
     """
 
     traces: list[Traces]
@@ -40,6 +41,7 @@ class ChainRun:
     plan: Plan
     note: str
     seconds_of_data: float = 0.0
+    metric: str = ""
 
 
 class Monitor:
@@ -183,7 +185,7 @@ class RunningChains:
         interrupted = self._stop.is_set() and not driver.has_reached
         note = next(filter(None, driver.notes), "")
         traces = [slot.traces for slot in driver.slots]
-        return ChainRun(traces, interrupted, driver.spec.plan, note, driver.seconds_of_data)
+        return ChainRun(traces, interrupted, driver.spec.plan, note, driver.seconds_of_data, driver.metric)
 
 
 @dataclass(eq=False)
@@ -200,6 +202,7 @@ class _Driver:
     def __init__(self, spec: RunSpec, slots: list[_Slot], until: int, monitor: Monitor, stop: Stop) -> None:
         self.spec, self.slots, self._monitor, self._stop = spec, slots, monitor, stop
         self.notes: list[str] = []
+        self.metric = ""
         self.seconds_of_data = 0.0
         self._observables = Observables(spec.observables, spec.schedule.num_draws)
         for slot in slots:
@@ -267,6 +270,7 @@ class _Driver:
         state = self._free.pop(fits[0]) if fits else None
         slot.group = Group(self.spec, slot.traces, self._observables, self._model, state)
         self.notes.append(slot.group.note)
+        self.metric = slot.group.metric
         return slot.group
 
     def run(self, until: int) -> None:

@@ -130,7 +130,7 @@ class StepChecks:
 
     def _measure(self, step: int, batch: Any, key: NoiseKey, again: Callable[[], None]) -> None:
         state, gradient, feed = self._state, self._gradient, self._feed
-        s, w, p = state.scalars, state.w, state.metric(step)
+        s, w = state.scalars, state.w
 
         def evaluate(batch: Any) -> tuple[Tensor, Tensor]:
             again()
@@ -141,19 +141,21 @@ class StepChecks:
         loss, grad = evaluate(batch)
         other = self._other(step, batch)
         if other is None:
-            variance = torch.zeros_like(w) if feed.is_shared else torch.full_like(w, torch.nan)
+            noise_terms = torch.zeros_like(w) if feed.is_shared else torch.full_like(w, torch.nan)
         else:
             batch_elsewhere, factor = other
-            variance = (evaluate(batch_elsewhere)[1] - grad).square_().mul_(factor)
+            difference = evaluate(batch_elsewhere)[1] - grad
+            noise_terms = state.squares_in_metric(difference, step, s.nbeta**2, factor)
         if feed.is_addressable:
             batch = feed(step)
-        self._write(step, "gradient_noise", s.nbeta**2 * p * variance)
+        self._write(step, "gradient_noise", noise_terms)
         if not self._is_langevin:
             return
-        del variance
+        del noise_terms
         away = w - state.rows_of(state.reference)
         pull: Tensor | float = s.localization  # in the metric of the localization
         if s.in_metric:
+            p = state.metric(step)
             pull = s.localization / torch.where(p > 0, p, math.inf)
         drift = s.nbeta * grad + pull * away + s.weight_decay * w
         noise = torch.stack(
@@ -164,13 +166,13 @@ class StepChecks:
                 for chain in range(key.chain, key.chain + len(w))
             ]
         )
-        kick = noise.mul_((s.lr * p).sqrt())
-        move = kick - 0.5 * s.lr * p * drift
+        kick = state.noise_in_metric(noise, step, s.lr)
+        move = kick - state.times_metric(drift, step, 0.5 * s.lr)
         with state.at(w + move):
             new_loss, new_grad = evaluate(batch)
         change = s.nbeta * (new_grad - grad)
         self._write(step, "curvature", move * change)
-        self._write(step, "squared_curvature", p * change.square())
+        self._write(step, "squared_curvature", state.squares_in_metric(change, step))
         self._write(step, "work", 0.5 * s.nbeta * move * (grad + new_grad))
         rise = s.nbeta * (new_loss - loss)
         resolution = s.nbeta * torch.finfo(w.dtype).eps * loss.abs()
@@ -181,10 +183,12 @@ class StepChecks:
             # U(w) − U(w') + Σ ½√(εp)(G + G')ξ − (ε/8)p(G + G')².
             both = 2 * drift + change + (pull + s.weight_decay) * move
             quadratic = move * (pull * (away + move / 2) + s.weight_decay * (w + move / 2))
-            self._write(step, "log_acceptance", 0.5 * kick * both - s.lr / 8 * p * both.square() - quadratic)
+            self._write(
+                step, "log_acceptance", 0.5 * kick * both - state.squares_in_metric(both, step, s.lr / 8) - quadratic
+            )
             rounding = s.nbeta * torch.finfo(w.dtype).eps * loss.abs()
-            difference = torch.where(rounding < 0.05, s.nbeta * (loss - new_loss), torch.nan)
-            self._table[:, self.places[step], COLUMNS.index("log_acceptance")] += difference.cpu().numpy()
+            fallen = torch.where(rounding < 0.05, s.nbeta * (loss - new_loss), torch.nan)
+            self._table[:, self.places[step], COLUMNS.index("log_acceptance")] += fallen.cpu().numpy()
 
     def _other(self, step: int, batch: Any) -> tuple[Any, float] | None:
         """A minibatch to compare with, and Var(g) over the square of the difference of the gradients."""

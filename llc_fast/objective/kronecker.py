@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,10 +106,8 @@ class GaussNewton:
                         continue
                     found = self._product(name, seen)
                     size = float(grad.double().norm())
-                    if found is None:
-                        off = size
-                    else:
-                        off = float((found.double() - grad.double().view(found.shape)).norm())
+                    # One for which nothing was seen is used elsewhere, or not at all.
+                    off = size if found is None else float((found - grad.view(found.shape)).double().norm())
                     tolerance = _MISMATCH if objective.is_precise else 10 * _MISMATCH
                     if off > tolerance * size:
                         self.diagonal_because[name] = "it is used by more than its module"
@@ -217,7 +216,7 @@ class GaussNewton:
                 def keep(slope: Tensor) -> None:
                     slopes[place] = slope.detach()
 
-                output.register_hook(keep)  # of this value, whatever is written in its place later
+                output.register_hook(keep)  # type: ignore[no-untyped-call]  # of this value, whatever is written in its place later
 
             return hook
 
@@ -337,12 +336,14 @@ def _as_rows(module: nn.Module, x: Tensor, slope: Tensor, most: int | None) -> t
     return (inputs, outputs) if _is_transposed(module) else (outputs, inputs)
 
 
-def kronecker_curvature(objective: Objective, roots: Any, *, seed: int, iterations: int = 8) -> float:
-    """The largest eigenvalue of √P·H·√P at w*, by power iteration on differences of gradients.
+def curvature_in(
+    objective: Objective, metric: Callable[[dict[str, Tensor]], dict[str, Tensor]], *, seed: int, iterations: int = 12
+) -> float:
+    """The largest eigenvalue of P·H at w*, that of √P·H·√P, by power iteration on differences of gradients.
 
     Args:
         objective: the model, its loss and data.
-        roots: √P, a function of tensors like the parameters, in their order.
+        metric: P times tensors like the parameters, 0 where nothing moves.
         seed: of the minibatch and where the iteration starts.
         iterations: two gradients each.
     """
@@ -350,41 +351,33 @@ def kronecker_curvature(objective: Objective, roots: Any, *, seed: int, iteratio
     batch = next(iter(objective.source.minibatches(seed)))
     reference = objective.reference
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in reference.values())
-    scale = sum(float(p.double().square().sum()) for p in reference.values()) ** 0.5
-    delta = (1e-1 if low else 1e-3) * max(scale, 1e-3)
-    masks = objective.masks
-
-    def rooted(vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = roots(vector)
-        return found
-
-    def masked(vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: v * masks[name] if name in masks else v for name, v in vector.items()}
-
-    def norm(vector: dict[str, Tensor]) -> float:
-        return sum(float(v.double().square().sum()) for v in vector.values()) ** 0.5
-
-    wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in reference.items()}
-    vector = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device, wide[name])
-        for name, p in reference.items()
-    }
-    curvature = norm(vector)
+    delta = (1e-1 if low else 1e-3) * max(_norm(reference), 1e-3)  # short against w*, long against rounding
+    vector = metric({name: torch.randn(p.shape, generator=generator).to(p.device) for name, p in reference.items()})
+    curvature = 0.0
     for _ in range(iterations):
-        if not 0 < curvature < float("inf"):
+        length = _norm(vector)
+        if not 0 < length < math.inf:
             break
-        along = masked(rooted({name: v / curvature for name, v in vector.items()}))
-        length = norm(along)
-        if not length:
-            return 0.0
         change = {name: torch.zeros_like(v) for name, v in vector.items()}
         for sign in (1, -1):
-            there = {name: (w + sign * delta / length * along[name]).to(w.dtype) for name, w in reference.items()}
-            objective.gradient_at(
-                there,
-                batch,
-                lambda name, grad, sign=sign: change[name].add_(grad.to(change[name].dtype), alpha=sign),  # type: ignore[misc]
-            )
-        vector = rooted(masked({name: c * (length / (2 * delta)) for name, c in change.items()}))
-        curvature = norm(vector)
+            there = {name: w + (sign * delta / length * vector[name]).to(w.dtype) for name, w in reference.items()}
+
+            def add(name: str, grad: Tensor, into: dict[str, Tensor] = change, sign: int = sign) -> None:
+                into[name].add_(grad.to(into[name].dtype), alpha=sign)
+
+            objective.gradient_at(there, batch, add)
+        image = {name: c * (length / (2 * delta)) for name, c in change.items()}  # Hv
+        along = sum(float((vector[name].double() * image[name].double()).sum()) for name in image)
+        new = metric(image)
+        # Rayleigh's quotient of PH in the scalar product of P⁻¹, in which it is symmetric: (Hv)ᵀP(Hv) / vᵀHv.
+        across = sum(float((new[name].double() * image[name].double()).sum()) for name in image)
+        curvature = across / along if along > 0 else 0.0
+        size = _norm(new)
+        if not 0 < size < math.inf:
+            break
+        vector = {name: v / size for name, v in new.items()}
     return curvature
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))

@@ -41,7 +41,7 @@ class Sampler:
 
     name: ClassVar[str]
     kind: ClassVar[Kind] = "unknown"
-    """``"langevin"``: w' = w − (ε/2)·p·∇U(w) + √(εp)·ξ in a diagonal metric 1/p, the proposal of MALA;
+    """``"langevin"``: w' = w − (ε/2)·p·∇U(w) + √(εp)·ξ in a metric 1/p, the proposal of MALA;
     ``"momentum"``: the drift is averaged over steps; ``"thermostat"``: so it is, with a friction that follows the
     kinetic energy; ``"metropolis"``: proposals are accepted or rejected by the loss over the whole data set, which
     an optimizer does not see."""

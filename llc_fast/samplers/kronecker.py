@@ -10,9 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from llc_fast.kernels.native import NUM_SUMS, Segment, SegmentTable
+from llc_fast.kernels.native import Segment, SegmentTable
 from llc_fast.kernels.step import SUMS, NoiseKey
 from llc_fast.samplers.base import Metric, Sampler
+from llc_fast.samplers.langevin import LangevinSampler
 from llc_fast.samplers.registry import register
 from llc_fast.samplers.state import ChainState
 from llc_fast.support.arguments import check_number
@@ -42,7 +43,7 @@ class Factors(NamedTuple):
 
 @register
 @dataclass(frozen=True)
-class KFACSGLDSampler(Sampler):
+class KFACSGLDSampler(LangevinSampler):
     r"""SGLD in the metric of K-FAC (Martens & Grosse 2015, arXiv 1503.05671), in the factors' eigenbases.
 
     .. math:: W ← W − \tfrac{ε}{2}\,U_B\,[p ∘ (U_B^⊤ D\,U_A)]\,U_A^⊤ + σ\sqrt{ε}\;U_B\,[\sqrt p ∘ ξ]\,U_A^⊤,\qquad
@@ -71,9 +72,7 @@ class KFACSGLDSampler(Sampler):
 
     name: ClassVar[str] = "kfac-sgld"
     metric: ClassVar[Metric] = "kronecker"
-    supports_bias_correction: ClassVar[bool] = True
     has_optimizer: ClassVar[bool] = False
-    traces: ClassVar[tuple[str, ...]] = ("bias", "squared_distance")
 
     damping: float = 1.0
     adapt_steps: float | None = None
@@ -87,10 +86,6 @@ class KFACSGLDSampler(Sampler):
     @classmethod
     def rule(cls) -> str:
         return "sgld"  # what it is in coordinates in which the metric is 1
-
-    @classmethod
-    def drift_lag(cls, options: Mapping[str, Any]) -> float:
-        return 0.0
 
     @classmethod
     def needs_whole_step(cls, options: Mapping[str, Any]) -> bool:
@@ -117,12 +112,12 @@ class KFACSGLDSampler(Sampler):
     @classmethod
     def extra_bytes(cls, shapes: Sequence[Sequence[int]], width: int) -> int:
         """Increments, and for each parameter the metric, its factors' means, and what a step rotates in between."""
-        total = 0
+        total, sizes = 0, [math.prod(shape) for shape in shapes]
         for shape, is_matrix in zip(shapes, may_be_matrices(shapes), strict=True):
             count = math.prod(shape)
             sides = matrix_of(shape) if is_matrix else (0, 0)
-            total += 2 * count + (2 * sum(side**2 for side in sides) if is_matrix else count)
-        return width * (total + 4 * max(map(math.prod, shapes), default=0))
+            total += 6 * count + (2 * sum(side**2 for side in sides) if is_matrix else count)
+        return width * (total + 4 * max(sizes, default=0))
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -132,7 +127,7 @@ def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
 
 def may_be_matrices(shapes: Sequence[Sequence[int]]) -> list[bool]:
     """Of each parameter, whether its metric may be Kronecker-factored, by its shape and the size of all."""
-    small = sum(map(math.prod, shapes)) <= MAX_PARAMETERS
+    small = sum(math.prod(s) for s in shapes) <= MAX_PARAMETERS
     return [small and len(s) > 1 and math.prod(s) > 0 and max(matrix_of(s)) <= MAX_SIDE for s in shapes]
 
 
@@ -175,8 +170,8 @@ def _not_zero(curvature: Tensor) -> Tensor:
 class KroneckerState(ChainState):
     """Chains with a metric each: p and the eigenbases, which :meth:`renew` makes of factors.
 
-    A step rotates drifts into coordinates in which the metric is 1, where the fused step makes increments of plain SGLD
-    that start at 0, and rotates these back.
+    A step takes place in the eigenbases: v with W = W* + U_B v U_Aᵀ, where the metric is diagonal. Gradients are
+    rotated there, and W is made from v. The fused step makes the increments, in coordinates in which the metric is 1.
 
     Args:
         reference, masks, sampler, num_chains: as for :class:`ChainState`.
@@ -190,35 +185,48 @@ class KroneckerState(ChainState):
     ) -> None:
         super().__init__(reference, masks, sampler, num_chains)
         self._kfac = sampler
-        self._increments = self._rows(self.w.dtype)
-        segments = [
-            Segment(w=self._view(self._increments, k)[0], offset=self._offsets[k]) for k in range(len(self._names))
-        ]
-        self._table = SegmentTable("sgld", segments, num_chains=num_chains, chain_stride=self._increments.stride(0))
+        self._increments, self._v, self._root, self._slope = (self._rows(self.w.dtype) for _ in range(4))
+        # Named by their places in a row: this sampler shares its noise with no other.
+        segment = Segment(w=self._increments[0], offset=0)
+        self._table = SegmentTable("sgld", [segment], num_chains=num_chains, chain_stride=self._increments.stride(0))
         self._plain = self.scalars._replace(nbeta=1.0, localization=0.0, weight_decay=0.0, bounding_box=math.inf)
         shapes = [tuple(p.shape) for p in self._reference]
-        self._shapes = [(num_chains, *(matrix_of(s) if len(s) > 1 and math.prod(s) else s)) for s in shapes]
-        self._places = refreshes(self.adapts_until)
-        self._at = set(self._places)
-        self.is_matrix = [False] * len(shapes)
+        self._shapes = [
+            (num_chains, *(matrix_of(p.shape) if p.ndim > 1 and p.numel() else p.shape)) for p in self._reference
+        ]
+        self._at = set(refreshes(self.adapts_until))
+        # Where w is not all that v says, v follows w.
+        self._v_follows = bool(masks) or math.isfinite(self.scalars.bounding_box)
         self.set_matrices(may_be_matrices(shapes))
 
     def set_matrices(self, is_matrix: Sequence[bool]) -> None:
         """Say which parameters have a Kronecker-factored metric; the others have a diagonal one. Before any step."""
         self.is_matrix = list(is_matrix)
-        new = dict[str, Any](dtype=self.w.dtype, device=self._device)
-        self._root = [torch.zeros(shape, **new) for shape in self._shapes]
         self._bases: list[tuple[Tensor, Tensor] | None] = []
-        self._sums_of_factors: list[Factors] = []
+        self._totals: list[Factors] = []
         for shape, factored in zip(self._shapes, self.is_matrix, strict=True):
-            if factored:
-                sides = [(shape[0], side, side) for side in shape[1:]]
-                self._bases.append((torch.zeros(sides[0], **new), torch.zeros(sides[1], **new)))
-                self._sums_of_factors.append(Factors(torch.zeros(sides[0], **new), torch.zeros(sides[1], **new)))
-            else:
-                self._bases.append(None)
-                self._sums_of_factors.append(Factors(torch.zeros(shape, **new)))
+            places = [(shape[0], side, side) for side in shape[1:]] if factored else [shape]
+            new = [torch.zeros(place, dtype=self.w.dtype, device=self._device) for place in places]
+            self._totals.append(Factors(*new))
+            self._bases.append((torch.zeros_like(new[0]), torch.zeros_like(new[1])) if factored else None)
         self._count = torch.zeros(self.num_chains, dtype=torch.float64)
+        reference = self._reference
+        self._parts = [
+            _Part(
+                w=self._matrices(self.w, k),
+                v=self._matrices(self._v, k),
+                slope=self._matrices(self._slope, k),
+                reference=reference[k].view(shape[1:]),
+                mask=None if self._masks[k] is None else self._masks[k].expand_as(reference[k]).reshape(shape[1:]),  # type: ignore[union-attr]
+                bases=self._bases[k],
+            )
+            for k, shape in enumerate(self._shapes)
+        ]
+
+    def _matrices(self, rows: Tensor, k: int) -> Tensor:
+        """The k-th parameter of all chains as matrices, a view."""
+        n, shape = self._reference[k].numel(), self._shapes[k]
+        return rows[:, self._starts[k] : self._starts[k] + n].view(shape)
 
     @property
     def adapts_until(self) -> float:
@@ -232,8 +240,8 @@ class KroneckerState(ChainState):
 
     def _own(self) -> list[Tensor]:
         bases = [t for pair in self._bases if pair is not None for t in pair]
-        sums = [t for f in self._sums_of_factors for t in f if t is not None]
-        return [*self._root, *bases, *sums, self._count]
+        totals = [t for f in self._totals for t in f if t is not None]
+        return [self._v, self._root, *bases, *totals, self._count]
 
     def arrays(self) -> dict[str, Tensor]:
         return super().arrays() | {f"metric{k}": t for k, t in enumerate(self._own())}
@@ -244,6 +252,16 @@ class KroneckerState(ChainState):
         for name, place in own.items():
             place.copy_(arrays[name])
         super().restore({name: value for name, value in arrays.items() if name not in own})
+
+    def put(self, rows: Tensor) -> None:
+        super().put(rows)
+        self._follow_w()
+
+    @torch.no_grad()
+    def _follow_w(self) -> None:
+        """v of w as it is."""
+        for part in self._parts:
+            part.v.copy_(part.inside(part.w - part.reference))
 
     # ---- the metric ------------------------------------------------------------------------------------------
 
@@ -263,104 +281,121 @@ class KroneckerState(ChainState):
             step: one that :meth:`is_due`.
             factors: of each chain and parameter, where the chain is; None if they are not needed.
         """
-        adapts = step < self.adapts_until
-        remembers = step >= self.adapts_until / 2 and math.isfinite(self.adapts_until)
-        scalars, damping = self.scalars, float(self._kfac.damping)
+        adapts, scalars = step < self.adapts_until, self.scalars
+        remembers = adapts and self.adapts_until / 2 <= step
+        damping = self._kfac.damping * (_EARLY_DAMPING if adapts else 1.0)
         pull = scalars.localization + scalars.weight_decay
-        if adapts:
-            damping *= _EARLY_DAMPING
-        uses_means = not adapts and bool(self._count.max())
-        for k, shape in enumerate(self._shapes):
-            total = self._sums_of_factors[k]
-            if uses_means:
-                found = Factors(*(t if t is None else t / float(self._count[0]) for t in total))
+        for k, (shape, total) in enumerate(zip(self._shapes, self._totals, strict=True)):
+            if factors is None:
+                found = [t / float(self._count[0]) for t in total if t is not None]
             else:
-                assert factors is not None
-                parts = zip(*(row[k] for row in factors), strict=True)
-                stacked = [None if p[0] is None else torch.stack(p).to(self.w.dtype) for p in parts]
-                found = Factors(stacked[0].view(total.rows.shape), stacked[1])  # type: ignore[union-attr]
+                given = [[t for t in row[k] if t is not None] for row in factors]
+                found = [torch.stack(parts).to(self.w.dtype) for parts in zip(*given, strict=True)]
+                found[0] = found[0].view(total.rows.shape)
                 if remembers:
-                    for t, new in zip(total, found, strict=True):
-                        if t is not None:
-                            t += new
+                    for t, new in zip((t for t in total if t is not None), found, strict=True):
+                        t += new
             # A chain that diverged has no metric; the others keep theirs.
-            finite = torch.stack([t.flatten(1).isfinite().all(1) for t in found if t is not None]).all(0)
-            safe = [
-                t if t is None else t.where(finite.view(-1, *[1] * (t.ndim - 1)), torch.zeros_like(t)) for t in found
-            ]
-            p, rows, columns = damped(Factors(*safe), scalars.nbeta, pull, damping)  # type: ignore[arg-type]
-            self._root[k].copy_((p * (_EARLY_STEP if adapts else 1.0)).sqrt().view(shape))
+            finite = torch.stack([t.flatten(1).isfinite().all(1) for t in found]).all(0)
+            found = [t.where(finite.view(-1, *[1] * (t.ndim - 1)), torch.zeros_like(t)) for t in found]
+            p, rows, columns = damped(Factors(*found), scalars.nbeta, pull, damping)
+            self._matrices(self._root, k).copy_((p * (_EARLY_STEP if adapts else 1.0)).sqrt().view(shape))
             if (bases := self._bases[k]) is not None:
                 assert rows is not None and columns is not None
                 bases[0].copy_(rows)
                 bases[1].copy_(columns)
-        if adapts and remembers:
+        if remembers:
             self._count += 1
+        self._follow_w()
 
-    def rooted(self, k: int, values: Tensor) -> Tensor:
-        """√P times values of the k-th parameter, ``[num_chains, *shape]``."""
-        return self._back(k, self._rotated(k, values)).view(values.shape)
+    def _each(self, rows: Tensor, function: str) -> Tensor:
+        """A :class:`_Part`'s function of each parameter, in a new tensor of rows."""
+        found = torch.zeros_like(self._v)
+        for k, part in enumerate(self._parts):
+            self._matrices(found, k).copy_(getattr(part, function)(self._matrices(rows, k)))
+        return found
 
-    def _rotated(self, k: int, values: Tensor) -> Tensor:
-        """Of the coordinates of a gradient in which the metric is 1."""
-        values = values.view(self._shapes[k])
-        if (bases := self._bases[k]) is not None:
-            values = bases[0].mT @ values @ bases[1]
-        return self._root[k] * values
+    def times_metric(self, rows: Tensor, step: int, factor: float) -> Tensor:
+        rotated = self._each(rows, "inside")
+        return self._each(rotated.mul_(self._root).mul_(self._root), "outside").mul_(factor)
 
-    def _back(self, k: int, values: Tensor) -> Tensor:
-        if (bases := self._bases[k]) is not None:
-            return bases[0] @ values @ bases[1].mT
-        return values
+    def squares_in_metric(self, rows: Tensor, step: int, before: float = 1.0, factor: float = 1.0) -> Tensor:
+        return self._each(rows, "inside").mul_(self._root).square_().mul_(before * factor)
+
+    def noise_in_metric(self, normals: Tensor, step: int, lr: float) -> Tensor:
+        return self._each(normals * self._root, "outside").mul_(math.sqrt(lr))
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
-        s = self.scalars
-        inside: list[Tensor] = []
-        distance = torch.zeros(self.num_chains, dtype=torch.float64, device=self._device)
-        bias = torch.zeros_like(distance)
-        for k, (reference, mask) in enumerate(zip(self._reference, self._masks, strict=True)):
-            w = self._view(self.w, k)
-            away = w - reference
-            grad = (
-                grads[k].to(w.dtype).view(w.shape)
-                if grads[k].numel() == w.numel()
-                else grads[k].to(w.dtype).expand_as(w)
-            )
-            drift = s.nbeta * grad + s.localization * away + s.weight_decay * w
-            if mask is not None:
-                away, grad, drift = away * mask, grad * mask, drift * mask
-            rotated = self._rotated(k, drift.contiguous())
-            distance += away.square().flatten(1).sum(1, dtype=torch.float64)
-            own = rotated if s.localization == 0 == s.weight_decay else s.nbeta * self._rotated(k, grad.contiguous())
-            bias += (own * rotated).flatten(1).sum(1, dtype=torch.float64)
-            inside.append(rotated.view(w.shape))
-        self._inside = inside  # a CUDA graph knows their places
+        s, v, root = self.scalars, self._v, self._root
+        if self._v_follows:
+            self._follow_w()
+        for part, grad in zip(self._parts, grads, strict=True):
+            part.set_slope(grad.to(v.dtype))
+        own = self._slope.mul_(root).mul_(s.nbeta)  # of nβ·L
+        slope = torch.addcmul(own, root, v, value=s.localization)
+        if s.weight_decay:
+            slope.addcmul_(root, self._each(self.w, "inside"), value=s.weight_decay)
+        assert self._sums is not None
+        # In units of Sampler.bias, which multiplies by nβ. A basis is orthonormal: ‖v‖ is ‖w − w*‖.
+        scale = s.lr / 8 / s.nbeta if s.nbeta else 0.0
+        self._sums[:, SUMS.index("bias")] = scale * (own * slope).sum(1, dtype=torch.float64)
+        self._sums[:, SUMS.index("distance")] = v.square().sum(1, dtype=torch.float64)
+        self._kept = slope  # a CUDA graph knows its place
         self._increments.zero_()
         key = NoiseKey(self._seed, step=step, chain=self._first_chain)
-        given = inside if self.num_chains > 1 else [g[0] for g in inside]
-        self._table.step(given, self._plain, key, device_step=device_step)
-        for k, (reference, mask) in enumerate(zip(self._reference, self._masks, strict=True)):
-            w, increment = self._view(self.w, k), self._view(self._increments, k).reshape(self._shapes[k])
-            change = self._back(k, self._root[k] * increment).view(w.shape)
-            w += change if mask is None else change * mask
-            if math.isfinite(s.bounding_box):
-                low, high = reference - s.bounding_box, reference + s.bounding_box
-                clamped = torch.where(w < low, low.to(w.dtype), torch.where(w > high, high.to(w.dtype), w))
-                w.copy_(clamped if mask is None else torch.where(mask.expand_as(w), clamped, w))
+        self._table.step([slope if self.num_chains > 1 else slope[0]], self._plain, key, device_step=device_step)
+        v.addcmul_(root, self._increments)
+        for part in self._parts:
+            part.set_w(s.bounding_box)
         self._show()
-        assert self._sums is not None and self._sums.shape[1] == NUM_SUMS
-        # In units of Sampler.bias, which multiplies by nβ.
-        self._sums[:, SUMS.index("bias")] = bias * (s.lr / 8 / s.nbeta if s.nbeta else 0.0)
-        self._sums[:, SUMS.index("distance")] = distance
 
     def send_addresses(self) -> None:
         self._table.send_addresses()
 
     def move_one(self, name: str, grad: Tensor, step: int) -> None:
         raise NotImplementedError(f"sampler={self._kfac.name!r} needs the whole gradient")
+
+
+class _Part(NamedTuple):
+    """One parameter of all chains, ``[num_chains, …]``: as matrices where it has more than one dimension."""
+
+    w: Tensor
+    v: Tensor
+    slope: Tensor
+    reference: Tensor
+    mask: Tensor | None
+    bases: tuple[Tensor, Tensor] | None
+
+    def inside(self, values: Tensor) -> Tensor:
+        """Values of what may move, in the eigenbasis."""
+        return self.rotated(values if self.mask is None else values * self.mask)
+
+    def outside(self, values: Tensor) -> Tensor:
+        """From the eigenbasis, of what may move."""
+        found = self.back(values)
+        return found if self.mask is None else found * self.mask
+
+    def rotated(self, values: Tensor) -> Tensor:
+        return values if self.bases is None else self.bases[0].mT @ values @ self.bases[1]
+
+    def back(self, values: Tensor) -> Tensor:
+        return values if self.bases is None else self.bases[0] @ values @ self.bases[1].mT
+
+    def set_slope(self, grad: Tensor) -> None:
+        """The gradient in the eigenbasis; of one shape for all chains, or with a leading dimension."""
+        grad = grad.reshape(self.w.shape if grad.numel() == self.w.numel() else self.w.shape[1:])
+        self.slope.copy_(self.inside(grad))
+
+    def set_w(self, box: float) -> None:
+        """w of v, where the mask and the box let it be."""
+        w = self.reference + self.back(self.v)
+        if math.isfinite(box):
+            low, high = self.reference - box, self.reference + box
+            w = torch.where(w < low, low, torch.where(w > high, high, w))  # a NaN stays a NaN
+        self.w.copy_(w if self.mask is None else torch.where(self.mask, w, self.w))
 
 
 def make_state(

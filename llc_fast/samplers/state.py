@@ -171,6 +171,24 @@ class ChainState:
         p = self.rows_of(self.moving).mul_(self.rows_of([segment.preconditioner for segment in self._segments]))
         return p.mul_(self._sampler.frozen_metric(self._adapted(step, ()), self.states))
 
+    def of_rows(self, rows: Tensor, k: int) -> Tensor:
+        """The k-th parameter of all chains in rows like `w`, ``[num_chains, *shape]``."""
+        return self._view(rows, k)
+
+    # Rows like w's, in a metric that no longer adapts.
+
+    def times_metric(self, rows: Tensor, step: int, factor: float) -> Tensor:
+        """The factor times P times rows."""
+        return factor * self.metric(step) * rows
+
+    def squares_in_metric(self, rows: Tensor, step: int, before: float = 1.0, factor: float = 1.0) -> Tensor:
+        """Terms whose sum along a row is xᵀPx, times both numbers."""
+        return before * self.metric(step) * rows.square().mul_(factor)
+
+    def noise_in_metric(self, normals: Tensor, step: int, lr: float) -> Tensor:
+        """Standard normal rows as those of covariance εP; overwritten."""
+        return normals.mul_((lr * self.metric(step)).sqrt())
+
     # ---- where they are ------------------------------------------------------------------------------------
 
     @torch.no_grad()

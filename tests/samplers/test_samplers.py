@@ -30,7 +30,9 @@ NBETA, LOCALIZATION = 2.0, 0.5
 
 
 def test_every_sampler_has_a_rule_and_an_optimizer() -> None:
-    assert [*OPTIONS, "mala", "hmc"] == list(SAMPLERS) and list(OPTIONS) == list(NUM_STATES) == list(STEPPED)
+    assert [*OPTIONS, "kfac-sgld", "mala", "hmc"] == list(SAMPLERS) and list(OPTIONS) == list(NUM_STATES) == list(
+        STEPPED
+    )
     assert OPTIMIZERS["sgld"] is llc_fast.SGLD and OPTIMIZERS["sgnht"] is llc_fast.SGNHT
 
     @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ def test_declarations_agree(name: str) -> None:
     assert ("bias" in cls.traces) == ("bias" in cls.sums_needed(options)) == cls.supports_bias_correction
     assert math.isfinite(cls.injected_noise(options)) == cls.supports_bias_correction
     assert cls.momentum_variant is None or SAMPLERS[cls.momentum_variant].kind == "momentum"
-    assert (name in STEPPED) == (cls.kind != "metropolis") == math.isfinite(cls.bytes_moved())
+    assert (name in STEPPED) == cls.has_optimizer == math.isfinite(cls.bytes_moved())
 
 
 def test_bytes_moved() -> None:
@@ -187,7 +189,7 @@ def _mean_bias(cls: type[Sampler], options: dict[str, Any]) -> tuple[float, floa
     return float(np.mean(reported[300:])), exact
 
 
-_SUPPORTING = [name for name, cls in SAMPLERS.items() if cls.supports_bias_correction]
+_SUPPORTING = [name for name, cls in STEPPED.items() if cls.supports_bias_correction]
 
 
 def _assert_bias(cls: type[Sampler], options: dict[str, Any]) -> None:
@@ -312,7 +314,7 @@ def test_names_as_people_write_them(name: str) -> None:
 )
 def test_unknown_names_are_refused_with_the_nearest(name: str, near: str | None) -> None:
     with pytest.raises(
-        ValueError, match=f"sampler='{name}' is unknown; .*choose one of: adam-sgld, hmc, mala"
+        ValueError, match=f"sampler='{name}' is unknown; .*choose one of: adam-sgld, hmc, kfac-sgld, mala"
     ) as caught:
         make_sampler(name)
     assert (f"did you mean {near}?" in str(caught.value)) if near else ("did you mean" not in str(caught.value))
