@@ -58,12 +58,12 @@ RESTART_STEP, MAX_RESTARTS = 1 / 4, 3
 """ε of a run that begins again, as a share of the one with which its chains diverged; and how often. Pilots can't see
 everything: near very singular places the curvature grows for thousands of steps."""
 CHALLENGE_LENGTH, MIN_GAIN = 1 / 4, 2.0
-"""Of the pilot in another metric: its length, as a share of the last pilot before, which adds 2.4 % to the gradients; and
-how many times as fast it has to be. Pilots are short: what looks twice as fast is not slower."""
+"""Of the pilot in another metric: its length, as a share of the last pilot before, which adds 2.4 % to the gradients;
+and how many times as fast it has to be. Pilots are short: what looks twice as fast is not slower."""
 _MOST_ELEMENTS, _MOST_METRIC_BYTES = 2_000_000, 1e9
 """Parameters, and bytes that the metric of all chains takes, above which no pilot tries another metric."""
 _LONG_MEMORY, _VISIBLE = 20.0, 0.02
-"""Of a pilot without bias: the autocorrelation time in steps, or its growth over the last doubling but one, above which a
+"""Of a pilot without bias: the autocorrelation time in steps, or the growth over its last two doublings, above which a
 better metric can show."""
 FLOPS_PER_BYTE, FLOPS_PER_CALL = {"cpu": 2.0, "cuda": 5.0}, {"cpu": 4e5, "cuda": 1e8}
 """What moving a byte, and calling one operation of torch, cost in floating-point operations, at the nominal speeds of
@@ -344,8 +344,8 @@ class _Pilot:
         """What was chosen, or another sampler in its place, if a short pilot shows that it is faster.
 
         It is tried only where the last pilot says that there is something to gain. It then takes a quarter of that
-        pilot's steps, and is compared with where that pilot was at the same step and later: chains of all samplers start
-        at w*, and tend to the same posterior. Effective samples are counted over the cost of steps, which is counted too.
+        pilot's steps, and is compared with where that pilot was at the same step and later: chains of all samplers
+        start at w*, and tend to the same posterior. Effective samples are over the cost of steps, which is counted.
 
         Args:
             chosen: for the default sampler.
@@ -373,8 +373,8 @@ class _Pilot:
         chosen = dataclasses.replace(chosen, pilot_steps=spent)
         if not (np.isfinite(excess).all() and np.isfinite(bias).all()):
             return dataclasses.replace(chosen, reason=f"{kept} diverged within {length} steps")
-        # Smaller steps if there is more bias than a run may end with. Its metric is learned for longer than this one, so
-        # that nothing is read from a trend.
+        # Smaller steps if there is more bias than a run may end with. Its metric is learned for longer than this one,
+        # so that nothing is read from a trend.
         late = slice(length // 2, None)
         share = float(bias[late].mean() / max(float(excess[late].mean()), 1e-12))
         slower = min(1.0, max(1 / 8, 2 * TARGET_BIAS_SHARE / max(share, 1e-12)))

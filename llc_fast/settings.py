@@ -49,7 +49,7 @@ DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 """Of a length by need: the total relative error at which chains stop, and the draws that they stop at, burn-in counted
 as draws; if time is limited instead."""
 PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.025
-"""Gradients of the pilot chains, of those of all chains; and of the one in another metric, where the sampler is open."""
+"""Gradients of the pilot chains, of those of all chains; and of the one in another metric, if the sampler is open."""
 LIMITS = ("target_error", "max_seconds", "max_gradients")
 """Arguments that find a length, where `num_draws` and `num_burnin` give one."""
 FIRST_LOOK, UNUSED = 1250, 16

@@ -625,20 +625,28 @@ def _deep() -> DeepLinearProblem:
     return deep_linear.make_problem(SizeClass((5, 100), (2, 10), 10_000, 5e-7, 10_000), 1)
 
 
-_DEEP: dict[str, Any] = {"localization": 1.0, "batch_size": 200, "num_draws": 500, "num_burnin": 500, "progress": False}
+_DEEP: dict[str, Any] = {"localization": 1.0, "batch_size": 200, "num_draws": 350, "num_burnin": 350, "progress": False}
 
 
-def test_a_metric_that_is_faster_is_chosen(tmp_path: Path) -> None:
-    """By pilots that say so: equally for equal seeds, for the price that is said, and kept in a checkpoint."""
+def test_a_metric_that_is_faster_is_chosen() -> None:
+    """By pilots that say so, and equally for equal seeds."""
     problem = _deep()
-    settings = _DEEP | {"num_chains": 2, "num_draws": 1000, "num_burnin": 1000}
-    found = llc_fast.calibrate(problem.model, problem.data, mse, **settings)
+    found = llc_fast.calibrate(problem.model, problem.data, mse, **_DEEP)
     assert found["sampler"].name == "kfac-sgld" and "kfac-sgld gave" in found.reason
-    assert llc_fast.calibrate(problem.model, problem.data, mse, **settings).reason == found.reason
+    assert found["localization"] == 1.0 and found["bias_correction"]
+    again = llc_fast.calibrate(problem.model, problem.data, mse, **_DEEP)
+    assert again == found and again.reason == found.reason
+
+
+@pytest.mark.slow
+def test_what_the_faster_metric_gives(tmp_path: Path) -> None:
+    """An estimate takes it for the price that is said, keeps it in a checkpoint, and comes much nearer to λ."""
+    problem, settings = _deep(), _DEEP
+    found = llc_fast.calibrate(problem.model, problem.data, mse, **settings)
     alone = llc_fast.estimate_llc(problem.model, problem.data, mse, **settings)
     assert alone.settings["sampler"] == "kfac-sgld" and alone.settings["localization"] == 1.0
     assert alone.diagnostics["sampler_reason"] in found.reason
-    assert alone.diagnostics["pilot_steps"] <= (0.13 + 0.025) * 2 * 2000
+    assert 0.13 * 4 * 700 < alone.diagnostics["pilot_steps"] <= (0.13 + 0.025) * 4 * 700
     assert_same(llc_fast.estimate_llc(problem.model, problem.data, mse, **settings | found), alone)
     with interrupted_after(100):
         part = llc_fast.estimate_llc(problem.model, problem.data, mse, **settings, checkpoint=tmp_path / "run")
@@ -646,11 +654,11 @@ def test_a_metric_that_is_faster_is_chosen(tmp_path: Path) -> None:
     assert_same(llc_fast.estimate_llc(problem.model, problem.data, mse, **settings, checkpoint=tmp_path / "run"), alone)
     slow = llc_fast.estimate_llc(problem.model, problem.data, mse, **settings, sampler="sgld")
     assert "sampler_reason" not in slow.diagnostics
-    assert slow.llc_mean < 0.8 * alone.llc_mean < 1.1 * 0.8 * problem.learning_coefficient
+    assert slow.llc_mean < 0.6 * alone.llc_mean < 0.6 * 1.05 * problem.learning_coefficient
 
 
 def test_the_default_stays_where_nothing_is_gained() -> None:
-    """A regression mixes at once; what a pilot in another metric would need is missing; a run may be too short for it."""
+    """A regression mixes at once; the run is too short for a pilot in another metric; there are masks."""
     model, inputs, loss_fn, _ = _problem("regression")
     found = llc_fast.calibrate(model, inputs, loss_fn, progress=False)
     assert found["sampler"] != "kfac-sgld" and "its pilot no longer grows" in found.reason

@@ -3,12 +3,12 @@
     python benchmarks/speed/bench_metrics.py [--problems 1k 10k relu resnet transformer] [--networks 30] [--steps 2400]
                                              [--metrics sgld …] [--seed 0] [--quick] [--json PATH]
 
-The problems: the deep linear networks of ``llc-fast reproduce accuracy`` (30 of class 1k and 30 of 10k, λ known), a ReLU
-network at an exact minimum, as it is and with a hidden layer rescaled by a tenth (one function, other parameters), a
-residual network trained on scikit-learn's digits, and a transformer trained on the manual of Python. Every metric runs
-the same estimate: 4 chains of `--steps`, half of which are burn-in, ε from pilot chains, and the Euclidean localization,
-so that all of them sample one posterior. On a network metrics run one after another, and rows are written as they are
-measured: the same command goes on from there.
+The problems: the deep linear networks of ``llc-fast reproduce accuracy`` (30 of class 1k and 30 of 10k, λ known), a
+ReLU network at an exact minimum, as it is and with a hidden layer rescaled by a tenth (one function, other parameters),
+a residual network trained on scikit-learn's digits, and a transformer trained on the manual of Python. Every metric
+runs the same estimate: 4 chains of `--steps`, half of which are burn-in, ε from pilot chains, and the Euclidean
+localization, so that all of them sample one posterior. On a network metrics run one after another, and rows are written
+as they are measured: the same command goes on from there.
 
 "ESS" is the effective size (``llc_fast.stats.convergence.ess_mean``) of the kept draws of the loss trace, over chains;
 gradients and CPU seconds are those of the whole estimate with its pilots, on one thread. Effective samples alone
@@ -189,8 +189,8 @@ def summary(rows: dict[str, dict[str, dict[str, Any]]], metrics: list[str]) -> l
     """A line for each kind of problem and metric: medians over its networks, those that every metric has."""
     lines = []
     for group in GROUPS:
-        in_group = lambda key: key == group or (group in ("1k", "10k") and key.startswith(f"{group} "))  # noqa: E731
-        mine = [found for key, found in rows.items() if in_group(key) and all(m in found for m in metrics)]
+        of_group = [found for key, found in rows.items() if key == group or key.startswith(f"{group} ")]
+        mine = [found for found in of_group if all(m in found for m in metrics)]
         for metric in metrics if mine else ():
             ratios = {
                 name: _middle(found[metric][name] / found[BASE][name] for found in mine if _has(found, metric, name))
