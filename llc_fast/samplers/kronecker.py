@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from llc_fast.kernels.native import Segment, SegmentTable
-from llc_fast.kernels.step import SUMS, NoiseKey
-from llc_fast.samplers.base import Metric, Sampler
-from llc_fast.samplers.langevin import LangevinSampler
+from llc_fast.kernels.step import SUMS, NoiseKey, StepScalars
+from llc_fast.samplers.base import Kind, Metric, Sampler
 from llc_fast.samplers.registry import register
 from llc_fast.samplers.state import ChainState
 from llc_fast.support.arguments import check_number
@@ -43,11 +42,11 @@ class Factors(NamedTuple):
 
 @register
 @dataclass(frozen=True)
-class KFACSGLDSampler(LangevinSampler):
-    r"""SGLD in the metric of K-FAC (Martens & Grosse 2015, arXiv 1503.05671), in the factors' eigenbases.
+class KFACSGLDSampler(Sampler):
+    r"""SGLD with momentum in the metric of K-FAC (Martens & Grosse 2015, arXiv 1503.05671), in the factors' eigenbases.
 
-    .. math:: W ← W − \tfrac{ε}{2}\,U_B\,[p ∘ (U_B^⊤ D\,U_A)]\,U_A^⊤ + σ\sqrt{ε}\;U_B\,[\sqrt p ∘ ξ]\,U_A^⊤,\qquad
-        D = nβ\,g + γ(W − W^*) + μ\,W
+    .. math:: M ← (1 − α)\,M − \tfrac{ε}{2}\,\sqrt p ∘ (U_B^⊤ D\,U_A) + σ\sqrt{ε α}\,ξ,\qquad
+        W ← W + U_B\,(\sqrt p ∘ M)\,U_A^⊤,\qquad D = nβ\,g + γ(W − W^*) + μ\,W
 
     for each weight matrix W, with A = E[x xᵀ] of its inputs, B the Gauss–Newton matrix of its outputs, both at the
     place where the chain is, and
@@ -58,8 +57,9 @@ class KFACSGLDSampler(LangevinSampler):
     one factor is small there grows with 1/ρ only: it stays small enough for what the direction becomes once the
     weights next to it have moved. Each chain has its own metric, for chains go different ways. The metric follows the
     chain for `adapt_steps` steps, renewed whenever their number has grown by a tenth, with 0.3 ε and 0.1 ρ. Then it is
-    that of the factors' means over the second half of these steps, and stays as it is: draws come from SGLD in a fixed
-    metric, which is exact up to O(ε).
+    that of the factors' means over the second half of these steps, and stays as it is: draws come from SGHMC in a fixed
+    metric, which is exact up to O(ε); α = 1 is without momentum. M is in coordinates in which the metric is 1, so it
+    keeps its law when the metric changes, and its bias is that of SGHMC there.
 
     Convolutions are matrices of unfolded patches; biases, norms, embeddings, what several modules share, what no module
     applies as a matrix, and matrices with a side above 4096 have the diagonal of the Gauss–Newton matrix, damped in the
@@ -67,25 +67,44 @@ class KFACSGLDSampler(LangevinSampler):
 
     Attributes:
         damping: ρ > 0.
-        adapt_steps: steps after which the metric stays; None: the length of burn-in.
+        momentum_decay: the friction α, in (0, 1].
+        adapt_steps: steps after which the metric stays; None: the length of burn-in in `estimate_llc`, otherwise 0.
     """
 
     name: ClassVar[str] = "kfac-sgld"
+    kind: ClassVar[Kind] = "momentum"
     metric: ClassVar[Metric] = "kronecker"
+    supports_bias_correction: ClassVar[bool] = True
+    traces: ClassVar[tuple[str, ...]] = ("bias", "squared_distance")
     has_optimizer: ClassVar[bool] = False
 
     damping: float = 1.0
+    momentum_decay: float = 0.2
     adapt_steps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("damping", self.damping, minimum=0, exclusive=True)
+        if not 0 < check_number("momentum_decay", self.momentum_decay) <= 1:
+            raise ValueError(f"momentum_decay must be in (0, 1], got {self.momentum_decay}")
         if self.adapt_steps is not None:
             check_number("adapt_steps", self.adapt_steps, minimum=1)
 
     @classmethod
     def rule(cls) -> str:
-        return "sgld"  # what it is in coordinates in which the metric is 1
+        return "sghmc"  # what it is in coordinates in which the metric is 1
+
+    @classmethod
+    def scalars(cls, options: Mapping[str, Any]) -> StepScalars:
+        return super().scalars(options)._replace(friction=float(options["momentum_decay"]))
+
+    @classmethod
+    def drift_lag(cls, options: Mapping[str, Any]) -> float:
+        return 0.0  # as for SGHMC
+
+    @classmethod
+    def injected_noise(cls, options: Mapping[str, Any]) -> float:
+        return float(options["momentum_decay"])
 
     @classmethod
     def needs_whole_step(cls, options: Mapping[str, Any]) -> bool:
@@ -137,7 +156,7 @@ def refreshes(adapt_steps: float) -> list[int]:
     while step < adapt_steps:
         found.append(step)
         step += min(_LONGEST, max(1, int(_GROWTH * step)))
-    return [*found, int(adapt_steps)] if math.isfinite(adapt_steps) else found
+    return [*found, math.ceil(adapt_steps)]
 
 
 def damped(factors: Factors, nbeta: float, pull: float, damping: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -187,8 +206,10 @@ class KroneckerState(ChainState):
         self._kfac = sampler
         self._increments, self._v, self._root, self._slope = (self._rows(self.w.dtype) for _ in range(4))
         # Named by their places in a row: this sampler shares its noise with no other.
-        segment = Segment(w=self._increments[0], offset=0)
-        self._table = SegmentTable("sgld", [segment], num_chains=num_chains, chain_stride=self._increments.stride(0))
+        segment = Segment(w=self._increments[0], offset=0, state=[self.states[0][0]])
+        self._table = SegmentTable(
+            sampler.rule(), [segment], num_chains=num_chains, chain_stride=self._increments.stride(0)
+        )
         self._plain = self.scalars._replace(nbeta=1.0, localization=0.0, weight_decay=0.0, bounding_box=math.inf)
         shapes = [tuple(p.shape) for p in self._reference]
         self._shapes = [
@@ -231,7 +252,7 @@ class KroneckerState(ChainState):
     @property
     def adapts_until(self) -> float:
         steps = self._kfac.adapt_steps
-        return math.inf if steps is None else steps
+        return 0 if steps is None else steps
 
     def start(self, first_chain: int, seed: int) -> None:
         super().start(first_chain, seed)
@@ -339,9 +360,10 @@ class KroneckerState(ChainState):
         if s.weight_decay:
             slope.addcmul_(root, self._each(self.w, "inside"), value=s.weight_decay)
         assert self._sums is not None
-        # In units of Sampler.bias, which multiplies by nβ. A basis is orthonormal: ‖v‖ is ‖w − w*‖.
-        scale = s.lr / 8 / s.nbeta if s.nbeta else 0.0
-        self._sums[:, SUMS.index("bias")] = scale * (own * slope).sum(1, dtype=torch.float64)
+        # SGHMC's, in units of Sampler.bias, which multiplies by nβ. A basis is orthonormal: ‖v‖ is ‖w − w*‖.
+        scale = 1 / (s.friction * s.nbeta) if s.nbeta else 0.0
+        terms = torch.add(s.lr / 8 * slope, self.states[0], alpha=-(1 - s.friction) / 2).mul_(own)
+        self._sums[:, SUMS.index("bias")] = scale * terms.sum(1, dtype=torch.float64)
         self._sums[:, SUMS.index("distance")] = v.square().sum(1, dtype=torch.float64)
         self._kept = slope  # a CUDA graph knows its place
         self._increments.zero_()

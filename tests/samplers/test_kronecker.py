@@ -20,7 +20,9 @@ from llc_fast.gradients.memory import needed_bytes
 from llc_fast.gradients.plan import make_plan
 from llc_fast.kernels.native import normals
 from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective.kronecker import GaussNewton, _as_rows
 from llc_fast.objective.objective import Objective
+from llc_fast.problems.deep_linear import most_singular
 from llc_fast.samplers import kronecker, make_sampler
 from llc_fast.samplers.kronecker import Factors, KFACSGLDSampler, KroneckerState, refreshes
 from llc_fast.samplers.state import ChainState
@@ -35,7 +37,7 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 
 def _positive(side: int, seed: int) -> Tensor:
     root = _random(side, side, seed=seed)
-    return root @ torch.diag(torch.logspace(-2, 1, side, dtype=torch.float64)) @ root.T
+    return root @ torch.diag(torch.logspace(-1, 1, side, dtype=torch.float64)) @ root.T
 
 
 def _state(
@@ -92,7 +94,7 @@ def test_draws_have_the_metric_of_the_mean_factors() -> None:
     assert not state.needs_factors(4)
     state.renew(4, None)
     for chain in range(2):
-        means = [sum(found[k][chain][0][j] for k in (2, 3)) / 2 for j in range(2)]  # type: ignore[misc]
+        means = [torch.stack([found[k][chain][0][j] for k in (2, 3)]).mean(0) for j in range(2)]  # type: ignore[misc]
         alone = _state({"w": (3, 4)})
         alone.renew(4, [[Factors(*means)]])
         unit = torch.eye(16, dtype=torch.float64)
@@ -104,7 +106,7 @@ def test_the_metric_is_renewed_more_and_more_rarely() -> None:
     steps = refreshes(4000)
     assert steps[:12] == list(range(12)) and steps[-1] == 4000 and len(steps) < 140
     assert max(np.diff(steps)) == 50 and all(np.diff(steps) <= np.maximum(1, 0.1 * np.array(steps[:-1])))
-    assert refreshes(1) == [0, 1] and refreshes(2.0) == [0, 1, 2]
+    assert refreshes(0) == [0] and refreshes(1) == [0, 1] and refreshes(2.0) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -136,11 +138,12 @@ def test_a_chain_that_diverged_does_not_touch_the_others() -> None:
 # ---- a step ------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_that_of_the_rule() -> None:
-    """w − (ε/2)·P·D + U√(εp)ξ, its bias and distance, by plain matrices in float64; with a mask and a decay."""
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_a_step_is_that_of_the_rule(alpha: float) -> None:
+    """w + U√p·M, M = (1 − α)M − (ε/2)·√p·UᵀD + √(εα)ξ, its bias and distance, in float64; with a mask and a decay."""
     b, a = _positive(3, 1), _positive(4, 2)
     mask = _random(3, 4, seed=5) > -0.5
-    state = _state({"w": (3, 4)}, num_chains=2, masks={"w": mask}, weight_decay=0.7, lr=0.05)
+    state = _state({"w": (3, 4)}, num_chains=2, masks={"w": mask}, weight_decay=0.7, lr=0.05, momentum_decay=alpha)
     state.renew(4, [[Factors(b, a)]] * 2)
     state.put(state.w + 0.1 * _random(2, 16, seed=8) * torch.cat([mask.flatten(), torch.zeros(4)]))
     w, reference = state.w[:, :12].clone(), state.reference[0].flatten()
@@ -152,45 +155,54 @@ def test_a_step_is_that_of_the_rule() -> None:
     metric = moving[:, None] * full * moving
     own = NBETA * grad.flatten(1) * moving
     drift = own + (GAMMA * (w - reference) + 0.7 * w) * moving
+    before = state.states[0].normal_(generator=torch.Generator().manual_seed(4)).clone()
     state.move([grad], 4)
     noise = torch.stack([normals(0, 16, NoiseKey(7, 4, c), dtype=torch.float64, device=_CPU) for c in range(2)])
-    root = math.sqrt(0.05) * state._root[:, :12].view(2, 3, 4) * noise[:, :12].view(2, 3, 4)
+    momentum = (1 - alpha) * before + math.sqrt(0.05 * alpha) * noise
     rows, columns = state._bases[0]  # type: ignore[misc]
-    kick = (rows @ root @ columns.mT).flatten(1) * moving
-    torch.testing.assert_close(state.w[:, :12], w - 0.025 * drift @ metric + kick)
+
+    def outside(m: Tensor) -> Tensor:
+        inner = (state._root * m)[:, :12].view(2, 3, 4)
+        return (rows @ inner @ columns.mT).flatten(1) * moving
+
+    torch.testing.assert_close(state.w[:, :12], w - 0.025 * drift @ metric + outside(momentum))
     info = state.info()
-    torch.testing.assert_close(torch.as_tensor(info["bias"]), 0.05 / 8 * (own @ metric * drift).sum(1))
+    bias = (own * (0.05 / 8 * drift @ metric - (1 - alpha) / 2 * outside(before))).sum(1) / alpha
+    torch.testing.assert_close(torch.as_tensor(info["bias"]), bias)
     torch.testing.assert_close(torch.as_tensor(info["squared_distance"]), ((w - reference) * moving).square().sum(1))
 
 
 def test_noise_has_the_covariance_of_the_metric() -> None:
     """Of 20,000 chains that take one step from w* without a gradient."""
     count = 20_000
-    state = _state({"w": (2, 3)}, num_chains=count, lr=0.3)
+    state = _state({"w": (2, 3)}, num_chains=count, lr=0.3, momentum_decay=0.4)
     state.renew(4, [[Factors(_positive(2, 1), _positive(3, 2))]] * count)
     start = state.w.clone()
     state.move([torch.zeros(count, 2, 3, dtype=torch.float64)], 4)
     moved = (state.w - start)[:, :6]
-    expected = 0.3 * _metric(state)[:6, :6]
+    expected = 0.3 * 0.4 * _metric(state)[:6, :6]
     scale = torch.outer(expected.diagonal(), expected.diagonal()).sqrt()
     assert ((moved.T @ moved / count - expected) / scale).abs().max() < 5 * math.sqrt(2 / count)
     assert (moved.mean(0) / expected.diagonal().sqrt()).abs().max() < 5 / math.sqrt(count)
 
 
-def test_the_bias_is_exact_in_a_quadratic_well() -> None:
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_the_bias_is_exact_in_a_quadratic_well(alpha: float) -> None:
     """nβ·E[L] of the chain's discrete law above the posterior's, by the Lyapunov equation; the metric fits neither."""
-    copies, lr = 4000, 0.6
-    hessian = _positive(6, 4)
-    state = _state({"w": (2, 3)}, num_chains=copies, lr=lr, damping=0.5)
+    copies, lr = 500, 1.0
+    basis = torch.linalg.qr(_random(6, 6, seed=4))[0]
+    hessian = basis @ torch.diag(torch.logspace(-0.5, 0.5, 6, dtype=torch.float64)) @ basis.T
+    state = _state({"w": (2, 3)}, num_chains=copies, lr=lr, damping=0.5, momentum_decay=alpha)
     state.renew(4, [[Factors(_positive(2, 1), _positive(3, 2))]] * copies)
     metric = _metric(state)[:6, :6]
     full = NBETA * hessian + GAMMA * torch.eye(6, dtype=torch.float64)
-    lr = 1.5 / float(torch.linalg.eigvals(metric @ full).real.max())  # of 4 that are stable
-    state = _state({"w": (2, 3)}, num_chains=copies, lr=lr, damping=0.5)
+    lr = 1.5 * alpha / float(torch.linalg.eigvals(metric @ full).real.max())  # of 4 that are stable
+    state = _state({"w": (2, 3)}, num_chains=copies, lr=lr, damping=0.5, momentum_decay=alpha)
     state.renew(4, [[Factors(_positive(2, 1), _positive(3, 2))]] * copies)
-    step = np.eye(6) - 0.5 * lr * (metric @ full).numpy()
-    assert max(abs(np.linalg.eigvals(step))) ** 3000 < 0.01
-    covariance = solve_discrete_lyapunov(step, lr * metric.numpy())
+    pull, kick = 0.5 * lr * (metric @ full).numpy(), lr * alpha * metric.numpy()
+    step = np.block([[np.eye(6) - pull, (1 - alpha) * np.eye(6)], [-pull, (1 - alpha) * np.eye(6)]])
+    assert max(abs(np.linalg.eigvals(step))) ** 1000 < 1e-3
+    covariance = solve_discrete_lyapunov(step, np.block([[kick, kick], [kick, kick]]))[:6, :6]
     exact = 0.5 * NBETA * float(np.trace(hessian.numpy() @ (covariance - np.linalg.inv(full.numpy()))))
     reference, found, loss = state.reference[0], [], []
     for k in range(1500):
@@ -201,7 +213,7 @@ def test_the_bias_is_exact_in_a_quadratic_well() -> None:
             found.append(float(torch.as_tensor(state.info()["bias"]).mean()))
             loss.append(0.5 * NBETA * float((away.flatten(1) @ hessian * away.flatten(1)).sum(1).mean()))
     posterior = 0.5 * NBETA * float(torch.linalg.solve(full, hessian).trace())
-    assert exact > 0.1 and np.mean(found) == pytest.approx(exact, rel=0.03)
+    assert exact > 0.05 and np.mean(found) == pytest.approx(exact, rel=0.03)
     assert np.mean(loss) - np.mean(found) == pytest.approx(posterior, rel=0.02)
 
 
@@ -228,7 +240,7 @@ def test_linear_regression(batch_size: int) -> None:
     result = estimate(
         model=model,
         data=data,
-        sampler="kfac-sgld",
+        sampler=KFACSGLDSampler(damping=0.02, momentum_decay=1.0 if batch_size == 200 else 0.2),
         lr=0.3,
         nbeta=nbeta,
         localization=gamma,
@@ -255,7 +267,7 @@ def test_linear_regression(batch_size: int) -> None:
 def test_factors_of_a_linear_model_are_its_hessian() -> None:
     model, data, hessian = _regression(n=4000)
     objective = Objective(model, mse, make_source(data, 4000, _CPU), device=_CPU)
-    [found] = llc_fast.objective.kronecker.GaussNewton(objective, 3)(objective.reference, {}, 0, 0)
+    [found] = GaussNewton(objective, 3)(objective.reference, {}, 0, 0)
     assert found.columns is not None
     product = torch.kron(found.rows.double(), found.columns.double())
     # The mean of 4,000 random signs' outer products is 1 up to 1/√4000.
@@ -264,7 +276,7 @@ def test_factors_of_a_linear_model_are_its_hessian() -> None:
 
 def test_it_crosses_slow_directions() -> None:
     """A deep linear network of rank 1: SGLD at the same length has not got there. λ by Aoyagi's formula."""
-    problem = llc_fast.problems.deep_linear.most_singular((6, 9, 9, 6), 1, 10_000, seed=1)
+    problem = most_singular((6, 9, 9, 6), 1, 10_000, seed=1)
     options: dict[str, Any] = {"localization": 1.0, "batch_size": 200, "num_burnin": 600, "num_draws": 600, "lr": None}
     found, plain = (
         estimate(model=problem.model, data=problem.data, sampler=sampler, **options)
@@ -273,7 +285,7 @@ def test_it_crosses_slow_directions() -> None:
     known = problem.learning_coefficient
     assert abs(found.llc_mean / known - 1) < 0.12 < abs(plain.llc_mean / known - 1)
     assert found.diagnostics["pilot_bias_share"] < 0.3
-    assert "6 of 6" not in found.settings["strategy_reason"] and "3 of 3" in found.settings["strategy_reason"]
+    assert "3 of 3" in found.diagnostics["strategy_reason"]
 
 
 class _Convolutions(nn.Module):
@@ -293,39 +305,35 @@ class _Convolutions(nn.Module):
 
 def _convolutions() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
-    x = torch.randn(64, 2, 8, 8)
-    return _Convolutions().eval(), (x, torch.randint(0, 3, (64,)))
+    return _Convolutions().eval(), (torch.randn(64, 2, 8, 8), torch.randn(64, 3))
 
 
 def test_convolutions() -> None:
-    """The factors' trace against that of the exact Gauss–Newton matrix, by Jacobians; a run of several chains."""
+    """Squared errors, where E[(JᵀHz)²] is the Gauss–Newton matrix's diagonal: its trace by Jacobians.
+
+    K-FAC leaves out correlations between places, so of convolutions only what has one place can be compared.
+    """
     model, data = _convolutions()
-    loss = nn.functional.cross_entropy
-    objective = Objective(model, loss, make_source(data, 64, _CPU), device=_CPU)
-    found = llc_fast.objective.kronecker.GaussNewton(objective, 3)
-    assert dict(zip(objective.reference, found.is_matrix, strict=True)) == {
-        name: name.endswith("weight") and not name.startswith("norm") for name in objective.reference
+    objective = Objective(model, mse, make_source(data, 64, _CPU), device=_CPU)
+    gauss_newton = GaussNewton(objective, 3)
+    assert dict(zip(objective.reference, gauss_newton.is_matrix, strict=True)) == {
+        name: name in ("a.weight", "b.weight", "c.weight") for name in objective.reference
     }
-    factors = [found(objective.reference, objective.fresh_buffers(), k, 0) for k in range(40)]
-    logits = model(data[0]).softmax(1).detach()
-    second = torch.diag_embed(logits) - logits[:, :, None] * logits[:, None, :]
-    params = dict(model.named_parameters())
+    factors = [gauss_newton(objective.reference, objective.fresh_buffers(), k, 0) for k in range(100)]
+    params = {name: p.detach() for name, p in model.named_parameters()}
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (data[0],)))(params)
     for k, name in enumerate(params):
-        if "b." in name or "a." in name:
-            continue  # K-FAC leaves out correlations between places
-        j = jacobian[name].flatten(2)
-        exact = torch.einsum("noi,nop,npi->i", j, second, j) / 64
-        if factors[0][k].columns is None:
-            mean = torch.stack([f[k].rows for f in factors]).mean(0)
-            assert float(mean.sum() / exact.sum()) == pytest.approx(1, abs=0.3)
-        else:
+        if name in ("a.weight", "b.weight"):
+            continue
+        exact = 2 / 3 * float(jacobian[name].square().sum()) / 64
+        if name == "c.weight":
             traces = [float(f[k].rows.trace() * f[k].columns.trace()) for f in factors]  # type: ignore[union-attr]
-            assert np.mean(traces) / float(exact.sum()) == pytest.approx(1, abs=0.3)
-    result = estimate(
-        model=model, data=data, loss_fn=loss, sampler="kfac-sgld", batch_size=32, num_draws=30, num_burnin=30, lr=None
-    )
-    assert math.isfinite(result.llc_mean) and "3 of 8" in result.settings["strategy_reason"]
+        else:
+            traces = [float(f[k].rows.sum()) for f in factors]
+        assert abs(np.mean(traces) - exact) < 4 * np.std(traces) / math.sqrt(len(traces)) + 1e-3 * exact
+        assert np.std(traces) < 1.5 * exact
+    result = estimate(model=model, data=data, sampler="kfac-sgld", batch_size=32, num_draws=30, num_burnin=30, lr=None)
+    assert math.isfinite(result.llc_mean) and "3 of 8" in result.diagnostics["strategy_reason"]
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "conv1d", "linear"])
@@ -338,10 +346,10 @@ def test_inputs_and_outputs_give_the_gradient(kind: str) -> None:
         "linear": (nn.Linear(4, 3), torch.randn(5, 7, 4)),
     }
     module, x = made[kind]
-    y = module(x)
+    weight, y = module.get_parameter("weight"), module(x)
     slope = torch.randn_like(y)
-    [grad] = torch.autograd.grad(y, [module.weight], slope)  # type: ignore[list-item]
-    rows, columns = llc_fast.objective.kronecker._as_rows(module, x, slope, None)
+    [grad] = torch.autograd.grad(y, [weight], slope)
+    rows, columns = _as_rows(module, x, slope, None)
     torch.testing.assert_close((rows.mT @ columns).view(grad.shape), grad, rtol=1e-4, atol=1e-4)
 
 
@@ -367,7 +375,7 @@ def test_what_is_not_applied_as_a_matrix_has_a_diagonal() -> None:
     torch.manual_seed(0)
     model, data = _Tied(), (torch.randint(0, 7, (60, 3)), torch.randint(0, 7, (60,)))
     objective = Objective(model, nn.functional.cross_entropy, make_source(data, 30, _CPU), device=_CPU)
-    found = llc_fast.objective.kronecker.GaussNewton(objective, 3)
+    found = GaussNewton(objective, 3)
     assert found.diagonal_because == {
         "embed.weight": "several modules share it",
         "other.weight": "Embedding does not apply it as a matrix",
@@ -377,23 +385,23 @@ def test_what_is_not_applied_as_a_matrix_has_a_diagonal() -> None:
     result = estimate(
         model=model, data=data, loss_fn=nn.functional.cross_entropy, sampler="kfac-sgld", lr=0.05, num_draws=20
     )
-    reason = result.settings["strategy_reason"]
+    reason = result.diagnostics["strategy_reason"]
     assert "2 of 8" in reason and "beside.weight (it is used by more than its module)" in reason
 
 
 def test_large_matrices_have_a_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kronecker, "MAX_SIDE", 3)
     few = estimate(sampler="kfac-sgld", lr=0.05)
-    assert "diagonal for 0.weight" in few.settings["strategy_reason"] and np.isfinite(few.loss_trace).all()
+    assert "diagonal for 0.weight" in few.diagnostics["strategy_reason"] and np.isfinite(few.loss_trace).all()
     monkeypatch.setattr(kronecker, "MAX_PARAMETERS", 3)
-    assert "0 of 4" in estimate(sampler="kfac-sgld", lr=0.05).settings["strategy_reason"]
+    assert "0 of 4" in estimate(sampler="kfac-sgld", lr=0.05).diagnostics["strategy_reason"]
 
 
 def test_chains_are_the_same_in_any_strategy() -> None:
     options: dict[str, Any] = {"sampler": "kfac-sgld", "lr": 0.05, "num_draws": 30, "num_burnin": 30}
     batched, alone = (estimate(**options, strategy=strategy) for strategy in ("batched", "sequential"))
     np.testing.assert_allclose(batched.loss_trace, alone.loss_trace, rtol=2e-3)
-    np.testing.assert_allclose(batched.bias_trace, alone.bias_trace, rtol=2e-2, atol=1e-4)  # type: ignore[arg-type]
+    np.testing.assert_allclose(batched.bias_trace, alone.bias_trace, rtol=2e-2, atol=1e-4)
     one = estimate(**options | {"num_chains": 1}, strategy="sequential")
     np.testing.assert_array_equal(one.loss_trace, alone.loss_trace[:1])
 
@@ -417,30 +425,32 @@ def test_what_is_not_possible_is_refused_by_name() -> None:
         estimate(sampler="kfac-sgld", strategy="sequential", release_gradients=True)
     with pytest.raises(ValueError, match=r"use estimate_llc\(sampler='kfac-sgld'\)"):
         llc_fast.optim.optimizer_for(KFACSGLDSampler)
-    with pytest.raises(ValueError, match='sampler="kfac-sgld" is not possible: the loss is linear in the model'):
+    with pytest.raises(ValueError, match='sampler="kfac-sgld" is not possible: the loss has no second derivative'):
         estimate(sampler="kfac-sgld", lr=0.05, loss_fn=lambda output, target: (output - target).abs().mean())
 
     def of_weights(model: nn.Module, batch: Any) -> Tensor:
-        return model[0].weight.square().mean() + model(batch[0]).detach().mean()  # type: ignore[index,union-attr,operator]
+        return torch.stack([p.square().mean() for p in model.parameters()]).sum()
 
     with pytest.raises(ValueError, match="the loss does not come from what model"):
         estimate(sampler="kfac-sgld", lr=0.05, loss_fn=of_weights)
-    for options in ({"damping": 0.0}, {"adapt_steps": 0}):
+    for options in ({"damping": 0.0}, {"adapt_steps": 0}, {"momentum_decay": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             make_sampler("kfac-sgld", **options)
 
 
 def test_memory_is_counted() -> None:
     """What a state holds, against what the sampler says beside plain SGLD."""
-    model = mlp()
-    data = torch.randn(40, 3), torch.randn(40, 1)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16))  # no gaps between parameters in a row
+    data = torch.randn(40, 32), torch.randn(40, 16)
     objective = Objective(model, mse, make_source(data, 10, _CPU), device=_CPU)
     both = [make_sampler(name, lr=0.1, nbeta=1.0, localization=1.0) for name in ("kfac-sgld", "sgld")]
     plans = [make_plan(objective, sampler, 1, strategy="sequential") for sampler in both]
     states = [KroneckerState(objective.reference, {}, both[0], 1), ChainState(objective.reference, {}, both[1], 1)]  # type: ignore[arg-type]
+    for state in states:
+        state.start(0, 0)
     kept = [sum(t.nbytes for t in state.arrays().values()) for state in states]
     extra = [needed_bytes(objective, sampler, plan) for sampler, plan in zip(both, plans, strict=True)]
-    assert extra[0] - extra[1] >= kept[0] - kept[1] - 8 - 16 * 4 * 6 * 4 > 0  # but for the gaps between parameters
+    assert extra[0] - extra[1] >= kept[0] - kept[1] - 8 > 0  # 8: a number of steps
 
 
 def test_the_step_size_is_one_over_the_stiffness() -> None:
@@ -472,4 +482,4 @@ def test_prior_alone() -> None:
     )
 
 
-_REFERENCE = mlp()[0].weight.detach().clone()  # type: ignore[index,union-attr,operator]
+_REFERENCE = mlp().get_parameter("0.weight").detach().clone()
