@@ -29,9 +29,13 @@ _WORTH_SAYING = 10.0
 
 
 def num_gradients(settings: Settings, schedule: Schedule | None = None) -> int:
-    """Gradients of a run of that length, those of its pilot chains included; None: the one costs are measured by."""
+    """Gradients of a run of that length, with those of its pilot chains and of a metric that is estimated.
+
+    None: of the length that costs are measured by.
+    """
     steps = (schedule or settings.schedule).num_steps
-    return settings.num_chains * steps * settings.gradients_per_step + num_pilot_steps(settings)
+    beside = num_pilot_steps(settings) + settings.metric_gradients
+    return settings.num_chains * steps * settings.gradients_per_step + beside
 
 
 def refining_passes(settings: Settings, objective: Objective) -> int:

@@ -591,14 +591,14 @@ def prepare(
         team.agree(identity | {"schedule": vars(asked.longest)} | _more_identity(objective, loss_fn, keeper))
     if keeper is not None and (saved := keeper.load(identity)) is not None:
         saved = _fitted(saved, settings, keeper)
+    if settings.progress is True and team.rank == 0 and saved is None:
+        with threads(plan.num_threads):
+            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     metric = None
     if settings.needs_metric:
         with threads(plan.num_threads):
             settings, metric = _in_metric(settings, objective, team)
     settings = settings.localized(objective.num_parameters, reference_norm(settings.template, objective))
-    if settings.progress is True and team.rank == 0 and saved is None:
-        with threads(plan.num_threads):
-            announce(announcement(settings, objective, seconds_of_gradient(objective, settings.seed), shortened))
     nbeta = settings.nbeta_for(objective.source.num_samples)
     refined, reference = None, dict[str, NDArray[Any]]()
     if settings.refine:

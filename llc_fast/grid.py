@@ -875,7 +875,8 @@ def _number(place: tuple[int, ...]) -> int:
 def _gradients(result: LLCResult) -> float:
     """Of all chains and pilots."""
     each = result.diagnostics.get("gradients_per_draw", 0) / result.schedule.num_steps_bw_draws or 1.0
-    return result.loss_trace.size * each + float(result.diagnostics.get("pilot_steps", 0))
+    beside = sum(result.diagnostics.get(name, 0) for name in ("pilot_steps", "metric_gradients"))
+    return result.loss_trace.size * each + float(beside)
 
 
 def _row(result: LLCResult) -> dict[str, Any]:
@@ -945,17 +946,17 @@ def _prior_row(prepared: Prepared, gamma: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _prior_offset(w: Tensor, gamma: Tensor, options: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+def _prior_offset(w: Tensor, gamma: Tensor | float, options: Mapping[str, Any], generator: torch.Generator) -> Tensor:
     """w − w* of one draw of ∝ exp(−γ/2·‖w − w*‖² − μ/2·‖w‖²), in the box if there is one, on the CPU.
 
     γ may be another one for each element: γ/A where the localization is in the metric.
     """
     decay, box = float(options["weight_decay"]), options["bounding_box_size"]
-    precision = gamma + decay
+    precision = torch.as_tensor(gamma, dtype=torch.float64) + decay
     uniform = torch.rand(w.shape, generator=generator, dtype=torch.float64)
     if not precision.any():
         return (2 * uniform - 1) * float(box)
-    width = float(options["noise_level"]) / precision.double().sqrt()
+    width = float(options["noise_level"]) / precision.sqrt()
     middle = -decay * w.detach().cpu().double() / precision
     low = torch.zeros_like(middle) if box is None else torch.special.ndtr((-box - middle) / width)
     high = torch.ones_like(middle) if box is None else torch.special.ndtr((box - middle) / width)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llc_fast.chains.checkpoint import INTERVAL
 from llc_fast.chains.draw import Observable
+from llc_fast.objective.metric import METRIC_GRADIENTS
 from llc_fast.progress import ProgressFunction
 from llc_fast.result import LLCResult
 from llc_fast.samplers.base import Sampler
@@ -310,6 +311,12 @@ class Settings:
         """Whether the preconditioner is to be estimated from the curvature at w*."""
         return isinstance(getattr(self._template, "preconditioner", None), str)
 
+    @property
+    def metric_gradients(self) -> int:
+        """What estimating the preconditioner takes, or has taken, of the budget; 0: it is not estimated."""
+        given = getattr(self._template, "preconditioner", None)
+        return METRIC_GRADIENTS if isinstance(given, (str, EstimatedMetric)) else 0
+
     def in_metric(self, metric: Mapping[str, Tensor]) -> Settings:
         """With the preconditioner that was estimated, in a sampler object."""
         sampler = dataclasses.replace(self._template, preconditioner=EstimatedMetric(metric))  # type: ignore[call-arg]
@@ -362,7 +369,7 @@ class Settings:
             least = (UNUSED + 2 * self.num_steps_bw_draws) * self.num_chains * self.gradients_per_step
             raise ValueError(
                 f"max_gradients={self.max_gradients} is too few for {self.num_chains} chains: give at least "
-                f"{math.ceil(least * (1 + PILOT_SHARE)) + 1}"
+                f"{math.ceil(least * (1 + PILOT_SHARE)) + 1 + self.metric_gradients}"
             )
 
     @property
@@ -396,7 +403,8 @@ class Settings:
             return self.schedule
         between, most = self.num_steps_bw_draws, DEFAULT_MOST
         if self.max_gradients is not None:
-            affordable = self.max_gradients / (self.num_chains * self.gradients_per_step)
+            left = max(0, self.max_gradients - self.metric_gradients)
+            affordable = left / (self.num_chains * self.gradients_per_step)
             if self.has_pilots:
                 nominal = 2 * DEFAULT_NUM_DRAWS * between
                 share = PILOT_SHARE + (CHALLENGE_SHARE if self.is_default_sampler else 0.0)

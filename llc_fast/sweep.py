@@ -282,7 +282,7 @@ def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: b
 
 
 def _gradients(result: LLCResult) -> int:
-    beside = (result.diagnostics.get(name, 0) for name in ("pilot_steps", "refine_gradients"))
+    beside = (result.diagnostics.get(name, 0) for name in ("pilot_steps", "refine_gradients", "metric_gradients"))
     return int(result.loss_trace.size + sum(beside))
 
 

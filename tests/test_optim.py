@@ -958,3 +958,61 @@ def test_gpu_equals_cpu(name: str) -> None:
                 p.grad = _random(*p.shape, seed=1000 + 97 * step + k).to(p.device)
             optimizer.step()
     _assert_close([p.cpu() for p in gpu], _copies(cpu))
+
+
+# ---- localization in the metric --------------------------------------------------------------------------------
+
+
+def _moved_pair(**options: Any) -> tuple[Tensor, Tensor, Tensor, llc_fast.PreconditionedSGLD]:
+    """w*, w and A, and an optimizer whose parameter is at w."""
+    generator = torch.Generator().manual_seed(1)
+    w0, away = (torch.randn(5, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    metric = torch.rand(5, 3, dtype=torch.float64, generator=generator) + 0.1
+    p = nn.Parameter(w0.clone())
+    optimizer = llc_fast.PreconditionedSGLD(
+        [p], lr=0.01, nbeta=7.0, localization=3.0, weight_decay=0.5, preconditioner=metric, seed=4, **options
+    )
+    with torch.no_grad():
+        p.add_(away)
+    p.grad = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    return w0, p.detach().clone(), metric, optimizer
+
+
+def test_localization_in_the_metric_pulls_outside_of_it() -> None:
+    """w ← w − (ε/2)·{A·[nβ·g + μ·w] + γ(w − w*)} + √(εA)·ξ, and distances are in the metric."""
+    w0, w, metric, optimizer = _moved_pair(
+        localization_metric="sampler", metrics=["distance", "localization_loss", "dws", "noise"]
+    )
+    (p,) = optimizer.param_groups[0]["params"]
+    grad = p.grad.clone()
+    optimizer.step()
+    noise = reference.normals(0, 15, NoiseKey(4, step=0)).reshape(5, 3)
+    drift = metric * (7.0 * grad + 0.5 * w) + 3.0 * (w - w0)
+    torch.testing.assert_close(p.detach(), w - 0.005 * drift + (0.01 * metric).sqrt() * noise, rtol=1e-13, atol=1e-13)
+    found, squared = optimizer.metrics, float(((w - w0).square() / metric).sum())
+    assert float(found["distance"]) == pytest.approx(math.sqrt(squared))
+    assert float(found["localization_loss"]) == pytest.approx(1.5 * squared)
+    torch.testing.assert_close(found["dws"][0], drift / metric)
+
+
+def test_a_state_dict_from_before_localization_had_a_metric() -> None:
+    w0, w, metric, optimizer = _moved_pair()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0].pop("localization_metric") is None
+    optimizer.load_state_dict(saved)
+    (p,) = optimizer.param_groups[0]["params"]
+    grad = p.grad.clone()
+    optimizer.step()
+    noise = reference.normals(0, 15, NoiseKey(4, step=0)).reshape(5, 3)
+    drift = metric * (7.0 * grad + 0.5 * w + 3.0 * (w - w0))
+    torch.testing.assert_close(p.detach(), w - 0.005 * drift + (0.01 * metric).sqrt() * noise, rtol=1e-13, atol=1e-13)
+
+
+def test_the_curvature_is_no_preconditioner_of_an_optimizer() -> None:
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="preconditioner='curvature' is not possible in an optimizer"):
+        llc_fast.PreconditionedSGLD([p], preconditioner="curvature")
+    optimizer = llc_fast.PreconditionedSGLD([p], preconditioner=2.0)
+    with pytest.raises(ValueError, match="localization_metric='round' is unknown"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "localization_metric": "round"})
+    assert len(optimizer.param_groups) == 1

@@ -31,7 +31,9 @@
 #     large-float32    400      540    the same in float32, stopped and extrapolated after 350 s
 #     racecheck         60      240    compute-sanitizer
 #     ncu               60      240    every step kernel under Nsight Compute
-#     profile           30      120    torch's profiler on a few steps of `chains` and `large-tf32`: where the time goes
+#     profile           60      120    torch's profiler on a few steps of `chains`, `large-tf32` and `language`: where
+#                                      the time goes
+#     graph             15       60    a small network's step as a graph without llc_fast: in a row, and in branches
 #     scaling          360      540    how a step's time grows with chains and parameters
 #
 # The seconds are expected on an H100. With -t a stage gets at most what is left of SECONDS, and one that would get less
@@ -50,7 +52,7 @@ set -uo pipefail
 
 first=(smoke samplers step chains large-tf32 tests)
 second=(kernels language language-large step-devinterp2 step-compiled memory memcheck dln-scaling)
-others=(large-whole large-float32 racecheck ncu profile scaling)
+others=(large-whole large-float32 racecheck ncu profile graph scaling)
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 out=$repo/benchmarks/results/gpu
 end=
@@ -133,13 +135,13 @@ network=$repo/build/dln-100M-342.pt # ignored by git; the next call on the same 
 if [[ -z ${SMOKE:-} ]]; then
     step=(--repeats 10) samplers=(--repeats 7) once=() chains=(--steps 10000 --rival-steps 1000) memory=()
     scaling=() large=(--network "$network") short=(--short 200 --seconds 15 --samples 50000) reproduce=${REPRODUCE:-60}
-    language=(--size 1.4b --batch 4 --steps 40 --seconds 60) whole=(--size 6.9b --batch 1 --steps 20 --seconds 150)
+    language=(--size 1.4b --batch 4 --steps 40 --seconds 60) profile=() whole=(--size 6.9b --batch 1 --steps 20 --seconds 150)
 else
     network=$work/network.pt
     step=(--repeats 1 --parameters 100000) samplers=(--repeats 1 --quick) once=(--quick) memory=(--width 20 --layers 3)
     chains=(--steps 20 --rival-steps 40) scaling=(--budget 0.05) short=(--short 10 --samples 2000)
     large=(--size 1k --seed 0 --steps 40 --network "$network") reproduce=${REPRODUCE:-10}
-    language=(--size tiny --steps 6) whole=(--size tiny --steps 6)
+    language=(--size tiny --steps 6) profile=(--language tiny) whole=(--size tiny --steps 6)
 fi
 
 # The network of `large-…` takes half a minute of singular value decompositions: made beside the first stages.
@@ -206,7 +208,8 @@ once=("$python" "$repo/benchmarks/speed/bench_samplers.py" --device "$device" --
 when ncu 240 bash -c 'ncu --profile-from-start off --clock-control none --kernel-name "regex:step_kernel|add_tiles" \
     --export "$0/steps" "${@:2}" && ncu --import "$0/steps.ncu-rep" --csv --page details >"$1/ncu.csv" &&
     ncu --import "$0/steps.ncu-rep" --page details --print-details all' "$work" "$out" "${sections[@]}" "${once[@]}"
-bench profile 120 gpu/profile_steps --network "$network"
+bench profile 120 gpu/profile_steps --network "$network" "${profile[@]}"
+bench graph 60 gpu/bench_graph
 bench scaling 540 speed/bench_estimate --scaling --growing chains parameters --strategies default sequential compiled \
     "${scaling[@]}"
 

@@ -8,7 +8,7 @@ CUDA graph, the streams become branches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,7 +75,7 @@ class Branches:
         device: the GPU.
     """
 
-    def __init__(self, recording: Recording[object], device: torch.device) -> None:
+    def __init__(self, recording: Recording[Any], device: torch.device) -> None:
         self._places = places(recording.needs, _STREAMS)
         self._calls = recording.calls
         used = {place.stream for place in self._places}

@@ -12,3 +12,5 @@ TRIAL_STREAM = 5
 """Directions in which a large model's loss is tried out."""
 PROPOSAL_STREAM = 7
 """Proposals that step checks make and do not follow."""
+METRIC_STREAM = 8
+"""Directions in which curvature at w* is measured."""

@@ -42,18 +42,23 @@ import torch
 from torch import Tensor
 
 from llc_fast.batches import Batch
+from llc_fast.kernels.native import normals
+from llc_fast.kernels.step import NoiseKey
+from llc_fast.kernels.streams import METRIC_STREAM
 from llc_fast.objective.curvature import in_float32
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
 
 PROBES = 64
-"""Random directions, a gradient each: A is known to 18 %."""
+"""Random directions, a gradient each: h is known to 18 %."""
 DAMPING = 0.01
 """η."""
 _TRIED, _AGREEING = 8, 6
 """Directions that are tried again beside w*, and how many must agree for a gradient to be one."""
 _WIDE, _LOW = (4, 0.1), (1, 0.3)
 """How far beside w*, in roundings of float32 or float64, and to what share gradients must agree; in lower precision."""
+METRIC_GRADIENTS = PROBES + 2 * _TRIED
+"""What the metric takes, usually."""
 _SEED = 0
 """A belongs to model and data: runs of other seeds sample the same posterior."""
 _MOST_BLOCK = 64
@@ -100,7 +105,7 @@ def curvature_metric(objective: Objective, *, probes: int = PROBES, damping: flo
     Raises:
         ValueError: there is no curvature at w*.
     """
-    method, gradients = "gauss-newton", probes
+    method, gradients = "gauss-newton", probes + 2 * _TRIED
     with objective.generators.kept():
         objective.generators.seed(_SEED)
         try:
@@ -270,13 +275,13 @@ def _gauss_newton(objective: Objective, probes: int) -> tuple[dict[str, Tensor],
     """
     squares = _zeros(objective)
     parts = _zeros(objective) if objective.trial.is_reentrant else None  # whose gradients come in several parts
-    generator = torch.Generator(objective.device).manual_seed(_SEED)
+    numbers = _Numbers()
     method = "gauss-newton"
     noise = _Rounding(objective)
     count = 0
     for batch in itertools.islice(objective.source.minibatches(_SEED), probes):
         if count < _TRIED:
-            noise.look(batch, generator)
+            noise.look(batch, numbers)
         for piece, share in objective.pieces(copy.deepcopy(batch) if objective.trial.writes_batch else batch):
 
             def square(name: str, grad: Tensor) -> None:
@@ -287,7 +292,7 @@ def _gauss_newton(objective: Objective, probes: int) -> tuple[dict[str, Tensor],
                 parts[name] += grad
 
             take = square if parts is None else add
-            is_fisher = _along_direction(objective, objective.reference, piece, share, generator, take)
+            is_fisher = _along_direction(objective, objective.reference, piece, share, numbers, take)
             method = "fisher" if is_fisher else method
             for name, part in (parts or {}).items():
                 square(name, part)
@@ -304,13 +309,13 @@ def _along_direction(
     params: Mapping[str, Tensor],
     batch: Batch,
     share: float,
-    generator: torch.Generator,
+    numbers: _Numbers,
     take: Callable[[str, Tensor], object],
 ) -> bool:
     """Hand Jᵀu for one random u to `take`, as it comes; whether B was that of gradients."""
     with torch.enable_grad(), objective.holding(params, objective.fresh_buffers()):
         seen = _outputs_and_loss(objective, batch, share)
-        directions, is_fisher = _directions(seen, generator, share)
+        directions, is_fisher = _directions(seen, numbers, share)
         along = torch.stack([(z * u).sum() for z, u in zip(seen.outputs, directions, strict=True)]).sum()
         objective.consume_gradients(along, take, plain=objective.trial.is_reentrant)
     return is_fisher
@@ -329,15 +334,15 @@ class _Rounding:
             signs = torch.randint(0, 2, w.shape, generator=generator).to(w.device, w.dtype) * 2 - 1
             self._beside[name] = w + signs * (roundings * torch.finfo(w.dtype).eps) * w
 
-    def look(self, batch: Batch, generator: torch.Generator) -> None:
-        """Compare the gradients of one direction; the generator is left as it was."""
-        objective, state = self._objective, generator.get_state()
+    def look(self, batch: Batch, numbers: _Numbers) -> None:
+        """Compare the gradients of one direction; the next one is the same."""
+        objective, first = self._objective, numbers.count
         kept = objective.generators.states()
         here = _zeros(objective)
         there = _zeros(objective) if objective.trial.is_reentrant else None
         sides = ((objective.reference, here), (self._beside, there))
         for params, sums in sides:
-            generator.set_state(state)
+            numbers.count = first
             objective.generators.restore(kept)
 
             def take(name: str, grad: Tensor, sums: dict[str, Tensor] | None = sums) -> None:
@@ -347,11 +352,11 @@ class _Rounding:
                     sums[name] += grad
 
             piece = objective.pieces(copy.deepcopy(batch) if objective.trial.writes_batch else batch)[0]
-            _along_direction(objective, params, *piece, generator, take)
+            _along_direction(objective, params, *piece, numbers, take)
         if there is not None:
             for name, grad in there.items():
                 self._compare(name, here[name], grad)
-        generator.set_state(state)
+        numbers.count = first
         objective.generators.restore(kept)
         self._tried += 1
 
@@ -464,7 +469,7 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _directions(seen: _Seen, generator: torch.Generator, share: float) -> tuple[list[Tensor], bool]:
+def _directions(seen: _Seen, numbers: _Numbers, share: float) -> tuple[list[Tensor], bool]:
     """Random u for each output, of covariance B, and whether that is of gradients."""
     slopes = torch.autograd.grad(seen.loss, seen.inputs, create_graph=True)
     found, is_fisher = list[Tensor](), False
@@ -476,27 +481,38 @@ def _directions(seen: _Seen, generator: torch.Generator, share: float) -> tuple[
             (image,) = torch.autograd.grad(slope, z, v, retain_graph=True, allow_unused=True)
             return torch.zeros_like(z) if image is None else image.detach()
 
-        u = _direction(z.detach(), curved, generator)
+        u = _direction(z.detach(), curved, numbers)
         if u is None:  # the loss is straight there
             is_fisher = True
             samples = len(z) if z.ndim else 1
-            signs = _signs((samples, *[1] * (z.ndim - 1)) if z.ndim else (), z, generator)
+            signs = numbers.signs((samples, *[1] * (z.ndim - 1)) if z.ndim else (), z)
             u = slope.detach() * signs * math.sqrt(samples / share)
         found.append(u.to(z.dtype))
     return found, is_fisher
 
 
-def _signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, tuple(shape), generator=generator, device=like.device).to(like.dtype) * 2 - 1
+class _Numbers:
+    """Random numbers one after another, the same on every device.
 
+    Attributes:
+        count: of tensors that were made.
+    """
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=wide)
+    def __init__(self) -> None:
+        self.count = 0
+
+    def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = NoiseKey(_SEED, step=self.count, stream=METRIC_STREAM)
+        self.count += 1
+        return normals(0, math.prod(shape), key, dtype=wide, device=like.device).view(tuple(shape))
+
+    def signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.where(self.normal(shape, like) < 0, -1.0, 1.0).to(like.dtype)
 
 
 @torch.no_grad()
-def _direction(z: Tensor, curved: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor | None:
+def _direction(z: Tensor, curved: Callable[[Tensor], Tensor], numbers: _Numbers) -> Tensor | None:
     """A random u of covariance B, the second derivative of the loss at outputs z; None: B is 0.
 
     B has no entries between samples. If it is diagonal (squared errors, binary cross-entropies), or that of a softmax
@@ -504,8 +520,11 @@ def _direction(z: Tensor, curved: Callable[[Tensor], Tensor], generator: torch.G
     decomposed for each sample; of many outputs its diagonal alone is taken.
     """
     tolerance = 1e-3 if z.dtype in (torch.float32, torch.float64) else 3e-2
-    first, second = (_signs(z.shape, z, generator) for _ in range(2))
-    noise, (image, other) = _normal(z, generator), (curved(v).to(torch.float32).to(z.dtype) for v in (first, second))
+    first, second = (numbers.signs(z.shape, z) for _ in range(2))
+    noise, (image, other) = (
+        numbers.normal(z.shape, z),
+        (curved(v).to(torch.float32).to(z.dtype) for v in (first, second)),
+    )
     noise = noise.to(z.dtype) if z.dtype == torch.float64 else noise
     size = float(torch.linalg.vector_norm(image.double()))
     if size == 0 or not math.isfinite(size):
@@ -515,7 +534,7 @@ def _direction(z: Tensor, curved: Callable[[Tensor], Tensor], generator: torch.G
         return diagonal.clamp(min=0).sqrt() * noise
     dims = [dim for dim in dict.fromkeys((z.ndim - 1, 1)) if 0 < dim < z.ndim]
     if dims:
-        v = _normal(z, generator)  # not of signs: where these are all the same a softmax gives 0
+        v = numbers.normal(z.shape, z)  # not of signs: where these are all the same a softmax gives 0
         image = curved(v.to(z.dtype)).to(v.dtype)
         size = float(torch.linalg.vector_norm(image.double()))
     for dim in dims:
@@ -544,7 +563,7 @@ def _direction(z: Tensor, curved: Callable[[Tensor], Tensor], generator: torch.G
         return found
     total = diagonal + other * second
     for _ in range(_DIAGONAL_PROBES - 2):
-        v = _signs(z.shape, z, generator)
+        v = numbers.signs(z.shape, z)
         total = total + v * curved(v)
     return (total / _DIAGONAL_PROBES).clamp(min=0).sqrt() * noise
 

@@ -49,7 +49,7 @@ def estimate_row(result: LLCResult) -> Row:
         "batch_size": settings["batch_size"],
         "sampler": settings["sampler"],
         "num_parameters": settings["num_parameters"],
-        "gradients": result.loss_trace.size + diagnostics.get("pilot_steps", 0),
+        "gradients": result.loss_trace.size + sum(diagnostics.get(k, 0) for k in ("pilot_steps", "metric_gradients")),
         "seconds_of_estimate": settings["seconds"],
         **{ours: diagnostics.get(theirs) for ours, theirs in DIAGNOSTICS.items()},
     }

@@ -87,6 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "sampler_options": {"preconditioner": {"0.weight": torch.linspace(0.5, 2, 72).view(12, 6), "3.bias": 0.7}},
         "params": ["0.weight", "3.bias"],
     },
+    "in the metric of the curvature": {"sampler": "preconditioned-sgld", "preconditioner": "curvature"},
     "released": {"release_gradients": True},
     "microbatches": {"microbatch_size": 20},
     "masked": {"params": {"0.weight": torch.arange(72).view(12, 6) % 3 > 0, "3.bias": True}},

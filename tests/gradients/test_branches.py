@@ -55,7 +55,7 @@ PROGRAMS = {"a deep linear network": lambda: _deep_linear(4), "written to later"
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_any_order_that_keeps_what_is_needed_is_right(program: str) -> None:
-    """Kernels in random orders, each after those that it needs: the results of the order in which they were recorded."""
+    """Kernels in random orders, each after those that it needs: the results of the recorded order."""
     recording, inputs = PROGRAMS[program]()
     needs, choose = recording.needs, random.Random(0)
     orders = set()
@@ -95,9 +95,7 @@ def test_streams_keep_what_is_needed(num_streams: int) -> None:
     """Of random programs."""
     choose = random.Random(num_streams)
     for _ in range(100):
-        needs = [
-            frozenset(choose.sample(range(k), min(k, choose.randint(0, 3)))) for k in range(choose.randint(1, 40))
-        ]
+        needs = [frozenset(choose.sample(range(k), min(k, choose.randint(0, 3)))) for k in range(choose.randint(1, 40))]
         found = places(needs, num_streams)
         assert {place.stream for place in found} <= set(range(num_streams))
         for needed, finished in zip(needs, _finished_before(found), strict=True):

@@ -12,6 +12,7 @@ from problems import CPU, SGLD, estimate, make_objective, make_problem
 from llc_fast.gradients import memory
 from llc_fast.gradients.plan import make_plan
 from llc_fast.samplers import make_sampler
+from llc_fast.samplers.state import ChainState
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -119,3 +120,36 @@ def test_room_for_momentum_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     estimate(*make_problem(), **options, sampler="sgld", lr=None)
     with pytest.raises(MemoryError, match="this run needs"):
         estimate(*make_problem(), **options, lr=None)
+
+
+@pytest.mark.parametrize(("sizes", "calls"), [([50] * 320, 33), ([400, *[20] * 40], 4), ([300, 10, 300], 3)])
+def test_released_gradients_move_in_groups(sizes: list[int], calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small gradients take few calls, those that wait are never more than memory was asked for, and the chain has
+    the bits of one whose gradients are kept."""
+
+    class Sums(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.parts = torch.nn.ParameterList(torch.randn(n, generator=generator) for n in sizes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([x * part.square().mean() for part in self.parts]).sum(0)
+
+    moved: list[list[int]] = []
+    move = ChainState.move_some
+
+    def seen(state: ChainState, grads: dict[str, torch.Tensor], step: int) -> None:
+        moved.append([g.nbytes for g in grads.values()])
+        move(state, grads, step)
+
+    monkeypatch.setattr(ChainState, "move_some", seen)
+    data = torch.rand(20), torch.rand(20)
+    options: dict[str, Any] = {"num_chains": 1, "num_draws": 6, "strategy": "sequential", "lr": 1e-4}
+    released = estimate(Sums(), data, torch.nn.functional.mse_loss, release_gradients=True, **options)
+    steps = released.loss_trace.shape[1]
+    most = max(4 * max(sizes), 4 * sum(sizes) // 32)
+    assert len(moved) <= calls * steps and sum(map(sum, moved)) == 4 * sum(sizes) * steps
+    assert all(sum(group) <= most for group in moved)
+    kept = estimate(Sums(), data, torch.nn.functional.mse_loss, release_gradients=False, **options)
+    assert np.array_equal(released.loss_trace, kept.loss_trace)

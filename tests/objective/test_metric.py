@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import llc_fast
 from llc_fast.data import make_source
-from llc_fast.objective.metric import CurvatureMetric, _direction, _row_times_column, _scale, curvature_metric
+from llc_fast.objective.metric import CurvatureMetric, _direction, _Numbers, _row_times_column, _scale, curvature_metric
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers import HMCSampler, MALASampler, PreconditionedSGLDSampler
 
@@ -285,13 +285,13 @@ def test_directions_have_the_covariance_of_the_second_derivative(name: str) -> N
         exact = vectors @ torch.diag(values.clamp(min=0)) @ vectors.T
     leaf = z.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss_fn(leaf, y), leaf, create_graph=True)
-    generator = torch.Generator().manual_seed(0)
+    numbers = _Numbers()
 
     def curved(v: Tensor) -> Tensor:
         return torch.autograd.grad(slope, leaf, v, retain_graph=True)[0]
 
     count = 400 if name == "paired" else 1000
-    draws = [_direction(z, curved, generator) for _ in range(count)]
+    draws = [_direction(z, curved, numbers) for _ in range(count)]
     found = torch.stack([u.flatten() for u in draws if u is not None])
     assert len(found) == count
     covariance = found.T @ found / count
@@ -309,10 +309,10 @@ def test_of_many_outputs_that_mix_the_diagonal_is_taken() -> None:
 
     leaf = z.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss_fn(leaf), leaf, create_graph=True)
-    generator = torch.Generator().manual_seed(0)
+    numbers = _Numbers()
     squares = torch.zeros_like(z)
     for _ in range(400):
-        u = _direction(z, lambda v: torch.autograd.grad(slope, leaf, v, retain_graph=True)[0], generator)
+        u = _direction(z, lambda v: torch.autograd.grad(slope, leaf, v, retain_graph=True)[0], numbers)
         assert u is not None
         squares += u.square() / 400
     large = z.abs() > 0.3
@@ -527,8 +527,20 @@ def test_the_default_localization_is_that_of_the_metric() -> None:
     assert result.settings["sampler"] == "preconditioned-sgld"
     assert result.settings["preconditioner"] == "curvature"
     assert result.settings["curvature"] == "gauss-newton"
-    assert result.diagnostics["metric_gradients"] == 64 and result.diagnostics["metric_undetermined"] == 0
+    assert result.diagnostics["metric_gradients"] == 80 and result.diagnostics["metric_undetermined"] == 0
     assert result.diagnostics["reach"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_budget_counts_it() -> None:
+    """80 gradients are 20 steps of each of four chains."""
+    from llc_fast.settings import Settings
+
+    options: dict[str, Any] = {"sampler": "preconditioned-sgld", "lr": 1e-3, "max_gradients": 4000}
+    assert Settings(**options).longest.num_steps == 1000
+    assert Settings(**options, preconditioner="curvature").longest.num_steps == 980
+    assert Settings(**options, preconditioner="curvature").in_metric({}).longest.num_steps == 980
+    with pytest.raises(ValueError, match="max_gradients=100 is too few for 4 chains"):
+        Settings(**{**options, "max_gradients": 100}, preconditioner="curvature")
 
 
 def test_localization_alone_is_that_of_the_metric() -> None:
@@ -628,3 +640,71 @@ def test_gradients_through_functional_calls_agree() -> None:
         seen = exact > 0
         found_h = 1 / found.preconditioner[key]
         torch.testing.assert_close(found_h[seen], exact[seen], rtol=6 * math.sqrt(2 / probes), atol=0)
+
+
+def _hmc(energy: Callable[[Tensor], Tensor], start: Tensor, step: Tensor, draws: int, seed: int) -> Tensor:
+    """Hamiltonian Monte Carlo of our own, in float64: where each of several chains is after every trajectory."""
+    generator = torch.Generator().manual_seed(seed)
+    w, found, accepted = start.clone(), list[Tensor](), 0.0
+
+    def slope(w: Tensor) -> tuple[Tensor, Tensor]:
+        w = w.detach().requires_grad_()
+        values = energy(w)
+        return values.detach(), torch.autograd.grad(values.sum(), w)[0]
+
+    here, force = slope(w)
+    for _ in range(draws):
+        v = torch.randn(w.shape, dtype=torch.float64, generator=generator)
+        scale = step * (0.8 + 0.4 * torch.rand(len(w), 1, dtype=torch.float64, generator=generator))
+        there, place, pull = w, v, force
+        for _ in range(8):
+            place = place - 0.5 * scale * pull
+            there = there + scale * place
+            end, pull = slope(there)
+            place = place - 0.5 * scale * pull
+        change = end - here + 0.5 * (place.square() - v.square()).sum(dim=1)
+        moves = torch.rand(len(w), dtype=torch.float64, generator=generator).log() < -change
+        w, force = (torch.where(moves[:, None], a, b) for a, b in ((there, w), (pull, force)))
+        here = torch.where(moves, end, here)
+        accepted += float(moves.double().mean()) / draws
+        found.append(w)
+    assert accepted > 0.6
+    return torch.stack(found)
+
+
+def test_the_posterior_is_what_an_independent_sampler_finds() -> None:
+    """A small ReLU network, rescaled by 1000: far from quadratic, and by HMC that shares no code."""
+    x, y = _normal(100, 2, seed=1), _normal(100, 1, seed=2)
+    model = _initialized(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    with torch.no_grad():
+        y = model(x) + 0.3 * y
+        model[0].weight *= 1000
+        model[0].bias *= 1000
+        model[2].weight /= 1000
+    metric = curvature_metric(_objective(model, (x, y), mse, batch_size=100)).preconditioner
+    nbeta = 20.0
+    result = llc_fast.estimate_llc(
+        model, (x, y), mse, preconditioner="curvature", nbeta=nbeta, batch_size=100, num_draws=8000, num_burnin=1000,
+        num_chains=4, progress=False, seed=2,
+    )  # fmt: skip
+    gamma = result.settings["localization"]
+    names = [name for name, _ in model.named_parameters()]
+    center = torch.cat([p.detach().flatten() for p in model.parameters()])
+    a = torch.cat([metric[name].flatten() for name in names])
+
+    def loss(w: Tensor) -> Tensor:
+        first, bias, second, last = w[:, :6].view(-1, 3, 2), w[:, 6:9], w[:, 9:12], w[:, 12:]
+        hidden = torch.relu(torch.einsum("chi,ni->cnh", first, x) + bias[:, None])
+        return (torch.einsum("cnh,ch->cn", hidden, second) + last - y[:, 0]).square().mean(dim=1)
+
+    def energy(w: Tensor) -> Tensor:
+        return nbeta * loss(w) + gamma / 2 * ((w - center).square() / a).sum(dim=1)
+
+    step = 0.25 * a.sqrt() / math.sqrt(nbeta)
+    draws = _hmc(energy, center.repeat(32, 1), step, 400, seed=3)[100:]
+    with torch.no_grad():
+        excess = nbeta * (torch.stack([loss(w) for w in draws]) - loss(center[None]))
+    per_chain = excess.mean(dim=0)
+    exact, error = float(per_chain.mean()), float(per_chain.std()) / math.sqrt(32)
+    assert error < 0.03 * exact
+    assert abs(result.llc_mean - exact) < 4 * math.hypot(result.llc_stderr, error)
