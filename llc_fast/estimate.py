@@ -144,8 +144,10 @@ def estimate_llc(
             ``"behavioral-mse"`` and ``"behavioral-kl"`` compare outputs with those at w*, which is then the exact
             minimum, whether the model is trained or not; see :func:`llc_fast.behavioral_loss`.
         sampler: a name in ``llc_fast.samplers.SAMPLERS``, or a sampler object with its options, such as
-            ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``, or ``"sghmc"``, the same with momentum, if `lr` is None
-            too and the pilot chains find room for it. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
+            ``RMSpropSGLDSampler(eps=1e-3)``. None: ``"sgld"``; if `lr` is None too, also ``"sghmc"``, the same with
+            momentum, where the pilot chains find room for it, or ``"kfac-sgld"`` where a short one shows that it gives
+            at least twice the effective samples at equal cost (``diagnostics["sampler_reason"]``). All three sample
+            the same posterior. ``"mala"`` and ``"hmc"`` are Metropolis-adjusted: exact at any
             step size, for small problems, as each draw takes one gradient, or ten, over all data. Metrics that adapt
             are frozen at the end of burn-in, unless the object's ``adapt_steps`` says otherwise.
         lr: step size ε; None: chosen by pilot chains, see :func:`calibrate`. Adjusted samplers start from
