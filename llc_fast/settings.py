@@ -49,7 +49,7 @@ subtracted, stays small.
 DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 """Of a length by need: the total relative error at which chains stop, and the draws that they stop at, burn-in counted
 as draws; if time is limited instead."""
-PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.025
+PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.033
 """Gradients of the pilot chains, of those of all chains; and of the one in another metric, if the sampler is open."""
 LIMITS = ("target_error", "max_seconds", "max_gradients")
 """Arguments that find a length, where `num_draws` and `num_burnin` give one."""
@@ -369,7 +369,7 @@ class Settings:
             least = (UNUSED + 2 * self.num_steps_bw_draws) * self.num_chains * self.gradients_per_step
             raise ValueError(
                 f"max_gradients={self.max_gradients} is too few for {self.num_chains} chains: give at least "
-                f"{math.ceil(least * (1 + PILOT_SHARE)) + 1 + self.metric_gradients}"
+                f"{math.ceil(least * (1 + self.pilot_share)) + 1 + self.metric_gradients}"
             )
 
     @property
@@ -386,6 +386,11 @@ class Settings:
     def has_pilots(self) -> bool:
         """Whether pilot chains choose the step size, if the run is not too short for them."""
         return self.lr is None and self.wants_bias_correction
+
+    @property
+    def pilot_share(self) -> float:
+        """Gradients of all pilots at most, as a share of those of the chains, if none diverges."""
+        return PILOT_SHARE + (CHALLENGE_SHARE if self.is_default_sampler else 0.0)
 
     @property
     def schedule(self) -> Schedule:
@@ -407,8 +412,7 @@ class Settings:
             affordable = left / (self.num_chains * self.gradients_per_step)
             if self.has_pilots:
                 nominal = 2 * DEFAULT_NUM_DRAWS * between
-                share = PILOT_SHARE + (CHALLENGE_SHARE if self.is_default_sampler else 0.0)
-                affordable = max(affordable / (1 + share), affordable - share * nominal)
+                affordable = max(affordable / (1 + self.pilot_share), affordable - self.pilot_share * nominal)
             most = int(affordable / between)
         elif self.max_seconds is not None:
             most = DEFAULT_MOST_TIMED
