@@ -187,7 +187,7 @@ def choose_settings(
     )
     with stopping() as stop:
         chosen, seen = pilot.run(stop)
-        return pilot.challenged(chosen, seen, stop) if settings.is_default_sampler and len(seen) else chosen
+        return pilot.challenged(chosen, seen, stop) if settings.may_be_challenged and len(seen) else chosen
 
 
 def num_pilot_steps(settings: Settings) -> int:

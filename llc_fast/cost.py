@@ -13,7 +13,7 @@ from llc_fast.calibration import num_pilot_steps
 from llc_fast.gradients.plan import LARGE_MODEL
 from llc_fast.objective.objective import Objective
 from llc_fast.schedule import Schedule
-from llc_fast.settings import DEFAULT_NUM_DRAWS, Settings
+from llc_fast.settings import DEFAULT_NUM_DRAWS, PILOT_SHARE, Settings
 
 AFFORDABLE_SECONDS = 600.0
 """What a run with default length and default minibatches takes at most, at the nominal speed."""
@@ -74,7 +74,7 @@ def affordable_length(settings: Settings, flops: float, device: torch.device, nu
         return settings
     least_gradients = settings.num_chains * settings.gradients_per_step * 2 * least * between
     if settings.has_pilots:
-        least_gradients = math.ceil(least_gradients * (1 + settings.pilot_share))
+        least_gradients = math.ceil(least_gradients * (1 + PILOT_SHARE))
     return dataclasses.replace(settings, max_gradients=int(max(affordable, least_gradients)))
 
 

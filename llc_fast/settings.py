@@ -51,6 +51,8 @@ DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 as draws; if time is limited instead."""
 PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.033
 """Gradients of the pilot chains, of those of all chains; and of the one in another metric, if the sampler is open."""
+_LEAST_CHALLENGED = 3000
+"""``max_gradients`` below which no pilot tries another metric: it would be too short to show anything."""
 LIMITS = ("target_error", "max_seconds", "max_gradients")
 """Arguments that find a length, where `num_draws` and `num_burnin` give one."""
 FIRST_LOOK, UNUSED = 1250, 16
@@ -369,7 +371,7 @@ class Settings:
             least = (UNUSED + 2 * self.num_steps_bw_draws) * self.num_chains * self.gradients_per_step
             raise ValueError(
                 f"max_gradients={self.max_gradients} is too few for {self.num_chains} chains: give at least "
-                f"{math.ceil(least * (1 + self.pilot_share)) + 1 + self.metric_gradients}"
+                f"{math.ceil(least * (1 + PILOT_SHARE)) + 1 + self.metric_gradients}"
             )
 
     @property
@@ -388,9 +390,9 @@ class Settings:
         return self.lr is None and self.wants_bias_correction
 
     @property
-    def pilot_share(self) -> float:
-        """Gradients of all pilots at most, as a share of those of the chains, if none diverges."""
-        return PILOT_SHARE + (CHALLENGE_SHARE if self.is_default_sampler else 0.0)
+    def may_be_challenged(self) -> bool:
+        """Whether a pilot may try another metric: the sampler is open, and a budget has room for it."""
+        return self.is_default_sampler and (self.max_gradients is None or self.max_gradients >= _LEAST_CHALLENGED)
 
     @property
     def schedule(self) -> Schedule:
@@ -412,7 +414,8 @@ class Settings:
             affordable = left / (self.num_chains * self.gradients_per_step)
             if self.has_pilots:
                 nominal = 2 * DEFAULT_NUM_DRAWS * between
-                affordable = max(affordable / (1 + self.pilot_share), affordable - self.pilot_share * nominal)
+                share = PILOT_SHARE + (CHALLENGE_SHARE if self.may_be_challenged else 0.0)
+                affordable = max(affordable / (1 + share), affordable - share * nominal)
             most = int(affordable / between)
         elif self.max_seconds is not None:
             most = DEFAULT_MOST_TIMED
