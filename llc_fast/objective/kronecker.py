@@ -21,18 +21,25 @@ NUM_BATCHES = 4
 """Minibatches that take turns."""
 _ROWS = 4096
 """Inputs of a module (samples, tokens, patches) at most that a factor is the mean over."""
+_PIECE = 1 << 24
+"""Elements of patches at a time."""
 _MISMATCH = 1e-2
 """Relative difference between a weight's gradient and the one of its module's inputs and outputs, above which the
 weight is not applied as a matrix there, or elsewhere too."""
 
 
 class _Seen:
-    """What modules with a matrix were given, and the gradients of what they returned."""
+    """What modules with a matrix were given, and the gradients of what they returned, in the order of their calls."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[Tensor]] = {}
-        self.slopes: dict[str, list[Tensor]] = {}
+        self.slopes: dict[str, list[Tensor | None]] = {}
         self.is_forward = True
+
+    def of(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Of each call of a module whose output the loss depends on."""
+        pairs = zip(self.inputs.get(name, []), self.slopes.get(name, []), strict=True)
+        return [(x, slope) for x, slope in pairs if slope is not None]
 
 
 class GaussNewton:
@@ -115,14 +122,19 @@ class GaussNewton:
 
     def _product(self, name: str, seen: _Seen) -> Tensor | None:
         """The gradient of a weight by its module's inputs and outputs, as a matrix."""
-        if not seen.slopes.get(name):
-            return None
         module = self._modules[name]
+        weight = module.get_parameter("weight")
         total: Tensor | None = None
-        for x, slope in zip(seen.inputs[name], seen.slopes[name], strict=True):
-            rows, columns = _as_rows(module, x, slope, None)
-            part = rows.mT @ columns
-            total = part if total is None else total + part
+        for x, slope in seen.of(name):
+            count = max(1, len(x))
+            if isinstance(module, (nn.Conv1d, nn.Conv2d)) and x.ndim == weight.ndim:
+                # Patches take as much memory as a kernel has places.
+                count = max(1, _PIECE // max(1, x[0].numel() * math.prod(module.kernel_size)))
+            for start in range(0, len(x), count):
+                part_of = slice(start, start + count) if count < len(x) else ...
+                rows, columns = _as_rows(module, x[part_of], slope[part_of], None)
+                part = rows.mT @ columns
+                total = part if total is None else total + part
         return total
 
     @contextlib.contextmanager
@@ -166,10 +178,10 @@ class GaussNewton:
         inputs go with the rows."""
         module, weight = self._modules[name], self._objective.reference[name]
         size = weight.shape[0], weight.numel() // max(weight.shape[0], 1)
-        found = [torch.zeros(s, s, device=weight.device) for s in size]
+        found = [torch.zeros(s, s, dtype=torch.float32, device=weight.device) for s in size]
         inputs_first = _is_transposed(module)
         total = 0
-        for x, slope in zip(seen.inputs.get(name, []), seen.slopes.get(name, []), strict=True):
+        for x, slope in seen.of(name):
             both = [t.float() for t in _as_rows(module, x, slope, _ROWS)]
             count = _num_rows(slope, module)
             factor = scale * count / max(len(both[0]), 1)
@@ -211,7 +223,7 @@ class GaussNewton:
                 inputs, slopes = seen.inputs.setdefault(name, []), seen.slopes.setdefault(name, [])
                 place = len(inputs)
                 inputs.append(args[0].detach())
-                slopes.append(torch.zeros_like(output))
+                slopes.append(None)
 
                 def keep(slope: Tensor) -> None:
                     slopes[place] = slope.detach()
@@ -352,7 +364,12 @@ def curvature_in(
     reference = objective.reference
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in reference.values())
     delta = (1e-1 if low else 1e-3) * max(_norm(reference), 1e-3)  # short against w*, long against rounding
-    vector = metric({name: torch.randn(p.shape, generator=generator).to(p.device) for name, p in reference.items()})
+    vector = metric(
+        {
+            name: torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.device)
+            for name, p in reference.items()
+        }
+    )
     curvature = 0.0
     for _ in range(iterations):
         length = _norm(vector)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,20 @@ _EARLY_STEP, _EARLY_DAMPING = 0.3, 0.1
 """ε and the damping while the metric follows the chain, as shares of those of draws. A metric of this very place may be
 damped less than one that has to do for all places that draws will come to."""
 _TINY = 1e-9
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _in_full_precision(method: _F) -> _F:
+    """A method of :class:`KroneckerState` without gradients, and without the caller's autocast."""
+
+    @functools.wraps(method)
+    def wrapped(self: KroneckerState, *args: Any, **options: Any) -> Any:
+        with torch.no_grad(), torch.autocast(self.w.device.type, enabled=False):
+            return method(self, *args, **options)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class Factors(NamedTuple):
@@ -278,7 +294,14 @@ class KroneckerState(ChainState):
         super().put(rows)
         self._follow_w()
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def at(self, w: Tensor) -> Iterator[None]:
+        v = self._v.clone()  # to the last bit: w does not say it as precisely
+        with super().at(w):
+            yield
+        self._v.copy_(v)
+
+    @_in_full_precision
     def _follow_w(self) -> None:
         """v of w as it is."""
         for part in self._parts:
@@ -294,7 +317,7 @@ class KroneckerState(ChainState):
         """Whether :meth:`renew` will look at factors: not where the metric becomes that of their means."""
         return step < self.adapts_until or not float(self._count.max())
 
-    @torch.no_grad()
+    @_in_full_precision
     def renew(self, step: int, factors: Sequence[Sequence[Factors]] | None) -> None:
         """Set the metric of this step; w stays where it is.
 
@@ -329,6 +352,7 @@ class KroneckerState(ChainState):
             self._count += 1
         self._follow_w()
 
+    @_in_full_precision
     def _each(self, rows: Tensor, function: str) -> Tensor:
         """A :class:`_Part`'s function of each parameter, in a new tensor of rows."""
         found = torch.zeros_like(self._v)
@@ -348,7 +372,7 @@ class KroneckerState(ChainState):
 
     # ---- steps -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_in_full_precision
     def move(self, grads: Sequence[Tensor], step: int, device_step: Tensor | None = None) -> None:
         s, v, root = self.scalars, self._v, self._root
         if self._v_follows:
@@ -377,7 +401,7 @@ class KroneckerState(ChainState):
     def send_addresses(self) -> None:
         self._table.send_addresses()
 
-    def move_one(self, name: str, grad: Tensor, step: int) -> None:
+    def move_some(self, grads: Mapping[str, Tensor], step: int) -> None:
         raise NotImplementedError(f"sampler={self._kfac.name!r} needs the whole gradient")
 
 

@@ -20,6 +20,7 @@ from llc_fast.gradients.memory import needed_bytes
 from llc_fast.gradients.plan import make_plan
 from llc_fast.kernels.native import normals
 from llc_fast.kernels.step import NoiseKey
+from llc_fast.objective import kronecker as objective_kronecker
 from llc_fast.objective.kronecker import GaussNewton, _as_rows
 from llc_fast.objective.objective import Objective
 from llc_fast.problems.deep_linear import most_singular
@@ -124,6 +125,29 @@ def test_renewing_does_not_move_the_chains(dtype: torch.dtype) -> None:
         state.move([torch.zeros(2, 3, 4, dtype=dtype), torch.zeros(2, 3, dtype=dtype)], step)
         moved = state.w != before
         assert moved[:, :12].all() and moved[:, 16].all() and not moved[:, 17].any() and not moved[:, 12:16].any()
+
+
+def test_a_look_elsewhere_changes_nothing() -> None:
+    state = _state({"w": (3, 4)}, num_chains=2)
+    state.renew(0, [[Factors(_positive(3, 1), _positive(4, 2))]] * 2)
+    state.move([_random(2, 3, 4)], 0)
+    before = {name: t.clone() for name, t in state.arrays().items()}
+    with state.displaced():
+        assert not torch.equal(state.w, before["w"])
+    assert all(torch.equal(t, before[name]) for name, t in state.arrays().items())
+
+
+def test_the_callers_autocast_leaves_steps_in_full_precision() -> None:
+    start = {"w": _random(3, 4, dtype=torch.float32)}
+    ends = []
+    for enabled in (False, True):
+        state = KroneckerState(start, {}, KFACSGLDSampler(lr=0.1, nbeta=NBETA, localization=GAMMA, adapt_steps=4), 2)
+        state.start(0, 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            state.renew(0, [[Factors(_positive(3, 1), _positive(4, 2))]] * 2)
+            state.move([_random(2, 3, 4, dtype=torch.float32)], 0)
+        ends.append(state.w.clone())
+    assert torch.equal(*ends)
 
 
 def test_a_chain_that_diverged_does_not_touch_the_others() -> None:
@@ -351,6 +375,14 @@ def test_inputs_and_outputs_give_the_gradient(kind: str) -> None:
     [grad] = torch.autograd.grad(y, [weight], slope)
     rows, columns = _as_rows(module, x, slope, None)
     torch.testing.assert_close((rows.mT @ columns).view(grad.shape), grad, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison that finds weights that are used in other ways, with a few samples at a time."""
+    model, data = _convolutions()
+    objective = Objective(model, mse, make_source(data, 64, _CPU), device=_CPU)
+    monkeypatch.setattr(objective_kronecker, "_PIECE", 2 * 8 * 8 * 9 * 10)
+    assert sum(GaussNewton(objective, 3).is_matrix) == 3
 
 
 class _Tied(nn.Module):
