@@ -26,12 +26,12 @@ struct Scalars {
 };
 
 // What a step can sum up on the way, in the order of the columns it writes, with the names that Python has for them.
-#define LLC_SUMS(X)                                                                           \
-    X(kGradSquare, "grad")         /* g^2 */                                                  \
+#define LLC_SUMS(X)                                                                              \
+    X(kGradSquare, "grad")         /* g^2 */                                                     \
     X(kDistanceSquare, "distance") /* (w - w*)^2, before the update; over A where A localizes */ \
-    X(kWeightSquare, "weight")     /* w^2, after it */                                        \
-    X(kNoiseSquare, "noise")       /* xi^2 */                                                 \
-    X(kMomentumSquare, "momentum") /* the square of the first state (a momentum), after it */ \
+    X(kWeightSquare, "weight")     /* w^2, after it */                                           \
+    X(kNoiseSquare, "noise")       /* xi^2 */                                                    \
+    X(kMomentumSquare, "momentum") /* the square of the first state (a momentum), after it */    \
     X(kBias, "bias")               /* g q, q from the rule: nbeta times it is the bias of nbeta L */
 
 enum Sum : int {
@@ -62,8 +62,8 @@ struct Coordinate {
     T preconditioner;  // given from outside; 1 if none is
     T thermostat;      // of the chain
     T w;
-    T state[2];  // what the rule keeps between steps
-    T bias = 0;  // q, for the sum of that name
+    T state[2];     // what the rule keeps between steps
+    T bias = 0;     // q, for the sum of that name
     T measure = 1;  // of distances: 1 / A where the localization is in the metric
 };
 

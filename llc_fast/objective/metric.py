@@ -406,7 +406,13 @@ def _outputs_and_loss(objective: Objective, batch: Batch, share: float) -> _Seen
         inputs.append(tensor.detach().requires_grad_())
         return inputs[-1]
 
-    handle = objective.model.register_forward_hook(lambda module, args, output: _mapped(cut, output))
+    def hook(module: object, args: object, output: Any) -> Any:
+        try:
+            return _mapped(cut, output)
+        except Exception:  # a container that can't be made anew stays, and the loss is seen to go past what was cut
+            return output
+
+    handle = objective.model.register_forward_hook(hook)
     try:
         loss = objective.loss(batch, share).loss
     finally:

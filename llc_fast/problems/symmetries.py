@@ -102,17 +102,20 @@ def transformer_block(seed: int, *, width: int = 12, heads: int = 2, hidden: int
     return Symmetry(model, (positions, width), factors)
 
 
-def layer_norm_network(seed: int, *, inputs: int = 8, width: int = 16, outputs: int = 4) -> Symmetry:
-    """A random perceptron with LayerNorm, and the rescalings of what its normalizations divide out or pass on."""
+def layer_norm_network(seed: int, *, inputs: int = 8, width: int = 16, outputs: int = 16) -> Symmetry:
+    """A random perceptron with LayerNorm, and the rescalings of what its normalizations divide out or pass on.
+
+    With tanh between, for what a ReLU or GELU lets through may be nearly 0 as a whole, and a normalization without ε
+    makes a singularity of that.
+    """
 
     def factors(a: float) -> dict[str, float]:
         scaled = {"0.weight": a, "0.bias": a, "3.weight": 1 / a, "3.bias": 1 / a}
-        return scaled | {"4.weight": a, "4.bias": a, "6.weight": 1 / a}
+        return scaled | {"4.weight": a, "4.bias": a, "5.weight": 1 / a}
 
     with torch.random.fork_rng(devices=[]):
         model = nn.Sequential(
-            nn.Linear(inputs, width), nn.LayerNorm(width, eps=_EPS), nn.GELU(),
-            nn.Linear(width, width), nn.LayerNorm(width, eps=_EPS), nn.ReLU(),
-            nn.Linear(width, outputs),
+            nn.Linear(inputs, width), nn.LayerNorm(width, eps=_EPS), nn.Tanh(),
+            nn.Linear(width, width), nn.LayerNorm(width, eps=_EPS), nn.Linear(width, outputs),
         )  # fmt: skip
     return Symmetry(_with_random_biases(model, seed), (inputs,), factors)

@@ -43,6 +43,7 @@ for name, options in {
     "lost": dict(lr=1e3, num_draws=70, num_chains=4, strategy="sequential"),
     "adjusted": dict(sampler="hmc", lr=None, batch_size=None, num_chains=4, strategy="sequential"),
     "refined": dict(strategy="sequential", refine=True, num_chains=3),
+    "in metric": dict(strategy="sequential", preconditioner="curvature", num_chains=3, lr=1e-5),
     "behavioral": dict(strategy="batched", loss_fn="behavioral", num_chains=3),
 }.items():
     runs.estimate(**options, checkpoint=name, progress=True).save(f"{name}.{rank}")
@@ -80,6 +81,8 @@ def _check_estimates(tmp_path: Path, size: int) -> None:
     refined, behavioral = load("refined")[0], load("behavioral")[0]
     assert_same(refined, estimate(strategy="sequential", refine=True, num_chains=3))
     assert refined.diagnostics["refine_fall"] > 0
+    in_metric = estimate(strategy="sequential", preconditioner="curvature", num_chains=3, lr=1e-5)
+    assert_same(load("in metric")[0], in_metric)
     one_process = estimate(strategy="batched", loss_fn="behavioral", num_chains=3)
     np.testing.assert_allclose(behavioral.loss_trace, one_process.loss_trace, rtol=1e-3, atol=1e-12)
     for name in (
@@ -89,6 +92,7 @@ def _check_estimates(tmp_path: Path, size: int) -> None:
         "lost",
         "adjusted",
         "refined",
+        "in metric",
         "behavioral",
     ):  # merged: one file with all chains
         assert not list(tmp_path.glob(f"{name}.rank*"))

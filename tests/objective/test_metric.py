@@ -387,10 +387,10 @@ def test_a_bias_of_0_is_free_to_move() -> None:
 def test_masks_and_microbatches_and_low_precision() -> None:
     x, y = _normal(64, 4, seed=1, dtype=torch.float32), _normal(64, 2, seed=2, dtype=torch.float32)
     model = _initialized(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), dtype=torch.float32)
-    whole = curvature_metric(_objective(model, (x, y), mse), probes=400)
+    whole = curvature_metric(_objective(model, (x, y), mse), probes=200)
     mask = torch.zeros(5, 4, dtype=torch.bool)
     mask[:3] = True
-    part = curvature_metric(_objective(model, (x, y), mse, params={"0.weight": mask}), probes=400, damping=0.0)
+    part = curvature_metric(_objective(model, (x, y), mse, params={"0.weight": mask}), probes=200, damping=0.0)
     assert set(part.preconditioner) == {"0.weight"}
     torch.testing.assert_close(
         part.preconditioner["0.weight"][:3], whole.preconditioner["0.weight"][:3], rtol=0.6, atol=0
@@ -399,10 +399,10 @@ def test_masks_and_microbatches_and_low_precision() -> None:
         float((model[0].weight.detach()[:3].double().square() / part.preconditioner["0.weight"][:3]).sum().sqrt()),
         rel=1e-5,
     )
-    pieces = curvature_metric(_objective(model, (x, y), mse, microbatch_size=8), probes=400)
+    pieces = curvature_metric(_objective(model, (x, y), mse, microbatch_size=8), probes=200)
     for key, a in whole.preconditioner.items():
         torch.testing.assert_close(pieces.preconditioner[key], a, rtol=0.5, atol=0)
-    low = curvature_metric(_objective(copy.deepcopy(model).bfloat16(), (x.bfloat16(), y.bfloat16()), mse), probes=400)
+    low = curvature_metric(_objective(copy.deepcopy(model).bfloat16(), (x.bfloat16(), y.bfloat16()), mse), probes=200)
     for key, a in whole.preconditioner.items():
         assert low.preconditioner[key].dtype == torch.float32
         torch.testing.assert_close(low.preconditioner[key], a, rtol=0.5, atol=0)
@@ -467,7 +467,7 @@ def test_the_posterior_of_a_localization_in_the_metric(sampler: str) -> None:
     metric = torch.tensor([[0.2, 5.0, 0.7, 20.0, 3.0, 300.0]], dtype=torch.float64)
     nbeta, gamma, lr = 60.0, 40.0, None
     given = {"preconditioner": {"weight": metric}, "localization_metric": "sampler"}
-    options: dict[str, Any] = {"num_draws": 3000, "num_burnin": 500, "num_chains": 4}
+    options: dict[str, Any] = {"num_draws": 2000, "num_burnin": 300, "num_chains": 4}
     if sampler == "curvature":
         metric = curvature_metric(_objective(model, data, mse, batch_size=400)).preconditioner["weight"]
         used: Any = PreconditionedSGLDSampler(preconditioner="curvature")
@@ -476,7 +476,7 @@ def test_the_posterior_of_a_localization_in_the_metric(sampler: str) -> None:
     else:
         used = {"mala": MALASampler, "hmc": HMCSampler}[sampler](**given)
         if sampler == "hmc":
-            options |= {"num_draws": 1000, "num_burnin": 100}
+            options |= {"num_draws": 500, "num_burnin": 100}
     result = llc_fast.estimate_llc(
         model, data, mse, sampler=used, nbeta=nbeta, localization=gamma, lr=lr, batch_size=400, progress=False,
         seed=5, **options,
@@ -484,7 +484,7 @@ def test_the_posterior_of_a_localization_in_the_metric(sampler: str) -> None:
     exact = _exact(hessian, nbeta, gamma, metric[0])
     euclidean = _exact(hessian, nbeta, gamma, torch.ones(6, dtype=torch.float64))
     assert abs(result.llc_mean - exact) < 5 * result.llc_stderr + 1e-3
-    assert abs(exact - euclidean) > 8 * result.llc_stderr  # otherwise it shows nothing
+    assert abs(exact - euclidean) > 5 * result.llc_stderr  # otherwise it shows nothing
     assert result.settings["localization_metric"] == "sampler"
     # In the metric ‖w − w*‖² has the mean tr A⁻¹(nβH + γA⁻¹)⁻¹, and dλ̂/dlog γ = −(γ/2)·tr nβH·M·A⁻¹·M with that M.
     inverse = torch.linalg.inv(nbeta * hessian + gamma * torch.diag(1 / metric[0]))
@@ -507,7 +507,7 @@ def test_large_steps_have_their_bias_subtracted_exactly() -> None:
     result = llc_fast.estimate_llc(
         model, data, mse, sampler="preconditioned-sgld", preconditioner={"weight": metric}, lr=1 / stiffest,
         localization_metric="sampler", nbeta=nbeta, localization=gamma, batch_size=400, progress=False, seed=6,
-        bias_correction=True, num_draws=20_000, num_burnin=1000, num_chains=4,
+        bias_correction=True, num_draws=8000, num_burnin=1000, num_chains=4,
     )  # fmt: skip
     exact = _exact(hessian, nbeta, gamma, metric[0])
     assert result.diagnostics["bias_share"] > 0.03
@@ -684,7 +684,7 @@ def test_the_posterior_is_what_an_independent_sampler_finds() -> None:
     metric = curvature_metric(_objective(model, (x, y), mse, batch_size=100)).preconditioner
     nbeta = 20.0
     result = llc_fast.estimate_llc(
-        model, (x, y), mse, preconditioner="curvature", nbeta=nbeta, batch_size=100, num_draws=8000, num_burnin=1000,
+        model, (x, y), mse, preconditioner="curvature", nbeta=nbeta, batch_size=100, num_draws=5000, num_burnin=1000,
         num_chains=4, progress=False, seed=2,
     )  # fmt: skip
     gamma = result.settings["localization"]
@@ -701,7 +701,7 @@ def test_the_posterior_is_what_an_independent_sampler_finds() -> None:
         return nbeta * loss(w) + gamma / 2 * ((w - center).square() / a).sum(dim=1)
 
     step = 0.25 * a.sqrt() / math.sqrt(nbeta)
-    draws = _hmc(energy, center.repeat(32, 1), step, 400, seed=3)[100:]
+    draws = _hmc(energy, center.repeat(32, 1), step, 250, seed=3)[60:]
     with torch.no_grad():
         excess = nbeta * (torch.stack([loss(w) for w in draws]) - loss(center[None]))
     per_chain = excess.mean(dim=0)
