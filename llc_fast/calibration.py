@@ -457,7 +457,7 @@ def speed_over(fast: NDArray[np.float64], slow: NDArray[np.float64]) -> tuple[fl
     """How many times the effective samples a step of one chain gives than one of another, and what was seen.
 
     Both start at w*. Where the longer chain still grows, or has not come as far as the other one, it is the ratio of
-    the steps in which they come equally far; otherwise of the steps in which they forget, if they are at the same place.
+    the steps in which they come equally far; otherwise of the steps in which they forget, if they are at one place.
 
     Args:
         fast: nβ·(L − L(w*)) of one chain, without bias.
