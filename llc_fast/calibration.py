@@ -59,8 +59,8 @@ RESTART_STEP, MAX_RESTARTS = 1 / 4, 3
 everything: near very singular places the curvature grows for thousands of steps."""
 CHALLENGE_LENGTH, MIN_GAIN = 1 / 4, 2.0
 """Of the pilot in another metric: its length, as a share of the last pilot before, which with a third of it for the
-step size adds 3.3 % to the gradients; and how many times as fast it has to be. Pilots are short: what looks twice as fast
-is not slower."""
+step size adds 3.3 % to the gradients; and how many times as fast it has to be. Pilots are short: what looks twice as
+fast is not slower."""
 _MOST_ELEMENTS, _MOST_METRIC_BYTES = 2_000_000, 1e9
 """Parameters, and bytes that the metric of all chains takes, above which no pilot tries another metric."""
 _LONG_MEMORY, _VISIBLE = 20.0, 0.02
