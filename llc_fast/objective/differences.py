@@ -24,6 +24,8 @@ _MAX_GROUPS, _MAX_SUSPECTS = 24, 12
 _POINTS, _AWAY = 4, 0.05
 """At how many points gradient and differences must disagree, and how far apart these are, relative to the size of each
 parameter."""
+_PIECE = 2**22
+"""Elements that are looked at together in float64."""
 _LARGE = 10_000_000
 """Parameters above which nothing is computed in float64, directions are made anew instead of kept, and single elements
 are not looked for."""
@@ -105,7 +107,7 @@ def compare_with_differences(
     Args:
         objective: model and loss.
         batch: a minibatch, or the part of it that passes the model at a time.
-        params: a point beside w*.
+        params: a point beside w*; those of a large model are moved, and moved back.
         restart: puts all generators into the same state, so that a random loss is one function.
         max_evaluations: about how many to spend.
     """
@@ -150,10 +152,11 @@ class _Comparison:
 
         self._restart, self._method = restart, method
         self._batch = map_tensors(cast, batch)
-        self._params = {name: cast(p).clone() for name, p in params.items()}
+        # A large model's are moved as they are, to where they were but for rounding: there may be no room for a copy.
+        self._is_large = is_large(params)
+        self._params = {name: p if self._is_large and cast(p) is p else cast(p).clone() for name, p in params.items()}
         # Which stand for w*, too, whose values nobody asks for here: another copy of a large model may not fit.
         self._objective = objective.in_precision(cast, reference=self._params)
-        self._is_large = is_large(params)
         self._scales = scales_of(objective.reference)
         self._masks = objective.masks
         self._precision = max(torch.finfo(p.dtype).eps for p in self._params.values())
@@ -210,7 +213,7 @@ class _Comparison:
         def take(name: str, grad: Tensor) -> None:
             if name in self._masks:
                 grad = grad * self._masks[name]
-            found.slopes[name] += float((grad.double() * random(name)).sum())
+            found.slopes[name] += _product(grad, random(name))
             norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
             found.sizes[name] = math.hypot(found.sizes[name], self._scales[name] * norm)
             if not self._is_large:
@@ -443,6 +446,12 @@ class _unknown_if_it_fails:  # noqa: N801
             raise _UnknownError from error
 
 
+def _product(a: Tensor, b: Tensor) -> float:
+    """Σab in float64, piece by piece: a copy of the largest gradient may not fit."""
+    pieces = zip(torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE), strict=True)
+    return float(torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum())
+
+
 def is_large(tensors: Mapping[str, Tensor]) -> bool:
     """Whether memory and the time that random numbers take count: with so many elements."""
     return sum(t.numel() for t in tensors.values()) > _LARGE
@@ -458,7 +467,7 @@ def normals_like(p: Tensor, seed: int, place: int) -> Tensor:
 
 def scales_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The root mean square of each tensor; of all of them where one is zero or nearly."""
-    sums = {name: float(t.detach().double().square().sum()) for name, t in tensors.items()}
+    sums = {name: float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for name, t in tensors.items()}
     count = sum(t.numel() for t in tensors.values())
     whole = math.sqrt(sum(sums.values()) / max(count, 1)) or 1.0
     sizes = {name: math.sqrt(sums[name] / max(t.numel(), 1)) for name, t in tensors.items()}

@@ -15,7 +15,7 @@ from llc_fast.kernels.step import NoiseKey, StepScalars
 from llc_fast.kernels.streams import NOISE_STREAM
 from llc_fast.samplers.base import Sampler
 
-_PIECE = 2**20  # elements that are looked at together where memory counts
+_PIECE, _PIECE_ON_A_GPU = 2**20, 2**23  # elements that are looked at together where memory counts
 _MAX_TABLES = 1000  # that are kept for groups of parameters
 _ALIGN = 16  # elements: each tensor of a chain starts on a cache line
 
@@ -148,23 +148,25 @@ class ChainState:
 
         Row by row and in pieces, without another buffer like `w`.
         """
-        sums = [0.0] * self.num_chains
+        sums = torch.zeros(self.num_chains, dtype=torch.float64, device=self._device)  # read once, at the end
+        size = _PIECE if self._device.type == "cpu" else _PIECE_ON_A_GPU
         for k, (reference, mask) in enumerate(zip(self._reference, self._masks, strict=True)):
             flat, given = reference.view(-1), self._segments[k].preconditioner
             metric = given.expand_as(reference).reshape(-1) if isinstance(given, Tensor) else None
             may_move = None if mask is None else mask.expand_as(reference).reshape(-1)
             for row in range(self.num_chains):
                 w = self._view(self.w, k)[row].view(-1)
-                for start in range(0, len(flat), _PIECE):
-                    piece = slice(start, start + _PIECE)
+                for start in range(0, len(flat), size):
+                    piece = slice(start, start + size)
                     away = w[piece] - flat[piece]
                     if may_move is not None:
                         away *= may_move[piece]
                     away.square_()
                     if self.scalars.in_metric:
                         away /= given if metric is None else metric[piece]
-                    sums[row] += float(away.sum(dtype=torch.float64))
-        return sums
+                    sums[row] += away.sum(dtype=torch.float64)
+        found: list[float] = sums.tolist()
+        return found
 
     def metric(self, step: int) -> Tensor:
         """The preconditioner p of a Langevin step that no longer adapts; 0 where nothing moves."""
