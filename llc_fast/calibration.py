@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from llc_fast.chains.group import DIVERGED_AFTER, RunSpec
 from llc_fast.chains.metric import kronecker_stiffness
 from llc_fast.chains.run import Monitor, run_chains
-from llc_fast.data import mix
+from llc_fast.data import IndexedSource, mix
 from llc_fast.gradients.plan import Plan, make_plan
 from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
 from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_curvature
@@ -32,6 +32,7 @@ from llc_fast.samplers.base import Sampler
 from llc_fast.samplers.kronecker import KFACSGLDSampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import PILOT_SHARE, Settings
+from llc_fast.stats.convergence import autocorrelation_time, error_within
 from llc_fast.support.runtime import Stop
 from llc_fast.traces import REFERENCE_LOSS
 
@@ -56,6 +57,20 @@ MIN_PILOT = 64
 RESTART_STEP, MAX_RESTARTS = 1 / 4, 3
 """ε of a run that begins again, as a share of the one with which its chains diverged; and how often. Pilots can't see
 everything: near very singular places the curvature grows for thousands of steps."""
+CHALLENGE_LENGTH, MIN_GAIN = 1 / 4, 2.0
+"""Of the pilot in another metric: its length, as a share of the last pilot before, which with a third of it for the
+step size adds 3.3 % to the gradients; and how many times as fast it has to be. Pilots are short: what looks twice as
+fast is not slower."""
+_MOST_ELEMENTS, _MOST_METRIC_BYTES = 2_000_000, 1e9
+"""Parameters, and bytes that the metric of all chains takes, above which no pilot tries another metric."""
+_LONG_MEMORY, _VISIBLE = 20.0, 0.02
+"""Of a pilot without bias: the autocorrelation time in steps, or the growth over its last two doublings, above which a
+better metric can show."""
+FLOPS_PER_BYTE, FLOPS_PER_CALL = {"cpu": 2.0, "cuda": 5.0}, {"cpu": 4e5, "cuda": 1e8}
+"""What moving a byte, and calling one operation of torch, cost in floating-point operations, at the nominal speeds of
+:mod:`llc_fast.cost`. Nominal: a clock would choose otherwise on another day."""
+_CALLS_OF_GRADIENT = 2
+"""For each parameter; recorded kernels are replayed without torch's dispatch."""
 MIN_FRICTION = 0.5
 """With less, bias feeds on itself where gradient noise grows with the loss: chains diverged at 0.25."""
 
@@ -80,6 +95,8 @@ class Chosen:
         restarts: how often most chains diverged on the way, and all began again with a quarter of ε.
         is_interrupted: whether somebody stopped the pilot chains: this is what they had found by then.
         refined: what :func:`llc_fast.objective.refinement.refine` has done; None: w* is the model's.
+        sampler: name of the one that takes the place of the default; empty: none does.
+        reason: why it does, or why none does, with what was measured; empty: the sampler was given, or none was tried.
     """
 
     init_loss: float
@@ -95,6 +112,8 @@ class Chosen:
     restarts: int = 0
     is_interrupted: bool = False
     refined: dict[str, Any] | None = None
+    sampler: str = ""
+    reason: str = ""
 
 
 def choose_settings(
@@ -167,7 +186,8 @@ def choose_settings(
         monitor=monitor,
     )
     with stopping() as stop:
-        return pilot.run(stop)
+        chosen, seen = pilot.run(stop)
+        return pilot.challenged(chosen, seen, stop) if settings.may_be_challenged and len(seen) else chosen
 
 
 def num_pilot_steps(settings: Settings) -> int:
@@ -256,8 +276,10 @@ class _Pilot:
     start: Mapping[str, NDArray[Any]] | None
     monitor: Monitor | None
 
-    def run(self, stop: Stop | None = None) -> Chosen:
+    def run(self, stop: Stop | None = None) -> tuple[Chosen, NDArray[np.float64]]:
         """The step size and friction that the pilots end with, or have found when `stop` is set.
+
+        Also nβ·(L − L(w*)) of the last pilot, without its bias; empty if it was interrupted or diverged.
 
         Raises:
             ValueError: all chains diverged.
@@ -265,13 +287,14 @@ class _Pilot:
         nbeta, most = self.chosen.nbeta, self.chosen.lr
         lr, friction, share = most, 1.0, math.nan
         stage, attempt, spent = 0, 0, 0
+        seen = np.empty(0)
         while stage < len(_STAGES) and spent < self.num_steps:
             last = stage == len(_STAGES) - 1
             length = max(16, int(_STAGES[stage] * self.num_steps))
             loss, bias = self._chain(lr, friction, length, attempt, stop)
             if stop is not None and stop.is_set():
                 length = int(np.isfinite(loss).sum())
-                return dataclasses.replace(
+                interrupted = dataclasses.replace(
                     self.chosen,
                     lr=lr,
                     friction=friction,
@@ -279,12 +302,14 @@ class _Pilot:
                     pilot_bias_share=share,
                     is_interrupted=True,
                 )
+                return interrupted, np.empty(0)
             attempt += 1
             spent += min(length, int(np.isfinite(loss).sum()) + DIVERGED_AFTER)
             excess = nbeta * (loss - self.chosen.init_loss)
             late = slice(length // 2, None)
             if np.isfinite(excess).all() and np.isfinite(bias).all():
                 stage += 1
+                seen = excess - bias if last else seen
                 found, added = float(excess[late].mean()), float(bias[late].mean())
                 if found <= 0:  # w* is no minimum: no reason to blame the step size
                     continue
@@ -307,23 +332,108 @@ class _Pilot:
                 f"lr=None: no step size can be chosen. Chains from w* diverged down to lr={8 * lr:.2g}. Is there any "
                 "curvature at w*? Pass lr, or a larger localization."
             )
-        return dataclasses.replace(
+        chosen = dataclasses.replace(
             self.chosen,
             lr=lr,
             friction=friction,
             pilot_steps=spent,
             pilot_bias_share=share,
         )
+        return chosen, seen
+
+    def challenged(self, chosen: Chosen, seen: NDArray[np.float64], stop: Stop | None = None) -> Chosen:
+        """What was chosen, or another sampler in its place, if a short pilot shows that it is faster.
+
+        It is tried only where the last pilot says that there is something to gain. It then takes a quarter of that
+        pilot's steps, and is compared with where that pilot was at the same step and later: chains of all samplers
+        start at w*, and tend to the same posterior. Effective samples are over the cost of steps, which is counted.
+
+        Args:
+            chosen: for the default sampler.
+            seen: nβ·(L − L(w*)) of its last pilot, without bias.
+            stop: ends the pilot, and the default is kept.
+        """
+        name = self.settings.template.structured_variant
+        length = int(CHALLENGE_LENGTH * len(seen))
+        if name is None or length < MIN_PILOT or (why := self._why_not(seen)):
+            return dataclasses.replace(chosen, reason="" if name is None or length < MIN_PILOT else why)
+        sampler = self.settings.complete_sampler(1.0, chosen.nbeta, name=name)
+        kept = f"{self._called(chosen)} stays: {name}"
+        shapes = [p.shape for p in self.objective.reference.values()]
+        if self.settings.num_chains * sampler.extra_bytes(shapes, 4) > _MOST_METRIC_BYTES:
+            return dataclasses.replace(chosen, reason=f"{kept} would need too much memory")
+        slower, share, excess, bias = 1.0, math.nan, np.empty(0), np.empty(0)
+        try:
+            lr = default_lr(self.objective, sampler, stiffness=CORRECTED_STIFFNESS, seed=self.settings.seed)
+            for attempt, steps in enumerate((length // 3, length)):  # the first one is for the step size
+                lr *= slower
+                loss, bias = self._chain(lr, 1.0, steps, _CHALLENGER + attempt, stop, name)
+                if stop is not None and stop.is_set():
+                    return dataclasses.replace(chosen, is_interrupted=True)
+                spent = chosen.pilot_steps + min(steps, int(np.isfinite(loss).sum()) + DIVERGED_AFTER)
+                chosen = dataclasses.replace(chosen, pilot_steps=spent)
+                excess, late = chosen.nbeta * (loss - chosen.init_loss), slice(steps // 2, None)
+                # Its metric is learned for longer in the run than here, so that nothing is read from a trend.
+                share = float(bias[late].mean() / max(float(excess[late].mean()), 1e-12))
+                wanted = 2 * TARGET_BIAS_SHARE / max(share, 1e-12) if np.isfinite([*excess, *bias]).all() else 0.0
+                slower = min(1.0, max(1 / 8, wanted))
+        except ValueError as error:
+            return dataclasses.replace(chosen, reason=f"{kept} is not possible here ({error})")
+        if not np.isfinite([*excess, *bias]).all():
+            return dataclasses.replace(chosen, reason=f"{kept} diverged within {length} steps")
+        cost = self._cost_of(sampler) / self._cost_of(self.settings.complete_sampler(1.0, chosen.nbeta))
+        gain, words = speed_over(excess - bias, seen)
+        gain *= slower / cost
+        words += f", a step of which costs {cost:.2g} times as much"
+        if gain < MIN_GAIN:
+            return dataclasses.replace(chosen, reason=f"{kept} gave {gain:.2g} times the effective samples ({words})")
+        reason = f"{name} gave {gain:.2g} times the effective samples of {self._called(chosen)} ({words})"
+        return dataclasses.replace(
+            chosen, sampler=name, lr=lr * slower, friction=1.0, pilot_bias_share=share, reason=reason
+        )
+
+    def _called(self, chosen: Chosen) -> str:
+        return self.settings.complete_sampler(1.0, chosen.nbeta, friction=chosen.friction).name
+
+    def _why_not(self, seen: NDArray[np.float64]) -> str:
+        """Why no other metric is tried; empty if there is something to gain."""
+        objective, trial = self.objective, self.objective.trial
+        plain = self._called(self.chosen)
+        if objective.num_parameters > _MOST_ELEMENTS:
+            return f"{plain} stays: the model has more than {_MOST_ELEMENTS:,} parameters"
+        if objective.masks or trial.is_random or objective.microbatch_size is not None or not objective.is_precise:
+            return f"{plain} stays: masks, random losses, microbatches and low precision are left to it"
+        if not isinstance(objective.source, IndexedSource):
+            return f"{plain} stays: the data are read by a loader"
+        quarter = len(seen) // 4
+        before, after = seen[quarter // 2 : quarter], seen[2 * quarter :]
+        growth = float(after.mean() - before.mean())
+        error = math.hypot(*(error_within(part[None]) for part in (before, after)))
+        if growth > max(3 * error, _VISIBLE * abs(float(after.mean()))):
+            return ""
+        time = autocorrelation_time(after[None])
+        if time > _LONG_MEMORY:
+            return ""
+        return f"{plain} stays: its pilot no longer grows, and forgets in {time:.2g} steps"
+
+    def _cost_of(self, sampler: Sampler) -> float:
+        """Of a step of one chain with its gradient, in floating-point operations; no clock is asked."""
+        objective = self.objective
+        device = "cpu" if objective.device.type == "cpu" else "cuda"
+        shapes = [tuple(p.shape) for p in objective.reference.values()]
+        work, calls = sampler.extra_work(shapes, objective.trial.flops, self.settings.longest.num_steps)
+        moved = sampler.bytes_moved()
+        moved = (0.0 if math.isnan(moved) else moved) * objective.num_parameters
+        calls += _CALLS_OF_GRADIENT * len(shapes)
+        return objective.trial.flops + work + FLOPS_PER_BYTE[device] * moved + FLOPS_PER_CALL[device] * calls
 
     def _chain(
-        self, lr: float, friction: float, length: int, attempt: int, stop: Stop | None
+        self, lr: float, friction: float, length: int, attempt: int, stop: Stop | None, name: str = ""
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Losses and bias of one chain from w*."""
-        sampler = self.settings.complete_sampler(lr, self.chosen.nbeta, friction=friction)
-        if sampler.metric in (
-            "adaptive",
-            "kronecker",
-        ):  # half of the pilot to learn the metric, the other half to see what it does
+        sampler = self.settings.complete_sampler(lr, self.chosen.nbeta, friction=friction, name=name)
+        if sampler.metric in ("adaptive", "kronecker"):
+            # Half of the pilot to learn the metric, the other half to see what it does.
             sampler = dataclasses.replace(sampler, adapt_steps=length // 2)  # type: ignore[call-arg]
         spec = RunSpec(
             self.objective,
@@ -343,6 +453,43 @@ class _Pilot:
         return loss, bias
 
 
+def speed_over(fast: NDArray[np.float64], slow: NDArray[np.float64]) -> tuple[float, str]:
+    """How many times the effective samples a step of one chain gives than one of another, and what was seen.
+
+    Both start at w*. Where the longer chain still grows, or has not come as far as the other one, it is the ratio of
+    the steps in which they come equally far; otherwise of the steps in which they forget, if they are at one place.
+
+    Args:
+        fast: nβ·(L − L(w*)) of one chain, without bias.
+        slow: the same of the other one, of four times as many steps.
+    """
+    length = len(fast)
+    reached, error = float(fast[length // 2 :].mean()), error_within(fast[None, length // 2 :])
+    ends = [len(slow) >> k for k in (4, 3, 2, 1, 0)]
+    windows = [slow[end // 2 : end] for end in ends]
+    places, errors = [float(w.mean()) for w in windows], [error_within(w[None]) for w in windows]
+    same, last = places[2], places[4]
+    words = (
+        f"nβ·(L − L(w*)) of {reached:.4g} after {length} steps; the other {same:.4g} there, {last:.4g} after {ends[-1]}"
+    )
+    if max(last - same - 2 * math.hypot(errors[2], errors[4]), reached - last - 2 * math.hypot(error, errors[4])) > 0:
+        level = reached - error  # what the chain has surely come to
+        if level >= last:  # growth slows down, so that it would take at least as many doublings more
+            more = min((level - last) / max(last - places[3], 1e-12), _MOST_DOUBLINGS)
+            return ends[-1] * 2**more / length, words
+        k = max((k for k in range(4) if places[k] <= level), default=-1)
+        if k < 0 or not places[k + 1] > places[k]:
+            return ends[0] / length, words
+        share = (level - places[k]) / (places[k + 1] - places[k])
+        return ends[k] * 2**share / length, words
+    if reached < last - 2 * math.hypot(error, errors[4]):
+        return 0.0, words
+    times = [autocorrelation_time(part[None]) for part in (windows[4], fast[length // 2 :])]
+    words += f"; autocorrelation times {times[1]:.2g} and {times[0]:.2g} steps"
+    ratio = times[0] / max(times[1], 1.0)
+    return (ratio if math.isfinite(ratio) else 0.0), words
+
+
 def _share_ahead(excess: NDArray[np.float64], bias: NDArray[np.float64], ahead: float) -> float:
     """The share of bias at `ahead` times the length of a trace, by the power law of its last two quarters."""
     quarters = [slice(len(bias) * k // 4, len(bias) * (k + 1) // 4) for k in (2, 3)]
@@ -353,5 +500,9 @@ def _share_ahead(excess: NDArray[np.float64], bias: NDArray[np.float64], ahead: 
 
 _STEEPEST = 0.75
 """Power of the number of steps with which bias is taken to grow at most: what is steeper is noise."""
+_MOST_DOUBLINGS = 3.0
+"""Of its length, that a pilot is taken to need to come as far as another."""
+_CHALLENGER = 100
+"""Number of the pilot in another metric, whose seed follows from it."""
 _PILOT = 0x9107
 """Sets the pilots' seeds apart from those of all chains."""

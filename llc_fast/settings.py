@@ -49,8 +49,10 @@ subtracted, stays small.
 DEFAULT_TARGET, DEFAULT_MOST, DEFAULT_MOST_TIMED = 0.02, 10_000, 100_000
 """Of a length by need: the total relative error at which chains stop, and the draws that they stop at, burn-in counted
 as draws; if time is limited instead."""
-PILOT_SHARE = 0.13
-"""Gradients of the pilot chains, of those of all chains."""
+PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.033
+"""Gradients of the pilot chains, of those of all chains; and of the one in another metric, if the sampler is open."""
+_LEAST_CHALLENGED = 3000
+"""``max_gradients`` below which no pilot tries another metric: it would be too short to show anything."""
 LIMITS = ("target_error", "max_seconds", "max_gradients")
 """Arguments that find a length, where `num_draws` and `num_burnin` give one."""
 FIRST_LOOK, UNUSED = 1250, 16
@@ -290,15 +292,18 @@ class Settings:
             return self
         return dataclasses.replace(self, localization=default_localization(num_parameters, norm))
 
-    def complete_sampler(self, lr: float, nbeta: float, *, friction: float = 1.0) -> Sampler:
+    def complete_sampler(self, lr: float, nbeta: float, *, friction: float = 1.0, name: str = "") -> Sampler:
         """The sampler of the chains.
 
         Args:
             lr, nbeta: ε and nβ.
             friction: α < 1 replaces the sampler by its variant with momentum (``Sampler.momentum_variant``).
+            name: of the sampler that takes its place; empty: none does.
         """
         template = self._template
-        if friction != 1 and template.momentum_variant is not None:
+        if name:
+            template = make_sampler(name, **{f.name: getattr(template, f.name) for f in dataclasses.fields(Sampler)})
+        elif friction != 1 and template.momentum_variant is not None:
             shared = {f.name: getattr(template, f.name) for f in dataclasses.fields(Sampler)}
             template = make_sampler(template.momentum_variant, **shared, momentum_decay=friction)
         return dataclasses.replace(_adapting(template, self._adapts_for, self.lr), lr=lr, nbeta=nbeta)
@@ -385,6 +390,11 @@ class Settings:
         return self.lr is None and self.wants_bias_correction
 
     @property
+    def may_be_challenged(self) -> bool:
+        """Whether a pilot may try another metric: the sampler is open, and a budget has room for it."""
+        return self.is_default_sampler and (self.max_gradients is None or self.max_gradients >= _LEAST_CHALLENGED)
+
+    @property
     def schedule(self) -> Schedule:
         """The length that was given; of a length by need the one that pilots and costs are measured by."""
         if self.by_need:
@@ -404,7 +414,8 @@ class Settings:
             affordable = left / (self.num_chains * self.gradients_per_step)
             if self.has_pilots:
                 nominal = 2 * DEFAULT_NUM_DRAWS * between
-                affordable = max(affordable / (1 + PILOT_SHARE), affordable - PILOT_SHARE * nominal)
+                share = PILOT_SHARE + (CHALLENGE_SHARE if self.may_be_challenged else 0.0)
+                affordable = max(affordable / (1 + share), affordable - share * nominal)
             most = int(affordable / between)
         elif self.max_seconds is not None:
             most = DEFAULT_MOST_TIMED

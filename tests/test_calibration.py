@@ -13,17 +13,20 @@ from closed_forms import Quadratic, crossing_mean, run
 from processes import all_well, launch
 from runs import arguments, assert_same, codes, data, estimate, interrupted_after, mlp, mse
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
 import llc_fast
 from llc_fast import estimate as estimate_module
-from llc_fast.calibration import MIN_FRICTION
+from llc_fast.calibration import MIN_FRICTION, MIN_GAIN, speed_over
 from llc_fast.chains.draw import Draw
 from llc_fast.chains.group import RunSpec
 from llc_fast.chains.run import after_each_step, run_chains
 from llc_fast.data import make_source
 from llc_fast.gradients.plan import make_plan
 from llc_fast.objective.objective import Objective
+from llc_fast.problems import deep_linear
+from llc_fast.problems.deep_linear import DeepLinearProblem, SizeClass
 from llc_fast.result import LLCResult
 from llc_fast.samplers import SGHMCSampler, SGLDSampler, make_sampler
 from llc_fast.schedule import Schedule
@@ -612,6 +615,111 @@ def test_processes_choose_the_same(tmp_path: Path) -> None:
         assert_same(found, alone)
         assert found.bias_trace is not None and alone.bias_trace is not None
         np.testing.assert_array_equal(found.bias_trace, alone.bias_trace)
+
+
+# --- which sampler ------------------------------------------------------------------------------------------
+
+
+def _deep() -> DeepLinearProblem:
+    """Six layers, rank 2: most directions are flat at w*, and SGLD does not get to them."""
+    return deep_linear.make_problem(SizeClass((5, 100), (2, 10), 10_000, 5e-7, 10_000), 1)
+
+
+_DEEP: dict[str, Any] = {"localization": 1.0, "batch_size": 200, "num_draws": 350, "num_burnin": 350, "progress": False}
+
+
+def test_a_metric_that_is_faster_is_chosen() -> None:
+    """By pilots that say so, and equally for equal seeds."""
+    problem = _deep()
+    found = llc_fast.calibrate(problem.model, problem.data, mse, **_DEEP)
+    assert found["sampler"].name == "kfac-sgld" and "kfac-sgld gave" in found.reason
+    assert found["localization"] == 1.0 and found["bias_correction"]
+    again = llc_fast.calibrate(problem.model, problem.data, mse, **_DEEP)
+    assert again == found and again.reason == found.reason
+
+
+@pytest.mark.slow
+def test_what_the_faster_metric_gives(tmp_path: Path) -> None:
+    """An estimate takes it for the price that is said, keeps it in a checkpoint, and comes much nearer to λ."""
+    problem, settings = _deep(), _DEEP
+    found = llc_fast.calibrate(problem.model, problem.data, mse, **settings)
+    alone = llc_fast.estimate_llc(problem.model, problem.data, mse, **settings)
+    assert alone.settings["sampler"] == "kfac-sgld" and alone.settings["localization"] == 1.0
+    assert alone.diagnostics["sampler_reason"] in found.reason
+    assert 0.13 * 4 * 700 < alone.diagnostics["pilot_steps"] <= (0.13 + 0.033) * 4 * 700
+    assert_same(llc_fast.estimate_llc(problem.model, problem.data, mse, **settings | found), alone)
+    with interrupted_after(100):
+        part = llc_fast.estimate_llc(problem.model, problem.data, mse, **settings, checkpoint=tmp_path / "run")
+    assert part.is_partial and part.settings["sampler"] == "kfac-sgld"
+    assert_same(llc_fast.estimate_llc(problem.model, problem.data, mse, **settings, checkpoint=tmp_path / "run"), alone)
+    slow = llc_fast.estimate_llc(problem.model, problem.data, mse, **settings, sampler="sgld")
+    assert "sampler_reason" not in slow.diagnostics
+    assert slow.llc_mean < 0.6 * alone.llc_mean < 0.6 * 1.05 * problem.learning_coefficient
+
+
+def test_the_default_stays_where_nothing_is_gained() -> None:
+    """A regression mixes at once; the run is too short for a pilot in another metric; there are masks."""
+    model, inputs, loss_fn, _ = _problem("regression")
+    found = llc_fast.calibrate(model, inputs, loss_fn, progress=False)
+    assert found["sampler"] != "kfac-sgld" and "its pilot no longer grows" in found.reason
+    problem = _deep()
+    short = llc_fast.calibrate(problem.model, problem.data, mse, **_DEEP | {"num_chains": 1})
+    assert isinstance(short["sampler"], (str, SGHMCSampler)) and " stays" not in short.reason
+    name, weight = next(iter(problem.model.named_parameters()))
+    masks = {name: torch.ones_like(weight, dtype=torch.bool).triu()}
+    masked = llc_fast.calibrate(problem.model, problem.data, mse, **_DEEP | {"params": masks})
+    assert "masks, random losses" in masked.reason
+
+
+def test_the_default_stays_where_the_metric_is_not_possible() -> None:
+    """A loss whose second derivative is not there: the reason is said, and no error is raised."""
+    problem = _deep()
+
+    class NoSecond(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, slope: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * slope
+
+    found = llc_fast.calibrate(
+        problem.model, problem.data, lambda output, target: NoSecond.apply(output - target).mean(), **_DEEP
+    )
+    assert "kfac-sgld is not possible here (" in found.reason
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0, 16.0])
+def test_speed_of_chains_that_grow(factor: float) -> None:
+    """Logarithmic growth, one chain `factor` times as fast as the other: found to 15 %, and not above."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(1600)
+    slow = 10 * np.log1p(0.05 * steps) + 0.1 * rng.standard_normal(1600)
+    fast = (10 * np.log1p(0.05 * factor * steps) + 0.1 * rng.standard_normal(1600))[:400]
+    gain, words = speed_over(fast, slow)
+    assert 0.85 * factor < gain < 1.02 * factor, words
+    assert "after 400 steps" in words and "after 1600" in words
+
+
+def test_speed_of_chains_that_have_arrived() -> None:
+    """The ratio of autocorrelation times; nothing, if the other chain is not at the same place yet."""
+    rng = np.random.default_rng(1)
+
+    def autoregressive(rho: float, count: int) -> Any:
+        x = np.empty(count)
+        x[0], noise = rng.standard_normal(), np.sqrt(1 - rho**2) * rng.standard_normal(count)
+        for k in range(1, count):
+            x[k] = rho * x[k - 1] + noise[k]
+        return 50 + x
+
+    slow, fast = autoregressive(0.95, 16_000), autoregressive(0.5, 4000)  # 39 and 3 steps
+    gain, words = speed_over(fast, slow)
+    assert 13 / 1.5 < gain < 13 * 1.5 and "autocorrelation times" in words
+    assert speed_over(autoregressive(0.95, 4000), slow)[0] < MIN_GAIN
+    assert speed_over(fast - 5, slow)[0] == 0.0
 
 
 # --- step sizes of the user's own ---------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from llc_fast.cli.options import JsonPath, Progress, Seed, write_all, write_json
 
 def reproduce(
     name: Annotated[str | None, typer.Argument(help="Which experiment, or all; without it they are listed.")] = None,
-    scale: Annotated[str, typer.Option(help="small: minutes on two cores; paper: one GPU.")] = "small",
+    scale: Annotated[
+        str, typer.Option(help="small: minutes on two cores; paper: one GPU; hours: on two cores.")
+    ] = "small",
     output: Annotated[
         Path | None, typer.Option(help="Folder for data.json and figures; default: reproduced/NAME.", file_okay=False)
     ] = None,

@@ -70,6 +70,14 @@ def accuracy_claim(what: str, rows: Sequence[Row]) -> Claim:
     )
 
 
+def median_claim(what: str, rows: Sequence[Row], bound: float) -> Claim:
+    """Whether half of a few estimates are within `bound` of the known λ. Rows have an ``error``."""
+    errors = sizes(r["error"] for r in rows)
+    median, listed = quantile(errors, 0.5), ", ".join(f"{error:.1%}" for error in errors)
+    text = f"{what}: |λ̂ − λ|/λ has a median of at most {bound:.0%}"
+    return Claim(text, f"{median:.1%} ({listed})", median <= bound)
+
+
 def silence_claim(rows: Mapping[str, Row]) -> Claim:
     """Whether large errors come with a warning. Rows have an ``error``."""
     errors = sizes(r["error"] for r in rows.values())

@@ -17,7 +17,8 @@ from llc_fast.support.warned import shown_otherwise
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCALES = ("small", "paper")
+SCALES = ("small", "paper", "hours")
+"""Minutes on two cores; the papers' sizes, on one GPU; and, of those that have it, hours on two cores."""
 
 
 class Experiment(Protocol):
@@ -25,7 +26,7 @@ class Experiment(Protocol):
 
     __doc__: str | None
     SCALES: Mapping[str, Any]
-    """Settings (a frozen dataclass of the module) for "small", minutes on two cores, and "paper", one GPU."""
+    """Settings (a frozen dataclass of the module) for "small" and "paper", and maybe for "hours"; see `SCALES`."""
 
     def measure(self, study: Study, settings: Any) -> None:
         """Measure row by row, through `study` alone: what is kept already is not measured again."""
@@ -102,7 +103,7 @@ def run_experiments(
 
     Args:
         name: of `EXPERIMENTS`, or "all".
-        scale: "small" or "paper".
+        scale: of `SCALES`; those that have no such scale are left out if all are run.
         output: folder for data.json and figures, one in it for each experiment if all are run; None: ``reproduced``.
         seed: of everything random.
         device: None: a GPU for the paper's scale if there is one, else the CPU.
@@ -122,15 +123,16 @@ def run_experiments(
     from llc_fast.estimate import check_device
     from llc_fast.plots import new_figure
 
-    if name != "all":
-        load(name)
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} is unknown; choose one of: {', '.join(SCALES)}")
+    if name != "all" and scale not in (known := load(name).SCALES):
+        raise ValueError(f"scale={scale!r} is none of {name}'s; choose one of: {', '.join(known)}")
     device = _device(scale) if device is None else device
     check_device(device)
     new_figure(1)  # what is missing for figures is better said now
     outcomes = []
-    for each in EXPERIMENTS if name == "all" else [name]:
+    wanted = [each for each in EXPERIMENTS if scale in load(each).SCALES] if name == "all" else [name]
+    for each in wanted:
         folder = (output or Path("reproduced", *(() if name == "all" else (name,)))) / (each if name == "all" else "")
         if restart:
             Study.forget(folder)

@@ -54,6 +54,8 @@ class Sampler:
     """Whether its transition is one fused step with a given gradient, which an optimizer can make."""
     momentum_variant: ClassVar[str | None] = None
     """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
+    structured_variant: ClassVar[str | None] = None
+    """The name of the sampler of the same posterior in a metric that is no diagonal, which pilots may change to."""
     traces: ClassVar[tuple[str, ...]] = ("squared_distance",)
     """The names of what its transitions report of every step, as :meth:`info` does for those of one fused step."""
 
@@ -136,6 +138,20 @@ class Sampler:
         gradient, copy = (2, 2) if low else (4, 0)
         shared = 8 if cls.metric == "given" else 4
         return 8 + gradient + copy + 8 * NUM_STATES[cls.rule()] + shared / chains
+
+    @classmethod
+    def extra_work(cls, shapes: Sequence[Sequence[int]], gradient: float, num_steps: int) -> tuple[float, float]:
+        """What a step computes beside the gradient and the pass over all parameters, on the mean over a run.
+
+        Args:
+            shapes: of the parameters.
+            gradient: floating-point operations of a gradient.
+            num_steps: of the run.
+
+        Returns:
+            Floating-point operations, and calls of torch's operations.
+        """
+        return 0.0, 0.0
 
     @classmethod
     def extra_bytes(cls, shapes: Sequence[Sequence[int]], width: int) -> int:

@@ -135,6 +135,16 @@ class KFACSGLDSampler(Sampler):
         return math.nan  # matrix products, not a single pass
 
     @classmethod
+    def extra_work(cls, shapes: Sequence[Sequence[int]], gradient: float, num_steps: int) -> tuple[float, float]:
+        """A rotation each way at each step; at each renewal a gradient's worth and a half, and decompositions in double
+        precision, of some 20 cubes of a side each."""
+        sides = [matrix_of(s) for s, factored in zip(shapes, may_be_matrices(shapes), strict=True) if factored]
+        rotations = sum(4.0 * b * a * (a + b) for b, a in sides)
+        renewals = len(refreshes(max(1, num_steps // 2))) / max(1, num_steps)
+        decompositions = sum(2 * 20.0 * (b**3 + a**3) for b, a in sides)
+        return rotations + renewals * (1.5 * gradient + decompositions), 12.0 + 8.0 * len(shapes)
+
+    @classmethod
     def extra_bytes(cls, shapes: Sequence[Sequence[int]], width: int) -> int:
         """Increments, and for each parameter the metric, its factors' means, and what a step rotates in between."""
         total, sizes = 0, [math.prod(shape) for shape in shapes]

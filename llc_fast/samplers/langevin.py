@@ -48,6 +48,7 @@ class SGLDSampler(LangevinSampler):
     name: ClassVar[str] = "sgld"
     metric: ClassVar[Metric] = "identity"
     momentum_variant: ClassVar[str | None] = "sghmc"
+    structured_variant: ClassVar[str | None] = "kfac-sgld"
 
 
 @register

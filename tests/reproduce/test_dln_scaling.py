@@ -150,6 +150,23 @@ def test_claims_that_fail() -> None:
         assert dln_scaling.plot(_tables(_row("1k", 1.0, None), *GOOD, large=large), SETTINGS)
 
 
+def test_hours_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three networks of the paper's class 1M on all its million samples, no large one; by the median alone."""
+    settings = dln_scaling.SCALES["hours"]
+    ((size, sample),) = settings.samples.items()
+    assert (size, sample.networks, settings.large) == ("1M", 3, None)
+    assert deep_linear.SIZE_CLASSES[size].num_samples == 10**6
+    rows = [_row("1M", 100.0 * (k + 1), error, ("short",)) for k, error in enumerate((0.01, -0.079, 0.5))]
+    good = dln_scaling.claims({"networks": {str(r["lambda"]): r for r in rows}}, settings)
+    assert [c.holds for c in good] == [True] * 3 and "7.9% (1.0%, 7.9%, 50.0%)" in good[1].found
+    rows[1]["error"] = 0.081
+    assert not dln_scaling.claims({"networks": {str(r["lambda"]): r for r in rows}}, settings)[1].holds
+    assert dln_scaling.plot({"networks": {str(r["lambda"]): r for r in rows}}, settings)
+    tiny = Settings({"1k": Sample(1, 10, 2, median=0.08)}, large=None)
+    monkeypatch.setattr(dln_scaling, "in_own_process", None)  # nothing calls it
+    assert len(run(load("dln-scaling"), Study("dln-scaling", "hours", tmp_path, progress=False), tiny)) == 3
+
+
 def test_warned_points_are_hollow() -> None:
     """In the figure of known models: color inside where there is no warning; nothing where there is no estimate."""
     _, (axes,) = new_figure(1)

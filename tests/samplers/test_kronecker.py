@@ -550,3 +550,13 @@ def test_on_a_gpu() -> None:
         assert on_gpu.settings["strategy"] == (strategy or "cuda-graph")
         error = math.hypot(on_gpu.llc_stderr, on_cpu.llc_stderr)
         assert abs(on_gpu.llc_mean - on_cpu.llc_mean) < 4 * error < 0.15 * on_cpu.llc_mean
+
+
+def test_its_work_is_counted() -> None:
+    """By hand, for a 3 × 2 matrix and a vector: two products each way, and renewals before steps 0 … 9, once each."""
+    flops, calls = KFACSGLDSampler.extra_work([(3, 2), (4,)], 1000.0, 20)
+    rotation = 2 * 3 * 3 * 2 + 2 * 3 * 2 * 2
+    assert flops == pytest.approx(2 * rotation + 11 / 20 * (1500 + 2 * 20 * (27 + 8)))
+    assert calls > 2
+    assert KFACSGLDSampler.extra_work([(5000, 2)], 0.0, 20)[0] == 0  # a diagonal is not rotated
+    assert make_sampler("sgld").extra_work([(3, 2)], 1000.0, 20) == (0.0, 0.0)
