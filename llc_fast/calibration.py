@@ -45,8 +45,6 @@ the stiffest direction, at 1 by a third, which the correction takes back; stable
 PRIOR_STIFFNESS = 0.04
 """ε·γ·p_max at nβ = 0, where nothing is corrected and γ is all the curvature there is: variances are 1 % too large, and
 draws forget each other in fifty steps."""
-TARGET_BIAS_SHARE = 0.1
-"""The share of bias in nβ·(L − L(w*)) that pilot chains aim at: small enough for wells that are not quite quadratic."""
 _DESCENT_SHARE = 0.02
 """Gradients at most, of those of all chains, that looking for a way down from w* may take."""
 _STAGES = (1 / 16, 3 / 16, 3 / 4)
@@ -244,7 +242,9 @@ def default_lr(objective: Objective, sampler: Sampler, *, stiffness: float = STI
 
 @dataclass(frozen=True)
 class _Pilot:
-    """Pilot chains: lower ε until bias is a tenth of nβ·(L − L(w*)), each chain from w* and longer than the one before.
+    """Pilot chains: lower ε until bias is the sampler's target share of nβ·(L − L(w*)).
+
+    Each chain starts at w* and is longer than the one before.
 
     Where there is less bias than that, momentum takes up the slack: the friction α is lowered, which multiplies bias
     and the speed at which flat directions are crossed by 1/α, and does without larger steps. Starting again each time
@@ -284,7 +284,7 @@ class _Pilot:
         Raises:
             ValueError: all chains diverged.
         """
-        nbeta, most = self.chosen.nbeta, self.chosen.lr
+        nbeta, most, target = self.chosen.nbeta, self.chosen.lr, self.settings.template.target_bias_share
         lr, friction, share = most, 1.0, math.nan
         stage, attempt, spent = 0, 0, 0
         seen = np.empty(0)
@@ -316,9 +316,9 @@ class _Pilot:
                 share = added / found
                 if last:  # what no pilot has tried is not used
                     ahead = self.num_steps / (PILOT_SHARE * self.settings.num_chains * length)
-                    change = min(2 * TARGET_BIAS_SHARE / max(_share_ahead(excess, bias, ahead), 1e-12), 1.0)
+                    change = min(2 * target / max(_share_ahead(excess, bias, ahead), 1e-12), 1.0)
                 else:  # what grows stops at half of the goal
-                    change = TARGET_BIAS_SHARE / max(share, 1e-12)
+                    change = target / max(share, 1e-12)
                     change = min(change, max(1.0, change / 2), 2.0)
                 change = max(change, 1 / 8)
             else:  # the stage once more
@@ -375,7 +375,9 @@ class _Pilot:
                 excess, late = chosen.nbeta * (loss - chosen.init_loss), slice(steps // 2, None)
                 # Its metric is learned for longer in the run than here, so that nothing is read from a trend.
                 share = float(bias[late].mean() / max(float(excess[late].mean()), 1e-12))
-                wanted = 2 * TARGET_BIAS_SHARE / max(share, 1e-12) if np.isfinite([*excess, *bias]).all() else 0.0
+                wanted = (
+                    2 * sampler.target_bias_share / max(share, 1e-12) if np.isfinite([*excess, *bias]).all() else 0.0
+                )
                 slower = min(1.0, max(1 / 8, wanted))
         except ValueError as error:
             return dataclasses.replace(chosen, reason=f"{kept} is not possible here ({error})")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import xarray
     from matplotlib.figure import Figure
-from llc_fast.calibration import CORRECTED_STIFFNESS, MIN_FRICTION, TARGET_BIAS_SHARE, default_lr
+from llc_fast.calibration import CORRECTED_STIFFNESS, MIN_FRICTION, default_lr
 from llc_fast.data import mix
 from llc_fast.estimate import Prepared, estimate_llc, prepared_alone, reference_norm
 from llc_fast.language import NextToken
@@ -31,6 +31,7 @@ from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult, Warning
 from llc_fast.samplers import make_sampler
 from llc_fast.samplers.base import Sampler
+from llc_fast.samplers.registry import sampler_class
 from llc_fast.settings import Settings, default_localization, with_old_keywords
 from llc_fast.stats.temperature import TemperatureFit, fit_temperature
 from llc_fast.support.arguments import check_number
@@ -735,7 +736,7 @@ class _Runner:
                 break
             if again == "bias":
                 share = result.diagnostics["bias_share"]
-                sampler, lr = self._with_bias(result, TARGET_BIAS_SHARE / share)
+                sampler, lr = self._with_bias(result, _target(result) / share)
                 start = result if self.warm else None
             elif again == "astray":
                 start, is_warm = None, False
@@ -812,7 +813,7 @@ class _Runner:
         ratio = pair[0] / before.nbeta
         effective = float(before.settings["lr"]) / float(before.settings.get("momentum_decay", 1.0))
         share = _bias_per_step(before) * effective * ratio ** self._power(place)
-        return self._with_bias(before, min(max(TARGET_BIAS_SHARE / max(share, 1e-12), 1 / 64), 4.0), pair)
+        return self._with_bias(before, min(max(_target(before) / max(share, 1e-12), 1 / 64), 4.0), pair)
 
     def _power(self, place: tuple[int, ...]) -> float:
         """The power of nβ with which the share of bias grows at the same ε, by the last two cells, if there are two.
@@ -839,6 +840,10 @@ class _Runner:
         friction = float(result.settings.get("momentum_decay", 1.0))
         if not self._is_default:
             return None, min(most, result.settings["lr"] * change)
+        if (
+            sampler_class(result.settings["sampler"]).metric != "identity"
+        ):  # of its own units: ε does not follow nβ and γ
+            return make_sampler(result.settings["sampler"]), result.settings["lr"] * min(change, 1.0)
         wanted = result.settings["lr"] / friction * change
         lr = min(most, wanted)
         friction = min(1.0, max(lr / wanted, self._min_friction))
@@ -860,11 +865,16 @@ class _Runner:
         return ""
 
 
+def _target(result: LLCResult) -> float:
+    """The share of bias to aim at."""
+    return sampler_class(result.settings["sampler"]).target_bias_share
+
+
 def _bias_per_step(result: LLCResult) -> float:
     """The share of bias over ε/α, to which it is proportional."""
     share = result.diagnostics.get("bias_share")
     effective = float(result.settings["lr"]) / float(result.settings.get("momentum_decay", 1.0))
-    return (TARGET_BIAS_SHARE if share is None or share <= 0 else float(share)) / effective
+    return (_target(result) if share is None or share <= 0 else float(share)) / effective
 
 
 def _number(place: tuple[int, ...]) -> int:

@@ -52,6 +52,9 @@ class Sampler:
     """Whether :meth:`bias` holds."""
     has_optimizer: ClassVar[bool] = True
     """Whether its transition is one fused step with a given gradient, which an optimizer can make."""
+    target_bias_share: ClassVar[float] = 0.1
+    """The share of bias in nβ·(L − L(w*)) that pilot chains aim at, and which may double to the end of the run: small
+    enough that subtracting it is right in wells that are not quite quadratic."""
     momentum_variant: ClassVar[str | None] = None
     """The name of the sampler that is this one where its option ``momentum_decay`` is 1."""
     structured_variant: ClassVar[str | None] = None
