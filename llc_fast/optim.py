@@ -35,6 +35,7 @@ from llc_fast.kernels.sharding import (
     block_of,
     dtensor_like,
     is_dtensor,
+    laid_out_like,
     local_gradient,
     local_part,
     local_segment,
@@ -626,7 +627,7 @@ class _Report:
                 if group["localization"]:
                     pull = group["localization"] * (w - kept["initial_param"])
                     if group.get("localization_metric") == "sampler":
-                        pull = pull / _entry(group["preconditioner"], k)
+                        pull = pull / laid_out_like(w, _entry(group["preconditioner"], k))
                     drift = drift + pull
                 self.values["dws"].append(drift)
 

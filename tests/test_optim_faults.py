@@ -686,7 +686,7 @@ def test_rows_of_chains_that_move() -> None:
         ({"sums": torch.zeros(1, 6, dtype=torch.float64)}, "sums must be 12 numbers"),
         ({"sums": torch.zeros(2, 6)}, "sums must be 12 numbers of torch.float64"),
         ({"device_step": torch.zeros((), dtype=torch.int32)}, "step must be 1 numbers of torch.int64"),
-        ({"device_scalars": torch.zeros(3, dtype=torch.float64)}, "device_scalars must be 11 numbers"),
+        ({"device_scalars": torch.zeros(3, dtype=torch.float64)}, "device_scalars must be 12 numbers"),
     ],
 )
 def test_small_tensors_of_a_step_are_checked(cells: dict[str, Tensor], message: str) -> None:

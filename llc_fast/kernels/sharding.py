@@ -144,6 +144,13 @@ def dtensor_like(whole: Tensor, values: Tensor) -> Tensor:
     return made
 
 
+def laid_out_like(w: Tensor, given: Any) -> Any:
+    """What is given for the elements of `w`, a number or a tensor that broadcasts to it: a DTensor beside a DTensor."""
+    if not is_dtensor(w) or is_dtensor(given) or not isinstance(given, Tensor):
+        return given
+    return dtensor_like(w, given.expand(w.shape)[block_of("a parameter", w).box])
+
+
 def noise_like(w: Tensor, offset: int, key: NoiseKey) -> Tensor:
     """The noise of a parameter whose first element is `offset` in the flat parameter vector."""
     held = local_part(w)
