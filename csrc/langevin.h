@@ -158,8 +158,9 @@ struct PreconditionedSGLD {
     LLC_HD PreconditionedSGLD(const Scalars& s, uint64_t) : langevin(s), in_metric(s.in_metric != 0) {}
     LLC_HD void operator()(Coordinate<T>& x) const {
         const T p = x.preconditioner;
+        const T gamma = langevin.potential.localization;
         x.measure = in_metric ? T(1) / p : T(1);
-        langevin.move(x, x.grad, p, root(p), langevin.potential.localization * x.measure);
+        langevin.move(x, x.grad, p, root(p), in_metric ? gamma / p : gamma);
     }
 };
 

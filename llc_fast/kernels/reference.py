@@ -180,7 +180,7 @@ def preconditioned_sgld(x: Coordinates, s: StepScalars, step: int) -> None:
     """SGLD in a fixed diagonal metric: p is given. Localization in that metric pulls each element by γ/p."""
     if s.in_metric:
         x.measure = 1 / x.preconditioner
-        s = s._replace(localization=s.localization * x.measure)  # type: ignore[arg-type]
+        s = s._replace(localization=s.localization / x.preconditioner)  # type: ignore[arg-type]
     _langevin(x, x.grad, x.preconditioner, s)
 
 
