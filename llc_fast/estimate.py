@@ -436,7 +436,8 @@ class Surroundings:
 
     def __enter__(self) -> Surroundings:
         try:
-            self._stack.enter_context(self.interrupts)
+            self._stack.push(self.interrupts)  # before: Ctrl-C may come as soon as its handler is there
+            self.interrupts.__enter__()
             turn = one_at_a_time()
             while not self._try(turn):
                 pass

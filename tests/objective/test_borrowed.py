@@ -355,6 +355,25 @@ def test_ctrl_c_at_random_moments(name: str, times: int) -> None:
     assert stopped > 10
 
 
+def test_ctrl_c_as_soon_as_it_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of a run that has not begun does not stay either."""
+    install = signal.signal
+
+    def installed(number: int, handler: Any) -> Any:
+        before = install(number, handler)
+        if handler is not signal.default_int_handler:
+            signal.raise_signal(signal.SIGINT)
+        return before
+
+    model = _prepared("counting")
+    with _default_handler():
+        before = _state(model)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(signal, "signal", installed)
+            runs.estimate(model=model)
+        _assert_as_before(model, before)
+
+
 @contextlib.contextmanager
 def _alarms(seconds: float, times: int) -> Iterator[None]:
     """SIGINT after some seconds, a few times in short succession, as long as the run lasts."""
