@@ -52,12 +52,11 @@ def may_compare_gradients(objective: Objective, plan: Plan) -> bool:
 
 
 def held_bytes(objective: Objective) -> int:
-    """Gradients that are held, at most, before they are consumed: as many as the largest one, or a few per cent.
+    """Gradients that may wait for others before they are consumed, beside the one that comes: a few per cent.
 
     To move a parameter by itself costs as much as to move fifty, and a model has hundreds.
     """
-    sizes = [p.nbytes for p in objective.reference.values()]
-    return max(max(sizes), sum(sizes) // 32)
+    return sum(p.nbytes for p in objective.reference.values()) // 32
 
 
 def needed_bytes(objective: Objective, sampler: Sampler, plan: Plan) -> int:

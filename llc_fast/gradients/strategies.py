@@ -137,10 +137,10 @@ class EagerGradient:
         def take(name: str, grad: Tensor) -> None:
             nonlocal room
             waiting.discard(name)
-            if grad.nbytes > room:
-                move_held()
             held[name] = grad
             room -= grad.nbytes
+            if room < 0:
+                move_held()
 
         def move_held() -> None:
             nonlocal room
@@ -153,7 +153,8 @@ class EagerGradient:
 
         with self._objective.holding(self._params, self._buffers):
             self._objective.consume_gradients(self._last, take)
-            move_held()
+            if held:
+                move_held()
         for name in waiting:  # what the loss did not use still feels noise and localization
             self._state.move_some({name: torch.zeros_like(self._params[name])}, step)
         return self._state.info()
