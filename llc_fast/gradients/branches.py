@@ -78,8 +78,8 @@ class Branches:
     def __init__(self, recording: Recording[Any], device: torch.device) -> None:
         self._places = places(recording.needs, _STREAMS)
         self._calls = recording.calls
-        used = {place.stream for place in self._places}
-        self._streams = [torch.cuda.Stream(device) for _ in used if _]  # type: ignore[no-untyped-call]
+        beside = max((place.stream for place in self._places), default=0)  # the present stream is number 0
+        self._streams = [torch.cuda.Stream(device) for _ in range(beside)]  # type: ignore[no-untyped-call]
         awaited = {k for place in self._places for k in place.awaits}
         self._events = {k: torch.cuda.Event() for k in awaited}  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llc_fast.batches import Batch
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.kronecker import Factors, may_be_matrices
 
@@ -75,7 +74,6 @@ class GaussNewton:
         self._modules: dict[str, nn.Module] = {}
         self.diagonal_because: dict[str, str] = {}
         self._find_modules()
-        self.is_matrix = [name in self._modules for name in self._names]
         self._check_modules()
         self.is_matrix = [name in self._modules for name in self._names]
 
@@ -106,8 +104,7 @@ class GaussNewton:
         """Leave out weights that are used in other ways, too: their gradient is not that of inputs and outputs."""
         objective = self._objective
         with self._kept():
-            for piece, _, seen, grads, _ in self._passes(objective.reference, objective.fresh_buffers(), 0, 0):
-                del piece
+            for _, seen, grads, _ in self._passes(objective.reference, objective.fresh_buffers(), 0, 0):
                 for name, grad in zip(self._names, grads, strict=True):
                     if name not in self._modules:
                         continue
@@ -158,7 +155,7 @@ class GaussNewton:
         shapes = {name: p.shape for name, p in self._objective.reference.items()}
         with self._kept():
             copies = {name: b.clone() for name, b in buffers.items()}
-            for _, share, seen, grads, scale in self._passes(params, copies, count, chain):
+            for share, seen, grads, scale in self._passes(params, copies, count, chain):
                 for name, grad in zip(self._names, grads, strict=True):
                     if name not in self._modules:
                         square = scale * grad.float().square()
@@ -194,7 +191,7 @@ class GaussNewton:
 
     def _passes(
         self, params: Mapping[str, Tensor], buffers: dict[str, Tensor], count: int, chain: int
-    ) -> Iterator[tuple[Batch, float, _Seen, list[Tensor], float]]:
+    ) -> Iterator[tuple[float, _Seen, list[Tensor], float]]:
         """Forward and backward for each microbatch: its share, what modules saw, gradients JᵀHz, and the scale."""
         objective = self._objective
         batch = self._batches[count % len(self._batches)]
@@ -209,7 +206,7 @@ class GaussNewton:
                 targets = objective.targets
                 grads = torch.autograd.grad(found, targets, slopes, allow_unused=True)
             full = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, targets, strict=True)]
-            yield piece, share, seen, full, scale
+            yield share, seen, full, scale
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[tuple[_Seen, list[Any]]]:
