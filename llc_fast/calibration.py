@@ -26,6 +26,7 @@ from llc_fast.data import IndexedSource, mix
 from llc_fast.gradients.plan import Plan, make_plan
 from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
 from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_curvature
+from llc_fast.objective.kronecker import GaussNewton
 from llc_fast.objective.metric import metric_of
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
@@ -355,7 +356,7 @@ class _Pilot:
         """
         name = self.settings.template.structured_variant
         length = int(CHALLENGE_LENGTH * len(seen))
-        if name is None or length < MIN_PILOT or (why := self._why_not(seen)):
+        if name is None or length < MIN_PILOT or (why := self._why_not(chosen, seen)):
             return dataclasses.replace(chosen, reason="" if name is None or length < MIN_PILOT else why)
         sampler = self.settings.complete_sampler(1.0, chosen.nbeta, name=name)
         kept = f"{self._called(chosen)} stays: {name}"
@@ -397,10 +398,10 @@ class _Pilot:
     def _called(self, chosen: Chosen) -> str:
         return self.settings.complete_sampler(1.0, chosen.nbeta, friction=chosen.friction).name
 
-    def _why_not(self, seen: NDArray[np.float64]) -> str:
+    def _why_not(self, chosen: Chosen, seen: NDArray[np.float64]) -> str:
         """Why no other metric is tried; empty if there is something to gain."""
         objective, trial = self.objective, self.objective.trial
-        plain = self._called(self.chosen)
+        plain = self._called(chosen)
         if objective.num_parameters > _MOST_ELEMENTS:
             return f"{plain} stays: the model has more than {_MOST_ELEMENTS:,} parameters"
         if objective.masks or trial.is_random or objective.microbatch_size is not None or not objective.is_precise:
@@ -414,9 +415,33 @@ class _Pilot:
         if growth > max(3 * error, _VISIBLE * abs(float(after.mean()))):
             return ""
         time = autocorrelation_time(after[None])
-        if time > _LONG_MEMORY:
+        if time > _LONG_MEMORY or self._unreached(chosen) > _VISIBLE * abs(float(after.mean())):
             return ""
         return f"{plain} stays: its pilot no longer grows, and forgets in {time:.2g} steps"
+
+    def _unreached(self, chosen: Chosen) -> float:
+        r"""What λ̂ of these chains would lack, for directions that are too flat at w* for any pilot to see them.
+
+        .. math:: \sum_i \tfrac12\,\frac{c_i}{c_i + γ + μ}\,e^{−ε (c_i + γ + μ) T / α}
+
+        of c, nβ times the diagonal of the Gauss–Newton matrix: in a well of curvature c + γ + μ, which starts at its
+        bottom, that is what nβ·(L − L(w*)) lacks after T steps. 0 if the matrix can't be had.
+        """
+        template, steps = self.settings.template, self.settings.schedule.num_steps
+        pull = template.localization + template.weight_decay
+        try:
+            factors = GaussNewton(self.objective, self.settings.seed)(
+                self.objective.reference, self.objective.fresh_buffers(), 0, 0
+            )
+        except ValueError:
+            return 0.0
+        lacking = 0.0
+        for rows, columns in factors:
+            diagonal = rows if columns is None else rows.diagonal()[:, None] * columns.diagonal()
+            curvature = chosen.nbeta * diagonal.double().clamp(min=0)
+            left = (-chosen.lr / chosen.friction * steps * (curvature + pull)).exp_()
+            lacking += float((left * curvature / (2 * (curvature + pull)).clamp(min=1e-300)).sum())
+        return lacking
 
     def _cost_of(self, sampler: Sampler) -> float:
         """Of a step of one chain with its gradient, in floating-point operations; no clock is asked."""
