@@ -21,7 +21,7 @@ from llc_fast.gradients.plan import make_plan
 from llc_fast.kernels.native import normals
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.objective import kronecker as objective_kronecker
-from llc_fast.objective.kronecker import GaussNewton, _as_rows
+from llc_fast.objective.kronecker import GaussNewton, _as_rows, diagonal_wells
 from llc_fast.objective.objective import Objective
 from llc_fast.problems.deep_linear import most_singular
 from llc_fast.problems.relu_network import make_data, make_network, rescale
@@ -297,6 +297,19 @@ def test_factors_of_a_linear_model_are_its_hessian() -> None:
     product = torch.kron(found.rows.double(), found.columns.double())
     # The mean of 4,000 random signs' outer products is 1 up to 1/√4000.
     assert (product - hessian).abs().max() < 5 / math.sqrt(4000) * hessian.abs().max()
+
+
+def test_wells_are_the_diagonal() -> None:
+    """Curvatures by classes of a quarter of an octave, none of them lost; None without a Gauss–Newton matrix."""
+    model, data, hessian = _regression(n=4000)
+    objective = Objective(model, mse, make_source(data, 4000, _CPU), device=_CPU)
+    found = diagonal_wells(objective, 3)
+    assert found is not None and sum(found.counts) == 10
+    exact = hessian.diagonal().sort().values.tolist()
+    classes = [h for h, count in zip(found.curvatures, found.counts, strict=True) for _ in range(int(count))]
+    assert classes == pytest.approx(exact, rel=2 ** (1 / 8) - 1 + 0.08)  # the class, and 4,000 signs
+    linear = Objective(model, lambda output, target: output.mean(), make_source(data, 4000, _CPU), device=_CPU)
+    assert diagonal_wells(linear, 3) is None
 
 
 def test_it_crosses_slow_directions() -> None:
