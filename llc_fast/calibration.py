@@ -190,7 +190,7 @@ def choose_settings(
     )
     with stopping() as stop:
         chosen, seen = pilot.run(stop)
-        return pilot.challenged(chosen, seen, stop) if settings.may_be_challenged and len(seen) else chosen
+        return pilot.challenged(chosen, seen, stop) if settings.may_be_challenged else chosen
 
 
 def _no_factors(objective: Objective) -> str:
@@ -374,19 +374,22 @@ class _Pilot:
     def challenged(self, chosen: Chosen, seen: NDArray[np.float64], stop: Stop | None = None) -> Chosen:
         """What was chosen, or another sampler in its place, if a short pilot shows that it is faster.
 
-        It is tried only where the last pilot says that there is something to gain. It then takes a quarter of that
-        pilot's steps, and is compared with where that pilot was at the same step and later: chains of all samplers
-        start at w*, and tend to the same posterior. Effective samples are over the cost of steps, which is counted.
+        It is tried only where the last pilot says that there is something to gain, or diverged. It then takes a quarter
+        of that pilot's steps, and is compared with where that pilot was at the same step and later: chains of all
+        samplers start at w*, and tend to the same posterior. Effective samples are over the cost of steps, which is
+        counted. Where the last pilot diverged, so that nobody knows how the step size does that was chosen for it, one
+        that does not is better.
 
         Args:
             chosen: for the default sampler.
-            seen: nβ·(L − L(w*)) of its last pilot, without bias.
+            seen: nβ·(L − L(w*)) of its last pilot, without bias; empty if it was interrupted or diverged.
             stop: ends the pilot, and the default is kept.
         """
         name = self.settings.template.structured_variant
-        length = int(CHALLENGE_LENGTH * len(seen))
-        if name is None or length < MIN_PILOT or (why := self._why_not(chosen, seen)):
-            return dataclasses.replace(chosen, reason="" if name is None or length < MIN_PILOT else why)
+        length = int(CHALLENGE_LENGTH * max(16, int(_STAGES[-1] * self.num_steps)))
+        if name is None or length < MIN_PILOT or chosen.is_interrupted or (why := self._why_not(chosen, seen)):
+            is_open = name is not None and length >= MIN_PILOT and not chosen.is_interrupted
+            return dataclasses.replace(chosen, reason=why if is_open else "")
         sampler = self.settings.complete_sampler(1.0, chosen.nbeta, name=name)
         kept = f"{self._called(chosen)} stays: {name}"
         shapes = [p.shape for p in self.objective.reference.values()]
@@ -413,6 +416,11 @@ class _Pilot:
             return dataclasses.replace(chosen, reason=f"{kept} is not possible here ({error})")
         if not np.isfinite([*excess, *bias]).all():
             return dataclasses.replace(chosen, reason=f"{kept} diverged within {length} steps")
+        if not len(seen):
+            reason = f"{self._called(chosen)} diverged in its last pilot, {name} did not within {length} steps"
+            return dataclasses.replace(
+                chosen, sampler=name, lr=lr * slower, friction=1.0, pilot_bias_share=share, reason=reason
+            )
         cost = self._cost_of(sampler) / self._cost_of(self.settings.complete_sampler(1.0, chosen.nbeta))
         gain, words = speed_over(excess - bias, seen)
         gain *= slower / cost
@@ -432,9 +440,11 @@ class _Pilot:
         plain = self._called(chosen)
         if why := _no_factors(self.objective):
             return f"{plain} stays: {why}"
+        if not len(seen):
+            return ""
         quarter = len(seen) // 4
         before, after = seen[quarter // 2 : quarter], seen[2 * quarter :]
-        growth = float(after.mean() - before.mean())
+        growth = abs(float(after.mean() - before.mean()))
         error = math.hypot(*(error_within(part[None]) for part in (before, after)))
         if growth > max(3 * error, _VISIBLE * abs(float(after.mean()))):
             return ""
@@ -492,19 +502,23 @@ def speed_over(fast: NDArray[np.float64], slow: NDArray[np.float64]) -> tuple[fl
 
     Both start at w*. Where the longer chain still grows, or has not come as far as the other one, it is the ratio of
     the steps in which they come equally far; otherwise of the steps in which they forget, if they are at one place.
+    Some chains first come too high, stiff directions before flat ones, and then fall: of these further is lower.
 
     Args:
         fast: nβ·(L − L(w*)) of one chain, without bias.
         slow: the same of the other one, of four times as many steps.
     """
     length = len(fast)
+    sign = _direction(fast, slow)
+    fast, slow = sign * fast, sign * slow
     reached, error = float(fast[length // 2 :].mean()), error_within(fast[None, length // 2 :])
     ends = [len(slow) >> k for k in (4, 3, 2, 1, 0)]
     windows = [slow[end // 2 : end] for end in ends]
     places, errors = [float(w.mean()) for w in windows], [error_within(w[None]) for w in windows]
     same, last = places[2], places[4]
     words = (
-        f"nβ·(L − L(w*)) of {reached:.4g} after {length} steps; the other {same:.4g} there, {last:.4g} after {ends[-1]}"
+        f"nβ·(L − L(w*)) of {sign * reached:.4g} after {length} steps; the other {sign * same:.4g} there, "
+        f"{sign * last:.4g} after {ends[-1]}"
     )
     if max(last - same - 2 * math.hypot(errors[2], errors[4]), reached - last - 2 * math.hypot(error, errors[4])) > 0:
         level = reached - error  # what the chain has surely come to
@@ -524,6 +538,18 @@ def speed_over(fast: NDArray[np.float64], slow: NDArray[np.float64]) -> tuple[fl
     return (ratio if math.isfinite(ratio) else 0.0), words
 
 
+def _direction(fast: NDArray[np.float64], slow: NDArray[np.float64]) -> int:
+    """−1 where the longer chain falls in its last doubling, and the other one does not rise any more; otherwise 1."""
+    return -1 if _rise(slow) < -_SURE and _rise(fast) < _SURE else 1
+
+
+def _rise(trace: NDArray[np.float64]) -> float:
+    """In the last doubling of a chain's length, in standard errors."""
+    before, after = trace[len(trace) // 4 : len(trace) // 2], trace[len(trace) // 2 :]
+    error = math.hypot(error_within(before[None]), error_within(after[None]))
+    return float(after.mean() - before.mean()) / max(error, 1e-300)
+
+
 def _share_ahead(excess: NDArray[np.float64], bias: NDArray[np.float64], ahead: float) -> float:
     """The share of bias at `ahead` times the length of a trace, by the power law of its last two quarters."""
     quarters = [slice(len(bias) * k // 4, len(bias) * (k + 1) // 4) for k in (2, 3)]
@@ -536,6 +562,8 @@ _STEEPEST = 0.75
 """Power of the number of steps with which bias is taken to grow at most: what is steeper is noise."""
 _MOST_DOUBLINGS = 3.0
 """Of its length, that a pilot is taken to need to come as far as another."""
+_SURE = 3.0
+"""Standard errors of a rise or a fall."""
 _CHALLENGER = 100
 """Number of the pilot in another metric, whose seed follows from it."""
 _PILOT = 0x9107

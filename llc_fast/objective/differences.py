@@ -24,7 +24,7 @@ _MAX_GROUPS, _MAX_SUSPECTS = 24, 12
 _POINTS, _AWAY = 4, 0.05
 """At how many points gradient and differences must disagree, and how far apart these are, relative to the size of each
 parameter."""
-_PIECE = 2**22
+_PIECE = 2**20
 """Elements that are looked at together in float64."""
 _LARGE = 10_000_000
 """Parameters above which nothing is computed in float64, directions are made anew instead of kept, and single elements
@@ -450,6 +450,13 @@ def _product(a: Tensor, b: Tensor) -> float:
     """Σab in float64, piece by piece: a copy of the largest gradient may not fit."""
     pieces = zip(torch.split(a.reshape(-1), _PIECE), torch.split(b.reshape(-1), _PIECE), strict=True)
     return float(torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum())
+
+
+def norm_and_sum(t: Tensor) -> tuple[float, float]:
+    """‖t‖ and Σt in float64, piece by piece: on a CPU torch makes a copy in float64 of all it sums."""
+    pieces = torch.split(t.detach().reshape(-1), _PIECE)
+    sums = [(torch.linalg.vector_norm(x, dtype=torch.float64), x.sum(dtype=torch.float64)) for x in pieces]
+    return math.hypot(*(float(norm) for norm, _ in sums)), sum(float(total) for _, total in sums)
 
 
 def is_large(tensors: Mapping[str, Tensor]) -> bool:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from llc_fast.batches import is_graph, join_graphs
 from llc_fast.data import Batch, batch_length, leaves, map_tensors, split_batch
 from llc_fast.objective.borrowed import plain_attributes, tensor_attributes
-from llc_fast.objective.differences import compare_with_differences, copied, is_large, normals_like, scales_of
+from llc_fast.objective.differences import (
+    compare_with_differences,
+    copied,
+    is_large,
+    norm_and_sum,
+    normals_like,
+    scales_of,
+)
 from llc_fast.objective.flops import FlopCounter
 from llc_fast.objective.outputs import described, entry_with_tensor
 from llc_fast.support.errors import add_note, first_line
@@ -242,9 +249,8 @@ class _Trial:
                     f"the gradient of parameter {name!r} has layout {grad.layout}; only dense gradients can be used: "
                     "build the embedding with sparse=False"
                 )
-            norm, total = gradients.get(name, (0.0, 0.0))
-            sums = torch.linalg.vector_norm(grad, dtype=torch.float64), grad.sum(dtype=torch.float64)
-            gradients[name] = math.hypot(norm, float(sums[0])), total + float(sums[1])
+            (norm, total), (more, added) = gradients.get(name, (0.0, 0.0)), norm_and_sum(grad)
+            gradients[name] = math.hypot(norm, more), total + added
 
         with torch.enable_grad(), objective.holding(params, buffers):
             before = [version_of(t) for t in inputs]
@@ -377,14 +383,10 @@ class _Trial:
         """
         if self._objective.per_sample:
             return
-        half, found = batch_length(self._piece) // 2, _parts_and_multiples(self._piece)
-        if found is None:
-            return
-        parts, *more = found
         looks = []
         with _dropout_off(self._objective.model):
             is_random = is_random and len({self._after(seed, params) for seed in range(3)}) > 1
-            for others, factor in [(parts, 1.0)] * bool(half) + [(more[0], 1 / 2), (more[1], 1 / 3)]:
+            for others, factor in _parts_and_multiples(self._piece):
                 with contextlib.suppress(Exception):  # a model for other batches than these
                     looks.append(self._adds_up(params, others, factor, is_random))
                     if not looks[-1]:
@@ -491,27 +493,32 @@ def _number(evaluation: Evaluation) -> float:
     return float(evaluation.loss.detach().double())
 
 
-def _parts_and_multiples(batch: Batch) -> tuple[list[Batch], list[Batch], list[Batch]] | None:
-    """The halves of a batch, and batches that have each of its samples twice and three times; None: it has no halves.
+def _parts_and_multiples(batch: Batch) -> Iterator[tuple[list[Batch], float]]:
+    """The halves of a batch, and batches that have each of its samples twice and three times, one after another: they
+    take memory. With each the factor that makes their sum as long as the batch. None of a batch that has no halves.
 
     What is no tensor, texts say, is the same in all of them.
     """
     length = batch_length(batch)
+    half = length // 2
     if is_graph(batch):
         graphs = [batch[k] for k in range(length)]
-        half = length // 2
-        parts = [join_graphs(part) for part in (graphs[:half], graphs[half:]) if part]
-        return parts, [join_graphs(2 * graphs)], [join_graphs(3 * graphs)]
+        if half:
+            yield [join_graphs(graphs[:half]), join_graphs(graphs[half:])], 1.0
+        for times in (2, 3):
+            yield [join_graphs(times * graphs)], 1 / times
+        return
     tensors = [t for t in leaves(batch) if isinstance(t, Tensor) and t.ndim]
     if not tensors or any(len(t) != length for t in tensors) or any(map(is_graph, leaves(batch))):
-        return None
+        return
 
     def each(function: Callable[[Tensor], Tensor]) -> Batch:
         return map_tensors(lambda t: function(t) if t.ndim else t, batch)
 
-    half = length // 2
-    twice, thrice = (each(functools.partial(_repeated, k)) for k in (2, 3))
-    return [each(lambda t: t[:half]), each(lambda t: t[half:])], [twice], [thrice]
+    if half:
+        yield [each(lambda t: t[:half]), each(lambda t: t[half:])], 1.0
+    for times in (2, 3):
+        yield [each(functools.partial(_repeated, times))], 1 / times
 
 
 def _repeated(times: int, tensor: Tensor) -> Tensor:
