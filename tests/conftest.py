@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+
+# Before torch is loaded, and for every process that a test starts. Threads of OpenMP otherwise spin while they wait
+# for each other: where other processes keep the cores busy, a model of a thousand parameters then takes thirty times
+# as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
