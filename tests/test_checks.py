@@ -505,8 +505,8 @@ def test_how_lambda_answers_to_localization() -> None:
         sampler="hmc",
         nbeta=nbeta,
         localization=gamma,
-        num_draws=3000,
-        num_burnin=500,
+        num_draws=1500,
+        num_burnin=200,
         progress=False,
     )
     known = -0.5 * sum(nbeta * a * gamma / (nbeta * a + gamma) ** 2 for a in h)
