@@ -338,8 +338,8 @@ def test_estimates_of_pairs_are_those_of_their_own_loss() -> None:
     model, data = _seeded(_Tokens), _tokens()
     order = torch.rand(100, N, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :BATCH]
 
-    # A minibatch's loss is the sum over its sequences divided by its tokens that count, so the mean over minibatches is a
-    # sum over all sequences with these weights.
+    # A minibatch's loss is the sum over its sequences divided by its tokens that count, so the mean over minibatches is
+    # a sum over all sequences with these weights.
     counts = (data["labels"] != -100).sum(1)
     weights = torch.zeros(N)
     for rows in order:
