@@ -6,8 +6,6 @@ import copy
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -254,10 +252,9 @@ def test_the_default_dtype_changes_no_optimizer(name: str) -> None:
 
 
 @pytest.mark.parametrize("line", [1, 2, 3])
-def test_a_signal_inside_of_the_handler_does_not_wait_for_itself(line: int) -> None:
+def test_a_signal_inside_of_the_handler_does_not_wait_for_itself(line: int, tmp_path: Path) -> None:
     """The second comes while the handler of the first sets its flag, at whichever line it is."""
     program = """
-import signal, sys
 from llc_fast.support.runtime import Interrupts
 
 interrupts, left = Interrupts(), int(sys.argv[1])
@@ -280,7 +277,5 @@ with interrupts, interrupts.stopping() as stop:
     assert stop.is_set()
 print("went on")
 """
-    folder = Path(llc_fast.__file__).parents[1]
-    command = [sys.executable, "-c", program, str(line)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
-    assert done.stdout == "went on\n", done.stderr
+    _, output, errors = runs.Script(program, tmp_path, line).finish()
+    assert output == "went on\n", errors
