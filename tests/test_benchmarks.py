@@ -119,6 +119,7 @@ def test_compiled_rivals_make_the_same_step(
         assert float(noise.std()) == pytest.approx(0.001, rel=5 / 10000**0.5)
 
 
+@pytest.mark.slow
 def test_steps_by_key(tmp_path: Path) -> None:
     """Ratios to llc_fast's step are there if it is."""
     options = ["--parameters", "1000", "--tensors", "2", "--repeats", "1"]
@@ -160,6 +161,7 @@ def test_steps_of_an_estimate_and_its_set_up(tmp_path: Path) -> None:
         assert row["seconds"] == pytest.approx(row["set-up, s"] + 30e-6 * row["µs per step"])
 
 
+@pytest.mark.slow
 def test_the_large_network(tmp_path: Path) -> None:
     """One whole estimate, and one of few steps that is extrapolated; the network is kept for the next call."""
     network, contenders = tmp_path / "network.pt", ["llc_fast:tf32", "llc_fast:tf32:kept"]

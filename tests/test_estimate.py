@@ -73,7 +73,7 @@ def test_normal_crossing_in_two_dimensions(exponents: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [(2, 2, 2), (2, 2, 1), (1, 1, 3), (3, 1, 1)],
+    [(2, 2, 2), (2, 2, 1), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 3), (3, 1, 1)))],
     ids=["even", "odd (multiplicity 2)", "inputs + hidden < outputs", "outputs + hidden < inputs"],
 )
 def test_reduced_rank_regression(sizes: tuple[int, int, int]) -> None:
