@@ -26,6 +26,7 @@ from llc_fast.data import IndexedSource, mix
 from llc_fast.gradients.plan import Plan, make_plan
 from llc_fast.objective.control_variate import ControlVariate, ReferenceLosses
 from llc_fast.objective.curvature import descent, in_float32, pilot_metric, top_curvature
+from llc_fast.objective.kronecker import diagonal_wells
 from llc_fast.objective.metric import metric_of
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.base import Sampler
@@ -33,6 +34,7 @@ from llc_fast.samplers.kronecker import KFACSGLDSampler
 from llc_fast.schedule import Schedule
 from llc_fast.settings import PILOT_SHARE, Settings
 from llc_fast.stats.convergence import autocorrelation_time, error_within
+from llc_fast.stats.wells import Wells
 from llc_fast.support.runtime import Stop
 from llc_fast.traces import REFERENCE_LOSS
 
@@ -90,6 +92,7 @@ class Chosen:
             loss was not above L(w*).
         descent: the way down from w*: the squares and the curvatures of :class:`llc_fast.objective.curvature.Descent`;
             None: not measured.
+        wells: the curvatures and counts of :class:`llc_fast.stats.wells.Wells` at w*; None: not known.
         restarts: how often most chains diverged on the way, and all began again with a quarter of ε.
         is_interrupted: whether somebody stopped the pilot chains: this is what they had found by then.
         refined: what :func:`llc_fast.objective.refinement.refine` has done; None: w* is the model's.
@@ -107,6 +110,7 @@ class Chosen:
     pilot_steps: int = 0
     pilot_bias_share: float | None = None
     descent: list[list[float]] | None = None
+    wells: list[list[float]] | None = None
     restarts: int = 0
     is_interrupted: bool = False
     refined: dict[str, Any] | None = None
@@ -159,6 +163,7 @@ def choose_settings(
         lr=math.nan if lr is None else lr,
         bias_correction=corrected,
         descent=None if found is None else [list(found.squares), list(found.curvatures)],
+        wells=_wells(settings, objective) if nbeta else None,
     )
     if lr is not None:
         return chosen
@@ -186,6 +191,31 @@ def choose_settings(
     with stopping() as stop:
         chosen, seen = pilot.run(stop)
         return pilot.challenged(chosen, seen, stop) if settings.may_be_challenged and len(seen) else chosen
+
+
+def _no_factors(objective: Objective) -> str:
+    """Why nothing is asked of the Gauss–Newton matrix unless somebody wants it; empty if it may be."""
+    if objective.num_parameters > _MOST_ELEMENTS:
+        return f"the model has more than {_MOST_ELEMENTS:,} parameters"
+    if (
+        objective.masks
+        or objective.trial.is_random
+        or objective.microbatch_size is not None
+        or not objective.is_precise
+    ):
+        return "masks, random losses, microbatches and low precision are left to it"
+    if not isinstance(objective.source, IndexedSource):
+        return "the data are read by a loader"
+    return ""
+
+
+def _wells(settings: Settings, objective: Objective) -> list[list[float]] | None:
+    """The wells at w* that a sampler in the Euclidean metric has to cross; None: not known, or another metric."""
+    template = settings.template
+    if template.metric != "identity" or template.kind not in ("langevin", "momentum") or _no_factors(objective):
+        return None
+    found = diagonal_wells(objective, settings.seed)
+    return None if found is None else [list(found.curvatures), list(found.counts)]
 
 
 def num_pilot_steps(settings: Settings) -> int:
@@ -355,7 +385,7 @@ class _Pilot:
         """
         name = self.settings.template.structured_variant
         length = int(CHALLENGE_LENGTH * len(seen))
-        if name is None or length < MIN_PILOT or (why := self._why_not(seen)):
+        if name is None or length < MIN_PILOT or (why := self._why_not(chosen, seen)):
             return dataclasses.replace(chosen, reason="" if name is None or length < MIN_PILOT else why)
         sampler = self.settings.complete_sampler(1.0, chosen.nbeta, name=name)
         kept = f"{self._called(chosen)} stays: {name}"
@@ -397,16 +427,11 @@ class _Pilot:
     def _called(self, chosen: Chosen) -> str:
         return self.settings.complete_sampler(1.0, chosen.nbeta, friction=chosen.friction).name
 
-    def _why_not(self, seen: NDArray[np.float64]) -> str:
+    def _why_not(self, chosen: Chosen, seen: NDArray[np.float64]) -> str:
         """Why no other metric is tried; empty if there is something to gain."""
-        objective, trial = self.objective, self.objective.trial
-        plain = self._called(self.chosen)
-        if objective.num_parameters > _MOST_ELEMENTS:
-            return f"{plain} stays: the model has more than {_MOST_ELEMENTS:,} parameters"
-        if objective.masks or trial.is_random or objective.microbatch_size is not None or not objective.is_precise:
-            return f"{plain} stays: masks, random losses, microbatches and low precision are left to it"
-        if not isinstance(objective.source, IndexedSource):
-            return f"{plain} stays: the data are read by a loader"
+        plain = self._called(chosen)
+        if why := _no_factors(self.objective):
+            return f"{plain} stays: {why}"
         quarter = len(seen) // 4
         before, after = seen[quarter // 2 : quarter], seen[2 * quarter :]
         growth = float(after.mean() - before.mean())
@@ -414,9 +439,16 @@ class _Pilot:
         if growth > max(3 * error, _VISIBLE * abs(float(after.mean()))):
             return ""
         time = autocorrelation_time(after[None])
-        if time > _LONG_MEMORY:
+        if time > _LONG_MEMORY or self._unreached(chosen) > _VISIBLE * abs(float(after.mean())):
             return ""
         return f"{plain} stays: its pilot no longer grows, and forgets in {time:.2g} steps"
+
+    def _unreached(self, chosen: Chosen) -> float:
+        """What λ̂ of the run would lack, for directions that are too flat at w* for any pilot to see them."""
+        schedule, template = self.settings.schedule, self.settings.template
+        wells = Wells() if chosen.wells is None else Wells(*map(tuple, chosen.wells))
+        pull, rate = (template.localization or 0.0) + template.weight_decay, chosen.lr / chosen.friction
+        return wells.unreached(chosen.nbeta, pull, rate, schedule.num_burnin, schedule.num_steps)
 
     def _cost_of(self, sampler: Sampler) -> float:
         """Of a step of one chain with its gradient, in floating-point operations; no clock is asked."""

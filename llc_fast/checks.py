@@ -62,6 +62,7 @@ from llc_fast.stats.growth import growth
 from llc_fast.stats.response import UNKNOWN, Response, response_if_settled, response_of_path
 from llc_fast.stats.step_checks import step_check_statistics
 from llc_fast.stats.traces import burnin_needed, chain_spread, fall, slow_part, spike_share, trend
+from llc_fast.stats.wells import Wells
 
 COARSEST = 0.02
 """ε·γ above which a path is too coarse for a derivative that treats time as continuous; such chains settle in some
@@ -83,6 +84,8 @@ class Facts:
         planned_steps: of all chains.
         in_calibration: whether the run was interrupted while pilot chains chose its step size.
         descent: the way down from w*, in the quadratic model of nβ·L + γ/2·‖w − w*‖²; None: unknown.
+        wells: the curvatures at w* that chains in the Euclidean metric have to cross; None: unknown, or another metric.
+        time_of_step: ε, or ε/α with momentum.
         refining_passes: passes over the data that w* was made better with; None: it was not.
         local_localization: the γ that keeps chains nearer to w* than w* is to 0.
         injected_noise: variance of the noise that a step injects, over ε·p; NaN: unknown.
@@ -106,6 +109,8 @@ class Facts:
     planned_steps: int = 0
     in_calibration: bool = False
     descent: Descent | None = None
+    wells: Wells | None = None
+    time_of_step: float = math.nan
     refining_passes: int | None = None
     local_localization: float = 1.0
     injected_noise: float = math.nan
@@ -185,6 +190,7 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
         "relaxations": seen.relaxation_rate * steps,
         "gradient_error": seen.gradient_error,
         "distance_over_prior": norm**2 * localization / num_parameters,
+        "unreached": _unreached(result, facts, steps),
         "descent": math.nan if down is None else down.of_posterior(result.nbeta, localization),
         "descent_loss": math.nan if down is None else down.of_loss(result.nbeta, localization),
         "fall": fall(_excess(result)),
@@ -199,6 +205,15 @@ def _diagnostics(result: LLCResult, facts: Facts) -> dict[str, Any]:
     found |= {"growth_means": list(grown.means), "growth_stderrs": list(grown.stderrs)}
     found |= {"distance": seen.distance, "chains_left": [chain for chain, trace in far if _rises(trace)]}
     return found | _metropolis_diagnostics(result)
+
+
+def _unreached(result: LLCResult, facts: Facts, steps: int) -> float:
+    """What λ̂ lacks by the curvatures at w*, after so many steps of draws."""
+    if facts.wells is None or not result.nbeta:
+        return math.nan
+    pull = float(result.settings["localization"]) + float(result.settings.get("weight_decay") or 0.0)
+    burnin = result.schedule.num_burnin
+    return facts.wells.unreached(result.nbeta, pull, facts.time_of_step, burnin, burnin + steps)
 
 
 def _metropolis_diagnostics(result: LLCResult) -> dict[str, Any]:
@@ -708,15 +723,23 @@ def _trend(case: _Case) -> str | None:
 
 
 UNRESOLVED_ERRORS, UNRESOLVED_SIZE = 4.0, 0.05
-"""Growth per doubling of the length counts from four of its standard errors on, if λ̂ may lack more than 5 %."""
+"""Growth per doubling of the length counts from four of its standard errors on, if λ̂ may lack more than 5 %. What the
+curvature at w* says it lacks counts from 5 % on, too."""
 
 
 @_check("unresolved", unless=("short", "trend"))
 def _unresolved(case: _Case) -> str | None:
     missing, rate, error = case["unresolved"], case["growth"], case["growth_stderr"]
-    if not (abs(rate) > UNRESOLVED_ERRORS * error and abs(missing) > UNRESOLVED_SIZE * abs(case.llc)):
-        return None
     steps = case.result.schedule.num_steps
+    if not (abs(rate) > UNRESOLVED_ERRORS * error and abs(missing) > UNRESOLVED_SIZE * abs(case.llc)):
+        if not case["unreached"] > UNRESOLVED_SIZE * abs(case.llc):
+            return None
+        return (
+            f"By the curvature at w*, {steps} steps do not reach equilibrium in directions that are much flatter than "
+            f"others, and λ̂ lacks about {case['unreached']:.2g} for them. Their traces look settled, since nothing has "
+            'moved there yet. Use sampler="kfac-sgld", or preconditioner="curvature" with '
+            'localization_metric="euclidean", or a larger localization.'
+        )
     low_or_high = "low" if missing > 0 else "high"
     return (
         f"λ̂ changes by {rate:+.2g} ± {error:.2g} with each doubling of the chains, in all of them alike: slow "

@@ -57,6 +57,7 @@ from llc_fast.schedule import Schedule
 from llc_fast.settings import PRESETS, UNUSED, Execution, Settings, default_localization, with_old_keywords
 from llc_fast.stats.sensitivity import Sensitivity
 from llc_fast.stats.sensitivity import sensitivity as slopes_of
+from llc_fast.stats.wells import Wells
 from llc_fast.support.fingerprint import arrays_identity
 from llc_fast.support.randomness import Generators
 from llc_fast.support.runtime import Interrupts, large_blocks_apart, one_at_a_time, threads
@@ -1392,6 +1393,8 @@ def _facts(
         planned_steps=planned_steps,
         in_calibration=chosen.is_interrupted,
         descent=None if chosen.descent is None else Descent(*(tuple(values) for values in chosen.descent)),
+        wells=None if chosen.wells is None or chosen.sampler else Wells(*(tuple(values) for values in chosen.wells)),
+        time_of_step=(sampler.lr or 0.0) / float(options.get("momentum_decay", 1.0)),
         refining_passes=None if chosen.refined is None else chosen.refined["passes"],
         local_localization=default_localization(objective.num_parameters, norm),
         random_modules=prepared.mode.random_modules,

@@ -118,7 +118,8 @@ class LLCResult:
             (prior width of a weight, 1/√γ, over the root mean square weight, in that metric, too),
             ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ of chains of this length, see
             :mod:`llc_fast.stats.response`; None where its error is above a quarter of λ̂). Of w*:
-            ``descent`` and ``descent_loss`` (how far
+            ``unreached`` (what λ̂ lacks for directions too flat for the length, by the curvature at w*,
+            :mod:`llc_fast.stats.wells`), ``descent`` and ``descent_loss`` (how far
             nβ·L + γ/2·‖w − w*‖², and with it nβ·L, fall from w* in their quadratic model, at least), ``fall`` (how far
             nβ·L falls below that of w* along the chains, for certain); with ``refine=`` what
             :class:`llc_fast.objective.refinement.Refinement` has, as ``refine_fall`` and so on; with

@@ -657,6 +657,37 @@ def test_what_the_faster_metric_gives(tmp_path: Path) -> None:
     assert slow.llc_mean < 0.6 * alone.llc_mean < 0.6 * 1.05 * problem.learning_coefficient
 
 
+class _TwoScales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stiff, self.flat = (nn.Linear(40, 1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stiff(x[:, :40]) + self.flat(x[:, 40:])  # type: ignore[no-any-return]
+
+
+def test_directions_too_flat_for_a_pilot_to_see() -> None:
+    """A layer 10⁴ times as flat as the other: no pilot of SGLD sees that it matters, but the curvature at w* tells.
+
+    The posterior is a Gaussian with the eigenvalues c + γ, so that λ̂ = Σ c/(2(c + γ)).
+    """
+    torch.manual_seed(0)
+    model, x = _TwoScales(), torch.randn(2000, 80)
+    x[:, :40] *= 14
+    x[:, 40:] *= 0.14
+    data = x, model(x).detach()
+    curvature = 2 * 2000 / math.log(2000) * torch.linalg.eigvalsh((x.T @ x / 2000).double())
+    exact = float((curvature / (2 * (curvature + 1))).sum())
+    options: dict[str, Any] = {"localization": 1.0, "num_draws": 500, "num_burnin": 500, "progress": False}
+    found = llc_fast.estimate_llc(model, data, mse, **options)
+    assert found.settings["sampler"] == "kfac-sgld"
+    assert abs(found.llc_mean - exact) < 4 * found.llc_stderr < 0.1 * exact
+    slow = llc_fast.estimate_llc(model, data, mse, **options, sampler="sgld")
+    assert slow.llc_mean < 0.7 * exact and "unresolved" in [w.code for w in slow.warnings]
+    assert slow.llc_mean + slow.diagnostics["unreached"] == pytest.approx(exact, abs=4 * slow.llc_stderr)
+    assert found.diagnostics["unreached"] is None  # another metric
+
+
 def test_the_default_stays_where_nothing_is_gained() -> None:
     """A regression mixes at once; the run is too short for a pilot in another metric; there are masks."""
     model, inputs, loss_fn, _ = _problem("regression")

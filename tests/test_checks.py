@@ -26,6 +26,7 @@ from llc_fast.result import LLCResult
 from llc_fast.schedule import Schedule
 from llc_fast.stats import convergence, errors
 from llc_fast.stats.step_checks import COLUMNS
+from llc_fast.stats.wells import Wells
 
 Traces = NDArray[np.float64]
 
@@ -254,6 +255,11 @@ _REASONS: dict[str, tuple[str, Callable[[], LLCResult], list[str]]] = {
         "unresolved",
         lambda: _judged(_good() + _doublings(), burnin=1000),
         ["with each doubling of the chains", "too low by up to", "max_gradients=32000"],
+    ),
+    "flat at w*": (
+        "unresolved",
+        lambda: _judged(_good(), wells=Wells((1e-3,), (100.0,)), time_of_step=1e-3),  # 50·(0.1/1.1)·0.404
+        ["By the curvature at w*, 2000 steps", "λ̂ lacks about 1.8", "larger localization"],
     ),
     "short burn-in": (
         "burnin",

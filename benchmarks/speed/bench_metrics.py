@@ -13,8 +13,9 @@ as they are measured: the same command goes on from there.
 "ESS" is the effective size (``llc_fast.stats.convergence.ess_mean``) of the kept draws of the loss trace, over chains;
 gradients and CPU seconds are those of the whole estimate with its pilots, on one thread. Effective samples alone
 deceive: a chain that has not reached the slow directions sees a smaller world and looks well mixed in it. So λ̂, its
-error where λ is known, and R̂ stand beside them. λ̂ of a chain from w* grows until slow directions are crossed: at equal
-gradients the λ̂ nearer to λ is of the sampler that is further.
+error where λ is known, and R̂ stand beside them; `--problems relu --metrics hmc` adds what HMC on all data finds. λ̂ of a
+chain from w* grows until slow directions are crossed: at equal gradients the λ̂ nearer to λ is of the sampler that is
+further.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from llc_fast.problems.resnet import resnet
 from llc_fast.problems.text import load_text
 from llc_fast.problems.transformer import Transformer, sequence_losses
 from llc_fast.reproduce.accuracy import FIRST_SEED
-from llc_fast.samplers import PreconditionedSGLDSampler, SGHMCSampler
+from llc_fast.samplers import HMCSampler, PreconditionedSGLDSampler, SGHMCSampler
 from llc_fast.stats.convergence import ess_mean
 from llc_fast.support.files import plain
 
@@ -57,6 +58,8 @@ METRICS: dict[str, Callable[[], Any]] = {
     "kfac-sgld": lambda: "kfac-sgld",
 }
 """What is given as `sampler`. "sghmc" has the least friction that the default may choose."""
+EXACT = "hmc"
+"""On request, on small problems: all data at each of ten gradients, steps that are accepted or rejected."""
 
 
 class Problem(NamedTuple):
@@ -141,15 +144,21 @@ def problems(names: list[str], networks: int, seed: int) -> Iterator[tuple[str, 
 def measured(problem: Problem, metric: str, steps: int) -> dict[str, Any]:
     """The row of an estimate."""
     began, steps = time.process_time(), int(problem.share * steps)
+    options = problem.options
+    if metric == EXACT:
+        sampler: Any = HMCSampler(preconditioner="curvature", localization_metric="euclidean")
+        options = options | {"batch_size": None}
+    else:
+        sampler = METRICS[metric]()
     result = llc_fast.estimate_llc(
         problem.model,
         problem.data,
         problem.loss_fn,
-        sampler=METRICS[metric](),
+        sampler=sampler,
         num_burnin=steps // 2,
         num_draws=steps - steps // 2,
         progress=False,
-        **problem.options,
+        **options,
     )
     seconds = time.process_time() - began
     draws = result.loss_trace[result.kept_chains][:, result.schedule.draws]
@@ -232,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=["1k", "10k", "relu", "resnet", "transformer"])
     parser.add_argument("--networks", type=int, default=30, help="of each class of deep linear networks")
-    parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=[*METRICS, EXACT])
     parser.add_argument("--steps", type=int, default=2400, help="of each of four chains")
     parser.add_argument("--seed", type=int, default=0, help="other networks")
     parser.add_argument(

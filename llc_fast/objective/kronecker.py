@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from llc_fast.objective.objective import Objective
 from llc_fast.samplers.kronecker import Factors, may_be_matrices
+from llc_fast.stats.wells import Wells
 
 NUM_BATCHES = 4
 """Minibatches that take turns."""
@@ -343,6 +344,31 @@ def _as_rows(module: nn.Module, x: Tensor, slope: Tensor, most: int | None) -> t
             inputs, outputs = inputs[::stride], outputs[::stride]
     inputs, outputs = inputs.float(), outputs.float()
     return (inputs, outputs) if _is_transposed(module) else (outputs, inputs)
+
+
+_PER_OCTAVE = 4
+"""Classes of curvatures; within one they are counted as its geometric mean."""
+
+
+def diagonal_wells(objective: Objective, seed: int) -> Wells | None:
+    """The diagonal of the Gauss–Newton matrix at w*, on one minibatch, by classes; None if it can't be had.
+
+    Averages of eigenvalues, and so nearer to each other than these are.
+    """
+    try:
+        factors = GaussNewton(objective, seed)(objective.reference, objective.fresh_buffers(), 0, 0)
+    except (ValueError, RuntimeError):  # whatever a model does not bear, an estimate without a metric can do without
+        return None
+    counts: dict[int, float] = {}
+    for rows, columns in factors:
+        diagonal = rows if columns is None else rows.diagonal()[:, None] * columns.diagonal()
+        positive = diagonal[diagonal > 0].double()
+        if not positive.isfinite().all():
+            return None
+        classes, sizes = torch.unique((_PER_OCTAVE * positive.log2()).round().long(), return_counts=True)
+        for k, size in zip(classes.tolist(), sizes.tolist(), strict=True):
+            counts[k] = counts.get(k, 0) + size
+    return Wells(tuple(2 ** (k / _PER_OCTAVE) for k in sorted(counts)), tuple(counts[k] for k in sorted(counts)))
 
 
 def curvature_in(
