@@ -441,7 +441,8 @@ class Surroundings:
             self.interrupts.__enter__()
             turn = one_at_a_time()
             while not self._try(turn):
-                pass
+                if self.interrupts.is_pending:  # nearly every signal comes inside of `_try`
+                    raise KeyboardInterrupt
             self._begin()
             if self.interrupts.is_pending:
                 raise KeyboardInterrupt

@@ -7,10 +7,12 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +46,7 @@ def _run(script: str, *options: str, path: Path, **environment: str) -> dict[str
     return found
 
 
+@pytest.mark.slow
 def test_what_probes_cost(tmp_path: Path) -> None:
     """Every column of every width, the ratio being that of its parts."""
     pytest.importorskip("zarr")
@@ -116,6 +119,7 @@ def test_compiled_rivals_make_the_same_step(
         assert float(noise.std()) == pytest.approx(0.001, rel=5 / 10000**0.5)
 
 
+@pytest.mark.slow
 def test_steps_by_key(tmp_path: Path) -> None:
     """Ratios to llc_fast's step are there if it is."""
     options = ["--parameters", "1000", "--tensors", "2", "--repeats", "1"]
@@ -128,8 +132,11 @@ def test_steps_by_key(tmp_path: Path) -> None:
 # ---- the modes that a GPU session runs -----------------------------------------------------------------------
 
 
-def test_every_layout_of_every_sampler(benchmark_module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_layout_of_every_sampler(
+    benchmark_module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = benchmark_module("bench_samplers")
+    monkeypatch.setattr(module.gc, "collect", lambda: 0)  # makes room between large networks, and takes seconds here
     for layout in module.LAYOUTS.values():
         rows = module.samplers_table(2000, "cpu", 1, layout)
         assert [row["sampler"] for row in rows] == list(module.SAMPLERS)
@@ -138,6 +145,7 @@ def test_every_layout_of_every_sampler(benchmark_module: Any, capsys: pytest.Cap
     assert capsys.readouterr().out.count("4 chains: stepped") == len(module.SAMPLERS)
 
 
+@pytest.mark.slow
 def test_steps_of_an_estimate_and_its_set_up(tmp_path: Path) -> None:
     """Rivals make fewer steps, whose rest is extrapolated, and then they have no λ̂."""
     rivals = ["devinterp"] if HAS_DEVINTERP else []
@@ -153,6 +161,7 @@ def test_steps_of_an_estimate_and_its_set_up(tmp_path: Path) -> None:
         assert row["seconds"] == pytest.approx(row["set-up, s"] + 30e-6 * row["µs per step"])
 
 
+@pytest.mark.slow
 def test_the_large_network(tmp_path: Path) -> None:
     """One whole estimate, and one of few steps that is extrapolated; the network is kept for the next call."""
     network, contenders = tmp_path / "network.pt", ["llc_fast:tf32", "llc_fast:tf32:kept"]
@@ -175,6 +184,7 @@ def with_transformers(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
+@pytest.mark.slow
 def test_a_language_model(tmp_path: Path, with_transformers: dict[str, str]) -> None:
     """What llc_fast says that it needs, and how it does it, stands beside what it takes."""
     options = ["--size", "tiny", "--steps", "6", "--context", "16", "--contenders", "llc_fast", "loop"]
@@ -188,6 +198,7 @@ def test_a_language_model(tmp_path: Path, with_transformers: dict[str, str]) -> 
     assert abs(ours["L(w*)"] - math.log(512)) < 0.1 and abs(loop["loss"] - math.log(512)) < 0.1
 
 
+@pytest.mark.slow
 def test_a_contender_that_takes_too_long_says_so(tmp_path: Path, with_transformers: dict[str, str]) -> None:
     """It ends after the steps that it has made, of which there are seconds a step."""
     options = ["--size", "tiny", "--steps", "100000", "--context", "16", "--seconds", "1", "--contenders", "loop"]
@@ -396,6 +407,7 @@ def test_report_joins_calls(
 # ---- influence -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_influence_of_tokens(tmp_path: Path) -> None:
     """With and without errors, from one set of sequences and from two: the same entries."""
     path = tmp_path / "influence.json"
@@ -410,6 +422,7 @@ def test_influence_of_tokens(tmp_path: Path) -> None:
     assert all(row["s"] > 0 and row["largest difference"] < 1e-6 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_probes(tmp_path: Path) -> None:
     """Parts add up to the whole; the chains' mean is λ̂; what sampling costs is set against its parts."""
     pytest.importorskip("zarr")
@@ -438,27 +451,40 @@ def test_a_whole_run_with_probes(tmp_path: Path) -> None:
 # ---- families ------------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_families(tmp_path: Path) -> None:
+def test_the_table_of_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command measures and writes; families that are not named stay as they were; the page gets the table."""
-    path, page = tmp_path / "families.json", tmp_path / "families.md"
-    script = [sys.executable, str(FOLDER / "families.py"), "--json", str(path)]
-    few = ["--budget", "0.05", "--rounds", "1", "--default-seconds", "0.1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name in ("mlp", "lstm"):
-        done = subprocess.run([*script, *few, "--families", name], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+    path, page, script = tmp_path / "families.json", tmp_path / "families.md", str(FOLDER / "families.py")
+    few = ["--json", str(path), "--budget", "0.05", "--rounds", "1", "--default-seconds", "0.1"]
+    command, environment = [sys.executable, script, *few, "--families", "mlp"], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+    # The other calls without processes of their own, each of which would import torch again.
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds its folders
+    module = runpy.run_path(script)
+    before = torch.get_num_threads()
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        try:
+            with warnings.catch_warnings():
+                module["main"]()
+        finally:
+            torch.set_num_threads(before)
+
+    run(*few, "--families", "lstm")
     tables = json.loads(path.read_text())
     assert [row["family"] for row in tables["rows"]] == ["lstm", "mlp"]
     for row in tables["rows"]:
         assert row["works"].startswith("yes") and row["ours, ms"] > 0 < row["plain loop, ms"]
         assert row["why not recorded"] == ""
     page.write_text("before\n")
-    refused = subprocess.run([*script, "--docs", str(page)], capture_output=True, text=True, env=environment)
-    assert refused.returncode != 0 and "has no place for the table" in refused.stderr
+    with pytest.raises(ValueError, match="has no place for the table"):
+        run(*few, "--docs", str(page))
     begin = "<!-- table: python benchmarks/families.py --docs docs/families.md -->"
     page.write_text(f"before\n\n{begin}\n<!-- end of the table -->\nafter\n")
     for _ in range(2):
-        subprocess.run([*script, "--docs", str(page)], check=True, env=environment)
+        run(*few, "--docs", str(page))
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert text.count("| lstm |") == text.count("| mlp |") == 1

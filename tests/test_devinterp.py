@@ -55,7 +55,7 @@ def _estimate(method: Any, callbacks: list[Any] | None = None, **options: Any) -
             evaluate=_evaluate,
             sampling_method=method,
             optimizer_kwargs=kwargs,
-            num_draws=DRAWS,
+            num_draws=options.pop("num_draws", DRAWS),
             num_chains=CHAINS,
             num_burnin_steps=200,
             init_loss=float(_evaluate(model, loader.dataset.tensors)),  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def test_other_samplers_run() -> None:
         (llc_fast.SGNHT, {"lr": 1e-4}),
         (llc_fast.PreconditionedSGLD, {"lr": 1e-3, "preconditioner": 0.5}),
     ):
-        assert 1 < _mean(_estimate(method, optimizer_kwargs=options)) < 20
+        assert 1 < _mean(_estimate(method, optimizer_kwargs=options, num_draws=100)) < 20
 
 
 def test_callbacks_and_metrics() -> None:

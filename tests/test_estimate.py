@@ -60,7 +60,7 @@ def test_normal_crossing_in_two_dimensions(exponents: tuple[int, int]) -> None:
         lr=1e-4,
         nbeta=nbeta,
         localization=localization,
-        num_draws=15_000,
+        num_draws=5000,
         num_burnin=10_000,
     )
     exact = copies * crossing_mean(exponents, nbeta, localization)
@@ -73,12 +73,12 @@ def test_normal_crossing_in_two_dimensions(exponents: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [(2, 2, 2), (2, 2, 1), (1, 1, 3), (3, 1, 1)],
+    [(2, 2, 2), (2, 2, 1), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 3), (3, 1, 1)))],
     ids=["even", "odd (multiplicity 2)", "inputs + hidden < outputs", "outputs + hidden < inputs"],
 )
 def test_reduced_rank_regression(sizes: tuple[int, int, int]) -> None:
     """The four cases of Aoyagi & Watanabe 2005."""
-    copies, nbeta, localization = 1000, 1000.0, 10.0
+    copies, nbeta, localization = 500, 1000.0, 10.0
     # The stiffest directions depend on the others, so the effect of the step size has no closed form here: it is
     # removed by extrapolation from ε and ε/2, whose runs share nothing.
     coarse, fine = (
@@ -87,7 +87,7 @@ def test_reduced_rank_regression(sizes: tuple[int, int, int]) -> None:
             lr=lr,
             nbeta=nbeta,
             localization=localization,
-            num_draws=int(0.8 / lr),
+            num_draws=int(0.4 / lr),
             num_burnin=int(0.5 / lr),
             seed=seed,
         )

@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="a source distribution may have no examples")
 
 
+@pytest.mark.slow
 def test_influence(tmp_path: Path) -> None:
     """Pictures of whole chains, and tokens with colors behind them."""
     for name in ("zarr", "xarray", "matplotlib"):

@@ -98,7 +98,8 @@ def in_plane(nbeta: float, **options: Any) -> SusceptibilityResult:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("draws", "bound"), [(700, 2), pytest.param(4000, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("draws", "bound"), [(700, 2), (4000, 3)])
 def test_two_parameters(draws: int, bound: float) -> None:
     """χ within two standard errors of the integrals, and so is the control's.
 

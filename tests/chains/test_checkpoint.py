@@ -275,7 +275,7 @@ def test_any_snapshot_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
         assert len(copies) > 1
         steps = [sum(t.step * len(t.chains) for t in read(copy).traces) for copy in copies]
         assert steps == sorted(steps)
-        for copy in copies:
+        for copy in {*copies[::2], copies[-1]}:  # others go on from every step in the tests above
             assert_same(_seeded(name, checkpoint=copy), expected)
     finally:
         torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,7 +45,7 @@ SWEPT = (
     "mixed",
     "int8",
 )
-"""Families whose checkpoints are looked at in `make test`; those of the others in the slow tests."""
+"""Families whose steps and checkpoints are looked at in `make test`; those of the others in the slow tests."""
 
 
 def _is_slow(family: Family) -> bool:
@@ -58,11 +57,7 @@ def _parameters(names: Iterator[str]) -> list[Any]:
 
 
 ALL = _parameters(name for name, family in FAMILIES.items() if not family.refused)
-
-
-@functools.cache
-def _made(name: str) -> Case:
-    return FAMILIES[name].make(0)
+FEW = [p if p.values[0] in SWEPT else pytest.param(*p.values, marks=pytest.mark.slow) for p in ALL]
 
 
 def case_of(name: str) -> Case:
@@ -70,7 +65,7 @@ def case_of(name: str) -> Case:
     families.import_torchvision()
     for package in FAMILIES[name].requires:
         pytest.importorskip(package)
-    return _made(name)
+    return families.made(name)
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
@@ -192,7 +187,7 @@ def _by_hand(case: Case, batches: Any, lr: float, nbeta: float, seed: int) -> li
     return losses
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FEW)
 def test_every_strategy_takes_the_steps_of_a_loop_by_hand(name: str) -> None:
     case, steps, lr, nbeta = case_of(name), 4, 1e-4, 40.0
     data = _whole(case)
@@ -256,9 +251,7 @@ def test_a_part_of_a_model(name: str) -> None:
     assert all(not torch.equal(found[k], own[k]) for k in expected) and math.isfinite(result.llc_mean)
 
 
-@pytest.mark.parametrize(
-    "name", [p if p.values[0] in SWEPT else pytest.param(*p.values, marks=pytest.mark.slow) for p in ALL]
-)
+@pytest.mark.parametrize("name", FEW)
 def test_along_checkpoints(name: str) -> None:
     """Two state dicts: each has the loss that plain PyTorch gives at it, and the model stays as it was."""
     pytest.importorskip("xarray")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES
+from families import FAMILIES, made
 from numpy.typing import NDArray
 from problems import MODELS, N, estimate, make_problem, mlp
 from runs import interrupted_after
@@ -950,7 +950,7 @@ def test_models_of_others_are_recorded(name: str, strategy: str | None, plainly:
     family = FAMILIES[name]
     for package in family.requires:
         pytest.importorskip(package)
-    case = family.make(0)
+    case = made(name)
     options: dict[str, Any] = {"lr": 1e-5, "nbeta": 30.0, "localization": 100.0, "num_chains": 2, "num_draws": 6}
     expected = plainly(case.model, case.data, case.loss_fn, **options)
     result = estimate(case.model, case.data, case.loss_fn, strategy=strategy, **options)

@@ -292,7 +292,7 @@ def _check_random_network(seed: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_no_random_network_is_refused(block: int) -> None:
-    for seed in range(50 * block, 50 * block + 50):
+    for seed in range(25 * block, 25 * block + 25):
         _check_random_network(seed)
 
 

@@ -338,11 +338,18 @@ def test_estimates_of_pairs_are_those_of_their_own_loss() -> None:
     model, data = _seeded(_Tokens), _tokens()
     order = torch.rand(100, N, generator=torch.Generator().manual_seed(5)).argsort(1)[:, :BATCH]
 
+    # A minibatch's loss is the sum over its sequences divided by its tokens that count, so the mean over minibatches is
+    # a sum over all sequences with these weights.
+    counts = (data["labels"] != -100).sum(1)
+    weights = torch.zeros(N)
+    for rows in order:
+        weights[rows] += 1 / (len(order) * counts[rows].sum())
+
     def over_many(model: nn.Module, batch: Any) -> Tensor:
-        labels = data["labels"][order]
-        logits = model.table(data["input_ids"][order])  # type: ignore[operator]
-        each = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=-100, reduction="none")
-        return (each.view(len(order), -1).sum(1) / (labels != -100).flatten(1).sum(1)).mean()
+        logits = model.table(data["input_ids"])  # type: ignore[operator]
+        labels = data["labels"].flatten()
+        each = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="none")
+        return (each.view(N, -1).sum(1) * weights).sum()
 
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 

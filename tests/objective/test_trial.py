@@ -250,8 +250,8 @@ def test_recomputed_activations_are_those_of_the_chain(
         with pytest.raises(ValueError, match="set it to False"):
             runs.estimate(model=saving, data=data, **options)
         return
-    expected = runs.estimate(model=plain, data=data, num_draws=50, **options)
-    found = runs.estimate(model=saving, data=data, num_draws=50, **options)
+    expected = runs.estimate(model=plain, data=data, num_draws=15, **options)
+    found = runs.estimate(model=saving, data=data, num_draws=15, **options)
     np.testing.assert_allclose(found.loss_trace, expected.loss_trace, rtol=1e-4 if dtype == torch.float32 else 1e-10)
 
 

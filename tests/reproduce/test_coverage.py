@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 TINY = Settings(problems=("linear, noisy", "logistic"), runs=3, block=2, length=0.05, target_error=0.9)
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every problem in every mode, in blocks; each run has a seed of its own; nothing is measured twice."""
     study = Study("coverage", "small", tmp_path, progress=False)

@@ -62,6 +62,7 @@ def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not claims[0].holds and "3 have no estimate" in claims[0].found
 
 
+@pytest.mark.slow
 def test_large_network_in_its_own_process() -> None:
     """A process that has made nothing else: parts add up to its peak, and layers have been there."""
     large = Large(width=300, layers=4, steps=2)

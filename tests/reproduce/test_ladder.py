@@ -41,6 +41,7 @@ def _study(folder: Path, scale: str = "small") -> Study:
     return Study("ladder", scale, folder, progress=False)
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model on every rung, measured once."""
     short = {"num_draws": 8, "num_burnin": 5}

@@ -40,6 +40,7 @@ TINY = Settings(
 )
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study("localization", "small", tmp_path, progress=False)
     claims = run(load("localization"), study, TINY)

@@ -49,6 +49,7 @@ def test_localization_is_that_of_the_reach() -> None:
     assert math.sqrt(count / gamma) == pytest.approx(0.2 * norm, rel=0.03)  # γ has two digits
 
 
+@pytest.mark.slow
 def test_experiment_from_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claims = run(experiment, Study("resnet", "small", tmp_path, progress=False), TINY)
     assert len(claims) == 5 and claims[1].holds and claims[2].holds

@@ -78,6 +78,7 @@ def test_gradients_of_training(tmp_path: Path) -> None:
     assert found == pytest.approx(exact, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_papers_scale(tmp_path: Path) -> None:
     """Its model and data, in chains that are too short for anything but to run."""
     pytest.importorskip("xarray")

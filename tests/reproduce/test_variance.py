@@ -103,6 +103,7 @@ def test_problems_are_at_minima() -> None:
     assert made[REALIZABLE].sample_losses().max() == 0 and made[REGRESSION].sample_losses().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study("variance", "small", tmp_path, progress=False)
     claims = run(load("variance"), study, TINY)

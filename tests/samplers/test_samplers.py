@@ -72,7 +72,8 @@ def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
     lr = {"preconditioned-sgld": 0.05, "rmsprop-sgld": 0.003, "adam-sgld": 0.002}.get(name, 0.005)
     optimizer = OPTIMIZERS[name]([w], lr=lr, nbeta=NBETA, localization=LOCALIZATION, seed=7, **OPTIONS[name])
     optimizer.state[w]["initial_param"].zero_()  # w* at the minimum, the start beside it
-    for _ in range(6000):
+    steps = 6000 if name == "adam-sgld" else 3000  # until the start is forgotten, which is checked below
+    for _ in range(steps):
         w.grad = curvature * w.detach()
         optimizer.step()
     group = optimizer.param_groups[0]
@@ -86,7 +87,7 @@ def test_stationary_gaussian_of_condition_number_100(name: str) -> None:
         elif name == "sgnht":
             friction = float(group["thermostat"])
         f, g = _dynamics(name, lr, h, p, friction)
-        assert max(abs(np.linalg.eigvals(f))) ** 6000 < 1e-4, "the start must be forgotten"
+        assert max(abs(np.linalg.eigvals(f))) ** steps < 1e-4, "the start must be forgotten"
         exact = solve_discrete_lyapunov(f, g @ g.T)[0, 0]
         assert abs(float(row.mean())) < 5 * math.sqrt(exact / COPIES)
         # The thermostat is shared, and its fluctuation moves all variances a little: about as much again.

@@ -155,9 +155,11 @@ def no_step() -> contextlib.AbstractContextManager[None]:
 
 _HEAD = "import os, signal, sys, threading, time\nimport llc_fast, runs, torch\n\n"
 
-# Forked from a process that has imported torch and done nothing: importing it takes longer than most tests.
+# Forked from a process that has imported these and done nothing: importing them takes longer than most tests.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch"])
+_processes.set_forkserver_preload(
+    ["torch", "pytest", "sympy", "xarray", "zarr", "llc_fast.optim", "llc_fast.samples", "llc_fast.sweep"]
+)
 
 
 def _execute(body: str, folder: Path, arguments: list[str], environment: dict[str, str], files: list[str]) -> None:
