@@ -442,11 +442,20 @@ class _OfDictionaries(nn.Linear):
         return super().forward(batch["x"])
 
 
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _OfDictionaries(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner({"x": x})  # type: ignore[no-any-return]
+
+
 def test_a_linear_layer_with_a_forward_of_its_own_has_a_diagonal() -> None:
     torch.manual_seed(0)
-    model, data = _OfDictionaries(3, 1), ({"x": torch.randn(60, 3)}, torch.randn(60, 1))
+    model, data = _Named(), (torch.randn(60, 3), torch.randn(60, 1))
     objective = Objective(model, mse, make_source(data, 30, _CPU), device=_CPU)
-    assert GaussNewton(objective, 3).diagonal_because == {"weight": "it is used by more than its module"}
+    assert GaussNewton(objective, 3).diagonal_because == {"inner.weight": "it is used by more than its module"}
     wells = diagonal_wells(objective, 3)
     assert wells is not None and sum(wells.counts) == 4
     assert estimate(model=model, data=data, loss_fn=mse, sampler="kfac-sgld", lr=0.05, num_draws=20).llc_mean > 0
