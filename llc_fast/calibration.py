@@ -163,7 +163,7 @@ def choose_settings(
         lr=math.nan if lr is None else lr,
         bias_correction=corrected,
         descent=None if found is None else [list(found.squares), list(found.curvatures)],
-        wells=_wells(settings, objective) if nbeta else None,
+        wells=_wells(settings, objective) if nbeta and start is None else None,
     )
     if lr is not None:
         return chosen
@@ -417,7 +417,7 @@ class _Pilot:
         if not np.isfinite([*excess, *bias]).all():
             return dataclasses.replace(chosen, reason=f"{kept} diverged within {length} steps")
         if not len(seen):
-            reason = f"{self._called(chosen)} diverged in its last pilot, {name} did not within {length} steps"
+            reason = f"{self._called(chosen)} diverged in a pilot, {name} did not within {length} steps"
             return dataclasses.replace(
                 chosen, sampler=name, lr=lr * slower, friction=1.0, pilot_bias_share=share, reason=reason
             )
