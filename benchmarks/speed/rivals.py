@@ -126,7 +126,8 @@ def pip(rival: Rival, root: Path) -> str:
 def importing(rival: Rival, root: Path) -> Iterator[ModuleType]:
     """The package of `rival`, for imports from it within the block, whatever other version has been imported.
 
-    What was imported stays usable afterwards, and its dependencies importable.
+    What was imported stays usable afterwards, and its dependencies importable; what other version there was before is
+    there again.
 
     Raises:
         ImportError: it isn't here; the message says what to run.
@@ -135,17 +136,17 @@ def importing(rival: Rival, root: Path) -> Iterator[ModuleType]:
     if path is None:
         raise ImportError(f"{rival.title} is not installed: {pip(rival, root)}")
 
-    def forget() -> None:
-        for name in [name for name in sys.modules if name.partition(".")[0] == rival.package]:
-            del sys.modules[name]
+    def forget() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == rival.package}
 
-    forget()
+    before = forget()
     sys.path[:0] = path
     importlib.invalidate_caches()
     try:
         yield importlib.import_module(rival.package)
     finally:
         forget()
+        sys.modules.update(before)
         for part in path:
             sys.path.remove(part)
             sys.path.append(part)
