@@ -307,7 +307,6 @@ def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
         print_table(heading, [{c: times(row.get(c), c) for c in columns} for row in rows])
         sys.stdout.flush()
         everything[name] = rows
-        write_json(options.json, tables | {f"measured: {name}": rows})  # the rest is minutes of work
         return rows
 
     for parameters in options.sizes:
@@ -321,6 +320,7 @@ def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
             heading = f"{parameters:,} parameters, {work}, λ of the theory {known:g}"
             name = f"{parameters:,}" + (f", {chains} chains" if len(options.chains) > 1 else "")
             tables[str(parameters)] += measured(name, heading, str(parameters), spec, ON_NETWORKS)
+            write_json(options.json, tables)  # each is minutes of work
     for size in options.language:
         from bench_samples import SETTINGS, prepare
 
