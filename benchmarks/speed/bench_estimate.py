@@ -1,9 +1,9 @@
 """Whole estimates: llc_fast against its rivals of today, wall time and λ̂ of the same statistical work.
 
     python benchmarks/speed/rivals.py --install                                    rivals, each in a folder of its own
-    python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--language 133k] [--chains 4] [--steps 2000]
-        [--repeats 1] [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N] [--device cpu|cuda]
-        [--per-step] [--rival-steps N] [--rivals FOLDER] [--quick] [--json PATH]
+    python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--language tiny 133k] [--chains 4]
+        [--steps 2000] [--repeats 1] [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
+        [--device cpu|cuda] [--per-step] [--rival-steps N] [--rivals FOLDER] [--quick] [--json PATH]
     python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters batch]
         [--strategies default batched …] [--budget SECONDS]
 
@@ -85,7 +85,7 @@ SIZES = [1024, 10_000, 102_400]
 ASKED = {
     "devinterp": {"1024": 30.0, "10000": 12.0, "102400": 5.0},
     "canonical": {"1024": 5.0, "10000": 3.5, "102400": 2.0},
-    "devinterp2": {"133k": 8.0},
+    "devinterp2": {"tiny": 8.0, "133k": 8.0},
 }
 """How many times faster than a rival llc_fast is to be, by problem."""
 ASKED_MICROSECONDS = {("1024", 4): 100.0}
@@ -431,7 +431,7 @@ def main() -> None:
     wanted = [None if s == "default" else s for s in options.strategies or ["default"]]
     options.strategies = wanted if options.strategies else STRATEGIES
     if options.sizes is None and options.language is None:
-        options.sizes, options.language = ([16], ["tiny"]) if options.quick else (SIZES, ["133k"])
+        options.sizes, options.language = ([16], ["tiny"]) if options.quick else (SIZES, ["tiny", "133k"])
     if options.quick:
         options.steps, options.language_steps, options.training = 20, 4, 2
     options.sizes, options.language = options.sizes or [], options.language or []
