@@ -320,7 +320,7 @@ class _Pilot:
         seen = np.empty(0)
         while stage < len(_STAGES) and spent < self.num_steps:
             last = stage == len(_STAGES) - 1
-            length = max(16, int(_STAGES[stage] * self.num_steps))
+            length = self._length(stage)
             loss, bias = self._chain(lr, friction, length, attempt, stop)
             if stop is not None and stop.is_set():
                 length = int(np.isfinite(loss).sum())
@@ -371,6 +371,9 @@ class _Pilot:
         )
         return chosen, seen
 
+    def _length(self, stage: int) -> int:
+        return max(16, int(_STAGES[stage] * self.num_steps))
+
     def challenged(self, chosen: Chosen, seen: NDArray[np.float64], stop: Stop | None = None) -> Chosen:
         """What was chosen, or another sampler in its place, if a short pilot shows that it is faster.
 
@@ -386,10 +389,11 @@ class _Pilot:
             stop: ends the pilot, and the default is kept.
         """
         name = self.settings.template.structured_variant
-        length = int(CHALLENGE_LENGTH * max(16, int(_STAGES[-1] * self.num_steps)))
-        if name is None or length < MIN_PILOT or chosen.is_interrupted or (why := self._why_not(chosen, seen)):
-            is_open = name is not None and length >= MIN_PILOT and not chosen.is_interrupted
-            return dataclasses.replace(chosen, reason=why if is_open else "")
+        length = int(CHALLENGE_LENGTH * self._length(len(_STAGES) - 1))
+        if name is None or length < MIN_PILOT or chosen.is_interrupted:
+            return chosen
+        if why := self._why_not(chosen, seen):
+            return dataclasses.replace(chosen, reason=why)
         sampler = self.settings.complete_sampler(1.0, chosen.nbeta, name=name)
         kept = f"{self._called(chosen)} stays: {name}"
         shapes = [p.shape for p in self.objective.reference.values()]
@@ -456,7 +460,7 @@ class _Pilot:
     def _unreached(self, chosen: Chosen) -> float:
         """What λ̂ of the run would lack, for directions that are too flat at w* for any pilot to see them."""
         schedule, template = self.settings.schedule, self.settings.template
-        wells = Wells() if chosen.wells is None else Wells(*map(tuple, chosen.wells))
+        wells = Wells(*chosen.wells or ())
         pull, rate = (template.localization or 0.0) + template.weight_decay, chosen.lr / chosen.friction
         return wells.unreached(chosen.nbeta, pull, rate, schedule.num_burnin, schedule.num_steps)
 

@@ -1388,7 +1388,7 @@ def _facts(
         planned_steps=planned_steps,
         in_calibration=chosen.is_interrupted,
         descent=None if chosen.descent is None else Descent(*(tuple(values) for values in chosen.descent)),
-        wells=None if chosen.wells is None or chosen.sampler else Wells(*(tuple(values) for values in chosen.wells)),
+        wells=None if chosen.wells is None or chosen.sampler else Wells(*chosen.wells),
         time_of_step=(sampler.lr or 0.0) / float(options.get("momentum_decay", 1.0)),
         refining_passes=None if chosen.refined is None else chosen.refined["passes"],
         local_localization=default_localization(objective.num_parameters, norm),

@@ -214,7 +214,7 @@ class _Comparison:
             if name in self._masks:
                 grad = grad * self._masks[name]
             found.slopes[name] += _product(grad, random(name))
-            norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+            norm = norm_and_sum(grad)[0]
             found.sizes[name] = math.hypot(found.sizes[name], self._scales[name] * norm)
             if not self._is_large:
                 found.parts[name] = found.parts[name] + grad if name in found.parts else grad
@@ -413,7 +413,7 @@ class _Along:
 
     def __call__(self, name: str) -> Tensor:
         grad = self._parts[name]
-        norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+        norm = norm_and_sum(grad)[0]
         return grad * (self._scales[name] * math.sqrt(grad.numel()) / norm) if norm > 0 else grad
 
 
@@ -455,8 +455,9 @@ def _product(a: Tensor, b: Tensor) -> float:
 def norm_and_sum(t: Tensor) -> tuple[float, float]:
     """‖t‖ and Σt in float64, piece by piece: on a CPU torch makes a copy in float64 of all it sums."""
     pieces = torch.split(t.detach().reshape(-1), _PIECE)
-    sums = [(torch.linalg.vector_norm(x, dtype=torch.float64), x.sum(dtype=torch.float64)) for x in pieces]
-    return math.hypot(*(float(norm) for norm, _ in sums)), sum(float(total) for _, total in sums)
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in pieces])
+    sums = torch.stack([x.sum(dtype=torch.float64) for x in pieces])
+    return float(torch.linalg.vector_norm(norms)), float(sums.sum())
 
 
 def is_large(tensors: Mapping[str, Tensor]) -> bool:
@@ -474,7 +475,7 @@ def normals_like(p: Tensor, seed: int, place: int) -> Tensor:
 
 def scales_of(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """The root mean square of each tensor; of all of them where one is zero or nearly."""
-    sums = {name: float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for name, t in tensors.items()}
+    sums = {name: norm_and_sum(t)[0] ** 2 for name, t in tensors.items()}
     count = sum(t.numel() for t in tensors.values())
     whole = math.sqrt(sum(sums.values()) / max(count, 1)) or 1.0
     sizes = {name: math.sqrt(sums[name] / max(t.numel(), 1)) for name, t in tensors.items()}

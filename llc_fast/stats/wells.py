@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ class Wells:
         counts: how many directions have it.
     """
 
-    curvatures: tuple[float, ...] = ()
-    counts: tuple[float, ...] = ()
+    curvatures: Sequence[float] = ()
+    counts: Sequence[float] = ()
 
     def unreached(self, nbeta: float, pull: float, rate: float, num_burnin: int, num_steps: int) -> float:
         r"""What λ̂ of chains from w* lacks, for directions in which they are not in equilibrium.
