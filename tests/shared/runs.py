@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,18 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["torch", "pytest", "sympy", "xarray", "zarr", "llc_fast.optim", "llc_fast.samples", "llc_fast.sweep"]
 )
+_starting = threading.Lock()
+
+
+def _start_server() -> None:
+    """Where `python -c`, which looks into the current folder first, finds no llc_fast: in sources none is built."""
+    with _starting, tempfile.TemporaryDirectory() as empty:
+        here = os.getcwd()
+        os.chdir(empty)
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.chdir(here)
 
 
 def _execute(body: str, folder: Path, arguments: list[str], environment: dict[str, str], files: list[str]) -> None:
@@ -185,6 +198,7 @@ class Script:
         self._process = _processes.Process(
             target=_execute, args=(body, folder, [str(a) for a in arguments], given, self._files), daemon=True
         )
+        _start_server()
         self._process.start()
 
     def wait_for(self, text: str) -> None:
