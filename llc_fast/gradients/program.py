@@ -22,6 +22,7 @@ from llc_fast import _native
 from llc_fast.support.torch_private import (
     REPLAY_FUNCTIONS,
     code_of,
+    number_as_tensor,
     release_handle,
     schema_of,
     symbol_addresses,
@@ -115,7 +116,7 @@ class _Builder:
     def __init__(self, program: Any) -> None:
         self._program = program
         self._places: dict[int, int] = {}  # of tensors, by identity
-        self._scalars: dict[tuple[type, Any], int] = {}
+        self._numbers: dict[tuple[str, type, str], int] = {}
         self.made: list[Tensor] = []
         """Numbers as tensors, which are to be kept as well: their identity is that of a place."""
 
@@ -137,46 +138,44 @@ class _Builder:
             )
             address = unboxed_address(schema) if is_called else 0
             if address:
-                tensors = [value for _, value in values if isinstance(value, Tensor)]
-                operands = [self._operand(argument, value, tensors) for argument, value in values]
-                self._program.add_call(address, operands)
+                self._program.add_call(address, [self._operand(argument, value) for argument, value in values])
                 return
         if not _functions()["call_dispatcher"]:
             raise _NotNativeError("this torch has no stable interface to its dispatcher")
         if len(values) > _MAX_ARGUMENTS or any(r.type.kind() != "TensorType" for r in schema.returns):
             raise _NotNativeError(f"{schema.name} returns other things than tensors")
-        tensors = [value for _, value in values if isinstance(value, Tensor)]
-        arguments = [self._argument(argument.type, value, tensors) for argument, value in values]
+        arguments = [self._argument(argument.type, value) for argument, value in values]
         targets = [None if t is None else self._place(t) for t in kernel.targets or ()]
         if targets and len(targets) != len(schema.returns):
             raise _NotNativeError(f"{schema.name} returns other things than tensors")
         self._program.add_dispatch(schema.name, schema.overload_name, arguments, len(schema.returns), targets)
 
-    def _operand(self, argument: Any, value: Any, tensors: Sequence[Tensor]) -> int:
+    def _operand(self, argument: Any, value: Any) -> int:
         """The place of a tensor, or of a number."""
         if argument.type.kind() == "TensorType":
-            return self._tensor(value, tensors)
+            return self._tensor(value)
         if isinstance(value, bool | int | float):
-            key = type(value), value
-            if key not in self._scalars:
-                self._scalars[key] = self._program.add_scalar(self._number(value))
-            return self._scalars[key]
+            return self._once("number", value, lambda: self._program.add_scalar(self._kept(_tensor_of(value))))
         raise _NotNativeError(f"a number of the type {type(value).__name__}")
 
-    def _tensor(self, value: Any, beside: Sequence[Tensor]) -> int:
+    def _tensor(self, value: Any) -> int:
         """The place of a tensor, or of a number in a tensor's stead."""
         if isinstance(value, Tensor):
             return self._place(value)
-        # They differ in how they take part in promotion: a tensor's width counts where others have no dimensions.
-        if isinstance(value, bool | int | float) and beside:
-            number = _tensor_of(value)
-            if all(torch.result_type(t, value) == torch.result_type(t, number) for t in beside):
-                return self._number(value)
-        raise _NotNativeError("a number in a tensor's stead")
+        number = number_as_tensor(value) if isinstance(value, bool | int | float) else None
+        if number is None:
+            raise _NotNativeError(f"{type(value).__name__} in a tensor's stead")
+        return self._once("tensor", value, lambda: self._kept(number))
 
-    def _number(self, value: bool | int | float) -> int:
-        self.made.append(_tensor_of(value))
-        return self._place(self.made[-1])
+    def _once(self, role: str, value: bool | int | float, make: Callable[[], int]) -> int:
+        key = role, type(value), repr(value)  # -0.0 equals 0.0
+        if key not in self._numbers:
+            self._numbers[key] = make()
+        return self._numbers[key]
+
+    def _kept(self, tensor: Tensor) -> int:
+        self.made.append(tensor)
+        return self._place(tensor)
 
     def _place(self, tensor: Tensor) -> int:
         if id(tensor) not in self._places:
@@ -188,7 +187,7 @@ class _Builder:
                 raise
         return self._places[id(tensor)]
 
-    def _argument(self, kind: Any, value: Any, tensors: Sequence[Tensor]) -> tuple[str, Any]:
+    def _argument(self, kind: Any, value: Any) -> tuple[str, Any]:
         """An argument as torch's stable interface has it: bits, or something that is made for each call.
 
         Raises:
@@ -196,11 +195,11 @@ class _Builder:
         """
         name = kind.kind()
         if name == "OptionalType":
-            return ("bits", 0) if value is None else ("optional", self._argument(kind.getElementType(), value, tensors))
+            return ("bits", 0) if value is None else ("optional", self._argument(kind.getElementType(), value))
         if name == "TensorType":
-            return "tensor", self._tensor(value, tensors)
+            return "tensor", self._tensor(value)
         if name == "ListType" and isinstance(value, list | tuple) and _functions()["new_list"]:
-            return "list", [self._argument(kind.getElementType(), item, tensors) for item in value]
+            return "list", [self._argument(kind.getElementType(), item) for item in value]
         if name == "IntType" and isinstance(value, torch.dtype | torch.memory_format):
             if (code := code_of(value)) is not None:
                 return "bits", code

@@ -403,3 +403,22 @@ def code_of(value: torch.dtype | torch.memory_format) -> int | None:
         return None
     function.restype = ctypes.c_int32
     return int(function())
+
+
+def number_as_tensor(value: bool | int | float) -> Tensor | None:
+    """A number as torch's operators see it that are given one in a tensor's stead; None: it can't be had.
+
+    Unlike another tensor without dimensions it counts less than any tensor where a type is chosen. Autograd keeps it.
+    """
+    one = torch.ones((), dtype=torch.float16)
+    try:
+        with torch.enable_grad():
+            graph: Any = (one.clone().requires_grad_() * value).grad_fn
+        number = graph._saved_other
+    except (RuntimeError, OverflowError, AttributeError):
+        return None
+    whole = torch.ones((), dtype=torch.int16)
+    is_one = isinstance(number, Tensor) and all(
+        torch.result_type(t, number) == torch.result_type(t, value) for t in (one, whole)
+    )
+    return number if is_one else None
