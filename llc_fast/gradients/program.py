@@ -140,7 +140,7 @@ class _Builder:
             if address:
                 self._program.add_call(address, [self._operand(argument, value) for argument, value in values])
                 return
-        if not _functions()["call_dispatcher"]:
+        if not all(_functions()[name] for name in ("call_dispatcher", "abi_version", "new_tensor", "copy_")):
             raise _NotNativeError("this torch has no stable interface to its dispatcher")
         if len(values) > _MAX_ARGUMENTS or any(r.type.kind() != "TensorType" for r in schema.returns):
             raise _NotNativeError(f"{schema.name} returns other things than tensors")
@@ -247,7 +247,7 @@ def why_not_native() -> str:
     """Why the native module can't run kernels of this torch; empty if it can."""
     if not hasattr(_native, "Program"):
         return "the native module was built without it"
-    needed = "grad_mode_is_enabled", "grad_mode_set_enabled", "delete_tensor", "new_tensor", "copy_"
+    needed = "grad_mode_is_enabled", "grad_mode_set_enabled", "delete_tensor"
     if missing := [REPLAY_FUNCTIONS[name] for name in needed if not _functions()[name]]:
         return f"this torch has no {', '.join(missing)}"
     try:

@@ -95,7 +95,7 @@ def test_all_kernels_of_a_network_are_native() -> None:
 
 
 _ALL = tuple(REPLAY_FUNCTIONS)
-_BASE = ("grad_mode_is_enabled", "grad_mode_set_enabled", "delete_tensor", "new_tensor", "copy_", "abi_version")
+_BASE = ("grad_mode_is_enabled", "grad_mode_set_enabled", "delete_tensor")
 
 
 @pytest.mark.parametrize(
