@@ -2,7 +2,8 @@
 
 Nothing else in the package touches the address of a tensor's memory. A step over a set of tensors reads each
 gradient where autograd left it, makes its noise in registers and writes each parameter once, in one native call for
-all tensors and chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fast.kernels.reference`, with a warning.
+all tensors and chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fast.kernels.reference`,
+with a warning.
 """
 
 from __future__ import annotations
