@@ -225,7 +225,6 @@ llc::TorchFunctions torch_functions(const std::map<std::string, uintptr_t>& addr
     LLC_FUNCTION(new_list);
     LLC_FUNCTION(push_back);
     LLC_FUNCTION(new_optional);
-    LLC_FUNCTION(new_string);
     LLC_FUNCTION(item);
 #undef LLC_FUNCTION
     return f;
@@ -240,9 +239,6 @@ llc::Argument argument_of(const py::handle& value) {
     if (kind == "bits" || kind == "tensor") {
         argument.kind = kind == "bits" ? Kind::bits : Kind::tensor;
         argument.bits = py::cast<uint64_t>(pair[1]);
-    } else if (kind == "string") {
-        argument.kind = Kind::string;
-        argument.text = py::cast<std::string>(pair[1]);
     } else if (kind == "optional") {
         argument.kind = Kind::optional;
         argument.items.push_back(argument_of(pair[1]));
@@ -250,7 +246,7 @@ llc::Argument argument_of(const py::handle& value) {
         argument.kind = Kind::list;
         for (const py::handle item : py::cast<py::list>(pair[1])) argument.items.push_back(argument_of(item));
     } else {
-        throw std::invalid_argument("an argument must be bits, tensor, string, optional or list, not " + kind);
+        throw std::invalid_argument("an argument must be bits, tensor, optional or list, not " + kind);
     }
     return argument;
 }
@@ -263,6 +259,7 @@ void bind_program(py::module_& m) {
         .def("add_tensor",
              [](llc::Program& p, uintptr_t handle) { return p.add_tensor(reinterpret_cast<void*>(handle)); })
         .def("add_scalar", &llc::Program::add_scalar)
+        .def("add_text", &llc::Program::add_text)
         .def("add_call",
              [](llc::Program& p, uintptr_t function, const std::vector<size_t>& operands) {
                  p.add_call(reinterpret_cast<void*>(function), operands);

@@ -7,7 +7,8 @@ namespace llc {
 
 namespace {
 
-// `at::Tensor&`, `const at::Tensor&` and `const c10::Scalar&` are addresses to every compiler that torch is built with.
+// `at::Tensor&`, `const at::Tensor&` and `const c10::Scalar&` are addresses to every compiler that torch is built with,
+// and a std::string_view is two words to those on Linux, as long as all fit into registers: six on x86-64.
 template <size_t... I>
 void call(void* function, void* const* operands, std::index_sequence<I...>) {
     reinterpret_cast<void* (*)(decltype((void)I, (void*)nullptr)...)>(function)(operands[I]...);
@@ -28,10 +29,6 @@ void call(void* function, const std::vector<void*>& operands) {
             return call(function, o, std::make_index_sequence<5>());
         case 6:
             return call(function, o, std::make_index_sequence<6>());
-        case 7:
-            return call(function, o, std::make_index_sequence<7>());
-        case 8:
-            return call(function, o, std::make_index_sequence<8>());
     }
 }
 
@@ -67,9 +64,16 @@ size_t Program::add_scalar(size_t tensor) {
     return operands_.size() - 1;
 }
 
+size_t Program::add_text(std::string text) {
+    texts_.emplace_back(new std::string(std::move(text)));
+    operands_.push_back(reinterpret_cast<void*>(texts_.back()->size()));
+    operands_.push_back(texts_.back()->data());
+    return operands_.size() - 2;
+}
+
 void Program::add_call(void* function, const std::vector<size_t>& operands) {
     if (!function || operands.empty() || operands.size() > kMaxOperands) {
-        throw std::invalid_argument("a call has a function and 1 to 8 operands");
+        throw std::invalid_argument("a call has a function and 1 to 6 operands");
     }
     Kernel kernel;
     kernel.function = function;
@@ -150,9 +154,6 @@ bool Program::make(const Argument& argument, uint64_t& value) const {
                 uint64_t inner;
                 if (!make(item, inner) || torch_.push_back(made, inner)) return false;
             }
-            break;
-        case Argument::Kind::string:
-            if (torch_.new_string(argument.text.data(), argument.text.size(), &made)) return false;
             break;
     }
     value = reinterpret_cast<uint64_t>(made);

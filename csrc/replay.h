@@ -22,17 +22,15 @@ struct TorchFunctions {
     int32_t (*new_list)(size_t size, void** list);
     int32_t (*push_back)(void* list, uint64_t value);
     int32_t (*new_optional)(uint64_t** value);
-    int32_t (*new_string)(const char* text, size_t length, void** string);
     void* item;  // at::_ops::item::call
 };
 
-// An argument of the dispatcher.
+// An argument of the dispatcher. No text: torch's interface leaves a copy of it behind in every call.
 struct Argument {
-    enum class Kind { bits, tensor, optional, list, string };
+    enum class Kind { bits, tensor, optional, list };
     Kind kind = Kind::bits;
     uint64_t bits = 0;  // a number, or the place of a tensor
     std::vector<Argument> items;
-    std::string text;
 };
 
 class Program {
@@ -47,7 +45,10 @@ class Program {
     // A c10::Scalar with the value of a tensor of one element: its place.
     size_t add_scalar(size_t tensor);
 
-    // A function of C++ whose arguments are references, to these operands.
+    // A std::string_view of text, passed by value: its length and, at the next place, its address.
+    size_t add_text(std::string text);
+
+    // A function of C++ whose arguments are references to these operands, or views of text.
     void add_call(void* function, const std::vector<size_t>& operands);
     // An operation by name. Its results are tensors, which are copied to those in `targets`; kNowhere: this one is not.
     void add_dispatch(std::string name, std::string overload, std::vector<Argument> arguments, size_t num_results,
@@ -61,7 +62,7 @@ class Program {
     size_t run(size_t first) const;
 
     static constexpr size_t kNowhere = ~size_t(0);
-    static constexpr size_t kMaxOperands = 8, kMaxStack = 32;
+    static constexpr size_t kMaxOperands = 6, kMaxStack = 32;
 
   private:
     // Larger than any c10::Scalar. Not trivial, so that it is returned in the caller's memory, as that is.
@@ -87,6 +88,7 @@ class Program {
     TorchFunctions torch_;
     std::vector<void*> tensors_;
     std::vector<std::unique_ptr<Scalar>> scalars_;
+    std::vector<std::unique_ptr<std::string>> texts_;
     std::vector<void*> operands_;
     std::vector<Kernel> kernels_;
 };

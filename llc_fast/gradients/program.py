@@ -2,9 +2,9 @@
 
 To get from one kernel to the next Python takes one to three microseconds, holding a lock that another thread may want.
 The native module knows nothing of torch (see docs/decisions/01): it is given the addresses of functions of torch and
-handles of tensors, the very ones that were recorded. A kernel whose arguments are tensors and numbers is called as
-torch's own C++ does; others go through the dispatcher of torch's stable C interface. What neither takes stays with
-Python, and so does a kernel that fails: run again by Python, it raises what it always raised.
+handles of tensors, the very ones that were recorded. A kernel whose arguments are tensors, numbers and text is
+called as torch's own C++ does; others go through the dispatcher of torch's stable C interface. What neither takes
+stays with Python, and so does a kernel that fails: run again by Python, it raises what it always raised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llc_fast.support.torch_private import (
     unboxed_address,
 )
 
-_MAX_OPERANDS, _MAX_ARGUMENTS = 8, 32
+_MAX_WORDS, _MAX_ARGUMENTS = 6, 32
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,13 @@ class _Builder:
         schema = schema_of(kernel.op)
         values = list(_values(schema, kernel.args, kernel.kwargs))
         # A reference that is returned is the one that was given.
-        if kernel.targets is None and len(schema.returns) == 1 and len(values) <= _MAX_OPERANDS:
-            kinds = {argument.type.kind() for argument, _ in values}
-            is_called = kinds <= {"TensorType", "NumberType"} and not (
-                "NumberType" in kinds and not _functions()["item"]
-            )
-            address = unboxed_address(schema) if is_called else 0
-            if address:
-                self._program.add_call(address, [self._operand(argument, value) for argument, value in values])
+        if kernel.targets is None and len(schema.returns) == 1:
+            kinds = [argument.type.kind() for argument, _ in values]
+            known = {"TensorType", "StringType"} | ({"NumberType"} if _functions()["item"] else set())
+            is_called = known >= set(kinds) and len(kinds) + kinds.count("StringType") <= _MAX_WORDS
+            if is_called and (address := unboxed_address(schema)):
+                operands = [self._operand(argument, value) for argument, value in values]
+                self._program.add_call(address, [place for places in operands for place in places])
                 return
         if not all(_functions()[name] for name in ("call_dispatcher", "abi_version", "new_tensor", "copy_")):
             raise _NotNativeError("this torch has no stable interface to its dispatcher")
@@ -150,13 +149,17 @@ class _Builder:
             raise _NotNativeError(f"{schema.name} returns other things than tensors")
         self._program.add_dispatch(schema.name, schema.overload_name, arguments, len(schema.returns), targets)
 
-    def _operand(self, argument: Any, value: Any) -> int:
-        """The place of a tensor, or of a number."""
-        if argument.type.kind() == "TensorType":
-            return self._tensor(value)
-        if isinstance(value, bool | int | float):
-            return self._once("number", value, lambda: self._program.add_scalar(self._kept(_tensor_of(value))))
-        raise _NotNativeError(f"a number of the type {type(value).__name__}")
+    def _operand(self, argument: Any, value: Any) -> list[int]:
+        """The place of a tensor or of a number, or the two places of text."""
+        kind = argument.type.kind()
+        if kind == "TensorType":
+            return [self._tensor(value)]
+        if kind == "StringType" and isinstance(value, str):
+            place = self._program.add_text(value)
+            return [place, place + 1]
+        if kind == "NumberType" and isinstance(value, bool | int | float):
+            return [self._once("number", value, lambda: self._program.add_scalar(self._kept(_tensor_of(value))))]
+        raise _NotNativeError(f"{type(value).__name__} for an argument of the type {argument.type}")
 
     def _tensor(self, value: Any) -> int:
         """The place of a tensor, or of a number in a tensor's stead."""
@@ -209,8 +212,6 @@ class _Builder:
             return "bits", int(value)
         elif name == "FloatType" and isinstance(value, int | float):
             return "bits", struct.unpack("<Q", struct.pack("<d", value))[0]
-        elif name == "StringType" and isinstance(value, str) and _functions()["new_string"]:
-            return "string", value
         raise _NotNativeError(f"an argument of the type {kind}")
 
 
@@ -261,15 +262,17 @@ def _tried() -> str:
     aten = torch.ops.aten
     with torch.no_grad():
         a, b = torch.arange(6.0).view(2, 3), torch.full((2, 3), 0.5)
-        results = [torch.full(shape, -1.0) for shape in ((2, 3), (2,), (4, 3), (2, 3))]
-        total, sums, both, copied = results
+        results = [torch.full(shape, -1.0) for shape in ((2, 3), (2,), (4, 3), (2, 3), (2, 3))]
+        total, sums, both, copied, gated = results
         kernels = [
             Kernel(lambda: None, aten.add.out, (a, b), {"alpha": 2, "out": total}),
             Kernel(lambda: None, aten.sum.IntList_out, (a, [1], False), {"out": sums}),
             Kernel(lambda: None, aten.cat.out, ([a, b], 0), {"out": both}),
             Kernel(lambda: None, aten.mul.Tensor, (a, b), {}, (copied,)),
+            Kernel(lambda: None, aten.gelu.out, (b,), {"approximate": "tanh", "out": gated}),
         ]
-        expected = [a + 2 * b, a.sum(1), torch.cat([a, b]), a * b]
+        gelu = torch.nn.functional.gelu(b, approximate="tanh")
+        expected = [a + 2 * b, a.sum(1), torch.cat([a, b]), a * b, gelu]
         program = _native.Program(_functions())
         builder = _Builder(program)
         known = []

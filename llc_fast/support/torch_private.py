@@ -303,7 +303,6 @@ REPLAY_FUNCTIONS = {
     "new_list": "torch_new_list_reserve_size",
     "push_back": "torch_list_push_back",
     "new_optional": "torch_new_stable_ivalue",
-    "new_string": "torch_new_string_handle",
     "item": "_ZN2at4_ops4item4callERKNS_6TensorE",
 }
 """Functions of torch's libraries by the names that ``csrc/replay.h`` has for them: all but the last are of torch's C
@@ -334,24 +333,31 @@ def symbol_addresses(symbols: Mapping[str, str]) -> dict[str, int]:
 
 
 def unboxed_address(schema: Any) -> int:
-    """The function of C++ behind an operation whose arguments are tensors and numbers; 0: there is none.
+    """The function of C++ behind an operation whose arguments are tensors, numbers and text; 0: there is none.
 
-    ``at::_ops::NAME::call`` takes references to all of them. A function's name in a library has the types of its
-    arguments in it, so that one with others is not found.
+    ``at::_ops::NAME::call`` takes references to all of them, and views of text. A function's name in a library has the
+    types of its arguments in it, so that one with others is not found.
     """
+    if not schema.name.startswith("aten::") or not {a.type.kind() for a in schema.arguments} <= _TYPES.keys():
+        return 0
     name = "_".join(filter(None, (schema.name.removeprefix("aten::"), schema.overload_name)))
-    arguments = [
-        (a.type.kind() == "NumberType", not (a.alias_info is not None and a.alias_info.is_write))
-        for a in schema.arguments
-    ]
-    return _address(_mangled(name, arguments)) if schema.name.startswith("aten::") else 0
+    arguments = [(a.type.kind(), not (a.alias_info is not None and a.alias_info.is_write)) for a in schema.arguments]
+    return _address(_mangled(name, arguments))
 
 
-def _mangled(name: str, arguments: Sequence[tuple[bool, bool]]) -> str:
-    """The name of ``at::_ops::NAME::call`` by the rules of the Itanium C++ ABI.
+_TYPES = {
+    "TensorType": ("NS_6TensorE", ()),
+    "NumberType": ("N3c106ScalarE", ("c10",)),
+    "StringType": ("St17basic_string_viewIcSt11char_traitsIcEE", ("view", "traits", "traits of char")),
+}
+"""What torch's types are called in names of functions, and what in them may be abbreviated later."""
+
+
+def _mangled(name: str, arguments: Sequence[tuple[str, bool]]) -> str:
+    """The name of ``at::_ops::NAME::call`` by the rules of the Itanium C++ ABI, as libstdc++ has its types.
 
     Args:
-        arguments: of each, whether it is a number, else a tensor, and whether it is constant.
+        arguments: of each, its kind and whether it is constant. Text is passed by value, all else by reference.
     """
     seen: dict[object, int] = {"at": 0, "_ops": 1, "struct": 2}  # what may be abbreviated, in its order
     text = f"_ZN2at4_ops{len(name)}{name}4callE"
@@ -359,20 +365,22 @@ def _mangled(name: str, arguments: Sequence[tuple[bool, bool]]) -> str:
     def known(part: object) -> str:
         return "S_" if seen[part] == 0 else f"S{'0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ'[seen[part] - 1]}_"
 
-    for is_number, is_constant in arguments:
-        kind = "number" if is_number else "tensor"
+    for kind, is_constant in arguments:
         reference = kind, is_constant
         if reference in seen:
             text += known(reference)
             continue
-        text += "RK" if is_constant else "R"
+        if kind != "StringType":
+            text += "RK" if is_constant else "R"
         if kind in seen:
             text += known(kind)
         else:
-            text += "N3c106ScalarE" if is_number else "NS_6TensorE"
-            if is_number:
-                seen["c10"] = len(seen)
-            seen[kind] = len(seen)
+            spelled, parts = _TYPES[kind]
+            text += spelled
+            for part in (*parts, kind):
+                seen[part] = len(seen)
+        if kind == "StringType":
+            continue
         if is_constant:
             seen[f"constant {kind}"] = len(seen)
         seen[reference] = len(seen)
