@@ -163,7 +163,7 @@ def choose_settings(
         lr=math.nan if lr is None else lr,
         bias_correction=corrected,
         descent=None if found is None else [list(found.squares), list(found.curvatures)],
-        wells=_wells(settings, objective) if nbeta else None,
+        wells=_wells(settings, objective) if nbeta and start is None else None,
     )
     if lr is not None:
         return chosen
@@ -397,7 +397,7 @@ class _Pilot:
             return dataclasses.replace(chosen, reason=f"{kept} would need too much memory")
         slower, share, excess, bias = 1.0, math.nan, np.empty(0), np.empty(0)
         try:
-            lr = default_lr(self.objective, sampler, stiffness=CORRECTED_STIFFNESS, seed=self.settings.seed)
+            lr = most = default_lr(self.objective, sampler, stiffness=CORRECTED_STIFFNESS, seed=self.settings.seed)
             for attempt, steps in enumerate((length // 3, length)):  # the first one is for the step size
                 lr *= slower
                 loss, bias = self._chain(lr, 1.0, steps, _CHALLENGER + attempt, stop, name)
@@ -408,19 +408,21 @@ class _Pilot:
                 excess, late = chosen.nbeta * (loss - chosen.init_loss), slice(steps // 2, None)
                 # Its metric is learned for longer in the run than here, so that nothing is read from a trend.
                 share = float(bias[late].mean() / max(float(excess[late].mean()), 1e-12))
-                wanted = (
-                    2 * sampler.target_bias_share / max(share, 1e-12) if np.isfinite([*excess, *bias]).all() else 0.0
-                )
+                is_finite = np.isfinite([*excess, *bias]).all()
+                wanted = 2 * sampler.target_bias_share / max(share, 1e-12) if is_finite else 0.0
                 slower = min(1.0, max(1 / 8, wanted))
+                if not is_finite:  # what diverged was too large
+                    most = lr * slower
+            # A metric learned for a few steps makes more bias than one that has seen where chains go: up again to what
+            # is aimed at, as far as a pilot has tried.
+            lr *= slower if wanted < 2 else min(most / lr, wanted / 2)
         except ValueError as error:
             return dataclasses.replace(chosen, reason=f"{kept} is not possible here ({error})")
         if not np.isfinite([*excess, *bias]).all():
             return dataclasses.replace(chosen, reason=f"{kept} diverged within {length} steps")
         if not len(seen):
-            reason = f"{self._called(chosen)} diverged in its last pilot, {name} did not within {length} steps"
-            return dataclasses.replace(
-                chosen, sampler=name, lr=lr * slower, friction=1.0, pilot_bias_share=share, reason=reason
-            )
+            reason = f"{self._called(chosen)} diverged in a pilot, {name} did not within {length} steps"
+            return dataclasses.replace(chosen, sampler=name, lr=lr, friction=1.0, pilot_bias_share=share, reason=reason)
         cost = self._cost_of(sampler) / self._cost_of(self.settings.complete_sampler(1.0, chosen.nbeta))
         gain, words = speed_over(excess - bias, seen)
         gain *= slower / cost
@@ -428,9 +430,7 @@ class _Pilot:
         if gain < MIN_GAIN:
             return dataclasses.replace(chosen, reason=f"{kept} gave {gain:.2g} times the effective samples ({words})")
         reason = f"{name} gave {gain:.2g} times the effective samples of {self._called(chosen)} ({words})"
-        return dataclasses.replace(
-            chosen, sampler=name, lr=lr * slower, friction=1.0, pilot_bias_share=share, reason=reason
-        )
+        return dataclasses.replace(chosen, sampler=name, lr=lr, friction=1.0, pilot_bias_share=share, reason=reason)
 
     def _called(self, chosen: Chosen) -> str:
         return self.settings.complete_sampler(1.0, chosen.nbeta, friction=chosen.friction).name

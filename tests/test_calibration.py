@@ -657,6 +657,15 @@ def test_what_the_faster_metric_gives(tmp_path: Path) -> None:
     assert slow.llc_mean < 0.6 * alone.llc_mean < 0.6 * 1.05 * problem.learning_coefficient
 
 
+@pytest.mark.slow
+def test_the_metric_that_does_not_diverge() -> None:
+    """Where the last pilot of SGLD diverges, nobody knows how the smaller step that follows from it does."""
+    problem = deep_linear.make_problem("10k", 700003)
+    options: dict[str, Any] = {"localization": 1.0, "batch_size": 500, "num_draws": 1200, "num_burnin": 1200}
+    found = llc_fast.calibrate(problem.model, problem.data, mse, **options, progress=False)
+    assert found["sampler"].name == "kfac-sgld" and "sgld diverged in a pilot" in found.reason
+
+
 class _TwoScales(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -733,6 +742,21 @@ def test_speed_of_chains_that_grow(factor: float) -> None:
     gain, words = speed_over(fast, slow)
     assert 0.85 * factor < gain < 1.02 * factor, words
     assert "after 400 steps" in words and "after 1600" in words
+
+
+def test_speed_of_chains_that_fall() -> None:
+    """Too high at first, then down to a limit: the one that is lower is further; one that still rises is not."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(1600)
+
+    def falling(rate: float) -> Any:
+        return 100 + 60 * np.exp(-rate * steps / 1600) + rng.standard_normal(1600)
+
+    gain, words = speed_over(falling(8)[:400], falling(1))
+    assert 4 < gain < 16, words  # eight times as fast
+    assert speed_over(falling(0.25)[:400], falling(1))[0] < 1
+    rising = 100 * np.sqrt(steps[:400] / 400) + rng.standard_normal(400)
+    assert speed_over(rising, falling(1))[0] == 0
 
 
 def test_speed_of_chains_that_have_arrived() -> None:

@@ -216,7 +216,9 @@ class GaussNewton:
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if not (seen.is_forward and isinstance(output, Tensor) and output.requires_grad and args):
+                if not (seen.is_forward and isinstance(output, Tensor) and output.requires_grad):
+                    return
+                if not (args and isinstance(args[0], Tensor)):  # a forward of its own
                     return
                 inputs, slopes = seen.inputs.setdefault(name, []), seen.slopes.setdefault(name, [])
                 place = len(inputs)
@@ -357,7 +359,7 @@ def diagonal_wells(objective: Objective, seed: int) -> Wells | None:
     """
     try:
         factors = GaussNewton(objective, seed)(objective.reference, objective.fresh_buffers(), 0, 0)
-    except (ValueError, RuntimeError):  # whatever a model does not bear, an estimate without a metric can do without
+    except Exception:  # whatever a model does not bear, an estimate without a metric can do without
         return None
     counts: dict[int, float] = {}
     for rows, columns in factors:

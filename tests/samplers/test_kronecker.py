@@ -435,6 +435,34 @@ def test_what_is_not_applied_as_a_matrix_has_a_diagonal() -> None:
     assert "2 of 8" in reason and "beside.weight (it is used by more than its module)" in reason
 
 
+class _OfDictionaries(nn.Linear):
+    """A linear layer by name, whose forward takes something else."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["x"])
+
+
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _OfDictionaries(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner({"x": x})  # type: ignore[no-any-return]
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_has_a_diagonal() -> None:
+    torch.manual_seed(0)
+    model, x = _Named(), torch.randn(60, 3)
+    data = x, model(x).detach()
+    objective = Objective(model, mse, make_source(data, 30, _CPU), device=_CPU)
+    assert GaussNewton(objective, 3).diagonal_because == {"inner.weight": "it is used by more than its module"}
+    wells = diagonal_wells(objective, 3)
+    assert wells is not None and sum(wells.counts) == 4
+    result = estimate(model=model, data=data, loss_fn=mse, sampler="kfac-sgld", lr=0.05, num_draws=400, batch_size=30)
+    assert result.llc_mean == pytest.approx(2, abs=4 * result.llc_stderr) and result.llc_stderr < 0.3  # P/2
+
+
 def test_large_matrices_have_a_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kronecker, "MAX_SIDE", 3)
     few = estimate(sampler="kfac-sgld", lr=0.05)
