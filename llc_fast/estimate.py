@@ -429,7 +429,7 @@ class Surroundings:
         given = settings.device
         self.device = _device_of(model) if given is None else default_device(check_device(given))
         self.generators = Generators(self.device, [model, loss_fn, data])
-        self.interrupts = Interrupts(Surroundings._begin, Surroundings._try, Surroundings.__exit__)
+        self.interrupts = Interrupts(Surroundings.__enter__, Surroundings.__exit__)
         self._model, self._loss_fn = model, loss_fn
         self._is_large = self.device.type == "cpu" and _num_elements(model) > LARGE_MODEL
         self._stack = contextlib.ExitStack()
@@ -440,22 +440,17 @@ class Surroundings:
             self._stack.push(self.interrupts)  # before: Ctrl-C may come as soon as its handler is there
             self.interrupts.__enter__()
             turn = one_at_a_time()
-            while not self._try(turn):
-                if self.interrupts.is_pending:  # nearly every signal comes inside of `_try`
+            while not turn.try_for(0.05):  # other runs have to end
+                if self.interrupts.is_pending:
                     raise KeyboardInterrupt
+            self._stack.push(turn)
             self._begin()
             if self.interrupts.is_pending:
                 raise KeyboardInterrupt
-        except BaseException as error:
+        except BaseException as error:  # no second interrupt comes before what has begun is ended
             self.__exit__(type(error), error, None)
             raise
         return self
-
-    def _try(self, turn: one_at_a_time) -> bool:
-        """Wait a little for other runs to end; what is not interrupted is short."""
-        if has_turn := turn.try_for(0.05):
-            self._stack.push(turn)
-        return has_turn
 
     def _begin(self) -> None:
         self._stack.enter_context(threads(None))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +27,13 @@ import llc_fast
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not part of this distribution")
-HAS_DEVINTERP = importlib.util.find_spec("devinterp") is not None
+
+
+def _is_installed(distribution: str, version: str) -> bool:
+    try:
+        return importlib.metadata.version(distribution) == version
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 @pytest.fixture
@@ -129,6 +137,213 @@ def test_steps_by_key(tmp_path: Path) -> None:
     assert rows[0]["µs"] > 0 and rows[0]["times llc_fast"] is None
 
 
+# ---- rivals --------------------------------------------------------------------------------------------------
+
+
+def _put(folder: Path, distribution: str, version: str, files: dict[str, str]) -> None:
+    """A package as ``pip install --target`` leaves it in a folder of its own."""
+    about = f"{distribution.replace('-', '_')}-{version}.dist-info/METADATA"
+    files = files | {about: f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"}
+    for name, text in files.items():
+        path = folder / f"{distribution}-{version}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_two_versions_in_one_process(benchmark_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comes from its folder, what it imports later in the block, too; what was there before is there again."""
+    module = benchmark_module("rivals")
+    for version in ("1.0", "2.0"):
+        files = {"a_rival/__init__.py": f"VERSION = {version!r}", "a_rival/part.py": "from a_rival import VERSION"}
+        _put(tmp_path, "a-rival", version, files)
+    before = ModuleType("a_rival")
+    monkeypatch.setitem(sys.modules, "a_rival", before)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    first = sys.path[0]
+    found = []
+    for version in ("1.0", "2.0", "1.0"):
+        with module.importing(module.Rival("a-rival", version, "a_rival"), tmp_path) as package:
+            found.append((package.VERSION, importlib.import_module("a_rival.part").VERSION))
+    assert found == [("1.0", "1.0"), ("2.0", "2.0"), ("1.0", "1.0")]
+    assert sys.modules["a_rival"] is before and "a_rival.part" not in sys.modules and sys.path[0] == first
+    third = module.Rival("a-rival", "3.0", "a_rival", ("something<4",), ("--ignore-requires-python",))
+    command = (
+        f"pip install --no-deps --ignore-requires-python --target {tmp_path}/a-rival-3.0 a-rival==3.0 'something<4'"
+    )
+    with (
+        pytest.raises(ImportError, match=re.escape(f"a-rival 3.0 is not installed: {command}")),
+        module.importing(third, tmp_path),
+    ):
+        pass
+
+
+def test_rivals_that_are_not_there(benchmark_module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said once how to install each; a folder with another version is not taken for it."""
+    module = benchmark_module("rivals")
+    _put(tmp_path, "posteriors", "0.1.3", {})
+    (tmp_path / "posteriors-0.1.3").rename(tmp_path / "canonical-interp-0.2.7")
+    found = module.paths_of(["llc_fast", "canonical", "canonical-cached", "loop"], tmp_path)
+    assert found == {}
+    said = capsys.readouterr().out
+    assert said.count("canonical-interp 0.2.7 is not installed, its rows stay empty") == said.count("\n") == 1
+    assert f"--target {tmp_path}/canonical-interp-0.2.7 canonical-interp==0.2.7" in said
+    _put(tmp_path, "canonical-interp", "0.2.7", {})
+    path = [str(tmp_path / "canonical-interp-0.2.7")]
+    assert module.paths_of(["canonical", "canonical-cached"], tmp_path) == {"canonical": path, "canonical-cached": path}
+
+
+def test_what_posteriors_differentiates(benchmark_module: Any) -> None:
+    """Its gradients are those of −nβ·L − γ/2·‖w − w*‖² by autograd, for a linear L."""
+    module, generator = benchmark_module("contenders"), torch.Generator().manual_seed(0)
+    sizes = {"a": (3,), "b": (2, 4)}
+    w, reference, grads = ({k: torch.randn(s, generator=generator) for k, s in sizes.items()} for _ in range(3))
+    given = module.log_posterior(list(grads.values()), list(reference.values()), {"nbeta": 30.0, "localization": 7.0})
+
+    def expected(params: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = [-30 * (grads[k] * p).sum() - 3.5 * (p - reference[k]).square().sum() for k, p in params.items()]
+        return torch.stack(parts).sum()
+
+    found, _ = torch.func.grad_and_value(given, has_aux=True)(w, None)
+    torch.testing.assert_close(found, torch.func.grad(expected)(w))
+
+
+def test_steps_of_rivals_are_the_same_step(benchmark_module: Any) -> None:
+    """They are called so that the update is ours, here by libraries that do what the real ones say, without noise."""
+    module, generator = benchmark_module("contenders"), torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(5, generator=generator)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.randn(5, generator=generator)
+    options = {"lr": 0.01, "nbeta": 30.0, "localization": 7.0}
+    states: list[dict[str, torch.Tensor]] = []
+
+    class Canonical:
+        @staticmethod
+        def sgld_step(params: dict[str, Any], grads: dict[str, Any], initial: dict[str, Any], **options: float) -> None:
+            for name, p in params.items():
+                assert p.shape == (1, 5)
+                drift = options["nbeta"] * grads[name] + options["localization"] * (p - initial[name])
+                params[name].set_(p - 0.5 * options["learning_rate"] * drift)
+            states.append(params)
+
+    class Transform:
+        def __init__(self, log_posterior: Any, lr: float) -> None:
+            self.gradient, self.lr = torch.func.grad_and_value(log_posterior, has_aux=True), lr
+
+        def init(self, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return params
+
+        def update(self, state: dict[str, torch.Tensor], batch: None, inplace: bool) -> None:
+            assert inplace
+            grads, _ = self.gradient(state, batch)
+            for name, p in state.items():
+                p.add_(grads[name], alpha=self.lr)
+            states.append(state)
+
+    posteriors = types.SimpleNamespace(sgmcmc=types.SimpleNamespace(sgld=types.SimpleNamespace(build=Transform)))
+    steps = [
+        module.canonical_step(Canonical, params, **options),
+        module.posteriors_step(posteriors, "sgld", params, **options),
+    ]
+    expected = [p.detach().clone() for p in params]
+    for p in params:
+        assert p.grad is not None
+    for _ in range(2):
+        moved = zip(expected, params, strict=True)
+        expected = [w - 0.005 * (30 * p.grad + 7 * (w - p.detach())) for w, p in moved]  # type: ignore[operator]
+        states.clear()
+        for step in steps:
+            step()
+        for state in states:
+            for k, w in enumerate(expected):
+                torch.testing.assert_close(state[str(k)].flatten(), w)
+
+
+def test_the_plain_loop_samples_the_same_posterior(benchmark_module: Any) -> None:
+    """Of L = (w − w*)² the chain is autoregressive, so that nβ·E[L] of a finite step is known; w stays where it was."""
+    module = benchmark_module("contenders")
+    model, x = nn.Linear(1, 1, bias=False), torch.ones(4, 1)
+    with torch.no_grad():
+        model.weight.fill_(0.3)
+    work = module.Work(lr=0.02, nbeta=20.0, localization=10.0, batch=2, chains=2, burnin=50, draws=1500)
+    torch.manual_seed(0)
+    found = module.with_loop()(model, (x, 0.3 * x), work)["llc"]
+    kept = 1 - 0.01 * (2 * 20 + 10)  # of the distance, at a step
+    expected = 20 * 0.02 / (1 - kept**2)
+    # The variance of a mean of squares of n draws, which are correlated by kept² from one to the next.
+    error = expected * (2 / 3000 * (1 + kept**2) / (1 - kept**2)) ** 0.5
+    assert abs(sum(found) / 2 - expected) < 4 * error
+    assert model.weight.item() == pytest.approx(0.3) and model.weight.grad is None
+
+
+def test_the_table_of_all_problems(benchmark_module: Any) -> None:
+    """A row for each contender, whatever it could do."""
+    module = benchmark_module("bench_estimate")
+    tables = {
+        "1,024": [
+            {"key": "llc_fast", "seconds": 0.5},
+            {"key": "devinterp", "seconds": 20.0, "llc_fast is faster": 40.0},
+            {"key": "canonical", "seconds": "failed"},
+        ],
+        "GPT-NeoX tiny": [{"key": "llc_fast", "seconds": 1.0}, {"key": "devinterp2", "seconds": "not installed"}],
+    }
+    rows = module.summary(["llc_fast", "devinterp", "devinterp2", "canonical"], tables)
+    assert [list(row.values()) for row in rows] == [
+        ["llc_fast", "0.5", "1"],
+        ["devinterp 1.3.2", "20 (40×)", None],
+        ["devinterp 2.0.1", None, "not installed"],
+        ["canonical-interp 0.2.7", "failed", None],
+    ]
+
+
+_CANONICAL = """
+import torch
+
+def sgld_step(*args, **kwargs):
+    raise NotImplementedError
+
+class LLCEstimator:
+    def __init__(self, **given):
+        self.given = given
+
+    def estimate_llc(self, model, loader, criterion_fn, chain_batch, devices, seed, compile, show_progress):
+        x, y = next(iter(loader))
+        assert len(x) == 500 and criterion_fn(model(x), y) == 0 and len(loader) == 20
+        assert compile in (False, "reduce-overhead") and chain_batch == 4 and devices == ["cpu"]
+
+    def get_metrics(self):
+        g = self.given
+        found = 1e6 * g["learning_rate"] + g["nbeta"] + g["localization"] + g["draws"] + g["burnin_steps"]
+        return {"llcs": torch.full((g["chains"],), found)}
+"""
+
+
+@pytest.mark.slow
+def test_whole_estimates_of_rivals(tmp_path: Path) -> None:
+    """A rival is taken from its folder, in processes of its own, and is given the work; versions are in the file."""
+    _put(tmp_path, "canonical-interp", "0.2.7", {"canonical_interp/__init__.py": _CANONICAL})
+    options = ["--quick", "--sizes", "16", "--rivals", str(tmp_path)]
+    contenders = ["llc_fast", "canonical", "canonical-eager", "devinterp2"]
+    tables = _run("speed/bench_estimate.py", *options, "--contenders", *contenders, path=tmp_path / "some.json")
+    ours, theirs, eager = tables["16"]  # devinterp 2.0.1 has no such networks
+    assert [row["key"] for row in (ours, theirs, eager)] == contenders[:3]
+    assert theirs["contender"] == "canonical-interp 0.2.7" and "canonical-interp 0.2.7" in tables["versions"]
+    assert theirs["λ̂"] == eager["λ̂"] == pytest.approx(2 + 10_000 / math.log(10_000) + 1 + 10 + 10)
+    assert all(row["again"] > 0 for row in (ours, theirs, eager))
+    assert theirs["llc_fast is faster"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+
+
+@pytest.mark.slow
+def test_whole_estimates_of_a_language_model(tmp_path: Path, with_transformers: dict[str, str]) -> None:
+    """All that is installed, with the same weights and tokens."""
+    rivals = ["devinterp"] if _is_installed("devinterp", "1.3.2") else []
+    options = ["--quick", "--language", "tiny", "--rivals", str(tmp_path), "--contenders", "llc_fast", *rivals, "loop"]
+    tables = _run("speed/bench_estimate.py", *options, path=tmp_path / "language.json", **with_transformers)
+    rows = tables["language-tiny"]
+    assert [row["key"] for row in rows] == ["llc_fast", *rivals, "loop"]
+    assert all(row["seconds"] > 0 and math.isfinite(row["λ̂"]) and row["chains"] == 2 for row in rows)
+    assert ("again" in rows[0]) and all("again" not in row for row in rows if row["key"] == "devinterp")
+
+
 # ---- the modes that a GPU session runs -----------------------------------------------------------------------
 
 
@@ -148,7 +363,7 @@ def test_every_layout_of_every_sampler(
 @pytest.mark.slow
 def test_steps_of_an_estimate_and_its_set_up(tmp_path: Path) -> None:
     """Rivals make fewer steps, whose rest is extrapolated, and then they have no λ̂."""
-    rivals = ["devinterp"] if HAS_DEVINTERP else []
+    rivals = ["devinterp"] if _is_installed("devinterp", "1.3.2") else []
     options = ["--sizes", "16", "--chains", "2", "--steps", "30", "--per-step", "--rival-steps", "20"]
     tables = _run(
         "speed/bench_estimate.py", *options, "--contenders", "llc_fast", *rivals, path=tmp_path / "chains.json"

@@ -1,28 +1,43 @@
-"""Whole estimates: llc_fast against devinterp and canonical-interp, wall time and λ̂ of the same statistical work.
+"""Whole estimates: llc_fast against its rivals of today, wall time and λ̂ of the same statistical work.
 
-    python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--chains 4] [--steps 2000] [--repeats 1]
-        [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N] [--device cpu|cuda] [--per-step]
-        [--rival-steps N] [--json PATH]
+    python benchmarks/speed/rivals.py --install                                    rivals, each in a folder of its own
+    python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--language tiny 133k] [--chains 4]
+        [--steps 2000] [--repeats 1] [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
+        [--device cpu|cuda] [--per-step] [--rival-steps N] [--rivals FOLDER] [--quick] [--json PATH]
     python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters batch]
         [--strategies default batched …] [--budget SECONDS]
 
 The work: a 4-layer square bias-free linear network at its true parameter, 10,000 samples of its own, mean squared
 error, batches of 500, SGLD with one ε, nβ = n / log n and γ for everybody, 4 chains × 2,000 steps, of which the second
 half are draws. λ̂ stands beside the seconds, so that one sees that the work is the same; λ̂ of a chain this short is not
-yet the theory's λ.
+yet the theory's λ. `--language` names sizes of a GPT-NeoX (bench_samples.py), trained for a short time on bytes: 512
+sequences of 64 tokens, batches of 16, nβ = 30, γ = 300, 2 chains × 100 steps. With neither `--sizes` nor `--language`
+all of these are measured, and at the end one table has them all.
+
+The contenders, of which each does what it can:
+
+    llc_fast, llc_fast:STRATEGY
+    devinterp, devinterp-cores        1.3.2, chains one after another, or in as many processes as there are cores
+    devinterp2                        2.0.1, language models only
+    canonical                         canonical-interp 0.2.7, all that it can compile compiled; of the language model
+                                      only its step: torch can't compile what vmap makes of attention on a CPU
+    canonical-cached                  the same with the compiler's cache that an earlier process has left on disk
+    canonical-eager                   gradients not compiled
+    canonical-devices                 chains divided among two threads
+    loop                              a plain loop, for the language model
 
 The seconds: every measurement has a process of its own with an empty torch.compile cache. The clock starts when torch
 and the contender are imported, the model and the tensors exist in the host's memory and a GPU is awake, for all alike,
-and stops when λ̂ is there; tracing, compiling and what a library imports on first use are inside. The step size is given
-to all: nobody calibrates. Two rows of canonical-interp are exceptions, which show compilation's share: "cached" finds
-the cache that an earlier process left on disk, "warm" is the second estimate in one process.
+and stops when λ̂ is there; tracing, compiling and what a library imports on first use are inside. "again" is the second
+estimate in the same process, so the difference to "seconds" is what compiling and the like cost; the devinterps, which
+do nothing of the kind, are spared it. The step size is given to all: nobody calibrates.
 
-`--per-step` adds a second estimate in the same process and one of two steps: the difference is what steps take, and
-what they leave of the first estimate is its "set-up". With `--rival-steps N` rivals make N steps, over all chains, and
-the rest of their seconds is extrapolated by that difference. Such rows say so, and have no λ̂.
+`--per-step` adds instead a second estimate in the same process and one of two steps: the difference is what steps take,
+and what they leave of the first estimate is its "set-up". With `--rival-steps N` rivals make N steps, over all chains,
+and the rest of their seconds is extrapolated by that difference. Such rows say so, and have no λ̂.
 
-contenders.py says how the rivals are called, and which defaults of theirs would not be the same work. Rivals that are
-not installed are left out, with a note.
+contenders.py says how the rivals are called, and which defaults of theirs would not be the same work; rivals.py, which
+versions they are, and where they are looked for. Those that are not there are left out, with a note.
 
 `--scaling` measures llc_fast alone: seconds per step as chains, parameters and batches grow, from the difference of a
 long and a short estimate, so without what an estimate costs once ("set-up": the first estimate of two steps). On a busy
@@ -35,68 +50,99 @@ llc_fast where it runs on one. Measure on an idle machine, and look at --threads
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import os
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import (
+    Data,
     Estimate,
     Work,
-    installed,
     make_problem,
     rival_title,
     with_canonical,
     with_devinterp,
+    with_devinterp2,
     with_llc_fast,
+    with_loop,
 )
 from harness import in_fresh_process, median, parse, print_table, ratio, write_json
+from rivals import FOLDER, paths_of, rival_of
+from torch import nn
 
 LAYERS, SAMPLES, BATCH, CHAINS, STEPS = 4, 10_000, 500, 4, 2000
 LR, NBETA, LOCALIZATION = 2e-6, SAMPLES / math.log(SAMPLES), 1.0
 SIZES = [1024, 10_000, 102_400]
-ASKED = {"devinterp": {1024: 15.0, 10_000: 10.0, 102_400: 4.0}, "canonical": {1024: 5.0, 10_000: 3.5, 102_400: 2.0}}
-"""How many times faster than a rival llc_fast is to be, by number of parameters."""
-ASKED_MICROSECONDS = {(1024, 4): 100.0}
-"""What a step of all chains may take on a GPU, by numbers of parameters and chains."""
-
-DISTRIBUTIONS = {
-    "devinterp": "devinterp",
-    "canonical": "canonical-interp",
-    "canonical-cached": "canonical-interp",
-    "canonical-warm": "canonical-interp",
+ASKED = {
+    "devinterp": {"1024": 30.0, "10000": 12.0, "102400": 5.0},
+    "canonical": {"1024": 5.0, "10000": 3.5, "102400": 2.0},
+    "devinterp2": {"tiny": 8.0, "133k": 8.0},
 }
+"""How many times faster than a rival llc_fast is to be, by problem."""
+ASKED_MICROSECONDS = {("1024", 4): 100.0}
+"""What a step of all chains may take on a GPU, by problem and chains."""
+
+LANGUAGE_CHAINS, LANGUAGE_STEPS, LANGUAGE_BATCH, TOKENS, SEQUENCES = 2, 100, 16, 64, 512
+ON_NETWORKS = ["devinterp", "devinterp-cores", "canonical", "canonical-cached", "canonical-eager", "canonical-devices"]
+ON_LANGUAGE = ["devinterp2", "devinterp", "canonical", "loop"]
+DEFAULT = ["llc_fast", "devinterp", "devinterp2", "canonical", "loop"]
+"""Rivals that linear networks, and that language models can be given to; what is measured if nothing is said."""
 STRATEGIES = [None, "sequential", "batched", "compiled"]
 GROWING = ["chains", "parameters", "batch"]
 CHAIN_COUNTS, SCALING_SIZES, BATCHES = [1, 2, 4, 8, 16, 32, 64], [1024, 10_000, 102_400, 10**6], [20, 100, 500, 2500]
 
 
-def make_estimate(contender: str) -> Estimate:
+def make_estimate(contender: str, *, of_language: bool = False) -> Estimate:
     """The contender's estimate, its library imported."""
     name, _, strategy = contender.partition(":")
     if name == "llc_fast":
         return with_llc_fast(**({"strategy": strategy} if strategy else {}))
-    return with_devinterp() if name == "devinterp" else with_canonical()
+    if name == "loop":
+        return with_loop()
+    if name == "devinterp2":
+        return with_devinterp2()
+    if name.startswith("devinterp"):
+        return with_devinterp(cores=max(2, os.cpu_count() or 2) if name.endswith("-cores") else 1)
+    compiled = name != "canonical-eager" and not of_language
+    return with_canonical(compiled=compiled, devices=2 if name == "canonical-devices" else 1)
+
+
+def make_work(spec: dict[str, Any]) -> tuple[nn.Module, Data]:
+    """The network and the data of a worker's problem."""
+    if "network" not in spec:
+        return make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
+    from bench_samples import network
+
+    model = network(spec["size"])
+    state, data, _ = torch.load(spec["network"], weights_only=True)
+    model.load_state_dict(state)
+    return model.eval(), data[:SEQUENCES]
 
 
 def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     """What a worker does: one whole estimate, or with a "budget" the slope of many steps."""
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
-    estimate, steps, device = make_estimate(spec["contender"]), spec["steps"], spec["device"] or "cpu"
-    model, data = make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
+    model, data = make_work(spec)
+    estimate = make_estimate(spec["contender"], of_language="network" in spec)
+    steps, device = spec["steps"], spec["device"] or "cpu"
     torch.ones(1, device=device).item()  # the first touch of a GPU takes half a second
     draws = max(1, steps // 2)
     work = Work(
         spec["lr"],
-        NBETA,
-        LOCALIZATION,
+        spec["nbeta"],
+        spec["localization"],
         batch=spec["batch"],
         chains=spec["chains"],
         burnin=steps - draws,
@@ -110,12 +156,12 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
 
     if spec.get("budget"):
         return slope(run, spec["budget"])
-    if spec["contender"].endswith("-warm"):
-        run(4)
     seconds, found = timed(lambda: estimate(model, data, work))
     found |= {"seconds": seconds, "threads": torch.get_num_threads()}
     if spec.get("per_step"):
         found["per step"] = (timed(lambda: run(steps))[0] - timed(lambda: run(2))[0]) / (steps - 2)
+    elif spec.get("again"):
+        found["again"] = timed(lambda: estimate(model, data, work))[0]
     return found
 
 
@@ -141,100 +187,169 @@ def slope(run: Callable[[int], dict[str, Any]], budget: float) -> dict[str, Any]
     return {"seconds": median(differences) / more, "set-up": first, "strategy": found.get("strategy")}
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    what = f"{spec['contender']}, {spec['parameters']:,} parameters, {spec['chains']} chains, batch {spec['batch']}"
+def measure(spec: dict[str, Any], paths: Sequence[str] = ()) -> dict[str, Any]:
+    what = (
+        spec["contender"]
+        + ", "
+        + (f"GPT-NeoX {spec['size']}" if "size" in spec else f"{spec['parameters']:,} parameters")
+    )
+    what += f", {spec['chains']} chains, batch {spec['batch']}"
     print(f"… {what}", file=sys.stderr, flush=True)
     if spec["contender"].endswith("-cached"):
         with tempfile.TemporaryDirectory() as cache:
-            in_fresh_process(__file__, spec | {"steps": 4}, cache)
-            found = in_fresh_process(__file__, spec, cache)
+            in_fresh_process(__file__, spec | {"steps": 4, "again": False}, cache, paths=paths)
+            found = in_fresh_process(__file__, spec, cache, paths=paths)
     else:
-        found = in_fresh_process(__file__, spec)
+        found = in_fresh_process(__file__, spec, paths=paths)
     if "error" in found:
         print(f"{what}: {found['error']}", file=sys.stderr)
+    else:
+        print(f"  {found['seconds']:.3g} s", file=sys.stderr, flush=True)
     return found
 
 
 def estimates_table(
-    parameters: int, chains: int, options: argparse.Namespace, versions: dict[str, str | None]
+    problem: str, spec: dict[str, Any], contenders: Sequence[str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One size and number of chains: every contender in turn, round after round."""
-    found: dict[str, list[dict[str, Any]]] = {contender: [] for contender in options.contenders}
+    """One problem and number of chains: every contender in turn, round after round.
+
+    Args:
+        problem: by which ASKED knows it.
+        spec: what all contenders do.
+        contenders: those that can.
+        options: of the script.
+    """
+    found: dict[str, list[dict[str, Any]]] = {contender: [] for contender in contenders}
+    chains, full = spec["chains"], spec["steps"]
     for round_ in range(options.repeats):
         for contender, results in found.items():
-            if versions.get(DISTRIBUTIONS.get(contender, ""), "") is None:
+            paths = options.paths.get(contender)
+            if rival_of(contender) and paths is None:
                 continue
-            spec = {"contender": contender, "parameters": parameters, "seed": round_, "device": options.device}
-            spec |= {"batch": BATCH, "chains": chains, "lr": LR, "threads": options.threads}
-            steps = steps_of(contender, chains, options)
-            result = measure(spec | {"steps": steps, "per_step": options.per_step or steps < options.steps})
-            if "error" not in result and steps < options.steps:
-                result["seconds"] += (options.steps - steps) * result["per step"]
+            steps = steps_of(contender, spec, options)
+            more = {"per_step": options.per_step or steps < full, "again": not contender.startswith("devinterp")}
+            result = measure(spec | more | {"contender": contender, "steps": steps, "seed": round_}, paths or ())
+            if "error" not in result and steps < full:
+                result["seconds"] += (full - steps) * result["per step"]
             results.append(result)
     base = next((results for contender, results in found.items() if contender.startswith("llc_fast")), None)
     rows = []
     for contender, results in found.items():
-        row: dict[str, Any] = {"contender": title(contender, versions, (results or [{}])[0].get("strategy"))}
-        row["chains"] = chains
+        row: dict[str, Any] = {"contender": title(contender, (results or [{}])[0].get("strategy"))}
+        row |= {"key": contender, "chains": chains}
         rows.append(row)
         if not results or any("error" in r for r in results):
             row["seconds"] = "failed" if results else "not installed"
             continue
-        seconds, steps = [r["seconds"] for r in results], steps_of(contender, chains, options)
+        seconds, steps = [r["seconds"] for r in results], steps_of(contender, spec, options)
         row["seconds"] = median(seconds)
-        if steps < options.steps:
+        if "again" in results[0]:
+            row["again"] = median([r["again"] for r in results])
+        if steps < full:
             row |= {"contender": f"{row['contender']}, extrapolated from {steps} steps", "steps": steps}
         else:
             llc = torch.tensor([r["llc"] for r in results])
             row |= {"λ̂": float(llc.mean()), "std over chains": float(llc.std(dim=1).mean())}
         if "per step" in results[0]:
             step = median([r["per step"] for r in results])
-            row |= {"µs per step": 1e6 * step, "set-up, s": row["seconds"] - options.steps * step}
+            row |= {"µs per step": 1e6 * step, "set-up, s": row["seconds"] - full * step}
         if base and results is not base and not any("error" in r for r in base):
             row["llc_fast is faster"] = ratio(seconds, [r["seconds"] for r in base])
         if options.device == "cuda" and results is base:
-            row["µs asked"] = ASKED_MICROSECONDS.get((parameters, chains))
-        elif options.device is None and chains == CHAINS:
-            row["asked"] = ASKED.get(contender.partition("-")[0], {}).get(parameters)
+            row["µs asked"] = ASKED_MICROSECONDS.get((problem, chains))
+        elif options.device is None and is_as_asked(problem, spec):
+            row["asked"] = ASKED.get(contender, {}).get(problem)
         row |= {"every run": seconds, "threads": results[0]["threads"]}
     return rows
 
 
-def steps_of(contender: str, chains: int, options: argparse.Namespace) -> int:
+def is_as_asked(problem: str, spec: dict[str, Any]) -> bool:
+    """Whether chains and steps are those that the asked ratios are for."""
+    length = spec["chains"], spec["steps"]
+    return length == ((LANGUAGE_CHAINS, LANGUAGE_STEPS) if "size" in spec else (CHAINS, STEPS))
+
+
+def steps_of(contender: str, spec: dict[str, Any], options: argparse.Namespace) -> int:
     """Of each chain: rivals may make fewer."""
-    if contender in DISTRIBUTIONS and options.rival_steps:
-        return min(options.steps, max(10, options.rival_steps // chains))
-    return options.steps  # type: ignore[no-any-return]
+    full: int = spec["steps"]
+    if rival_of(contender) and options.rival_steps:
+        return min(full, max(10, options.rival_steps // spec["chains"]))
+    return full
 
 
-def title(contender: str, versions: dict[str, str | None], strategy: str | None) -> str:
+def title(contender: str, strategy: str | None) -> str:
     """A row's name; for llc_fast with the strategy that it chose."""
-    if contender in DISTRIBUTIONS:
-        return rival_title(contender, DISTRIBUTIONS[contender], versions[DISTRIBUTIONS[contender]])
+    if rival := rival_of(contender):
+        return rival_title(contender, rival.distribution, rival.version)
+    if contender == "loop":
+        return "plain loop"
     return contender + (f" ({strategy})" if strategy and ":" not in contender else "")
 
 
 def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
     from llc_fast.theory import deep_linear
 
-    versions = installed(DISTRIBUTIONS[c] for c in options.contenders if c in DISTRIBUTIONS)
+    common = {"device": options.device, "threads": options.threads}
     tables: dict[str, Any] = {"work": {"steps": options.steps, "lr": LR, "nbeta": NBETA, "device": options.device}}
-    columns = ["contender", "seconds", "llc_fast is faster", "asked", "λ̂", "std over chains"]
+    rivals = {rival_of(contender) for contender in options.paths}
+    tables["versions"] = sorted(rival.title for rival in rivals if rival)
+    print(f"Here: torch {torch.__version__}, {', '.join(tables['versions']) or 'no rivals'}")
+    columns = ["contender", "seconds", "again", "llc_fast is faster", "asked", "λ̂", "std over chains"]
     if options.per_step:
-        columns = [c for c in columns if c != "asked"] + ["µs per step", "µs asked", "set-up, s"]
+        columns = [c for c in columns if c not in ("asked", "again")] + ["µs per step", "µs asked", "set-up, s"]
+    everything: dict[str, list[dict[str, Any]]] = {}
+
+    def measured(
+        name: str, heading: str, problem: str, spec: dict[str, Any], possible: list[str]
+    ) -> list[dict[str, Any]]:
+        contenders = [c for c in options.contenders if c.startswith("llc_fast") or c in possible]
+        rows = estimates_table(problem, spec | common, contenders, options)
+        print_table(heading, [{c: times(row.get(c), c) for c in columns} for row in rows])
+        sys.stdout.flush()
+        everything[name] = rows
+        return rows
+
     for parameters in options.sizes:
         tables[str(parameters)] = []
         width = math.isqrt(parameters // LAYERS)
         known = deep_linear((width,) * (LAYERS + 1), width).value
         for chains in options.chains:
-            rows = estimates_table(parameters, chains, options, versions)
-            tables[str(parameters)] += rows
-            heading = f"{parameters:,} parameters, {chains} chains × {options.steps:,} steps, λ of the theory {known:g}"
-            print_table(heading, [{c: times(row.get(c), c) for c in columns} for row in rows])
-            sys.stdout.flush()
+            spec = {"parameters": parameters, "batch": BATCH, "chains": chains, "steps": options.steps}
+            spec |= {"lr": LR, "nbeta": NBETA, "localization": LOCALIZATION}
+            work = f"{chains} chains × {options.steps:,} steps"
+            heading = f"{parameters:,} parameters, {work}, λ of the theory {known:g}"
+            name = f"{parameters:,}" + (f", {chains} chains" if len(options.chains) > 1 else "")
+            tables[str(parameters)] += measured(name, heading, str(parameters), spec, ON_NETWORKS)
+            write_json(options.json, tables)  # each is minutes of work
+    for size in options.language:
+        from bench_samples import SETTINGS, prepare
+
+        chains, steps = LANGUAGE_CHAINS, options.language_steps
+        with tempfile.TemporaryDirectory() as folder:
+            count = prepare(size, TOKENS, LANGUAGE_BATCH, options.training, Path(folder))
+            spec = {"size": size, "network": f"{folder}/network.pt", "batch": LANGUAGE_BATCH, "chains": chains}
+            heading = f"GPT-NeoX of {count:,} parameters, {chains} chains × {steps} steps"
+            spec |= {"steps": steps, **SETTINGS}
+            tables[f"language-{size}"] = measured(f"GPT-NeoX {size}", heading, size, spec, ON_LANGUAGE)
+    print_table("Seconds, and how many times faster llc_fast is", summary(options.contenders, everything))
     if options.steps != STEPS and options.device is None:
         print(f"\nThe asked ratios are for {STEPS:,} steps.")
     return tables
+
+
+def summary(contenders: Sequence[str], tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each contender, a column for each problem."""
+    found = []
+    for contender in contenders:
+        row: dict[str, Any] = {"contender": title(contender, None)}
+        for problem, rows in tables.items():
+            of = next((r for r in rows if r["key"] == contender), {})
+            seconds, faster = of.get("seconds"), of.get("llc_fast is faster")
+            row[problem] = f"{seconds:.3g}" if isinstance(seconds, float) else seconds
+            if faster is not None:
+                row[problem] += f" ({faster:.3g}×)"
+        found.append(row)
+    return found
 
 
 def times(value: Any, column: str) -> Any:
@@ -263,6 +378,7 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
                 spec = {"contender": name, "parameters": parameters, "batch": batch}
                 # So small a step that no chain can diverge.
                 spec |= {"chains": chains, "lr": 1e-9, "seed": 0, "threads": options.threads}
+                spec |= {"nbeta": NBETA, "localization": LOCALIZATION}
                 spec |= {"steps": STEPS, "budget": options.budget, "device": options.device}
                 found = measure(spec)
                 used, seconds = found.get("strategy"), found.get("seconds")
@@ -285,12 +401,15 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="parameters: 4 × a square")
+    parser.add_argument("--sizes", type=int, nargs="+", help="parameters: 4 × a square")
+    parser.add_argument("--language", nargs="*", choices=["tiny", "133k", "1m"], help="sizes of a language model")
+    parser.add_argument("--language-steps", type=int, default=LANGUAGE_STEPS)
+    parser.add_argument("--training", type=int, default=200, help="steps, of the language model")
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=["llc_fast", *DISTRIBUTIONS],
-        help="llc_fast, llc_fast:STRATEGY, devinterp, canonical, canonical-cached, canonical-warm; "
+        default=DEFAULT,
+        help=f"llc_fast, llc_fast:STRATEGY, {', '.join(sorted({*ON_NETWORKS, *ON_LANGUAGE}))}; "
         "the first llc_fast is the base",
     )
     parser.add_argument("--chains", type=int, nargs="+", default=[CHAINS])
@@ -306,18 +425,26 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="with --scaling: seconds for each row")
+    parser.add_argument("--rivals", type=Path, default=FOLDER, help="where rivals.py has put them")
+    parser.add_argument("--quick", action="store_true", help="tiny problems and few steps, to see that it runs")
     options = parse(parser, work_in_this_process)
     wanted = [None if s == "default" else s for s in options.strategies or ["default"]]
     options.strategies = wanted if options.strategies else STRATEGIES
+    if options.sizes is None and options.language is None:
+        options.sizes, options.language = ([16], ["tiny"]) if options.quick else (SIZES, ["tiny", "133k"])
+    if options.quick:
+        options.steps, options.language_steps, options.training = 20, 4, 2
+    options.sizes, options.language = options.sizes or [], options.language or []
     for contender in options.contenders:
-        if contender not in DISTRIBUTIONS and contender.partition(":")[0] != "llc_fast":
+        if contender not in (*ON_NETWORKS, *ON_LANGUAGE) and contender.partition(":")[0] != "llc_fast":
             parser.error(f"unknown contender {contender!r}")
     if (
         min(options.chains) < 1
-        or options.steps < 3
+        or min(options.steps, options.language_steps) < 3
         or any(LAYERS * math.isqrt(s // LAYERS) ** 2 != s for s in options.sizes)
     ):
         parser.error(f"--chains must be at least 1, --steps 3, and each of --sizes {LAYERS} times a square")
+    options.paths = {} if options.scaling else paths_of(options.contenders, options.rivals)
     tables = run_scaling(options) if options.scaling else run_estimates(options)
     write_json(options.json, tables)
 

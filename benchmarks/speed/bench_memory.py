@@ -17,7 +17,7 @@ it while it runs; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does f
 On a GPU the peak is what torch had allocated there at most; "imports" are then what its libraries keep for themselves.
 
 λ̂ means nothing after three steps; the step size is so small that no chain diverges. For a quick try: --width 500.
-Rivals (contenders.py says how they are called) that are not installed are left out, with a note.
+Rivals (contenders.py says how they are called, rivals.py where they are) that are not there are left out, with a note.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import math
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from contenders import (
     Estimate,
     Work,
-    installed,
     make_problem,
     rival_title,
     with_canonical,
@@ -40,6 +40,7 @@ from contenders import (
     with_llc_fast,
 )
 from harness import in_fresh_process, parse, peak_memory, print_table, write_json
+from rivals import FOLDER, paths_of, rival_of
 
 SAMPLES, BATCH, LR, LOCALIZATION = 1000, 500, 1e-12, 1.0
 OURS: dict[str, dict[str, Any]] = {
@@ -51,8 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """What estimate_llc is given."""
 
-RIVALS = {"devinterp": "devinterp", "devinterp-rmsprop": "devinterp", "canonical": "canonical-interp"}
-"""Each rival's distribution."""
+RIVALS = ["devinterp", "devinterp-rmsprop", "canonical"]
 
 DEFAULT = ["sgld", "sgld-released", "rmsprop-sgld", "sgld-batched", "devinterp"]
 ASKED = {"sgld": 12.5, "sgld-released": 8.5, "rmsprop-sgld": 16.5}
@@ -85,15 +85,15 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     return {"imports": imports, "peak": peak_memory(device), "seconds": seconds, **found}
 
 
-def row_of(contender: str, options: argparse.Namespace, version: str | None) -> dict[str, Any]:
-    ours = contender in OURS
-    name = f"llc_fast {contender}" if ours else rival_title(contender, RIVALS[contender], version)
+def row_of(contender: str, options: argparse.Namespace, paths: list[str] | None) -> dict[str, Any]:
+    rival, ours = rival_of(contender), contender in OURS
+    name = rival_title(contender, rival.distribution, rival.version) if rival else f"llc_fast {contender}"
     row: dict[str, Any] = {"contender": name}
-    if not ours and version is None:
+    if not ours and paths is None:
         return row | {"peak": "not installed"}
     print(f"… {contender}", file=sys.stderr, flush=True)
     spec = {"contender": contender} | {k: getattr(options, k) for k in ("width", "layers", "chains", "steps", "device")}
-    found = in_fresh_process(__file__, spec)
+    found = in_fresh_process(__file__, spec, paths=paths or ())
     if "error" in found:
         print(f"{contender}: {found['error']}", file=sys.stderr)
         return row | {"peak": "failed"}
@@ -117,11 +117,12 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rivals", type=Path, default=FOLDER, help="where rivals.py has put them")
     options = parse(parser, work_in_this_process)
     if min(options.width, options.layers, options.chains, options.steps) < 1:
         parser.error("--width, --layers, --chains and --steps must be at least 1")
-    versions = installed(RIVALS[c] for c in options.contenders if c in RIVALS)
-    rows = [row_of(c, options, versions.get(RIVALS.get(c, ""))) for c in options.contenders]
+    paths = paths_of(options.contenders, options.rivals)
+    rows = [row_of(c, options, paths.get(c)) for c in options.contenders]
     parameters = options.width**2 * options.layers
     columns = ["contender", "peak", "imports", "activations", "data", "besides", "asked", "seconds"]
     print_table(

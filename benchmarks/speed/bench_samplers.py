@@ -1,15 +1,16 @@
 """Every sampler's step: time, bytes over the floor, cost of noise and of sums, growth, overhead, memory.
 
     python benchmarks/speed/bench_samplers.py [--parameters 100000000] [--device cpu|cuda] [--layouts 1 4 bfloat16]
-                                              [--quick] [--json PATH]
+                                              [--rivals FOLDER] [--quick] [--json PATH]
 
 Each sampler steps one chain, four chains that share w*, and one chain of a bfloat16 model (float32 chains, bfloat16
 gradients, and a bfloat16 copy of w for the next forward pass), `--parameters` in each chain. The floor is the traffic
 that a step cannot avoid, in bytes per parameter of each chain (read w and gradient, write w; each state read and
 written; w* and a preconditioner read once for all chains; the copy written). "GB/s at the floor" is floor over time, to
 be compared with the tensor copy of the same run, which reads and writes 4 bytes a parameter. "its sums" are those that
-an estimate with this sampler takes at every step, "all sums" everything that a step can sum up. devinterp's equivalents
-run in the same rounds if devinterp 1.3.2 is installed.
+an estimate with this sampler takes at every step, "all sums" everything that a step can sum up. The equivalents of
+devinterp 1.3.2 and posteriors run in the same rounds if they are there (rivals.py). posteriors' steps have to ask for
+their gradients, which are known, so that there is one pass more in them.
 
 `--once` takes each step once between cudaProfilerStart and cudaProfilerStop, for `ncu --profile-from-start off`.
 """
@@ -17,6 +18,7 @@ run in the same rounds if devinterp 1.3.2 is installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import time
 import warnings
@@ -25,7 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from contenders import posteriors_step
 from harness import median, peak_memory, print_table, ratio, those_that_run, time_in_turn, write_json
+from rivals import FOLDER, RIVALS, importing
 
 import llc_fast
 from llc_fast import optim
@@ -89,23 +93,28 @@ def chain_steps(name: str, total: int, device: str, layout: Layout) -> dict[str,
     }
 
 
-def rival(name: str, total: int, device: str) -> Callable[[], Any] | None:
-    """The step of devinterp's optimizer for the same sampler, if it has one."""
-    try:
+def rivals(name: str, total: int, device: str, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The steps of devinterp and posteriors for the same sampler, of those that have one and are there."""
+    found: dict[str, Callable[[], Any]] = {}
+    with contextlib.suppress(ImportError), importing(RIVALS["devinterp"], folder):
         from devinterp.optim.sgmcmc import SGMCMC
         from devinterp.optim.sgnht import SGNHT
-    except ImportError:
-        return None
-    if name == "sgld":
-        return SGMCMC.sgld(make_params(total, device), **OPTIONS).step  # type: ignore[no-any-return]
-    if name == "rmsprop-sgld":
-        return SGMCMC.rmsprop_sgld(make_params(total, device), **OPTIONS).step  # type: ignore[no-any-return]
-    if name == "sgnht":
-        return SGNHT(make_params(total, device), lr=1e-6, nbeta=1000.0).step  # type: ignore[no-any-return]
-    return None
+
+        if name == "sgld":
+            found["devinterp"] = SGMCMC.sgld(make_params(total, device), **OPTIONS).step
+        if name == "rmsprop-sgld":
+            found["devinterp"] = SGMCMC.rmsprop_sgld(make_params(total, device), **OPTIONS).step
+        if name == "sgnht":
+            found["devinterp"] = SGNHT(make_params(total, device), lr=1e-6, nbeta=1000.0).step
+    if name in ("sgld", "sghmc", "sgnht"):
+        with contextlib.suppress(ImportError), importing(RIVALS["posteriors"], folder) as posteriors:
+            found["posteriors"] = posteriors_step(posteriors, name, make_params(total, device), **OPTIONS)
+    return found
 
 
-def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> list[dict[str, Any]]:
+def samplers_table(
+    total: int, device: str, repeats: int, layout: Layout, folder: Path = FOLDER
+) -> list[dict[str, Any]]:
     rows = []
     for name in SAMPLERS:
         gc.collect()
@@ -113,10 +122,8 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
         target = torch.empty_like(source)
         steps = chain_steps(name, total, device, layout)
         steps["copy"] = lambda source=source, target=target: target.copy_(source)  # type: ignore[misc]
-        theirs = rival(name, total, device) if layout == LAYOUTS["1"] else None
-        if theirs:
-            steps["devinterp"] = theirs
-        steps = those_that_run(steps, rivals=["devinterp"])
+        theirs = rivals(name, total, device, folder) if layout == LAYOUTS["1"] else {}
+        steps = those_that_run(steps | theirs, rivals=theirs)
         seconds = time_in_turn(steps, repeats, device)
         plain, updated = seconds["plain"], layout.chains * total
         floor = SAMPLERS[name].bytes_moved(low=layout.dtype != torch.float32, chains=layout.chains)
@@ -133,6 +140,7 @@ def samplers_table(total: int, device: str, repeats: int, layout: Layout) -> lis
                 "its sums over plain": ratio(seconds["its sums"], plain),
                 "all sums over plain": ratio(seconds["all sums"], plain),
                 "devinterp over ours": ratio(seconds["devinterp"], plain) if "devinterp" in seconds else None,
+                "posteriors over ours": ratio(seconds["posteriors"], plain) if "posteriors" in seconds else None,
             }
         )
         del steps, theirs, source, target
@@ -226,6 +234,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--rivals", type=Path, default=FOLDER, help="where rivals.py has put them")
     parser.add_argument("--quick", action="store_true", help="10⁶ parameters, to see that it runs")
     parser.add_argument("--once", action="store_true", help="each step once, for a profiler")
     parser.add_argument("--json", type=Path)
@@ -243,7 +252,9 @@ def main() -> None:
     tables["samplers"] = {}
     for key in arguments.layouts:
         layout = LAYOUTS[key]
-        tables["samplers"][layout.title] = rows = samplers_table(total, device, arguments.repeats, layout)
+        tables["samplers"][layout.title] = rows = samplers_table(
+            total, device, arguments.repeats, layout, arguments.rivals
+        )
         print_table(f"{layout.title}, {total:.3g} parameters in {TENSORS} tensors, float32 chains", rows)
     sizes = [10**k for k in range(4, 7 if arguments.quick else 10)]
     tables["growth"] = growth_table(sizes, device, arguments.repeats)

@@ -1,7 +1,7 @@
-"""One SGLD step on 10⁸ float32 parameters in 100 tensors: llc_fast against devinterp, torch.compile and the floor.
+"""One SGLD step on 10⁸ float32 parameters in 100 tensors: llc_fast against its rivals, torch.compile and the floor.
 
     python benchmarks/speed/bench_step.py [--parameters 100000000] [--tensors 100] [--repeats 7] [--device cpu|cuda]
-                                          [--contenders copy ours theirs …] [--json PATH]
+                                          [--contenders copy ours theirs …] [--rivals FOLDER] [--quick] [--json PATH]
     python benchmarks/speed/bench_step.py --parameters 1000 --tensors 1    what a step costs beside its arithmetic
     pytest benchmarks/speed --benchmark-only [--parameters 1000000 100000000] [--device cpu|cuda]
 
@@ -9,10 +9,14 @@ Both ways time the same steps. As a script, contenders run in turn, round after 
 number of threads; times are medians over rounds, and ratios are taken round by round, so that a change of the machine's
 speed cancels. It also says nanoseconds and bytes a parameter. Under pytest-benchmark contenders run one after another,
 in a group for each number of parameters, with ratios to the fastest in brackets, and all that it can do with them
-(``--benchmark-compare``, ``--benchmark-json``). devinterp's rows are of the version that is installed, 1.3.2 or 2.0.1,
-which they name (``pip install devinterp==1.3.2``; of 2.0.1 ``pip install --no-deps devinterp==2.0.1`` will do for its
-steps); they are left out, with a note, if there is none. `--contenders` takes these keys: copy; floor, llc_fast's step
-without noise; ours; compiled; compiled-all; adam; sgld and sgmcmc, devinterp's two; theirs, both of these.
+(``--benchmark-compare``, ``--benchmark-json``). `--contenders` takes these keys: copy; floor, llc_fast's step without
+noise; ours; compiled; compiled-all; adam; sgld and sgmcmc, the two of devinterp 1.3.2; sgld2, sgmcmc2, those of 2.0.1;
+theirs, these four; canonical; posteriors. rivals.py says how to install them; those that are not there are left out,
+with a note.
+
+canonical-interp's step is compiled, all tensors in one function, here with one chain. posteriors computes gradients in
+its step: it is given a log posterior whose gradients are known, and what it takes to write them down (a pass that reads
+w, w* and the gradient) is in its time. Its step is made in place.
 
 torch.compile is there twice: the update of one tensor, called for each of them, as one would write it first, and one
 function over the list of all tensors, which a GPU's compiler fuses into few kernels. Neither has noise that depends on
@@ -27,7 +31,7 @@ torch.profiler saw there in a step.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import functools
 import json
 import tempfile
 import warnings
@@ -37,7 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import canonical_step, let_canonical_be_imported, posteriors_step
 from harness import median, print_table, ratio, those_that_run, time_in_turn, write_json
+from rivals import FOLDER, RIVALS, importing
 from torch import Tensor
 
 import llc_fast
@@ -48,14 +54,19 @@ OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 COPY, FLOOR, OURS = "tensor copy", "llc_fast SGLD, no noise", "llc_fast SGLD"
 COMPILED, COMPILED_ALL = "torch.compile, tensor by tensor", "torch.compile, all tensors"
 ADAM = "torch Adam, fused"
-try:
-    VERSION = importlib.metadata.version("devinterp")
-except importlib.metadata.PackageNotFoundError:
-    VERSION = ""
-THEIRS, THEIR_SGMCMC = (f"{f'devinterp {VERSION}'.strip()} {name}" for name in ("SGLD", "SGMCMC.sgld"))
-NAMES = (COPY, FLOOR, OURS, COMPILED, COMPILED_ALL, ADAM, THEIRS, THEIR_SGMCMC)
-_KEYS = ("copy", "floor", "ours", "compiled", "compiled-all", "adam", "sgld", "sgmcmc")
-KEYS = dict(zip(_KEYS, ([name] for name in NAMES), strict=True)) | {"theirs": [THEIRS, THEIR_SGMCMC]}
+THEIRS = {
+    key: f"{RIVALS[rival].title} {step}"
+    for key, rival, step in (
+        ("sgld", "devinterp", "SGLD"),
+        ("sgmcmc", "devinterp", "SGMCMC.sgld"),
+        ("sgld2", "devinterp2", "SGLD"),
+        ("sgmcmc2", "devinterp2", "SGMCMC.sgld"),
+    )
+}
+CANONICAL, POSTERIORS = f"{RIVALS['canonical'].title} sgld_step", f"{RIVALS['posteriors'].title} sgld"
+NAMES = (COPY, FLOOR, OURS, COMPILED, COMPILED_ALL, ADAM, *THEIRS.values(), CANONICAL, POSTERIORS)
+_KEYS = ("copy", "floor", "ours", "compiled", "compiled-all", "adam", *THEIRS, "canonical", "posteriors")
+KEYS = dict(zip(_KEYS, ([name] for name in NAMES), strict=True)) | {"theirs": list(THEIRS.values())}
 """What --contenders takes."""
 BYTES = {COPY: 8.0, OURS: SGLDSampler.bytes_moved(), FLOOR: SGLDSampler.bytes_moved(), ADAM: 28.0}
 ON_A_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -97,7 +108,7 @@ def compiled_formula(params: list[Tensor], references: list[Tensor], *, together
 
 
 def contenders(
-    parameters: int, tensors: int, device: str, names: Collection[str] = NAMES
+    parameters: int, tensors: int, device: str, names: Collection[str] = NAMES, folder: Path = FOLDER
 ) -> dict[str, Callable[[], Any]]:
     """The steps to time, by name, without those that can't take one here.
 
@@ -107,6 +118,7 @@ def contenders(
         parameters, tensors: how many, and in how many parts.
         device: where.
         names: those wanted.
+        folder: where rivals are.
     """
     size = parameters // tensors
     params = [torch.nn.Parameter(torch.randn(size, device=device)) for _ in range(tensors)]
@@ -119,15 +131,21 @@ def contenders(
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    def their_sgld() -> Callable[[], Any]:
-        from devinterp.optim.sgld import SGLD as TheirSGLD
+    def devinterp(key: str) -> Callable[[], Any]:
+        with importing(RIVALS["devinterp2" if key.endswith("2") else "devinterp"], folder):
+            from devinterp.optim.sgld import SGLD
+            from devinterp.optim.sgmcmc import SGMCMC
 
-        return TheirSGLD(params, **OPTIONS).step
+            return (SGLD if key.startswith("sgld") else SGMCMC.sgld)(params, **OPTIONS).step  # type: ignore[no-any-return]
 
-    def their_sgmcmc() -> Callable[[], Any]:
-        from devinterp.optim.sgmcmc import SGMCMC
+    def canonical() -> Callable[[], Any]:
+        let_canonical_be_imported()
+        with importing(RIVALS["canonical"], folder) as package:
+            return canonical_step(package, params, **OPTIONS)
 
-        return SGMCMC.sgld(params, **OPTIONS).step
+    def posteriors() -> Callable[[], Any]:
+        with importing(RIVALS["posteriors"], folder) as package:
+            return posteriors_step(package, "sgld", params, **OPTIONS)
 
     make: dict[str, Callable[[], Callable[[], Any]]] = {
         COPY: copy,
@@ -136,8 +154,9 @@ def contenders(
         COMPILED: lambda: compiled_formula(params, references),
         COMPILED_ALL: lambda: compiled_formula(params, references, together=True),
         ADAM: lambda: torch.optim.Adam(params, lr=OPTIONS["lr"], fused=True).step,
-        THEIRS: their_sgld,
-        THEIR_SGMCMC: their_sgmcmc,
+        **{name: functools.partial(devinterp, key) for key, name in THEIRS.items()},
+        CANONICAL: canonical,
+        POSTERIORS: posteriors,
     }
     found: dict[str, Callable[[], Any]] = {}
     for name in (name for name in make if name in names):
@@ -181,12 +200,16 @@ def main() -> None:
     parser.add_argument(
         "--contenders", nargs="+", choices=KEYS, default=list(_KEYS), metavar="KEY", help=", ".join(KEYS)
     )
+    parser.add_argument("--rivals", type=Path, default=FOLDER, help="where rivals.py has put them")
+    parser.add_argument("--quick", action="store_true", help="1,000 parameters in 2 tensors, once, to see that it runs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 
+    if arguments.quick:
+        arguments.parameters, arguments.tensors, arguments.repeats = 1000, 2, 1
     names = {name for key in arguments.contenders for name in KEYS[key]}
-    steps = contenders(arguments.parameters, arguments.tensors, arguments.device, names)
+    steps = contenders(arguments.parameters, arguments.tensors, arguments.device, names, arguments.rivals)
     seconds = time_in_turn(steps, arguments.repeats, arguments.device)
     total, info = arguments.parameters // arguments.tensors * arguments.tensors, collect_info()
     on_gpu = {name: launches(step) for name, step in steps.items()} if arguments.device == "cuda" else {}

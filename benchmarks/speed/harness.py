@@ -126,7 +126,12 @@ def parse(
 
 
 def in_fresh_process(
-    script: str, spec: Mapping[str, Any], cache: str | None = None, *, seconds: float | None = None
+    script: str,
+    spec: Mapping[str, Any],
+    cache: str | None = None,
+    *,
+    seconds: float | None = None,
+    paths: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What ``python script --worker SPEC`` prints as JSON on its last line; ``{"error": …}`` if it fails.
 
@@ -135,14 +140,18 @@ def in_fresh_process(
         spec: what it is to do, given to it as JSON.
         cache: folder of torch.compile's cache; None: an empty one, deleted afterwards.
         seconds: after which it is ended, and ``{"error": …, "short": "timed out"}`` is returned; None: never.
+        paths: folders in front of its import path.
     """
     if cache is None:
         with tempfile.TemporaryDirectory() as empty:
-            return in_fresh_process(script, spec, empty, seconds=seconds)
+            return in_fresh_process(script, spec, empty, seconds=seconds, paths=paths)
+    variables = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+    if paths:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))
     try:
         done = subprocess.run(
             [sys.executable, script, "--worker", json.dumps(spec)],
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"},
+            env=os.environ | variables,
             capture_output=True,
             text=True,
             timeout=seconds,

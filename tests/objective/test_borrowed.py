@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import llc_fast
 from llc_fast.chains.run import StepTaken, after_each_step
+from llc_fast.estimate import Surroundings
 from llc_fast.gradients import replay
+from llc_fast.objective.borrowed import ModelSnapshot
 from llc_fast.objective.flops import FlopCounter
 
 mse = nn.functional.mse_loss
@@ -371,6 +373,29 @@ def test_ctrl_c_as_soon_as_it_is_handled(monkeypatch: pytest.MonkeyPatch) -> Non
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(signal, "signal", installed)
             runs.estimate(model=model)
+        _assert_as_before(model, before)
+
+
+def test_a_second_ctrl_c_before_the_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One while the run begins, and another just before what has begun is ended: it is ended all the same."""
+    begin, end, model = ModelSnapshot.silence, Surroundings.__exit__, _prepared("counting")
+
+    def interrupted_again(self: Surroundings, *error: Any) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return end(self, *error)
+
+    with _default_handler(), monkeypatch.context() as patched:
+
+        def interrupted(self: ModelSnapshot) -> None:
+            begin(self)
+            patched.setattr(Surroundings, "__exit__", interrupted_again)  # now, when its code is known
+            signal.raise_signal(signal.SIGINT)
+
+        before = _state(model)
+        patched.setattr(ModelSnapshot, "silence", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runs.estimate(model=model)
+        patched.undo()
         _assert_as_before(model, before)
 
 
