@@ -212,6 +212,7 @@ def list_compilations(
     return [
         Compilation("module.cpp", "module.o", [*includes, *about_isas, *about_cuda]),
         Compilation("cpu_dispatch.cpp", "cpu_dispatch.o", about_isas),
+        Compilation("replay.cpp", "replay.o", []),
         *(
             Compilation("step_cpu.cpp", f"step_cpu.{isa}.o", [f"-DLLC_ISA={isa}", *flags])
             for isa, flags in {"baseline": [], **isas}.items()

@@ -36,13 +36,14 @@ struct Permutation {
         return x ^ (x >> 16);
     }
 
-    LLC_HD uint64_t once(uint64_t x) const {
+    template <class Index>  // unsigned, with room for twice as many samples, and no less than 2^kFeistelMinBits
+    LLC_HD Index once(Index x) const {
         uint32_t left = uint32_t(x >> right_bits), right = uint32_t(x) & right_mask;
         for (int round = 0; round < kFeistelRounds; round += 2) {
             left ^= mix(right, keys[round]) & left_mask;
             right ^= mix(left, keys[round + 1]) & right_mask;
         }
-        return uint64_t{left} << right_bits | right;
+        return Index(left) << right_bits | right;
     }
 
     LLC_HD uint64_t walk(uint64_t x) const {

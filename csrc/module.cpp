@@ -6,11 +6,15 @@
 #include <array>
 #include <cstddef>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
+#include "replay.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -207,6 +211,73 @@ py::dict scalars_layout() {
     return layout.finished();
 }
 
+// Functions of torch by the names of their fields; 0: this torch has none.
+llc::TorchFunctions torch_functions(const std::map<std::string, uintptr_t>& addresses) {
+    llc::TorchFunctions f{};
+#define LLC_FUNCTION(field) f.field = reinterpret_cast<decltype(f.field)>(addresses.at(#field))
+    LLC_FUNCTION(grad_mode_is_enabled);
+    LLC_FUNCTION(grad_mode_set_enabled);
+    LLC_FUNCTION(delete_tensor);
+    LLC_FUNCTION(new_tensor);
+    LLC_FUNCTION(copy_);
+    LLC_FUNCTION(abi_version);
+    LLC_FUNCTION(call_dispatcher);
+    LLC_FUNCTION(new_list);
+    LLC_FUNCTION(push_back);
+    LLC_FUNCTION(new_optional);
+    LLC_FUNCTION(item);
+#undef LLC_FUNCTION
+    return f;
+}
+
+// A pair: what it is, and its value.
+llc::Argument argument_of(const py::handle& value) {
+    const auto pair = py::cast<py::tuple>(value);
+    const auto kind = py::cast<std::string>(pair[0]);
+    llc::Argument argument;
+    using Kind = llc::Argument::Kind;
+    if (kind == "bits" || kind == "tensor") {
+        argument.kind = kind == "bits" ? Kind::bits : Kind::tensor;
+        argument.bits = py::cast<uint64_t>(pair[1]);
+    } else if (kind == "optional") {
+        argument.kind = Kind::optional;
+        argument.items.push_back(argument_of(pair[1]));
+    } else if (kind == "list") {
+        argument.kind = Kind::list;
+        for (const py::handle item : py::cast<py::list>(pair[1])) argument.items.push_back(argument_of(item));
+    } else {
+        throw std::invalid_argument("an argument must be bits, tensor, optional or list, not " + kind);
+    }
+    return argument;
+}
+
+void bind_program(py::module_& m) {
+    py::class_<llc::Program>(m, "Program")
+        .def(py::init([](const std::map<std::string, uintptr_t>& addresses) {
+            return std::make_unique<llc::Program>(torch_functions(addresses));
+        }))
+        .def("add_tensor",
+             [](llc::Program& p, uintptr_t handle) { return p.add_tensor(reinterpret_cast<void*>(handle)); })
+        .def("add_scalar", &llc::Program::add_scalar)
+        .def("add_text", &llc::Program::add_text)
+        .def("add_call",
+             [](llc::Program& p, uintptr_t function, const std::vector<size_t>& operands) {
+                 p.add_call(reinterpret_cast<void*>(function), operands);
+             })
+        .def("add_dispatch",
+             [](llc::Program& p, const std::string& name, const std::string& overload, const py::list& arguments,
+                size_t num_results, const std::vector<std::optional<size_t>>& targets) {
+                 std::vector<llc::Argument> given;
+                 for (const py::handle argument : arguments) given.push_back(argument_of(argument));
+                 std::vector<size_t> places;
+                 for (const auto& target : targets) places.push_back(target.value_or(llc::Program::kNowhere));
+                 p.add_dispatch(name, overload, std::move(given), num_results, std::move(places));
+             })
+        .def("add_stop", &llc::Program::add_stop)
+        .def("run", py::overload_cast<size_t>(&llc::Program::run, py::const_),
+             py::call_guard<py::gil_scoped_release>());
+}
+
 // What the package's Python must agree with; llc_fast/kernels/native.py compares it when it is imported.
 template <class... Arguments>
 constexpr int count_arguments(void (*)(Arguments...)) {
@@ -270,4 +341,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("minibatch", &minibatch);
     m.def("interface", &interface);
     m.def("info", &info);
+    bind_program(m);
 }

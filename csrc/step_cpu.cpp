@@ -323,15 +323,49 @@ void normals(const Normals& request) {
     }
 }
 
+// Numbers of 32 bits, in vectors twice as wide as those of 64.
+template <class Index>
+void permute(const Permutation& order, Index* x, int64_t count) {
+    const Permutation own = order;  // whose keys no store to x can change
+#pragma GCC ivdep
+    for (int64_t k = 0; k < count; ++k) x[k] = own.once(x[k]);
+}
+
+// `walk` for many at a time: those that are beyond n are put side by side, so that vectors hold nothing else.
+template <class Index>
+void write_order(const Permutation& order, uint64_t first, int64_t* out, int64_t count) {
+    Index x[kBlock];
+    int32_t places[kBlock];
+    const Index n = Index(order.num_samples);
+    for (int64_t k = 0; k < count; ++k) x[k] = Index(first + uint64_t(k)), places[k] = int32_t(k);
+    while (count > 0) {
+        permute(order, x, count);
+        int64_t beyond = 0;
+        for (int64_t k = 0; k < count; ++k) {
+            const Index value = x[k];
+            const int32_t place = places[k];
+            out[place] = int64_t(value);
+            x[beyond] = value, places[beyond] = place;
+            beyond += value >= n;
+        }
+        count = beyond;
+    }
+}
+
 void minibatch(const Minibatch& batch) {
     for (int64_t chain = 0; chain < batch.num_chains; ++chain) {
         int64_t* out = batch.out + chain * batch.batch_size;
         uint64_t first;
         const Permutation order = minibatch_order(batch, batch.key.step, chain, first);
-        // Two loops: the compiler vectorizes the first, but can't the second, which has little to do.
-#pragma GCC ivdep
-        for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.once(first + uint64_t(k)));
-        for (int64_t k = 0; k < batch.batch_size; ++k) out[k] = int64_t(order.walk(uint64_t(out[k])));
+        const bool is_narrow = uint64_t(batch.num_samples) <= uint64_t{1} << 31;
+        for (int64_t k = 0; k < batch.batch_size; k += kBlock) {
+            const int64_t count = std::min(kBlock, batch.batch_size - k);
+            if (is_narrow) {
+                write_order<uint32_t>(order, first + uint64_t(k), out + k, count);
+            } else {
+                write_order<uint64_t>(order, first + uint64_t(k), out + k, count);
+            }
+        }
     }
 }
 

@@ -1286,7 +1286,7 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
     saved = prepared.saved
     result.diagnostics.update(
         strategy_reason="; ".join(
-            filter(None, (run.plan.reason, run.note and f"not recorded: {run.note}", run.metric))
+            filter(None, (run.plan.reason, run.note and f"not recorded: {run.note}", run.by_python, run.metric))
         ),
         unpaired_reason=chosen.unpaired_reason,
         paired_with=prepared.reference_losses.pairing,

@@ -619,6 +619,24 @@ def test_report_joins_calls(
     assert "| step_kernel<63, Sgld<float>, float> | 530.1 us | 91 % |" in text
 
 
+# ---- replays -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_replays_by_python_and_natively(tmp_path: Path) -> None:
+    """A row for each number of chains and threads, and for each family."""
+    path = tmp_path / "replay.json"
+    sizes = ["--sizes", "16", "--chains", "1", "2", "--threads", "1", "2", "--rounds", "1", "--steps", "10"]
+    script = [sys.executable, str(FOLDER / "speed/bench_replay.py"), "--json", str(path), *sizes]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*script, "--families", "mlp"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(path.read_text())
+    assert [(row["chains"], row["threads"]) for row in tables["networks"]] == [(1, 1), (2, 1), (2, 2)]
+    assert all(row["by Python"] == 0 and row["replay, native, µs"] > 0 for row in tables["networks"])
+    assert [row["family"] for row in tables["families"]] == ["mlp"]
+
+
 # ---- influence -----------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from llc_fast.chains.step_checks import StepChecks, check_steps
 from llc_fast.data import Batch, map_tensors, mix
 from llc_fast.gradients.minibatches import Feed, paired
 from llc_fast.gradients.plan import Plan
-from llc_fast.gradients.strategies import Gradient, Transition, is_refusal, make_gradient
+from llc_fast.gradients.strategies import Gradient, ReplayedGradient, Transition, is_refusal, make_gradient
 from llc_fast.objective.control_variate import ControlVariate
 from llc_fast.objective.objective import Evaluation, Objective
 from llc_fast.samplers.base import Sampler
@@ -105,6 +105,7 @@ class Group:
 
     Attributes:
         note: why kernels were not recorded, if they should have been.
+        by_python: which recorded kernels Python runs, and why.
         metric: of which kind it is for which parameters, where the sampler has several.
 
     Raises:
@@ -144,6 +145,7 @@ class Group:
                 model=model,
                 evaluates_reference=spec.evaluates_reference,
             )
+        self.by_python = gradient.by_python if isinstance(gradient, ReplayedGradient) else ""
         if traces.state is not None:
             self._restore(traces.state)
         elif spec.start is not None:

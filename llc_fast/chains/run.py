@@ -34,6 +34,7 @@ class ChainRun:
         note: why kernels were not recorded, if they should have been.
         seconds_of_data: that were spent waiting for a loader.
         metric: of which kind it is for which parameters, where a sampler has several.
+        by_python: which recorded kernels Python runs, and why.
     """
 
     traces: list[Traces]
@@ -42,6 +43,7 @@ class ChainRun:
     note: str
     seconds_of_data: float = 0.0
     metric: str = ""
+    by_python: str = ""
 
 
 class Monitor:
@@ -185,7 +187,8 @@ class RunningChains:
         interrupted = self._stop.is_set() and not driver.has_reached
         note = next(filter(None, driver.notes), "")
         traces = [slot.traces for slot in driver.slots]
-        return ChainRun(traces, interrupted, driver.spec.plan, note, driver.seconds_of_data, driver.metric)
+        plan, seconds = driver.spec.plan, driver.seconds_of_data
+        return ChainRun(traces, interrupted, plan, note, seconds, driver.metric, driver.by_python)
 
 
 @dataclass(eq=False)
@@ -202,7 +205,7 @@ class _Driver:
     def __init__(self, spec: RunSpec, slots: list[_Slot], until: int, monitor: Monitor, stop: Stop) -> None:
         self.spec, self.slots, self._monitor, self._stop = spec, slots, monitor, stop
         self.notes: list[str] = []
-        self.metric = ""
+        self.metric = self.by_python = ""
         self.seconds_of_data = 0.0
         self._observables = Observables(spec.observables, spec.schedule.num_draws)
         for slot in slots:
@@ -270,7 +273,7 @@ class _Driver:
         state = self._free.pop(fits[0]) if fits else None
         slot.group = Group(self.spec, slot.traces, self._observables, self._model, state)
         self.notes.append(slot.group.note)
-        self.metric = slot.group.metric
+        self.metric, self.by_python = slot.group.metric, slot.group.by_python
         return slot.group
 
     def run(self, until: int) -> None:

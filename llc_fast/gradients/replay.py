@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from llc_fast.gradients.matmul import product_by_onednn
+from llc_fast.gradients.program import Kernel, Program
 from llc_fast.support.torch_private import DispatchMode, packet_of, schema_of
 
 T = TypeVar("T")
@@ -177,7 +178,10 @@ class Recording(Generic[T]):
             _use_memory_again(kernels, recorder.calls, made - constant - lent - set(_storages(self.result)))
         compared = set(map(id, guards))
         self._kernels = kernels
-        self.calls = [_again(call, id(call) in compared) for call in kernels]
+        again = [_again(call, id(call) in compared) for call in kernels]
+        self.calls = [kernel.run for kernel in again]
+        self._again = again
+        self._program: Program | None = None
         self._kept = recorder.calls  # memory that was freed could be given to somebody else
 
     @property
@@ -207,15 +211,21 @@ class Recording(Generic[T]):
                 wrote[place], read[place] = k, []
         return found
 
-    @torch.no_grad()
+    @property
+    def program(self) -> Program:
+        """What runs the kernels; made when it is first needed."""
+        if self._program is None:
+            on_cpu = all(device.type == "cpu" for device in self.devices)
+            self._program = Program(self._again, "" if on_cpu else "they are a GPU's")
+        return self._program
+
     def replay(self) -> None:
         """Run the kernels again.
 
         Raises:
             OtherPathError: a value that Python has read is another one now; :attr:`result` is then of no use.
         """
-        for call in self.calls:
-            call()
+        self.program.run()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -282,13 +292,16 @@ def _is_plain(t: Tensor) -> bool:
     return type(t) is Tensor and not (t.is_quantized or t.is_conj() or t.is_neg() or t.requires_grad)
 
 
-def _again(call: _Call, is_compared: bool) -> Callable[[], object]:
+def _again(call: _Call, is_compared: bool) -> Kernel:
     """The same operation, with its results where they were."""
     op, args, kwargs, out = call
     if is_compared:
         run = functools.partial(op, *args, **kwargs)
-        return _of_same_size(run, out) if list(_tensors(out)) else _same_value(run, out)
-    return functools.partial(op, *args, **kwargs) if schema_of(op).is_mutable else _into(op, args, kwargs, out)
+        again = _of_same_size(run, out) if list(_tensors(out)) else _same_value(run, out)
+        return Kernel(again, why_not="a value that Python reads")
+    if schema_of(op).is_mutable:
+        return Kernel(functools.partial(op, *args, **kwargs), op, args, kwargs)
+    return _into(op, args, kwargs, out)
 
 
 def _same_value(read: Callable[[], Any], value: Any) -> Callable[[], None]:
@@ -333,16 +346,16 @@ _SHORT_WAYS: dict[Any, Callable[..., object]] = {
 """The same kernels behind torch's generated bindings: 1 µs of Python's lock a call, where an overload's takes 2.5."""
 
 
-def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Callable[[], object]:
+def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Kernel:
     """The same operation with its results written to `out`."""
     outputs = (out,) if isinstance(out, Tensor) else out
     if schema_of(op).name in _WORKSPACES and all(isinstance(t, Tensor) for t in outputs):
-        return _copying(functools.partial(torch.enable_grad()(op), *args, **kwargs), out)
+        run = functools.partial(torch.enable_grad()(op), *args, **kwargs)
+        return Kernel(_copying(run, out), why_not=f"{schema_of(op).name} while gradients are recorded")
     if not kwargs and (product := product_by_onednn(op, args, out)) is not None:
-        return product
+        return Kernel(product, why_not="a matrix product by oneDNN")
     own = [(a.name, str(a.type)) for a in schema_of(op).arguments]
-    # A loss that reduces would resize its output to that of the unreduced one on the way.
-    if all(isinstance(t, Tensor) for t in outputs) and "reduction" not in dict(own):
+    if all(isinstance(t, Tensor) for t in outputs) and not _reduces(op, args, kwargs):
         for overload in packet_of(op).overloads():
             variant = getattr(packet_of(op), overload)
             arguments = schema_of(variant).arguments
@@ -354,10 +367,25 @@ def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> C
                 and rest == [a for a in own if a in rest or a[0] not in _IMPLIED_BY_OUT]
             ):
                 given = {k: v for k, v in kwargs.items() if k in dict(rest)}
+                given |= dict(zip(targets, outputs, strict=True))
                 call = _SHORT_WAYS.get(variant, variant)
-                return functools.partial(call, *args, **given, **dict(zip(targets, outputs, strict=True)))
+                return Kernel(functools.partial(call, *args, **given), variant, args, given)
 
-    return _copying(functools.partial(op, *args, **kwargs), out)
+    again = _copying(functools.partial(op, *args, **kwargs), out)
+    if all(t is None or isinstance(t, Tensor) for t in outputs):
+        return Kernel(again, op, args, kwargs, tuple(outputs))
+    return Kernel(again, why_not=f"{schema_of(op).name} returns other things than tensors")
+
+
+def _reduces(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is a loss that reduces: it would resize its output to that of the unreduced one on the way."""
+    if schema_of(op).name.endswith("_backward"):
+        return False
+    names = [a.name for a in schema_of(op).arguments]
+    if "reduction" not in names:
+        return False
+    place = names.index("reduction")
+    return bool((args[place] if place < len(args) else kwargs.get("reduction", 1)) != 0)
 
 
 def _copying(call: Callable[[], Any], out: Any) -> Callable[[], None]:

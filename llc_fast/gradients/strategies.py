@@ -360,6 +360,11 @@ class ReplayedGradient:
         self._found = self._grads
         return self._evaluation
 
+    @property
+    def by_python(self) -> str:
+        """Which recorded kernels Python runs, and why; empty: none, or on a GPU."""
+        return "" if self._on_gpu else self._recording.program.described
+
     def gradients(self) -> list[Tensor]:
         return self._found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -288,3 +290,143 @@ def copy_of_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     copied = copy.copy(loader)
     vars(copied).update({"_iterator": None, "in_order": True}, **changes)
     return copied
+
+
+REPLAY_FUNCTIONS = {
+    "grad_mode_is_enabled": "aoti_torch_grad_mode_is_enabled",
+    "grad_mode_set_enabled": "aoti_torch_grad_mode_set_enabled",
+    "delete_tensor": "aoti_torch_delete_tensor_object",
+    "new_tensor": "aoti_torch_new_tensor_handle",
+    "copy_": "aoti_torch_copy_",
+    "abi_version": "aoti_torch_abi_version",
+    "call_dispatcher": "torch_call_dispatcher",
+    "new_list": "torch_new_list_reserve_size",
+    "push_back": "torch_list_push_back",
+    "new_optional": "torch_new_stable_ivalue",
+    "item": "_ZN2at4_ops4item4callERKNS_6TensorE",
+}
+"""Functions of torch's libraries by the names that ``csrc/replay.h`` has for them: all but the last are of torch's C
+interface, whose meaning does not change between versions; not every version has all of them."""
+
+
+@functools.cache
+def _libraries() -> Any:
+    """torch's shared libraries, which are loaded already."""
+    try:
+        return ctypes.CDLL(torch._C.__file__)
+    except (OSError, TypeError):
+        return None
+
+
+@functools.cache
+def _address(symbol: str) -> int:
+    """Of a function of torch's libraries; 0: there is none of this name."""
+    try:
+        return ctypes.cast(getattr(_libraries(), symbol), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0
+
+
+def symbol_addresses(symbols: Mapping[str, str]) -> dict[str, int]:
+    """Addresses of functions of torch's libraries, 0 where there is none of this name."""
+    return {name: _address(symbol) for name, symbol in symbols.items()}
+
+
+def unboxed_address(schema: Any) -> int:
+    """The function of C++ behind an operation whose arguments are tensors, numbers and text; 0: there is none.
+
+    ``at::_ops::NAME::call`` takes references to all of them, and views of text. A function's name in a library has the
+    types of its arguments in it, so that one with others is not found.
+    """
+    if not schema.name.startswith("aten::") or not {a.type.kind() for a in schema.arguments} <= _TYPES.keys():
+        return 0
+    name = "_".join(filter(None, (schema.name.removeprefix("aten::"), schema.overload_name)))
+    arguments = [(a.type.kind(), not (a.alias_info is not None and a.alias_info.is_write)) for a in schema.arguments]
+    return _address(_mangled(name, arguments))
+
+
+_TYPES = {
+    "TensorType": ("NS_6TensorE", ()),
+    "NumberType": ("N3c106ScalarE", ("c10",)),
+    "StringType": ("St17basic_string_viewIcSt11char_traitsIcEE", ("view", "traits", "traits of char")),
+}
+"""What torch's types are called in names of functions, and what in them may be abbreviated later."""
+
+
+def _mangled(name: str, arguments: Sequence[tuple[str, bool]]) -> str:
+    """The name of ``at::_ops::NAME::call`` by the rules of the Itanium C++ ABI, as libstdc++ has its types.
+
+    Args:
+        arguments: of each, its kind and whether it is constant. Text is passed by value, all else by reference.
+    """
+    seen: dict[object, int] = {"at": 0, "_ops": 1, "struct": 2}  # what may be abbreviated, in its order
+    text = f"_ZN2at4_ops{len(name)}{name}4callE"
+
+    def known(part: object) -> str:
+        return "S_" if seen[part] == 0 else f"S{'0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ'[seen[part] - 1]}_"
+
+    for kind, is_constant in arguments:
+        reference = kind, is_constant
+        if reference in seen:
+            text += known(reference)
+            continue
+        if kind != "StringType":
+            text += "RK" if is_constant else "R"
+        if kind in seen:
+            text += known(kind)
+        else:
+            spelled, parts = _TYPES[kind]
+            text += spelled
+            for part in (*parts, kind):
+                seen[part] = len(seen)
+        if kind == "StringType":
+            continue
+        if is_constant:
+            seen[f"constant {kind}"] = len(seen)
+        seen[reference] = len(seen)
+    return text
+
+
+def tensor_handle(tensor: Tensor) -> int:
+    """Another reference to a tensor, for torch's C interface; somebody has to delete it."""
+    capsule = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address: int = pointer(capsule, None)
+    return address
+
+
+def release_handle(handle: int) -> None:
+    """Delete a reference."""
+    _libraries().aoti_torch_delete_tensor_object(ctypes.c_void_p(handle))
+
+
+def code_of(value: torch.dtype | torch.memory_format) -> int | None:
+    """The number of a dtype or a memory format in torch's C interface; None: it has none."""
+    kind = "dtype" if isinstance(value, torch.dtype) else "memory_format"
+    name = str(value).removeprefix("torch.")
+    try:
+        function = getattr(_libraries(), f"aoti_torch_{kind}_{name}")
+    except AttributeError:
+        return None
+    function.restype = ctypes.c_int32
+    return int(function())
+
+
+def number_as_tensor(value: bool | int | float) -> Tensor | None:
+    """A number as torch's operators see it that are given one in a tensor's stead; None: it can't be had.
+
+    Unlike another tensor without dimensions it counts less than any tensor where a type is chosen. Autograd keeps it.
+    """
+    one = torch.ones((), dtype=torch.float16)
+    try:
+        with torch.enable_grad():
+            graph: Any = (one.clone().requires_grad_() * value).grad_fn
+        number = graph._saved_other
+    except (RuntimeError, OverflowError, AttributeError):
+        return None
+    whole = torch.ones((), dtype=torch.int16)
+    is_one = isinstance(number, Tensor) and all(
+        torch.result_type(t, number) == torch.result_type(t, value) for t in (one, whole)
+    )
+    return number if is_one else None

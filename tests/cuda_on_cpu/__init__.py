@@ -44,7 +44,8 @@ def build(folder: Path) -> None:
         subprocess.run(["c++", *FLAGS, *flags, "-c", str(path), "-o", str(out)], check=True)
         return str(out)
 
-    natives = [folder / "step_cuda.cpp", *(CSRC / f"{name}.cpp" for name in ("module", "cpu_dispatch", "step_cpu"))]
+    names = "module", "cpu_dispatch", "replay", "step_cpu"
+    natives = [folder / "step_cuda.cpp", *(CSRC / f"{name}.cpp" for name in names)]
     with ThreadPoolExecutor(2) as pool:
         device = pool.submit(compiled, HERE / "device.cpp", DEVICE)
         objects = list(pool.map(lambda path: compiled(path, KERNELS), natives))

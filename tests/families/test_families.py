@@ -15,6 +15,7 @@ from families import FAMILIES, Case, Family, loss_of
 from torch import Tensor, nn
 
 import llc_fast
+from llc_fast.gradients import program
 from llc_fast.objective.selection import select
 
 NO_MEAN = ("gpt-neox ragged", "resnet train", "resnet18 train", "control flow")
@@ -249,6 +250,22 @@ def test_a_part_of_a_model(name: str) -> None:
     assert list(found) == expected and len(expected) > 0
     own = dict(case.model.named_parameters())
     assert all(not torch.equal(found[k], own[k]) for k in expected) and math.isfinite(result.llc_mean)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_native_replays_have_the_bits_of_pythons(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, results = case_of(name), []
+    why_not = program.why_not_native()
+    for reason in (why_not, "this is the comparison"):
+        monkeypatch.setattr(program, "why_not_native", lambda reason=reason: reason)
+        given = case.data, case.loss_fn
+        results.append(llc_fast.estimate_llc(case.model, *given, **{**_short(case), **case.options, "lr": 1e-5}))
+    native, python = results
+    np.testing.assert_array_equal(native.loss_trace, python.loss_trace)
+    np.testing.assert_array_equal(native.traces["bias"], python.traces["bias"])
+    is_recorded = "kernels: this is the comparison" in python.diagnostics["strategy_reason"]
+    assert is_recorded or name not in SWEPT or name == "graphs"  # whose batches come from a loader
+    assert "this is the comparison" not in native.diagnostics["strategy_reason"]
 
 
 @pytest.mark.parametrize("name", FEW)
