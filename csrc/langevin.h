@@ -88,11 +88,13 @@ LLC_HD T root(T x) {
 #endif
 }
 
-// The box. Comparisons, not min and max: a NaN must stay a NaN, so that somebody notices.
+// The box. A NaN must stay a NaN, so that somebody notices: which these comparisons do, and the one-instruction min and
+// max of x86, which they compile to.
 template <class T>
 LLC_HD T clamp_to_box(T w, T reference, T box) {
     const T low = reference - box, high = reference + box;
-    return w < low ? low : (w > high ? high : w);
+    w = high < w ? high : w;
+    return low > w ? low : w;
 }
 
 // First-order Langevin step in the metric 1/p:  w <- w - (lr/2) p drift + sigma sqrt(lr p) noise, then the box.
