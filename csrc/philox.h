@@ -123,7 +123,14 @@ LLC_HD void split_uniform(uint32_t x, int32_t& shift, int32_t& fraction) {
     // 32 minus its exponent as that of 2 half, which significands from sqrt(1/2) on round up.
     constexpr uint32_t kRoundedDown = ((127u + 32u) << 23) - 1 - (0x3F800000u - 0x3F3504F3u);
     shift = static_cast<int32_t>((kRoundedDown - bit_cast<uint32_t>(half)) >> 23);
-    fraction = static_cast<int32_t>((x | 1u) << (shift & 31));  // modulo 2^32: without the power of two
+    // Modulo 2^32, that is without the power of two.
+#if defined(__SSE2__) && !defined(__AVX2__) && !defined(__CUDA_ARCH__)
+    // No shifts by different amounts in these vectors. Not 2^31: 2 is the nearest power of two to no odd number.
+    const float power = bit_cast<float>(static_cast<uint32_t>((shift & 31) + 127) << 23);
+    fraction = static_cast<int32_t>((x | 1u) * static_cast<uint32_t>(static_cast<int32_t>(power)));
+#else
+    fraction = static_cast<int32_t>((x | 1u) << (shift & 31));
+#endif
 }
 
 // -2 log(u) = 2 shift log 2 - 2 log(1 + r), r exact but for its rounding to T: the result has full relative precision

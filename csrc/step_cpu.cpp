@@ -116,8 +116,6 @@ struct VectorMultiply {
 // calls, small enough that the arithmetic of one block overlaps with the memory traffic of the next.
 constexpr int64_t kBlock = 512;
 
-constexpr int64_t kChunk = 8 * kWords;
-
 // Memory that will be needed when a block's noise is there. It is fetched line by line while that is made: left to
 // themselves, processors begin when the update asks for it, and the memory has nothing to do before.
 struct Upcoming {
@@ -133,7 +131,7 @@ struct Upcoming {
     }
 };
 
-// Element i of each of the four vectors, side by side, for i = 0, kWords / 4, …, 1, kWords / 4 + 1, …
+// Four numbers side by side, x[0][i] … x[3][i], for i = 0, 4, 8, …, 1, 5, 9, … in this order.
 LLC_HD void store_transposed(const float (&x)[4][kWords], float* out) {
     const Floats &x0 = reinterpret_cast<const Floats&>(x[0]), &x1 = reinterpret_cast<const Floats&>(x[1]);
     const Floats &x2 = reinterpret_cast<const Floats&>(x[2]), &x3 = reinterpret_cast<const Floats&>(x[3]);
@@ -144,8 +142,12 @@ LLC_HD void store_transposed(const float (&x)[4][kWords], float* out) {
     rows[2] = pick<0, 1, 4, 5>(c, d), rows[3] = pick<2, 3, 6, 7>(c, d);
 }
 
-// The normals of elements [block * kBlock, (block + 1) * kBlock). In two loops, as the chains of dependent instructions
-// of one of both together are longer than what processors look ahead.
+// As much of a block as is made at a time, two vectors of each word: in larger chunks more lines would be fetched at
+// once than processors keep track of.
+constexpr int64_t kChunk = 8 * kWords;
+
+// The normals of elements [block * kBlock, (block + 1) * kBlock). In two loops: processors do not look ahead as far as
+// the chain of dependent instructions in one loop is long.
 template <class T>
 void fill_block(T* z, const NoiseKey& key, int64_t block, const Upcoming& upcoming) {
     constexpr int64_t kCounters = kChunk / 4;
