@@ -132,7 +132,8 @@ template <class T>
 LLC_HD void move_with_momentum(Coordinate<T>& x, T momentum, T box) {
     const T w = x.w + momentum;
     x.w = clamp_to_box(w, x.reference, box);
-    const bool outside = x.w < w || x.w > w;  // clamped; false for a NaN
+    const T back = x.w - w;  // by the box; a difference, which keeps the compiler from undoing min and max
+    const bool outside = back < T(0) || back > T(0);  // false for a NaN
     x.state[0] = outside ? -momentum : momentum;
 }
 

@@ -120,9 +120,9 @@ LLC_HD uint32_t counter_word3(const NoiseKey& key, uint64_t counter) {
 // the same.
 LLC_HD void split_uniform(uint32_t x, int32_t& shift, int32_t& fraction) {
     const float half = static_cast<float>(static_cast<int32_t>(x >> 1)) + 0.5f;  // u 2^31
-    // 32 minus its exponent as that of 2 half, which significands from sqrt(1/2) on round up.
-    constexpr uint32_t kRoundedDown = ((127u + 32u) << 23) - 1 - (0x3F800000u - 0x3F3504F3u);
-    shift = static_cast<int32_t>((kRoundedDown - bit_cast<uint32_t>(half)) >> 23);
+    // -log2(u), rounded, by one subtraction from the bits; 0x3F3504F3 is sqrt(1/2).
+    constexpr uint32_t kFrom = ((127u + 32u) << 23) - 1 - (0x3F800000u - 0x3F3504F3u);
+    shift = static_cast<int32_t>((kFrom - bit_cast<uint32_t>(half)) >> 23);
     // Modulo 2^32, that is without the power of two.
 #if defined(__SSE2__) && !defined(__AVX2__) && !defined(__CUDA_ARCH__)
     // No shifts by different amounts in these vectors. Not 2^31: 2 is the nearest power of two to no odd number.
