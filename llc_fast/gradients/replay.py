@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from llc_fast.gradients.matmul import product_by_onednn
+from llc_fast.gradients.matmul import product_by_onednn, small_product
 from llc_fast.gradients.program import Kernel, Program
 from llc_fast.support.torch_private import DispatchMode, packet_of, schema_of
 
@@ -352,8 +352,10 @@ def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> K
     if schema_of(op).name in _WORKSPACES and all(isinstance(t, Tensor) for t in outputs):
         run = functools.partial(torch.enable_grad()(op), *args, **kwargs)
         return Kernel(_copying(run, out), why_not=f"{schema_of(op).name} while gradients are recorded")
-    if not kwargs and (product := product_by_onednn(op, args, out)) is not None:
-        return Kernel(product, why_not="a matrix product by oneDNN")
+    if (product := small_product(op, args, kwargs, out)) is not None:
+        return Kernel(product.run, product=product)
+    if not kwargs and (large := product_by_onednn(op, args, out)) is not None:
+        return Kernel(large, why_not="a matrix product by oneDNN")
     own = [(a.name, str(a.type)) for a in schema_of(op).arguments]
     if all(isinstance(t, Tensor) for t in outputs) and not _reduces(op, args, kwargs):
         for overload in packet_of(op).overloads():
