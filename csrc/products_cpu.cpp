@@ -6,6 +6,7 @@
 // GCC 12 warns of its own header's way to say "undefined".
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -19,7 +20,8 @@ constexpr int kLanes = 16;
 using Vector = __m512;
 
 struct Part {
-    __mmask16 mask;
+    __mmask16 mask = 0;
+    Part() = default;
     explicit Part(int64_t n) : mask(__mmask16((1u << n) - 1)) {}
     Vector load(const float* p) const { return _mm512_maskz_loadu_ps(mask, p); }
     void store(float* p, Vector v) const { _mm512_mask_storeu_ps(p, mask, v); }
@@ -48,8 +50,9 @@ constexpr int kLanes = 8;
 using Vector = __m256;
 
 struct Part {
-    __m256i mask;
-    int64_t n;
+    __m256i mask = _mm256_setzero_si256();
+    int64_t n = 0;
+    Part() = default;
     explicit Part(int64_t n)
         : mask(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))), n(n) {}
     Vector load(const float* p) const { return _mm256_maskload_ps(p, mask); }
@@ -215,13 +218,177 @@ void transpose(const float* from, int64_t stride, int64_t depth, int64_t columns
     }
 }
 
+// ---- Columns beyond a multiple of 16
+// -----------------------------------------------------------------------------------
+//
+// Of a vector that holds two columns most lanes work for nothing: for 50 columns a quarter of all. So a few columns
+// have lanes for something else, for rows of c where those of `a` lie side by side, or for the depth where it does.
+
+constexpr int64_t kWide = 16;                 // lanes, for every instruction set: the order of sums is the same
+constexpr int kHalves = int(kWide) / kLanes;  // vectors that hold as many
+constexpr int64_t kMaxBeyond = 8, kMaxBeyondAlong = 4;
+
+// How many of the last columns are done so.
+int64_t columns_beyond(const Product& p) {
+    const int64_t beyond = p.columns % kWide;
+    if (p.a_depth != 1) return beyond <= kMaxBeyond ? beyond : 0;
+    // Operations for each row with AVX2, those that add up 16 lanes among them, against a vector's.
+    const int64_t own = beyond * (2 * ((p.depth + kWide - 1) / kWide) + 7);
+    return beyond <= kMaxBeyondAlong && own < p.depth ? beyond : 0;
+}
+
+struct Columns {
+    const float *a, *b, *bias;
+    float* c;
+    int64_t a_row, a_depth, b_depth, b_column, bias_row, c_row, depth;
+};
+
+void finish(const Columns& p, int64_t row, int column, float sum) {
+    p.c[row * p.c_row + column] = p.bias ? sum + p.bias[row * p.bias_row + column] : sum;
+}
+
+// Lanes are rows: a_row is 1.
+template <int kVectors, int kColumns>
+void multiply_beside(const Columns& p, int64_t first, int64_t end) {
+    constexpr int64_t kRows = kVectors * kLanes;
+    for (int64_t row = first; row < end; row += kRows) {
+        const int64_t rows = std::min(kRows, end - row);
+        const auto sum_up = [&](auto load_rows) {
+            Vector sums[kVectors][kColumns];
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; ++i) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kColumns; ++j) sums[i][j] = zero();
+            }
+            const float *a = p.a + row, *b = p.b;
+#pragma GCC unroll 2
+            for (int64_t k = 0; k < p.depth; ++k) {
+                Vector x[kVectors];
+#pragma GCC unroll 4
+                for (int i = 0; i < kVectors; ++i) x[i] = load_rows(a, i);
+#pragma GCC unroll 4
+                for (int j = 0; j < kColumns; ++j) {
+                    const Vector y = everywhere(b + j * p.b_column);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kVectors; ++i) sums[i][j] = fused(x[i], y, sums[i][j]);
+                }
+                a += p.a_depth, b += p.b_depth;
+            }
+            alignas(64) float found[kVectors][kColumns][kLanes];
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; ++i) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kColumns; ++j) store(found[i][j], sums[i][j]);
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int j = 0; j < kColumns; ++j) finish(p, row + r, j, found[r / kLanes][j][r % kLanes]);
+            }
+        };
+        if (rows == kRows) {
+            sum_up([](const float* a, int i) { return load(a + i * kLanes); });
+        } else {
+            Part parts[kVectors];
+            for (int i = 0; i < kVectors; ++i) parts[i] = Part(std::clamp<int64_t>(rows - i * kLanes, 0, kLanes));
+            sum_up([&](const float* a, int i) { return parts[i].load(a + i * kLanes); });
+        }
+    }
+}
+
+inline __m256 halved(const Vector (&sums)[kHalves]) {
+#if defined(__AVX512F__)
+    return _mm256_add_ps(_mm512_castps512_ps256(sums[0]), _mm512_extractf32x8_ps(sums[0], 1));
+#else
+    return _mm256_add_ps(sums[0], sums[1]);
+#endif
+}
+
+inline __m128 quartered(const Vector (&sums)[kHalves]) {
+    const __m256 half = halved(sums);
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Lanes are the depth, modulo 16: a_depth and b_depth are 1.
+template <int kRows, int kColumns>
+void multiply_along(const Columns& p, int64_t row) {
+    Vector sums[kRows][kColumns][kHalves];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) {
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) sums[i][j][h] = zero();
+        }
+    }
+    const float* a = p.a + row * p.a_row;
+    const auto add_lanes = [&](int64_t k, auto load_lanes) {
+        Vector y[kColumns][kHalves];
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) {
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) y[j][h] = load_lanes(p.b + j * p.b_column + k, h);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) {
+                const Vector x = load_lanes(a + i * p.a_row + k, h);
+#pragma GCC unroll 4
+                for (int j = 0; j < kColumns; ++j) sums[i][j][h] = fused(x, y[j][h], sums[i][j][h]);
+            }
+        }
+    };
+    const int64_t whole = p.depth / kWide * kWide, rest = p.depth - whole;
+    for (int64_t k = 0; k < whole; k += kWide) {
+        add_lanes(k, [](const float* from, int h) { return load(from + h * kLanes); });
+    }
+    if (rest) {
+        Part parts[kHalves];
+        for (int h = 0; h < kHalves; ++h) parts[h] = Part(std::clamp<int64_t>(rest - h * kLanes, 0, kLanes));
+        add_lanes(whole, [&](const float* from, int h) { return parts[h].load(from + h * kLanes); });
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+        __m128 fourths[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) fourths[j] = quartered(sums[i][j]);
+        alignas(16) float found[4];
+        _mm_store_ps(found, _mm_hadd_ps(_mm_hadd_ps(fourths[0], fourths[1]), _mm_hadd_ps(fourths[2], fourths[3])));
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) finish(p, row + i, j, found[j]);
+    }
+}
+
+template <int kColumns>
+void multiply_columns(const Columns& p, int64_t first, int64_t end) {
+    if (p.a_depth != 1) return multiply_beside<kLanes == 16 ? 4 : 2, kColumns>(p, first, end);
+    constexpr int kRows = kLanes == 16 ? 4 : kColumns <= 2 ? 2 : 1;
+    int64_t row = first;
+    for (; row + kRows <= end; row += kRows) multiply_along<kRows, kColumns>(p, row);
+    for (; row < end; ++row) multiply_along<1, kColumns>(p, row);
+}
+
+// Rows [first, end) of the last `count` columns.
+void multiply_columns(int64_t count, Columns p, int64_t first, int64_t end) {
+    for (; count > 4; count -= 4, p.b += 4 * p.b_column, p.c += 4, p.bias += p.bias ? 4 : 0) {
+        multiply_columns<4>(p, first, end);
+    }
+    if (count == 1) multiply_columns<1>(p, first, end);
+    if (count == 2) multiply_columns<2>(p, first, end);
+    if (count == 3) multiply_columns<3>(p, first, end);
+    if (count == 4) multiply_columns<4>(p, first, end);
+}
+
+// ---- The product
+// -------------------------------------------------------------------------------------------------------
+
 // Rows [first, end) of one product. `turned`: room for a panel of b, where its columns do not lie side by side.
 void multiply_one(const Product& p, const float* a, const float* b, const float* bias, float* c, int64_t first,
                   int64_t end, float* turned) {
-    const int64_t vectors = (p.columns + kLanes - 1) / kLanes, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
+    const int64_t beyond = columns_beyond(p), most = p.columns - beyond;
+    const int64_t vectors = (most + kLanes - 1) / kLanes, panels = (vectors + kMaxVectors - 1) / kMaxVectors;
     for (int64_t k = 0; k < panels; ++k) {
         const int64_t from = vectors * k / panels, to = vectors * (k + 1) / panels;
-        const int64_t column = from * kLanes, columns = std::min(p.columns, to * kLanes) - column;
+        const int64_t column = from * kLanes, columns = std::min(most, to * kLanes) - column;
         Panel panel{a,
                     b + column * p.b_column,
                     bias ? bias + column : nullptr,
@@ -240,6 +407,25 @@ void multiply_one(const Product& p, const float* a, const float* b, const float*
         }
         multiply_panel(int(to - from), panel, first, end);
     }
+    if (!beyond) return;
+    Columns last{a,
+                 b + most * p.b_column,
+                 bias ? bias + most : nullptr,
+                 c + most,
+                 p.a_row,
+                 p.a_depth,
+                 p.b_depth,
+                 p.b_column,
+                 p.bias_row,
+                 p.c_row,
+                 p.depth};
+    if (p.a_depth == 1 && p.b_depth != 1) {
+        for (int64_t j = 0; j < beyond; ++j) {
+            for (int64_t k = 0; k < p.depth; ++k) turned[j * p.depth + k] = last.b[k * p.b_depth + j];
+        }
+        last.b = turned, last.b_depth = 1, last.b_column = p.depth;
+    }
+    multiply_columns(beyond, last, first, end);
 }
 
 constexpr double kThreadWork = 2e6;  // multiply-adds: some 20 µs, several times what it takes to start a thread's work
@@ -249,7 +435,8 @@ void multiply(const Product& p, const float* a, const float* b, const float* bia
     const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(num_threads, int64_t(work / kThreadWork)));
     // Pieces of the rows of each product of the batch.
     const int64_t pieces = std::min(p.rows, (threads + p.batch - 1) / p.batch), jobs = pieces * p.batch;
-    const int64_t room = p.b_column == 1 ? 0 : p.depth * kMaxVectors * kLanes;
+    const bool turns = p.b_column != 1 || (p.a_depth == 1 && p.b_depth != 1 && columns_beyond(p));
+    const int64_t room = turns ? p.depth * kMaxVectors * kLanes : 0;
     float* const turned = room ? new float[size_t(threads * room)] : nullptr;
     const auto run = [&](int64_t thread) {
         for (int64_t job = jobs * thread / threads; job < jobs * (thread + 1) / threads; ++job) {

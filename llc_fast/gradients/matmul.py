@@ -17,8 +17,10 @@ from llc_fast.support.torch_private import has_onednn_linear, onednn_linear
 _aten = torch.ops.aten
 _PRODUCT_FLOPS = 1e7
 """Above which a matrix product is worth a choice of library."""
-_SMALL_FLOPS, _SMALL_DEPTH = 4e7, 2048
+_SMALL_FLOPS, _SMALL_DEPTH = 3e7, 1024
 """Up to which llc_fast multiplies: beyond, a matrix leaves the caches, and others cut it into blocks that do not."""
+_FEW_ROWS, _TURNED = 64, 16_384
+"""A right-hand matrix of more elements than the latter that lies in columns is worth turning for so many rows."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Product:
 
     Attributes:
         a, b, bias, c: matrices ``[batch, rows, depth]``, ``[batch, depth, columns]``, ``[batch, rows, columns]``; or
-            without the first dimension. The bias is None, or expanded to the shape of `c`.
+            without the first dimension. The bias is None, or expanded to the shape of `c`. Columns of `c` lie side by
+            side: where they do not, all is transposed.
         fields: sizes and strides, as ``csrc/products.h`` lists them.
     """
 
@@ -64,12 +67,16 @@ def small_product(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     tensors = [t for t in (a, b, bias, out) if t is not None]
     if any(value != 1 for value in kwargs.values()) or not _has_products() or not all(map(_is_plain, tensors)):
         return None
+    if _strides(out)[2] != 1 and bias is None:  # the rows lie side by side: cᵀ = bᵀ·aᵀ
+        a, b, out = b.mT, a.mT, out.mT
     (rows, depth), columns, batch = a.shape[-2:], b.shape[-1], a.shape[0] if a.ndim == 3 else 1
-    if not 0 < 2 * batch * rows * depth * columns <= _SMALL_FLOPS or depth > _SMALL_DEPTH:
-        return None
     along_a, along_b, along_c = (_strides(t) for t in (a, b, out))
     along_bias = (0, 0, 1) if bias is None else _strides(bias)
     if along_c[2] != 1 or along_bias[2] != 1 or 1 not in along_a[1:] or 1 not in along_b[1:]:
+        return None
+    if not 0 < 2 * batch * rows * depth * columns <= _SMALL_FLOPS or depth > _SMALL_DEPTH:
+        return None
+    if along_b[2] != 1 and rows < _FEW_ROWS and depth * columns > _TURNED:
         return None
     if any(_overlap(out, t) for t in tensors[:-1]):
         return None

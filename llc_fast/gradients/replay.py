@@ -174,8 +174,10 @@ class Recording(Generic[T]):
                     if torch.Tag.dynamic_output_shape in op.tags and not _indexes_by_integers(op, args):
                         guards.append(call)
         self.num_guards = len(guards)
+        results = set(_storages(self.result))
+        kernels = _written_in_rows(kernels, results)
         if reuses_memory:
-            _use_memory_again(kernels, recorder.calls, made - constant - lent - set(_storages(self.result)))
+            _use_memory_again(kernels, [*recorder.calls, *kernels], made - constant - lent - results)
         compared = set(map(id, guards))
         self._kernels = kernels
         again = [_again(call, id(call) in compared) for call in kernels]
@@ -278,6 +280,40 @@ def _use_memory_again(kernels: Sequence[_Call], calls: Sequence[_Call], movable:
                 t.set_(home, t.storage_offset(), t.shape, t.stride())
         for place in ends.get(k, ()):
             free.append(next(iter(tensors[place].values())).untyped_storage())
+
+
+def _written_in_rows(kernels: list[_Call], needed: set[int]) -> list[_Call]:
+    """Without copies that only transpose a product: it is written where they would put it.
+
+    Backward passes of chains in a batch give each weight's gradient transposed.
+
+    Args:
+        kernels: what is run again, in order.
+        needed: storages that are read afterwards.
+    """
+    users: dict[int, list[int]] = {}
+    for k, (_, args, kwargs, out) in enumerate(kernels):
+        for place in set(_storages((args, kwargs, out))):
+            users.setdefault(place, []).append(k)
+    found: list[_Call | None] = list(kernels)
+    for k, (op, args, _, copy) in enumerate(kernels):
+        if op is not _aten.clone.default or not copy.is_contiguous() or args[0].ndim not in (2, 3):
+            continue
+        place = args[0].untyped_storage().data_ptr()
+        maker, made = users[place][0], kernels[users[place][0]][-1]
+        if users[place] != [maker, k] or place in needed or not isinstance(made, Tensor):
+            continue
+        if made.ndim != args[0].ndim or not _lie_alike(made.mT, args[0]):
+            continue
+        product = (*kernels[maker][:3], copy.mT)
+        if small_product(*product) is not None:
+            found[maker], found[k] = product, None
+    return [call for call in found if call is not None]
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of the same memory are the same view of it."""
+    return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
 
 
 def _by_value(times: Mapping[int, int]) -> dict[int, list[int]]:

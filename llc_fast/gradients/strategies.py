@@ -275,8 +275,8 @@ class ReplayedGradient:
 
         def both() -> tuple[Evaluation, list[Tensor]]:
             evaluation, grads = inner.evaluate(batch), inner.gradients()
-            # On a GPU a copy that the step would make runs beside other kernels.
-            return evaluation, [g.contiguous() for g in grads] if on_gpu else grads
+            # What the step would copy: on a GPU beside other kernels, on a CPU a product may be written so at once.
+            return evaluation, [g.contiguous() for g in grads]
 
         aliases = inner.aliases if isinstance(inner, EagerGradient) else {}
         self._recording = self._recorded(both, aliases)

@@ -91,7 +91,8 @@ SIZES = [
     *itertools.product((1, 2, 13, 29), (1, 5, 16, 17, 50, 70), (1, 7, 16, 50)),
     *((rows, columns, 33) for rows in range(1, 32) for columns in (8, 24, 40, 64)),
     *((3, columns, 9) for columns in range(1, 140)),
-    *[(500, 16, 16), (50, 50, 500), (500, 50, 50), (11, 160, 160), (1, 1, 2048), (257, 3, 129)],
+    *((rows, columns, depth) for rows in (1, 3, 6, 41) for columns in (1, 2, 3, 4, 20, 23) for depth in (45, 48, 77)),
+    *[(500, 16, 16), (64, 50, 500), (500, 50, 50), (11, 160, 100), (1, 1, 1024), (257, 3, 129)],
 ]
 
 
@@ -119,6 +120,50 @@ def test_batches_and_biases(layouts: tuple[str, str]) -> None:
 
 
 @needs_products
+def test_what_is_written_transposed() -> None:
+    for rows, columns, depth in [(1, 5, 3), (70, 70, 500), (16, 16, 500), (33, 2, 60), (2, 33, 60)]:
+        for layouts in itertools.product(("rows", "columns"), repeat=2):
+            a, b = _matrix(rows, depth, layouts[0], 3), _matrix(depth, columns, layouts[1], 3)
+            out = torch.empty(3, columns, rows).mT
+            product = small_product(_aten.bmm.default, (a, b), {}, out)
+            assert product is not None
+            product.run()
+            _assert_close(out, a, b)
+
+
+def _read_twice(a: Tensor, b: Tensor) -> list[Tensor]:
+    product = a @ b
+    return [product.mT.contiguous(), product.sum()]
+
+
+TRANSPOSED: dict[str, tuple[Callable[[Tensor, Tensor], list[Tensor]], int]] = {
+    "copied": (lambda a, b: [(a @ b).mT.contiguous()], 1),
+    "copied, then read": (lambda a, b: [(a @ b).mT.contiguous().exp() @ a], 3),
+    "two of them": (lambda a, b: [(a @ b).mT.contiguous(), (b @ a).mT.contiguous()], 2),
+    "copied as it is": (lambda a, b: [(a @ b).clone()], 2),
+    "read once more": (_read_twice, 3),
+    "a part": (lambda a, b: [(a @ b)[..., :4].mT.contiguous()], 2),
+    "with a bias": (lambda a, b: [torch.addmm(a[0, 0], a[0], b[0]).t().contiguous()], 2),
+}
+
+
+@needs_products
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_copies_that_transpose_a_product(name: str) -> None:
+    """They are left out where nobody else reads the product; results and their layout are the same."""
+    function, kernels = TRANSPOSED[name]
+    a, b = torch.randn(3, 10, 10), torch.randn(3, 10, 10)
+    recording = Recording(lambda: function(a, b))
+    assert recording.num_kernels == kernels
+    for _ in range(2):
+        a.normal_(), b.normal_()
+        recording.replay()
+        for ours, fresh in zip(recording.result, function(a, b), strict=True):
+            assert ours.stride() == fresh.stride()
+            torch.testing.assert_close(ours, fresh, rtol=1e-4, atol=1e-4)
+
+
+@needs_products
 def test_infinities_and_nans_are_those_of_the_formula() -> None:
     """In their rows and columns, and in no others: no lane of a vector leaks into another, no zero hides one."""
     a, b = torch.randn(21, 30), torch.randn(30, 37)
@@ -140,7 +185,7 @@ def test_infinities_and_nans_are_those_of_the_formula() -> None:
 def test_threads_do_not_change_bits() -> None:
     before = torch.get_num_threads()
     try:
-        for batch, rows, columns, depth in [(1, 1000, 100, 150), (3, 500, 64, 100), (40, 9, 160, 160)]:
+        for batch, rows, columns, depth in [(1, 1000, 100, 150), (3, 500, 64, 100), (40, 9, 160, 100)]:
             a, b = torch.randn(batch, rows, depth), torch.randn(batch, columns, depth).transpose(1, 2)
             found = []
             for threads in (1, 2, 3, 7):
@@ -155,7 +200,7 @@ def test_threads_do_not_change_bits() -> None:
 def _digest() -> str:
     """Of products of many shapes."""
     generator, found = torch.Generator().manual_seed(5), hashlib.sha256()
-    for rows, columns, depth in [(500, 16, 16), (37, 50, 500), (500, 50, 50), (9, 3, 77), (40, 19, 160), (5, 100, 8)]:
+    for rows, columns, depth in [(500, 16, 16), (77, 50, 500), (500, 50, 50), (9, 3, 77), (40, 19, 160), (5, 100, 8)]:
         a, b = (torch.randn(shape, generator=generator) for shape in ((rows, depth), (depth, columns)))
         for x, y in itertools.product((a, a.t().contiguous().t()), (b, b.t().contiguous().t())):
             found.update(_product(x, y, torch.ones(columns)).numpy().tobytes())
@@ -190,6 +235,7 @@ def test_instruction_sets_do_not_change_bits() -> None:
         ("backwards", lambda: (torch.randn(6, 1).expand(6, 4), torch.randn(8, 6)[::2, ::2])),
         ("large", lambda: (torch.randn(400, 400), torch.randn(400, 400))),
         ("deep", lambda: (torch.randn(2, 3000), torch.randn(3000, 2))),
+        ("more to turn than to multiply", lambda: (torch.randn(9, 200), torch.randn(200, 200).t())),
         ("imaginary parts with a flag", lambda: (torch.randn(3, 2, dtype=torch.cfloat).conj().imag, torch.randn(2, 3))),
     ],
 )
@@ -211,7 +257,7 @@ def test_factors_and_overlaps_are_left_to_torch() -> None:
         recording.replay()
         torch.testing.assert_close(recording.result, torch.addmm(bias, a, b, **factors))
     assert small_product(_aten.mm.default, (a, b), {}, a) is None
-    assert small_product(_aten.mm.default, (a, b), {}, torch.empty(4, 4).t()) is None
+    assert small_product(_aten.addmm.default, (bias, a, b), {}, torch.empty(4, 4).t()) is None
     assert small_product(_aten.addmm.default, (torch.randn(4, 1), a, b), {}, torch.empty(4, 4)) is None
 
 
