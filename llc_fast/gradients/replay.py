@@ -120,7 +120,7 @@ class Recording(Generic[T]):
         aliases: what stands for a tensor with memory that is only lent to it, by its identity.
         writable: memory that the function was given to write to; so will each replay.
         reuses_memory: whether results that nobody needs any more give their memory to later ones. If not, kernels wait
-            for fewer others.
+            for fewer others. If so, too, products are written at once where a copy would transpose them to.
 
     Attributes:
         num_guards: values, and sizes that depend on values, that each replay compares with those of the recording.
@@ -175,8 +175,8 @@ class Recording(Generic[T]):
                         guards.append(call)
         self.num_guards = len(guards)
         results = set(_storages(self.result))
-        kernels = _written_in_rows(kernels, results)
         if reuses_memory:
+            kernels = _written_in_rows(kernels, results)
             _use_memory_again(kernels, [*recorder.calls, *kernels], made - constant - lent - results)
         compared = set(map(id, guards))
         self._kernels = kernels
