@@ -2,6 +2,7 @@
 #include "products.h"
 
 #include <algorithm>
+#include <new>
 
 // GCC 12 warns of its own header's way to say "undefined".
 #pragma GCC diagnostic push
@@ -436,8 +437,10 @@ void multiply(const Product& p, const float* a, const float* b, const float* bia
     // Pieces of the rows of each product of the batch.
     const int64_t pieces = std::min(p.rows, (threads + p.batch - 1) / p.batch), jobs = pieces * p.batch;
     const bool turns = p.b_column != 1 || (p.a_depth == 1 && p.b_depth != 1 && columns_beyond(p));
-    const int64_t room = turns ? p.depth * kMaxVectors * kLanes : 0;
-    float* const turned = room ? new float[size_t(threads * room)] : nullptr;
+    const int64_t room = turns ? (p.depth * kMaxVectors * kLanes + kWide - 1) / kWide * kWide : 0;
+    const auto cache_line = std::align_val_t(64);  // so that few vectors reach into two
+    float* const turned =
+        room ? static_cast<float*>(operator new[](sizeof(float) * size_t(threads * room), cache_line)) : nullptr;
     const auto run = [&](int64_t thread) {
         for (int64_t job = jobs * thread / threads; job < jobs * (thread + 1) / threads; ++job) {
             const int64_t i = job / pieces, piece = job % pieces;
@@ -452,7 +455,7 @@ void multiply(const Product& p, const float* a, const float* b, const float* bia
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t thread = 0; thread < threads; ++thread) run(thread);
     }
-    delete[] turned;
+    if (turned) operator delete[](turned, cache_line);
 }
 
 }  // namespace
