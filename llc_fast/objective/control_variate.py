@@ -375,7 +375,7 @@ class _Reference:
     # ---- whether a minibatch's loss is a mean ------------------------------------------------------------------
 
     def _weightings_of_a_few(self, source: IndexedSource, one_by_one: bool) -> set[str]:
-        """How a few minibatches' losses at w* are means of what their samples lose, each among those of other minibatches.
+        """How a few minibatches' losses at w* are means of what their samples lose, each beside those of others.
 
         Names are those of :func:`_weightings`; "" for the plain mean.
         """
