@@ -52,6 +52,15 @@ def _has_products() -> bool:
     return hasattr(_native, "has_products") and _native.has_products()
 
 
+def _is_precise() -> bool:
+    """Whether torch multiplies float32 matrices of a CPU as such: a user may ask it to round them to bfloat16."""
+    try:
+        precision: str = torch.backends.mkldnn.matmul.fp32_precision
+        return precision != "bf16"
+    except AttributeError:  # before torch 2.9
+        return torch.get_float32_matmul_precision() != "medium"
+
+
 def small_product(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Product | None:
     """A matrix product (of a batch, with a bias) by the native module, if it is one that should be.
 
@@ -65,7 +74,9 @@ def small_product(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     else:
         return None
     tensors = [t for t in (a, b, bias, out) if t is not None]
-    if any(value != 1 for value in kwargs.values()) or not _has_products() or not all(map(_is_plain, tensors)):
+    if any(value != 1 for value in kwargs.values()) or not all(map(_is_plain, tensors)):
+        return None
+    if not _has_products() or not _is_precise():
         return None
     if _strides(out)[2] != 1 and bias is None:  # the rows lie side by side: cᵀ = bᵀ·aᵀ
         a, b, out = b.mT, a.mT, out.mT

@@ -261,6 +261,18 @@ def test_factors_and_overlaps_are_left_to_torch() -> None:
     assert small_product(_aten.addmm.default, (torch.randn(4, 1), a, b), {}, torch.empty(4, 4)) is None
 
 
+def test_lower_precision_of_the_users_choice() -> None:
+    a, b, out = torch.randn(40, 40), torch.randn(40, 40), torch.empty(40, 40)
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            product = small_product(_aten.mm.default, (a, b), {}, out)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert (product is not None) is (_native.has_products() and precision != "medium")
+
+
 def _gradients(batched: bool) -> tuple[Callable[[], Any], list[Tensor]]:
     """Of a network whose layers have biases, one or three of them at a time, and their parameters."""
     lead = (3,) if batched else ()
