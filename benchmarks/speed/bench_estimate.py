@@ -4,7 +4,7 @@
     python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--language tiny 133k] [--chains 4]
         [--steps 2000] [--repeats 1] [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
         [--device cpu|cuda] [--per-step] [--rival-steps N] [--rivals FOLDER] [--quick] [--json PATH]
-    python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters batch]
+    python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters size batch]
         [--strategies default batched …] [--budget SECONDS]
 
 The work: a 4-layer square bias-free linear network at its true parameter, 10,000 samples of its own, mean squared
@@ -41,7 +41,7 @@ versions they are, and where they are looked for. Those that are not there are l
 
 `--scaling` measures llc_fast alone: seconds per step as chains, parameters and batches grow, from the difference of a
 long and a short estimate, so without what an estimate costs once ("set-up": the first estimate of two steps). On a busy
-machine such differences can come out wrong, even negative: raise --budget.
+machine such differences can come out wrong, even negative: raise --budget. "size" goes to 10⁹ parameters, 10 GB.
 
 Neighbours matter: on two busy cores what runs on two threads was seen to take ten times as long, which flatters
 llc_fast where it runs on one. Measure on an idle machine, and look at --threads 1 as well.
@@ -97,8 +97,10 @@ ON_LANGUAGE = ["devinterp2", "devinterp", "canonical", "loop"]
 DEFAULT = ["llc_fast", "devinterp", "devinterp2", "canonical", "loop"]
 """Rivals that linear networks, and that language models can be given to; what is measured if nothing is said."""
 STRATEGIES = [None, "sequential", "batched", "compiled"]
-GROWING = ["chains", "parameters", "batch"]
+GROWING = ["chains", "parameters", "size", "batch"]
 CHAIN_COUNTS, SCALING_SIZES, BATCHES = [1, 2, 4, 8, 16, 32, 64], [1024, 10_000, 102_400, 10**6], [20, 100, 500, 2500]
+LARGE_SIZES, LARGE_BATCH, LARGE_SAMPLES = [10**6, 10**7, 10**8, 10**9], 20, 200
+"""Of one chain, with so few samples that what grows with the parameters alone shows."""
 
 
 def make_estimate(contender: str, *, of_language: bool = False) -> Estimate:
@@ -119,7 +121,7 @@ def make_estimate(contender: str, *, of_language: bool = False) -> Estimate:
 def make_work(spec: dict[str, Any]) -> tuple[nn.Module, Data]:
     """The network and the data of a worker's problem."""
     if "network" not in spec:
-        return make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
+        return make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, spec.get("samples", SAMPLES))
     from bench_samples import network
 
     model = network(spec["size"])
@@ -365,6 +367,7 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
     plans: dict[str, list[tuple[int, int, int]]] = {
         "chains": [(10_000, BATCH, chains) for chains in CHAIN_COUNTS],
         "parameters": [(size, BATCH, CHAINS) for size in SCALING_SIZES],
+        "size": [(size, LARGE_BATCH, 1) for size in LARGE_SIZES],
         "batch": [(10_000, batch, CHAINS) for batch in BATCHES],
     }
     tables: dict[str, Any] = {}
@@ -380,6 +383,7 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
                 spec |= {"chains": chains, "lr": 1e-9, "seed": 0, "threads": options.threads}
                 spec |= {"nbeta": NBETA, "localization": LOCALIZATION}
                 spec |= {"steps": STEPS, "budget": options.budget, "device": options.device}
+                spec |= {"samples": LARGE_SAMPLES if growing == "size" else SAMPLES}
                 found = measure(spec)
                 used, seconds = found.get("strategy"), found.get("seconds")
                 base = seconds if k == 0 else base
