@@ -20,14 +20,12 @@ from llc_fast.data import (
     batch_length,
     leaves,
     map_tensors,
-    split_batch,
 )
 from llc_fast.kernels.step import NoiseKey
-from llc_fast.language import IGNORED
 from llc_fast.objective.objective import Objective, checked_init_loss, widened
+from llc_fast.objective.weightings import PLAIN, ByElements, Losses, Measure, one_by_one, together, weighted
 from llc_fast.support.errors import first_line
 
-Losses = NDArray[np.float64]
 Pairing = Literal["samples", "passes", "draws", "none"]
 """What stands against the loss of a chain's minibatch: the mean of what its samples lose at w*; what the minibatch at
 the same place of every pass loses; what an evaluation of the minibatch at w* finds, at draws; nothing."""
@@ -77,7 +75,7 @@ class ControlVariate:
         """
         if weights is None:
             return cls((losses - init_loss) / batch_size, by_sample=True)
-        return cls(_weighted(losses - init_loss, weights), by_sample=True, weights=weights)
+        return cls(weighted(losses - init_loss, weights), by_sample=True, weights=weights)
 
     @classmethod
     def of_passes(cls, losses: Losses, init_loss: float) -> ControlVariate:
@@ -240,7 +238,7 @@ class _Reference:
         if samples is None:
             self._reason = _NOT_THE_MEAN
             return self._of_draws()
-        if not np.isfinite(samples if weights is None else _weighted(samples, weights)).all():
+        if not np.isfinite(samples if weights is None else weighted(samples, weights)).all():
             self._reason = "the loss of single samples is not finite"
             return None
         if weighting is None:
@@ -249,7 +247,7 @@ class _Reference:
         size = source.batch_size or 1
         mean = float(samples.mean())
         if weights is not None:
-            mean = float(_weighted(samples, weights).sum() / weights.sum())
+            mean = float(weighted(samples, weights).sum() / weights.sum())
             mean += self._average(source, ControlVariate.of_samples(samples, mean, size, weights))
         error = self._rounding * abs(mean)
         variate = ControlVariate.of_samples(samples, mean, size, weights)
@@ -271,35 +269,41 @@ class _Reference:
     def _sample_losses(self, source: IndexedSource) -> tuple[str | None, Losses | None, Losses | None] | None:
         """How minibatches' losses are means of samples' (None: they are not), what samples lose, and their weights.
 
-        None altogether: nobody can say. They are evaluated together, or else, where there are few enough, one by one.
-        What they lose is then left out if minibatches lose something else.
+        None altogether: nobody can say. They are evaluated together, or by the elements of the model's outputs, or
+        else, where there are few enough, one by one. What they lose is then left out if minibatches lose something
+        else.
         """
-        objective = self._objective
-        for one_by_one in (False, True):
-            if one_by_one and (source.num_samples or 0) > self._affordable:
-                break
+        measures: list[Measure] = [together, ByElements()]
+        if (source.num_samples or 0) <= self._affordable:
+            measures.append(one_by_one)
+        problems = list[str]()
+        for measure in measures:
             try:
                 # Where torch would go through the samples one by one it warns: not without having been counted.
-                with objective.at_reference(), warnings.catch_warnings():
+                with self._objective.at_reference(), warnings.catch_warnings():
                     warnings.filterwarnings("error", message=".*performance drop")
-                    possible = self._weightings_of_a_few(source, one_by_one)
-                    if one_by_one and not possible:
+                    possible = self._weightings_of_a_few(source, measure)
+                    if measure is one_by_one and not possible:
                         return None, None, None
-                    losses, weights = list[Losses](), dict[str, list[Losses]]()
-                    for batch, _ in source.full():
-                        losses.append(_sample_losses(objective, batch, one_by_one))
-                        for name, values in _weightings(batch, objective.loss_fn).items() if possible - {""} else ():
-                            weights.setdefault(name, []).append(values)
-                    samples = np.concatenate(losses)
-                    known = {name: np.concatenate(parts) for name, parts in weights.items() if name in possible}
-                    known = {name: values for name, values in known.items() if len(values) == len(samples)}
-                    if "" in possible:
-                        known[""] = np.ones(len(samples))
-                    weighting = self._decided(source, known, one_by_one)
+                    samples, known = self._of_all(source, measure, possible)
+                    weighting = self._decided(source, measure, known)
                     return weighting, samples, known[weighting] if weighting else None
             except Exception as problem:
-                self._reason = f"the loss of single samples can't be had: {first_line(problem)}"
+                problems.append(first_line(problem))
+        self._reason = f"the loss of single samples can't be had: {problems[0]}"
         return None
+
+    def _of_all(self, source: IndexedSource, measure: Measure, possible: set[str]) -> tuple[Losses, dict[str, Losses]]:
+        """What all samples lose, and their weights by those of the names that they all have."""
+        losses, weights = list[Losses](), dict[str, list[Losses]]()
+        for batch, _ in source.full():
+            own, found = measure(self._objective, batch, possible)
+            losses.append(own)
+            for name, values in found.items():
+                weights.setdefault(name, []).append(values)
+        samples = np.concatenate(losses)
+        whole = {name: np.concatenate(parts) for name, parts in weights.items() if len(parts) == len(losses)}
+        return samples, whole
 
     def _indices(self, source: IndexedSource, step: int) -> NDArray[np.int64]:
         key = NoiseKey(self._seed, step=step, chain=_NO_CHAIN)
@@ -374,64 +378,54 @@ class _Reference:
 
     # ---- whether a minibatch's loss is a mean ------------------------------------------------------------------
 
-    def _weightings_of_a_few(self, source: IndexedSource, one_by_one: bool) -> set[str]:
-        """How a few minibatches' losses at w* are means of what their samples lose, each beside those of others.
-
-        Names are those of :func:`_weightings`; "" for the plain mean.
-        """
+    def _weightings_of_a_few(self, source: IndexedSource, measure: Measure) -> set[str]:
+        """How a few minibatches' losses at w* are means of what their samples lose, each beside those of others."""
         exact = self._objective.in_full_precision()
-        count = _CHECKED_ONE_BY_ONE if one_by_one else _CHECKED_BATCHES
+        count = _CHECKED_ONE_BY_ONE if measure is one_by_one else _CHECKED_BATCHES
         keys = [NoiseKey(self._seed, step=step) for step in range(count)]
         rows = [source.sample_indices(key, source.index_buffer(1))[0] for key in keys]
         mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
-        pieces = [_exact_batch(source, indices) for indices in mixed.reshape(len(rows), -1)]
-        samples = np.concatenate([_sample_losses(exact, piece, one_by_one) for piece in pieces])
-        found: set[str] | None = None
-        for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
-            holding = self._weightings_of(source, exact, indices, own)
-            found = holding if found is None else found & holding
-            if not found:
-                break
-        return found or set()
+        pieces = [measure(exact, _exact_batch(source, part), None) for part in mixed.reshape(len(rows), -1)]
+        losses = np.concatenate([own for own, _ in pieces]).reshape(mixed.shape)
+        names = set.intersection(*(set(found) for _, found in pieces))
+        weights = {name: np.concatenate([found[name] for _, found in pieces]).reshape(mixed.shape) for name in names}
+        for k, indices in enumerate(rows):
+            own = {name: values[:, k] for name, values in weights.items() if name in names}
+            names = self._weightings_of(source, indices, losses[:, k], own)
+        return names
 
-    def _weightings_of(self, source: IndexedSource, exact: Objective, indices: Tensor, own: Losses) -> set[str]:
-        """Those by which the loss of a minibatch is the mean of what its samples lose, `own`."""
+    def _weightings_of(
+        self, source: IndexedSource, indices: Tensor, losses: Losses, weights: Mapping[str, Losses]
+    ) -> set[str]:
+        """Those by which the loss of a minibatch is the mean of what its samples lose."""
+        exact = self._objective.in_full_precision()
         with torch.enable_grad():  # as chains do
-            batch = _exact_batch(source, indices)
-            loss = exact.minibatch_loss(exact.reference, batch, exact.fresh_buffers())
-        counted = own[np.isfinite(own)]
+            loss = exact.minibatch_loss(exact.reference, _exact_batch(source, indices), exact.fresh_buffers())
+        counted = losses[np.isfinite(losses)]
         slack = _SLACK * self._spread(counted) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(counted).mean())
         slack += _NEGLIGIBLE / self._nbeta
-        weightings = {"": np.ones(len(own))} | _weightings(_exact_batch(source, indices), exact.loss_fn)
-        means = {
-            name: _weighted(own, weights).sum() / weights.sum() for name, weights in weightings.items() if any(weights)
-        }
+        means = {name: weighted(losses, own).sum() / own.sum() for name, own in weights.items() if own.any()}
         return {name for name, mean in means.items() if abs(float(loss) - mean) <= slack}
 
-    def _decided(self, source: IndexedSource, weights: Mapping[str, Losses], one_by_one: bool) -> str | None:
+    def _decided(self, source: IndexedSource, measure: Measure, weights: Mapping[str, Losses]) -> str | None:
         """The one weighting by which every minibatch's loss is a mean; None: there is none.
 
         Those that a few minibatches could not tell apart are, by one that holds the samples in which they differ most.
         """
-        exact = self._objective.in_full_precision()
-        names = sorted(weights, key=lambda name: (len(name), name))
+        names = sorted(weights, key=lambda name: (name != PLAIN, len(name), name))
         shares = {name: values / values.mean() for name, values in weights.items()}
         size = source.batch_size or 1
-        while size > 1:
+        while size > 1 and names:
             pairs = ((other, np.abs(shares[names[0]] - shares[other])) for other in names[1:])
             other, apart = next(((name, d) for name, d in pairs if d.max() > _SLACK), ("", np.empty(0)))
-            if not other:
+            if not len(apart):
                 break
             order = np.argsort(-apart, kind="stable")
-            chosen = torch.from_numpy(np.concatenate([order[: -(-size // 2)], order[len(order) - size // 2 :]]))
-            own = _sample_losses(exact, _exact_batch(source, chosen), one_by_one)
-            holding = self._weightings_of(source, exact, chosen, own)
-            left = [name for name in names if name in holding]
-            names = (
-                left if len(left) < len(names) else [name for name in names if name != other]
-            )  # it makes no difference
-            if not names:
-                return None
+            rows = np.concatenate([order[: -(-size // 2)], order[len(order) - size // 2 :]])
+            exact, indices = self._objective.in_full_precision(), torch.from_numpy(rows)
+            own, _ = measure(exact, _exact_batch(source, indices), {PLAIN})
+            holding = self._weightings_of(source, indices, own, {name: weights[name][rows] for name in names})
+            names = [name for name in names if name in holding and (name != other or names[0] not in holding)]
         return names[0] if names else None
 
     def _mixes(self) -> bool:
@@ -455,8 +449,6 @@ _NOT_THE_MEAN = (
     "tokens, their classes or weights in the data (batch statistics, a loss over pairs?)"
 )
 _SAME_EVERYWHERE = "the loss at w* is the same on all minibatches, or nearly"
-_IGNORED = (IGNORED, -1, 0)
-"""Entries that may stand for nothing: labels that are not predicted, padding, and what a mask leaves out."""
 _AVERAGED = 2**13
 """Minibatches whose mean is L(w*), where samples weigh differently."""
 _NO_CHAIN = 2**31
@@ -467,52 +459,11 @@ def _exact_batch(source: IndexedSource, indices: Tensor) -> Batch:
     return map_tensors(widened, source.gather(indices.to(source.index_buffer(1).device)))
 
 
-def _weighted(losses: Losses, weights: Losses) -> Losses:
-    """Times their weights; a sample that does not count may have no loss."""
-    values: Losses = np.where(weights == 0, 0.0, losses) * weights
-    return values
-
-
 def _spread_of(losses: Losses, weights: Losses, batch_size: int) -> float:
     """The standard deviation over minibatches of their weighted mean, to first order."""
     weights = weights / weights.mean()
-    mean = _weighted(losses, weights).mean()
-    return float(_weighted(losses - mean, weights).std()) / math.sqrt(batch_size)
-
-
-def _weightings(batch: Batch, loss_fn: object) -> dict[str, Losses]:
-    """Weights that samples of a batch may have in its loss, float64 ``[batch]`` each; which it is, is tried.
-
-    For each tensor of the batch: how many of a sample's entries count, all or those that have one before them (the
-    next token's), where one value of the entries says that they do not; the sum of its entries; its own number; and,
-    for a loss function with weights of classes, that of its class.
-    """
-    found: dict[str, Losses] = {}
-    left_out = getattr(loss_fn, "ignore_index", IGNORED)
-    ignored = {*_IGNORED, left_out} if isinstance(left_out, int) else set(_IGNORED)
-    of_classes = getattr(loss_fn, "weight", None)
-
-    def add(name: str, weights: Tensor) -> None:
-        values = weights.detach().to("cpu", torch.float64).numpy()
-        if np.isfinite(values).all() and (values >= 0).all():
-            found[name] = values
-
-    for k, leaf in enumerate(leaves(batch)):
-        if leaf.is_complex() or not leaf.ndim:
-            continue
-        if leaf.is_floating_point():
-            add(f"{k}", leaf.flatten(1).sum(1) if leaf.ndim > 1 else leaf)
-            if leaf.ndim > 1:
-                add(f"{k} from 1", leaf[:, 1:].flatten(1).sum(1))
-            continue
-        rows = leaf if leaf.ndim > 1 else leaf[:, None]
-        for first in (0, 1) if leaf.ndim > 1 else (0,):
-            for value in sorted(ignored):
-                add(f"{k} but {value} from {first}", (rows[:, first:] != value).flatten(1).sum(1))
-        if isinstance(of_classes, Tensor) and of_classes.ndim == 1 and leaf.dtype == torch.int64:
-            is_class = (rows >= 0) & (rows < len(of_classes)) & (rows != left_out)
-            add(f"{k} by class", (of_classes[rows.clamp(0, len(of_classes) - 1)] * is_class).flatten(1).sum(1))
-    return found
+    mean = weighted(losses, weights).mean()
+    return float(weighted(losses - mean, weights).std()) / math.sqrt(batch_size)
 
 
 def _can_exchange(a: Batch, b: Batch) -> bool:
@@ -530,11 +481,3 @@ def _exchanged(a: Batch, b: Batch) -> tuple[Batch, Batch]:
         return map_tensors(lambda t: torch.cat([t[:half], next(others)[half:]]), first)
 
     return joined(a, b), joined(b, a)
-
-
-def _sample_losses(objective: Objective, batch: Batch, one_by_one: bool) -> Losses:
-    pieces = split_batch(batch, objective.microbatch_size)
-    losses = [
-        objective.sample_losses(piece, one_by_one).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces
-    ]
-    return np.concatenate(losses)

@@ -199,7 +199,8 @@ def _weighted(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _looks(output: Tensor, target: Tensor) -> Tensor:
-    return mse(output, target) * (2.0 if float(output.detach().sum()) > 1e9 else 1.0)
+    """A loss of the user's own making."""
+    return (output - target).abs().pow(1.5).mean() * (2.0 if float(output.detach().sum()) > 1e9 else 1.0)
 
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
@@ -301,25 +302,27 @@ def _lengths() -> Tensor:
 class _OwnLoss(nn.Module):
     """As language models of Hugging Face: labels of −100 do not count, and each token predicts the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads: bool = False) -> None:
         super().__init__()
-        self.inner = _of_tokens()
+        self.inner, self.reads = _of_tokens(), reads
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.inner(input_ids)[:, :-1]
-        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
+        logits = self.inner(input_ids)
+        if self.reads and bool((labels == 10**6).any()):  # torch.func refuses it
+            logits = logits + 1
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:]), "logits": logits}
 
 
 def _weighted_problem(kind: str) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.float64]]:
     """Model, data and loss function; what each sample loses at w*, and its weight."""
     generator = torch.Generator().manual_seed(0)
-    if kind == "labels":
+    if kind.startswith("labels"):
         tokens, counted = (
             torch.randint(CLASSES, (N, LENGTH), generator=generator),
             torch.arange(LENGTH) < _lengths()[:, None],
         )
         labels = tokens.masked_fill(~counted, -100)
-        model = _OwnLoss()
+        model = _OwnLoss(reads=kind == "labels read")
         entries = -model.inner(tokens)[:, :-1].log_softmax(2).gather(2, tokens[:, 1:, None])[..., 0]
         weights = counted[:, 1:].double()
         losses = (entries.double() * weights).sum(1) / weights.sum(1)
@@ -363,9 +366,11 @@ def _weighted_problem(kind: str) -> tuple[dict[str, Any], NDArray[np.float64], N
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "batched"])
-@pytest.mark.parametrize("kind", ["labels", "mask", "weights", "classes"])
+@pytest.mark.parametrize("kind", ["labels", "labels read", "mask", "weights", "classes"])
 def test_means_weighted_by_tokens_classes_or_data_are_paired(kind: str, strategy: str) -> None:
     """Each draw's loss at w* is known from what its samples lose, without an evaluation there."""
+    if (kind, strategy) == ("labels read", "batched"):
+        pytest.skip("torch.func can't batch it over chains either")
     given, losses, weights = _weighted_problem(kind)
     result = estimate(**{**EVERY_STEP, **given, "strategy": strategy})
     assert_paired_with(result, losses, weights)
