@@ -55,7 +55,7 @@ def _has_products() -> bool:
 def _is_precise() -> bool:
     """Whether torch multiplies float32 matrices of a CPU as such: a user may ask it to round them to bfloat16."""
     try:
-        precision: str = torch.backends.mkldnn.matmul.fp32_precision
+        precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         return precision != "bf16"
     except AttributeError:  # before torch 2.9
         return torch.get_float32_matmul_precision() != "medium"
