@@ -9,8 +9,9 @@ namespace llc {
 // c[i] = a[i] b[i] (+ bias[i]) for i < batch; a is rows x depth, b is depth x columns. Strides count elements. Columns
 // of c and of a bias lie side by side; a has adjacent rows or adjacent columns, and so has b.
 //
-// Each element is the sum over `depth` in its order, every term fused, from 0 on; the bias is added last. So its bits
-// depend neither on the instruction set nor on the number of threads.
+// Each element is the sum over `depth` in its order, every term fused, from 0 on; the bias is added last. For a few
+// columns beyond a multiple of 16 it is 16 such sums, added in pairs, if that is faster for their number and the depth.
+// So its bits depend neither on the instruction set nor on the number of threads.
 struct Product {
     int64_t batch, rows, columns, depth;  // at least 1
     int64_t a_batch, a_row, a_depth;      // a_row or a_depth is 1
