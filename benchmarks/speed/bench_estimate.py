@@ -162,15 +162,13 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
 
     if spec.get("budget"):
         return slope(run, spec["budget"])
-    before = cpu_seconds()
     seconds, found = timed(lambda: estimate(model, data, work))
-    found |= {"seconds": seconds, "cpu": cpu_seconds() - before, "threads": torch.get_num_threads()}
+    found |= {"seconds": seconds, "threads": torch.get_num_threads()}
     if spec.get("per_step"):
-        found["per step"] = (timed(lambda: run(steps))[0] - timed(lambda: run(2))[0]) / (steps - 2)
+        long, short = used(lambda: run(steps)), used(lambda: run(2))
+        found["per step"], found["cpu per step"] = ((a - b) / (steps - 2) for a, b in zip(long, short, strict=True))
     elif spec.get("again"):
-        before = cpu_seconds()
-        found["again"] = timed(lambda: estimate(model, data, work))[0]
-        found["cpu again"] = cpu_seconds() - before
+        found["again"], found["cpu again"] = used(lambda: estimate(model, data, work))
     return found
 
 
@@ -181,9 +179,17 @@ def cpu_seconds() -> float:
 
 
 def timed(run: Callable[[], dict[str, Any]]) -> tuple[float, dict[str, Any]]:
-    started = time.perf_counter()
+    """Seconds, and what it returns, with the processor's seconds as "cpu"."""
+    before, started = cpu_seconds(), time.perf_counter()
     found = run()
-    return time.perf_counter() - started, found
+    seconds = time.perf_counter() - started
+    return seconds, found | {"cpu": cpu_seconds() - before}
+
+
+def used(run: Callable[[], dict[str, Any]]) -> tuple[float, float]:
+    """Seconds and the processor's seconds."""
+    seconds, found = timed(run)
+    return seconds, found["cpu"]
 
 
 def slope(run: Callable[[int], dict[str, Any]], budget: float) -> dict[str, Any]:
@@ -274,6 +280,7 @@ def estimates_table(
         if "per step" in results[0]:
             step = median([r["per step"] for r in results])
             row |= {"µs per step": 1e6 * step, "set-up, s": row["seconds"] - full * step}
+            row["CPU µs per step"] = 1e6 * median([r["cpu per step"] for r in results])
         if base and results is not base and not any("error" in r for r in base):
             row["llc_fast is faster"] = ratio(seconds, [r["seconds"] for r in base])
         if options.device == "cuda" and results is base:
@@ -318,7 +325,8 @@ def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
     columns = ["contender", "seconds", "again", "llc_fast is faster", "asked", "CPU, s", "again, CPU", "× CPU"]
     columns += ["λ̂", "std over chains"]
     if options.per_step:
-        columns = [c for c in columns if c not in ("asked", "again")] + ["µs per step", "µs asked", "set-up, s"]
+        columns = [c for c in columns if c not in ("asked", "again")] + ["µs per step", "µs asked", "CPU µs per step"]
+        columns.append("set-up, s")
     everything: dict[str, list[dict[str, Any]]] = {}
 
     def measured(
