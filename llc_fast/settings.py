@@ -106,8 +106,9 @@ class Execution:
     Attributes:
         strategy: how gradients are computed: ``"sequential"``, ``"batched"``, ``"compiled"`` (torch.compile) or
             ``"cuda-graph"``; None: chosen by what a trial gradient was measured to need.
-        release_gradients: consume and free each gradient during the backward pass: the same bits, and no memory for
-            all gradients at once. None: above ten million parameters.
+        release_gradients: consume and free each gradient during the backward pass: the same step, and no memory for
+            all gradients at once. Nothing is recorded then, so that small models differ by rounding. None: above ten
+            million parameters.
         microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
             of the pieces are added up. None: the whole minibatch.
         autocast: dtype of forward passes under ``torch.autocast``, such as ``torch.bfloat16``; None: no autocast.
