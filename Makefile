@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed-test ## Test the native module under AddressSanitiz
 	LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 	LLC_FAST_SANITIZE=1 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -m "not slow" $(SANITIZE)
 # Without sharded models and torch.compile, whose processes and compiler take minutes like this.
-SANITIZE ?= --ignore=tests/kernels/test_sharding.py --ignore=tests/kernels/test_operator.py tests/kernels tests/gradients/test_program.py tests/test_optim.py tests/test_optim_faults.py tests/fuzz/test_fuzz_optimizers.py
+SANITIZE ?= --ignore=tests/kernels/test_sharding.py --ignore=tests/kernels/test_operator.py tests/kernels tests/gradients/test_program.py tests/gradients/test_matmul.py tests/test_optim.py tests/test_optim_faults.py tests/fuzz/test_fuzz_optimizers.py
 
 lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check

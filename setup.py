@@ -217,6 +217,10 @@ def list_compilations(
             Compilation("step_cpu.cpp", f"step_cpu.{isa}.o", [f"-DLLC_ISA={isa}", *flags])
             for isa, flags in {"baseline": [], **isas}.items()
         ),
+        *(
+            Compilation("products_cpu.cpp", f"products_cpu.{isa}.o", [f"-DLLC_ISA={isa}", *flags])
+            for isa, flags in isas.items()
+        ),
         *kernels,
     ]
 

@@ -1,8 +1,9 @@
-// Chooses among the copies of step_cpu.cpp once, when first asked. Must itself run anywhere.
+// Chooses among the copies of step_cpu.cpp and products_cpu.cpp once, when first asked. Must itself run anywhere.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
+#include "products.h"
 #include "step.h"
 
 namespace llc {
@@ -10,6 +11,7 @@ namespace llc {
 extern const CpuBackend cpu_backend_baseline;
 #ifdef LLC_X86_ISAS
 extern const CpuBackend cpu_backend_avx2, cpu_backend_avx512;
+extern const Multiply multiply_avx2, multiply_avx512;
 #endif
 
 namespace {
@@ -50,6 +52,14 @@ const CpuBackend& choose() {
 const CpuBackend& cpu_backend() {
     static const CpuBackend& backend = choose();
     return backend;
+}
+
+Multiply multiply_function() {
+#ifdef LLC_X86_ISAS
+    if (&cpu_backend() == &cpu_backend_avx512) return multiply_avx512;
+    if (&cpu_backend() == &cpu_backend_avx2) return multiply_avx2;
+#endif
+    return nullptr;
 }
 
 }  // namespace llc

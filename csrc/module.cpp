@@ -219,6 +219,7 @@ llc::TorchFunctions torch_functions(const std::map<std::string, uintptr_t>& addr
     LLC_FUNCTION(grad_mode_set_enabled);
     LLC_FUNCTION(delete_tensor);
     LLC_FUNCTION(new_tensor);
+    LLC_FUNCTION(data);
     LLC_FUNCTION(copy_);
     LLC_FUNCTION(abi_version);
     LLC_FUNCTION(call_dispatcher);
@@ -251,6 +252,25 @@ llc::Argument argument_of(const py::handle& value) {
     return argument;
 }
 
+// The fields of llc::Product, in their order.
+using ProductFields = std::array<int64_t, sizeof(llc::Product) / sizeof(int64_t)>;
+
+llc::Product product_of(const ProductFields& fields) {
+    llc::Product product;
+    std::memcpy(&product, fields.data(), sizeof(product));
+    return product;
+}
+
+void multiply(const ProductFields& fields, uintptr_t a, uintptr_t b, std::optional<uintptr_t> bias, uintptr_t c,
+              int num_threads) {
+    auto* const function = llc::multiply_function();
+    if (!function) throw std::runtime_error("there is no function for products on this machine");
+    const llc::Product product = product_of(fields);
+    const py::gil_scoped_release released;
+    function(product, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), pointer<const float>(bias),
+             reinterpret_cast<float*>(c), num_threads);
+}
+
 void bind_program(py::module_& m) {
     py::class_<llc::Program>(m, "Program")
         .def(py::init([](const std::map<std::string, uintptr_t>& addresses) {
@@ -273,8 +293,11 @@ void bind_program(py::module_& m) {
                  for (const auto& target : targets) places.push_back(target.value_or(llc::Program::kNowhere));
                  p.add_dispatch(name, overload, std::move(given), num_results, std::move(places));
              })
+        .def("add_product",
+             [](llc::Program& p, const ProductFields& fields, size_t a, size_t b, std::optional<size_t> bias,
+                size_t c) { p.add_product(product_of(fields), a, b, bias.value_or(llc::Program::kNowhere), c); })
         .def("add_stop", &llc::Program::add_stop)
-        .def("run", py::overload_cast<size_t>(&llc::Program::run, py::const_),
+        .def("run", py::overload_cast<size_t, int>(&llc::Program::run, py::const_),
              py::call_guard<py::gil_scoped_release>());
 }
 
@@ -339,6 +362,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("scratch_size", &scratch_size);
     m.def("normals", &normals);
     m.def("minibatch", &minibatch);
+    m.def("has_products", [] { return llc::multiply_function() != nullptr; });
+    m.def("multiply", &multiply);
     m.def("interface", &interface);
     m.def("info", &info);
     bind_program(m);

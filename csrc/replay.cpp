@@ -96,11 +96,20 @@ void Program::add_dispatch(std::string name, std::string overload, std::vector<A
     kernels_.push_back(std::move(kernel));
 }
 
-size_t Program::run(size_t first) const {
+void Program::add_product(const Product& product, size_t a, size_t b, size_t bias, size_t c) {
+    if (!multiply_function() || !torch_.data) throw std::invalid_argument("there is no function for products");
+    Kernel kernel;
+    for (size_t place : {a, b, c}) kernel.operands.push_back(operands_.at(place));
+    kernel.operands.push_back(bias == kNowhere ? nullptr : operands_.at(bias));
+    kernel.product.reset(new Product(product));
+    kernels_.push_back(std::move(kernel));
+}
+
+size_t Program::run(size_t first, int num_threads) const {
     const NoGrad no_grad(torch_);
     for (size_t k = first; k < kernels_.size(); ++k) {
         try {
-            if (!run(kernels_[k])) return k;
+            if (!run(kernels_[k], num_threads)) return k;
         } catch (...) {  // Python runs it again, and says what is wrong
             return k;
         }
@@ -108,9 +117,23 @@ size_t Program::run(size_t first) const {
     return kernels_.size();
 }
 
-bool Program::run(const Kernel& kernel) const {
+bool Program::run(const Kernel& kernel, int num_threads) const {
+    if (kernel.product) return multiply(kernel, num_threads);
     if (!kernel.function) return !kernel.name.empty() && dispatch(kernel);
     call(kernel.function, kernel.operands);
+    return true;
+}
+
+// Where the tensors are now: a tensor's memory may have moved since the last run.
+bool Program::multiply(const Kernel& kernel, int num_threads) const {
+    void* at[4] = {};
+    for (size_t k = 0; k < 4; ++k) {
+        void* tensor = kernel.operands[k];
+        if (tensor && (torch_.data(tensor, &at[k]) || !at[k])) return false;
+    }
+    auto* const function = multiply_function();
+    function(*kernel.product, static_cast<const float*>(at[0]), static_cast<const float*>(at[1]),
+             static_cast<const float*>(at[3]), static_cast<float*>(at[2]), num_threads);
     return true;
 }
 

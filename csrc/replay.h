@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "products.h"
+
 namespace llc {
 
 // Functions of torch's C interface, null where this torch has none, and one of C++.
@@ -16,6 +18,7 @@ struct TorchFunctions {
     void (*grad_mode_set_enabled)(bool);
     int32_t (*delete_tensor)(void* tensor);
     int32_t (*new_tensor)(void* tensor, void** same);
+    int32_t (*data)(void* tensor, void** address);
     int32_t (*copy_)(void* to, void* from, int32_t non_blocking);
     uint64_t (*abi_version)();
     int32_t (*call_dispatcher)(const char* name, const char* overload, uint64_t* stack, uint64_t version);
@@ -53,13 +56,16 @@ class Program {
     // An operation by name. Its results are tensors, which are copied to those in `targets`; kNowhere: this one is not.
     void add_dispatch(std::string name, std::string overload, std::vector<Argument> arguments, size_t num_results,
                       std::vector<size_t> targets);
+    // A product of the matrices in tensors, given by their places. kNowhere: there is no bias.
+    void add_product(const Product& product, size_t a, size_t b, size_t bias, size_t c);
     // A kernel that somebody else runs.
     void add_stop() { kernels_.emplace_back(); }
 
     size_t size() const { return kernels_.size(); }
-    // Runs kernels from number `first` on, with gradients off. Returns the number of the first one that it has not run:
-    // a stop, one that has failed, or size(). Threads may run different programs at a time.
-    size_t run(size_t first) const;
+    // Runs kernels from number `first` on, with gradients off; products in as many threads as are allowed. Returns the
+    // number of the first one that it has not run: a stop, one that has failed, or size(). Threads may run different
+    // programs at a time.
+    size_t run(size_t first, int num_threads) const;
 
     static constexpr size_t kNowhere = ~size_t(0);
     static constexpr size_t kMaxOperands = 6, kMaxStack = 32;
@@ -79,9 +85,11 @@ class Program {
         std::vector<Argument> arguments;
         size_t num_results = 0;
         std::vector<size_t> targets;
+        std::unique_ptr<Product> product;
     };
 
-    bool run(const Kernel& kernel) const;
+    bool run(const Kernel& kernel, int num_threads) const;
+    bool multiply(const Kernel& kernel, int num_threads) const;
     bool dispatch(const Kernel& kernel) const;
     bool make(const Argument& argument, uint64_t& value) const;
 

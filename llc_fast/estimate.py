@@ -54,7 +54,16 @@ from llc_fast.result import LLCResult
 from llc_fast.samplers import SAMPLERS, Sampler
 from llc_fast.samplers.langevin import CURVATURE, EstimatedMetric
 from llc_fast.schedule import Schedule
-from llc_fast.settings import PRESETS, UNUSED, Execution, Settings, default_localization, with_old_keywords
+from llc_fast.settings import (
+    GIVEN,
+    PRESETS,
+    UNUSED,
+    Execution,
+    Settings,
+    carried_over,
+    default_localization,
+    with_old_keywords,
+)
 from llc_fast.stats.sensitivity import Sensitivity
 from llc_fast.stats.sensitivity import sensitivity as slopes_of
 from llc_fast.stats.wells import Wells
@@ -113,6 +122,7 @@ def estimate_llc(
     refine: bool | int = False,
     preconditioner: Any = None,
     localization_metric: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     **old: Any,
 ) -> LLCResult:
     """Estimate the local learning coefficient λ of `model` at its present parameters w*.
@@ -216,6 +226,9 @@ def estimate_llc(
             of distances is in that metric: the default γ is P / (½)²·w*ᵀA⁻¹w*. With ``preconditioner="curvature"``
             chains, posterior and λ̂ are then the same for a rescaled network. ``"euclidean"``: γ/2·‖w − w*‖². None:
             ``"sampler"`` for ``"curvature"``, otherwise ``"euclidean"``.
+        settings: those of an earlier result of the same model, ``result.settings``, or of another checkpoint of it: its
+            sampler with its options, ε, nβ, γ, bias correction and size of minibatches take the place of those that are
+            not given, and no pilots run (13 % of the gradients). Not carried over: length, seed, and what is sampled.
         **old: arguments by the names they had before, see :func:`llc_fast.settings.with_old_keywords`.
 
     Returns:
@@ -229,11 +242,13 @@ def estimate_llc(
         MemoryError: the run can't fit the memory; says what it needs and what would make it fit.
         llc_fast.chains.processes.ProcessFailedError: another process of a distributed run failed or died.
     """
-    given = {name: value for name, value in locals().items() if name not in ("model", "data", "loss_fn", "old")}
+    given = {name: value for name, value in locals().items() if name in ARGUMENTS}
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
-        settings, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
-        surroundings = Surroundings(settings, model, data, loss)
-    result = run_estimate(settings, model, data, loss, surroundings)
+        if settings is not None:
+            given = carried_over(given, settings, decides=is_loader(data))
+        asked, loss = with_old_keywords(given, old, "estimate_llc"), named_loss(loss_fn)
+        surroundings = Surroundings(asked, model, data, loss)
+    result = run_estimate(asked, model, data, loss, surroundings)
     if surroundings.team.rank == 0:
         issue(result.warnings, stacklevel=2)
     return result
@@ -1255,10 +1270,11 @@ def report(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> LLCResult:
         settings={
             "sampler": sampler.name,
             "lr": chosen.lr,
+            "nbeta": chosen.nbeta,
             "bias_correction": chosen.bias_correction,
             "localization": sampler.localization,
             **{name: value for name, value in _options(sampler).items() if isinstance(value, (bool, int, float, str))},
-            **_metric_settings(prepared.metric),
+            **_metric_settings(prepared.metric, sampler),
             "num_chains": settings.num_chains,
             "num_burnin": planned.num_burnin,
             "num_draws": planned.num_draws,
@@ -1407,9 +1423,12 @@ def _facts(
     )
 
 
-def _metric_settings(metric: CurvatureMetric | None) -> dict[str, Any]:
-    """What settings say of a metric that was estimated."""
-    return {} if metric is None else {"preconditioner": CURVATURE, "curvature": metric.method}
+def _metric_settings(metric: CurvatureMetric | None, sampler: Sampler) -> dict[str, Any]:
+    """What settings say of a metric that was estimated, or given as tensors."""
+    if metric is not None:
+        return {"preconditioner": CURVATURE, "curvature": metric.method}
+    is_number = isinstance(getattr(sampler, "preconditioner", 1.0), (int, float))
+    return {} if is_number else {"preconditioner": GIVEN}
 
 
 def _options(sampler: Sampler) -> dict[str, Any]:

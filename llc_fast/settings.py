@@ -53,6 +53,10 @@ PILOT_SHARE, CHALLENGE_SHARE = 0.13, 0.033
 """Gradients of the pilot chains, of those of all chains; and of the one in another metric, if the sampler is open."""
 _LEAST_CHALLENGED = 3000
 """``max_gradients`` below which no pilot tries another metric: it would be too short to show anything."""
+GIVEN = "given"
+"""What settings say of a preconditioner that is tensors."""
+_CARRIED = ("lr", "nbeta", "localization", "bias_correction")
+"""Numbers of an earlier result that another estimate may take over, beside its sampler's options."""
 LIMITS = ("target_error", "max_seconds", "max_gradients")
 """Arguments that find a length, where `num_draws` and `num_burnin` give one."""
 FIRST_LOOK, UNUSED = 1250, 16
@@ -102,8 +106,9 @@ class Execution:
     Attributes:
         strategy: how gradients are computed: ``"sequential"``, ``"batched"``, ``"compiled"`` (torch.compile) or
             ``"cuda-graph"``; None: chosen by what a trial gradient was measured to need.
-        release_gradients: consume and free each gradient during the backward pass: the same bits, and no memory for
-            all gradients at once. None: above ten million parameters.
+        release_gradients: consume and free each gradient during the backward pass: the same step, and no memory for
+            all gradients at once. Nothing is recorded then, so that small models differ by rounding. None: above ten
+            million parameters.
         microbatch_size: samples that pass the model at a time, for minibatches that do not fit the memory: gradients
             of the pieces are added up. None: the whole minibatch.
         autocast: dtype of forward passes under ``torch.autocast``, such as ``torch.bfloat16``; None: no autocast.
@@ -570,6 +575,44 @@ def with_old_keywords(given: dict[str, Any], old: Mapping[str, Any], function: s
         _say_old("sampler_options", "sampler=RMSpropSGLDSampler(…), a sampler object with its options")
         settings["sampler"] = make_sampler("sgld" if sampler is None else sampler, **options)
     return Settings(**settings)
+
+
+def carried_over(given: Mapping[str, Any], previous: Mapping[str, Any], *, decides: bool) -> dict[str, Any]:
+    """Arguments of an estimate, where those that are open are as in an earlier result: nothing is left to calibrate.
+
+    Carried over are the sampler with its options, ε, nβ, γ, whether bias is subtracted, and the size of minibatches;
+    not the length, the seed, or what is sampled. Of the sampler's options none is, where a sampler is given.
+
+    Args:
+        given: arguments by name.
+        previous: ``settings`` of a result.
+        decides: whether the data make minibatches of their own size.
+
+    Raises:
+        TypeError, ValueError: `previous` is not the settings of a result, or its sampler had tensors for a metric.
+    """
+    if not isinstance(previous, Mapping):
+        raise TypeError(f"settings must be those of an earlier result (result.settings), got {type(previous).__name__}")
+    if missing := [name for name in ("sampler", *_CARRIED) if name not in previous]:
+        raise ValueError(f"settings has no {missing[0]!r}: pass result.settings as they are")
+    found = dict(given)
+    if found.get("sampler") is None:
+        cls = sampler_class(previous["sampler"])
+        options = {f.name: previous[f.name] for f in dataclasses.fields(cls) if f.name in previous}
+        if options.get("preconditioner") == GIVEN:
+            raise ValueError(
+                f"settings are of a run whose sampler {cls.name!r} was given tensors as its preconditioner, which they "
+                f"do not hold: pass the sampler too, sampler={cls.__name__}(preconditioner=…)"
+            )
+        if options.get("adapt_steps") == previous.get("num_burnin"):  # as is usual
+            options.pop("adapt_steps", None)
+        found["sampler"] = make_sampler(cls.name, **{k: v for k, v in options.items() if k not in _CARRIED})
+    cls = sampler_class(found["sampler"]) if isinstance(found["sampler"], str) else type(found["sampler"])
+    takes_all = getattr(cls, "kind", "") == "metropolis"
+    for name in (*_CARRIED, *(() if decides or takes_all else ("batch_size",))):
+        if found.get(name) is None and getattr(found["sampler"], name, None) is None:
+            found[name] = previous.get(name)
+    return found
 
 
 def _say_old(name: str, now: str) -> None:

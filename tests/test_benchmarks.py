@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import llc_fast
+from llc_fast import _native
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not part of this distribution")
@@ -635,6 +636,22 @@ def test_replays_by_python_and_natively(tmp_path: Path) -> None:
     assert [(row["chains"], row["threads"]) for row in tables["networks"]] == [(1, 1), (2, 1), (2, 2)]
     assert all(row["by Python"] == 0 and row["replay, native, µs"] > 0 for row in tables["networks"])
     assert [row["family"] for row in tables["families"]] == ["mlp"]
+
+
+@pytest.mark.slow
+def test_products_against_the_peak(tmp_path: Path) -> None:
+    """A row for each width and product, with each instruction set; no product is faster than the machine."""
+    if not _native.has_products():
+        pytest.skip("no fused multiply-adds")
+    path = tmp_path / "products.json"
+    sizes = ["--widths", "7", "--batch", "20", "--chains", "2", "--rounds", "1"]
+    script = [sys.executable, str(FOLDER / "speed/bench_products.py"), "--json", str(path), *sizes]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(path.read_text())
+    for rows in (table for name, table in tables.items() if name.startswith("avx")):
+        assert [row["product"] for row in rows] == ["NT", "NN", "TN"]
+        assert all(0 < row["replay, llc_fast × 2"] < 2 * row["peak"] for row in rows)
 
 
 # ---- influence -----------------------------------------------------------------------------------------------

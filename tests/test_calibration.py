@@ -11,7 +11,7 @@ import pytest
 import torch
 from closed_forms import Quadratic, crossing_mean, run
 from processes import all_well, launch
-from runs import arguments, assert_same, codes, data, estimate, interrupted_after, mlp, mse
+from runs import arguments, assert_same, codes, data, estimate, interrupted_after, mlp, mse, no_step
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,7 +29,7 @@ from llc_fast.objective.objective import Objective
 from llc_fast.problems import deep_linear
 from llc_fast.problems.deep_linear import DeepLinearProblem, SizeClass
 from llc_fast.result import LLCResult
-from llc_fast.samplers import SGHMCSampler, SGLDSampler, make_sampler
+from llc_fast.samplers import PreconditionedSGLDSampler, RMSpropSGLDSampler, SGHMCSampler, SGLDSampler, make_sampler
 from llc_fast.schedule import Schedule
 from llc_fast.traces import Traces
 
@@ -801,3 +801,61 @@ def test_a_step_size_of_ones_own() -> None:
     for factor, expected in ((100, "diverged"), (0.01, "short")):
         wrong = llc_fast.estimate_llc(model, inputs, mse, lr=factor * chosen["lr"], **options)
         assert expected in codes(wrong), (factor, wrong.warnings)
+
+
+# --- settings of an earlier result --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preconditioner": "curvature"},
+        {"sampler": RMSpropSGLDSampler(eps=1e-3)},
+        {"sampler": "kfac-sgld"},
+    ],
+    ids=["default", "curvature", "rmsprop-sgld", "kfac-sgld"],
+)
+def test_an_estimate_with_earlier_settings_is_the_same_without_pilots(options: dict[str, Any]) -> None:
+    model, given = mlp(), data(80)
+    length: dict[str, Any] = {"num_draws": 300, "num_burnin": 300, "progress": False, "seed": 3}
+    first = llc_fast.estimate_llc(model, given, mse, **options, **length)
+    again = llc_fast.estimate_llc(model, given, mse, settings=first.settings, **length)
+    assert first.diagnostics["pilot_steps"] > 0 and "pilot_steps" not in again.diagnostics
+    assert_same(again, first)
+    same = ("sampler", "lr", "localization", "bias_correction", "batch_size", "momentum_decay", "eps", "preconditioner")
+    assert [again.settings.get(name) for name in same] == [first.settings.get(name) for name in same]
+
+
+def test_earlier_settings_from_a_file_and_what_is_given_wins(tmp_path: Path) -> None:
+    model, given = mlp(), data(80)
+    length: dict[str, Any] = {"num_draws": 50, "num_burnin": 50, "progress": False}
+    first = llc_fast.estimate_llc(model, given, mse, lr=1e-4, sampler="sghmc", nbeta=7.0, batch_size=16, **length)
+    first.save(tmp_path / "first")
+    settings = LLCResult.load(tmp_path / "first").settings
+    kept = llc_fast.estimate_llc(model, given, mse, settings=settings, **length)
+    assert_same(kept, first)
+    other = llc_fast.estimate_llc(model, given, mse, settings=settings, sampler=SGLDSampler(lr=2e-4), nbeta=5, **length)
+    assert (other.settings["sampler"], other.settings["lr"], other.nbeta) == ("sgld", 2e-4, 5)
+    assert other.settings["localization"] == first.settings["localization"] and other.settings["batch_size"] == 16
+    adjusted = llc_fast.estimate_llc(model, given, mse, settings=settings, sampler="mala", **length)
+    assert adjusted.settings["batch_size"] == 80  # adjusted samplers take all data
+    loader = DataLoader(TensorDataset(*given), batch_size=20)
+    assert llc_fast.estimate_llc(model, loader, mse, settings=settings, **length).settings["batch_size"] == 20
+
+
+def test_settings_that_are_none_are_refused() -> None:
+    model, given = mlp(), data(80)
+    length: dict[str, Any] = {"num_draws": 20, "num_burnin": 20, "progress": False}
+    first = llc_fast.estimate_llc(model, given, mse, lr=1e-4, **length)
+    with no_step():
+        with pytest.raises(TypeError, match="settings must be those of an earlier result"):
+            llc_fast.estimate_llc(model, given, mse, settings=first, **length)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="settings has no 'lr'"):
+            llc_fast.estimate_llc(model, given, mse, settings={"sampler": "sgld"}, **length)
+    metric = {name: torch.full_like(p, 0.5).detach() for name, p in model.named_parameters()}
+    sampler = PreconditionedSGLDSampler(preconditioner=metric)
+    tensors = llc_fast.estimate_llc(model, given, mse, lr=1e-4, sampler=sampler, **length)
+    with no_step(), pytest.raises(ValueError, match=r"given tensors as its preconditioner.*pass the sampler too"):
+        llc_fast.estimate_llc(model, given, mse, settings=tensors.settings, **length)
+    assert_same(llc_fast.estimate_llc(model, given, mse, settings=tensors.settings, sampler=sampler, **length), tensors)

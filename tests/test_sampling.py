@@ -256,13 +256,16 @@ from llc_fast.chains.run import Monitor, after_each_step
 import llc_fast.chains.checkpoint
 import test_sampling
 
-count, left = int(sys.argv[1]), iter(range(int(sys.argv[1]), -1, -1))
+left = iter(range(int(sys.argv[1]), -1, -1))
+waits_for = Path(sys.argv[4])
 Monitor.interval = 0.0
 
 
 def kill(taken):
-    if next(left, None) == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if next(left, 0) == 0:
+        if waits_for.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.001)  # whoever writes it has its turn
 
 
 with after_each_step(kill):
@@ -278,7 +281,9 @@ def test_killed_and_resumed(tmp_path: Path, strategy: str) -> None:
     for count in (0, 60, 200) if strategy == "sequential" else (0, 30, 60):  # of 372 steps and 124
         environment = {"PYTHONPATH": here}
         body = f"sys.path.insert(0, {here!r})\n" + _KILLED
-        code, _, errors = Script(body, tmp_path, count, tmp_path / "run.zarr", strategy, **environment).finish()
+        waits_for = tmp_path / ("run.zarr.checkpoint" if count >= 60 else "run.zarr")
+        arguments = count, tmp_path / "run.zarr", strategy, waits_for
+        code, _, errors = Script(body, tmp_path, *arguments, **environment).finish()
         assert code == -9, errors
         assert Samples.open(tmp_path / "run.zarr").is_partial
     assert (tmp_path / "run.zarr.checkpoint").exists()

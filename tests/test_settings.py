@@ -425,6 +425,7 @@ def test_the_signature_is_that_of_the_settings() -> None:
     signature = inspect.signature(llc_fast.estimate_llc).parameters
     named = {name: p.default for name, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     fields = {f.name: f.default for f in dataclasses.fields(Settings)}
+    assert named.pop("settings") is None  # which stand for others
     assert named.keys() == fields.keys()
     assert {k: v for k, v in named.items() if k != "execution"} == {k: v for k, v in fields.items() if k != "execution"}
     assert named["execution"] is None and fields["execution"] == llc_fast.Execution()

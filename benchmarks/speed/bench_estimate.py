@@ -4,7 +4,7 @@
     python benchmarks/speed/bench_estimate.py [--sizes 1024 10000 102400] [--language tiny 133k] [--chains 4]
         [--steps 2000] [--repeats 1] [--contenders llc_fast llc_fast:compiled devinterp canonical …] [--threads N]
         [--device cpu|cuda] [--per-step] [--rival-steps N] [--rivals FOLDER] [--quick] [--json PATH]
-    python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters batch]
+    python benchmarks/speed/bench_estimate.py --scaling [--growing chains parameters size batch]
         [--strategies default batched …] [--budget SECONDS]
 
 The work: a 4-layer square bias-free linear network at its true parameter, 10,000 samples of its own, mean squared
@@ -41,7 +41,10 @@ versions they are, and where they are looked for. Those that are not there are l
 
 `--scaling` measures llc_fast alone: seconds per step as chains, parameters and batches grow, from the difference of a
 long and a short estimate, so without what an estimate costs once ("set-up": the first estimate of two steps). On a busy
-machine such differences can come out wrong, even negative: raise --budget.
+machine such differences can come out wrong, even negative: raise --budget. "size" goes to 10⁸ parameters; a step alone,
+by bench_step.py, to 10⁹.
+
+"CPU" is the processor time of all threads and processes, the compiler's too: on a busy machine its ratio says more.
 
 Neighbours matter: on two busy cores what runs on two threads was seen to take ten times as long, which flatters
 llc_fast where it runs on one. Measure on an idle machine, and look at --threads 1 as well.
@@ -53,6 +56,7 @@ import argparse
 import logging
 import math
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -97,8 +101,10 @@ ON_LANGUAGE = ["devinterp2", "devinterp", "canonical", "loop"]
 DEFAULT = ["llc_fast", "devinterp", "devinterp2", "canonical", "loop"]
 """Rivals that linear networks, and that language models can be given to; what is measured if nothing is said."""
 STRATEGIES = [None, "sequential", "batched", "compiled"]
-GROWING = ["chains", "parameters", "batch"]
+GROWING = ["chains", "parameters", "size", "batch"]
 CHAIN_COUNTS, SCALING_SIZES, BATCHES = [1, 2, 4, 8, 16, 32, 64], [1024, 10_000, 102_400, 10**6], [20, 100, 500, 2500]
+LARGE_SIZES, LARGE_BATCH, LARGE_SAMPLES = [10**6, 10**7, 10**8], 20, 200
+"""Of one chain, with so few samples that what grows with the parameters alone shows."""
 
 
 def make_estimate(contender: str, *, of_language: bool = False) -> Estimate:
@@ -119,7 +125,7 @@ def make_estimate(contender: str, *, of_language: bool = False) -> Estimate:
 def make_work(spec: dict[str, Any]) -> tuple[nn.Module, Data]:
     """The network and the data of a worker's problem."""
     if "network" not in spec:
-        return make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, SAMPLES)
+        return make_problem(math.isqrt(spec["parameters"] // LAYERS), LAYERS, spec.get("samples", SAMPLES))
     from bench_samples import network
 
     model = network(spec["size"])
@@ -159,16 +165,31 @@ def work_in_this_process(spec: dict[str, Any]) -> dict[str, Any]:
     seconds, found = timed(lambda: estimate(model, data, work))
     found |= {"seconds": seconds, "threads": torch.get_num_threads()}
     if spec.get("per_step"):
-        found["per step"] = (timed(lambda: run(steps))[0] - timed(lambda: run(2))[0]) / (steps - 2)
+        long, short = used(lambda: run(steps)), used(lambda: run(2))
+        found["per step"], found["cpu per step"] = ((a - b) / (steps - 2) for a, b in zip(long, short, strict=True))
     elif spec.get("again"):
-        found["again"] = timed(lambda: estimate(model, data, work))[0]
+        found["again"], found["cpu again"] = used(lambda: estimate(model, data, work))
     return found
 
 
+def cpu_seconds() -> float:
+    """Of all threads, and of the processes that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 def timed(run: Callable[[], dict[str, Any]]) -> tuple[float, dict[str, Any]]:
-    started = time.perf_counter()
+    """Seconds, and what it returns, with the processor's seconds as "cpu"."""
+    before, started = cpu_seconds(), time.perf_counter()
     found = run()
-    return time.perf_counter() - started, found
+    seconds = time.perf_counter() - started
+    return seconds, found | {"cpu": cpu_seconds() - before}
+
+
+def used(run: Callable[[], dict[str, Any]]) -> tuple[float, float]:
+    """Seconds and the processor's seconds."""
+    seconds, found = timed(run)
+    return seconds, found["cpu"]
 
 
 def slope(run: Callable[[int], dict[str, Any]], budget: float) -> dict[str, Any]:
@@ -245,6 +266,12 @@ def estimates_table(
         row["seconds"] = median(seconds)
         if "again" in results[0]:
             row["again"] = median([r["again"] for r in results])
+        if steps == full:
+            row["CPU, s"] = median([r["cpu"] for r in results])
+            if base and results is not base and all("cpu" in r for r in base):
+                row["× CPU"] = ratio([r["cpu"] for r in results], [r["cpu"] for r in base])
+            if "cpu again" in results[0]:
+                row["again, CPU"] = median([r["cpu again"] for r in results])
         if steps < full:
             row |= {"contender": f"{row['contender']}, extrapolated from {steps} steps", "steps": steps}
         else:
@@ -253,6 +280,7 @@ def estimates_table(
         if "per step" in results[0]:
             step = median([r["per step"] for r in results])
             row |= {"µs per step": 1e6 * step, "set-up, s": row["seconds"] - full * step}
+            row["CPU µs per step"] = 1e6 * median([r["cpu per step"] for r in results])
         if base and results is not base and not any("error" in r for r in base):
             row["llc_fast is faster"] = ratio(seconds, [r["seconds"] for r in base])
         if options.device == "cuda" and results is base:
@@ -294,9 +322,11 @@ def run_estimates(options: argparse.Namespace) -> dict[str, Any]:
     rivals = {rival_of(contender) for contender in options.paths}
     tables["versions"] = sorted(rival.title for rival in rivals if rival)
     print(f"Here: torch {torch.__version__}, {', '.join(tables['versions']) or 'no rivals'}")
-    columns = ["contender", "seconds", "again", "llc_fast is faster", "asked", "λ̂", "std over chains"]
+    columns = ["contender", "seconds", "again", "llc_fast is faster", "asked", "CPU, s", "again, CPU", "× CPU"]
+    columns += ["λ̂", "std over chains"]
     if options.per_step:
-        columns = [c for c in columns if c not in ("asked", "again")] + ["µs per step", "µs asked", "set-up, s"]
+        columns = [c for c in columns if c not in ("asked", "again")] + ["µs per step", "µs asked", "CPU µs per step"]
+        columns.append("set-up, s")
     everything: dict[str, list[dict[str, Any]]] = {}
 
     def measured(
@@ -356,7 +386,7 @@ def times(value: Any, column: str) -> Any:
     """Ratios as "12.3×", large estimates without an exponent."""
     if value is None or isinstance(value, str):
         return value
-    if column in ("llc_fast is faster", "asked"):
+    if column in ("llc_fast is faster", "asked", "× CPU"):
         return f"{'≥ ' if column == 'asked' else ''}{value:.3g}×"
     return f"{value:.1f}" if column == "λ̂" else value
 
@@ -365,6 +395,7 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
     plans: dict[str, list[tuple[int, int, int]]] = {
         "chains": [(10_000, BATCH, chains) for chains in CHAIN_COUNTS],
         "parameters": [(size, BATCH, CHAINS) for size in SCALING_SIZES],
+        "size": [(size, LARGE_BATCH, 1) for size in LARGE_SIZES],
         "batch": [(10_000, batch, CHAINS) for batch in BATCHES],
     }
     tables: dict[str, Any] = {}
@@ -380,6 +411,7 @@ def run_scaling(options: argparse.Namespace) -> dict[str, Any]:
                 spec |= {"chains": chains, "lr": 1e-9, "seed": 0, "threads": options.threads}
                 spec |= {"nbeta": NBETA, "localization": LOCALIZATION}
                 spec |= {"steps": STEPS, "budget": options.budget, "device": options.device}
+                spec |= {"samples": LARGE_SAMPLES if growing == "size" else SAMPLES}
                 found = measure(spec)
                 used, seconds = found.get("strategy"), found.get("seconds")
                 base = seconds if k == 0 else base

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llc_fast import _native
+from llc_fast.gradients.matmul import Product
 from llc_fast.support.torch_private import (
     REPLAY_FUNCTIONS,
     code_of,
@@ -42,6 +43,7 @@ class Kernel:
         op: the operation, as it is called again; None: only `run` knows how.
         args, kwargs: what it is given, with what it writes to.
         targets: what its results are copied to, in their order; None: it writes where it should.
+        product: what it is instead of an operation of torch.
         why_not: why only `run` knows how.
     """
 
@@ -50,6 +52,7 @@ class Kernel:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[Tensor | None, ...] | None = None
+    product: Product | None = None
     why_not: str = ""
 
 
@@ -102,12 +105,12 @@ class Program:
                 for kernel in self._kernels:
                     kernel.run()
             return
-        run, done = self._native.run, len(self._kernels)
-        k = run(0)
+        run, done, threads = self._native.run, len(self._kernels), torch.get_num_threads()
+        k = run(0, threads)
         while k < done:
             with torch.no_grad():
                 self._kernels[k].run()
-            k = run(k + 1)
+            k = run(k + 1, threads)
 
 
 class _Builder:
@@ -126,6 +129,8 @@ class _Builder:
         Raises:
             _NotNativeError: it can't be added.
         """
+        if kernel.product is not None:
+            return self._add_product(kernel.product)
         if kernel.op is None:
             raise _NotNativeError(kernel.why_not)
         schema = schema_of(kernel.op)
@@ -148,6 +153,13 @@ class _Builder:
         if targets and len(targets) != len(schema.returns):
             raise _NotNativeError(f"{schema.name} returns other things than tensors")
         self._program.add_dispatch(schema.name, schema.overload_name, arguments, len(schema.returns), targets)
+
+    def _add_product(self, product: Product) -> None:
+        if not _functions()["data"]:
+            raise _NotNativeError("this torch does not tell where a tensor is")
+        bias = None if product.bias is None else self._place(product.bias)
+        a, b, c = map(self._place, (product.a, product.b, product.c))
+        self._program.add_product(product.fields, a, b, bias, c)
 
     def _operand(self, argument: Any, value: Any) -> list[int]:
         """The place of a tensor or of a number, or the two places of text."""
@@ -282,7 +294,7 @@ def _tried() -> str:
                 known.append(k)
             except _NotNativeError:
                 continue
-        if program.run(0) != len(known):
+        if program.run(0, 1) != len(known):
             return "this torch's interface is another one: a kernel failed"
         if not all(torch.equal(results[k], expected[k]) for k in known):
             return "this torch's interface is another one: a kernel gave other values"

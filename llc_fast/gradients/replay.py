@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from llc_fast.gradients.matmul import product_by_onednn
+from llc_fast.gradients.matmul import product_by_onednn, small_product
 from llc_fast.gradients.program import Kernel, Program
 from llc_fast.support.torch_private import DispatchMode, packet_of, schema_of
 
@@ -120,7 +120,7 @@ class Recording(Generic[T]):
         aliases: what stands for a tensor with memory that is only lent to it, by its identity.
         writable: memory that the function was given to write to; so will each replay.
         reuses_memory: whether results that nobody needs any more give their memory to later ones. If not, kernels wait
-            for fewer others.
+            for fewer others. If so, too, products are written at once where a copy would transpose them to.
 
     Attributes:
         num_guards: values, and sizes that depend on values, that each replay compares with those of the recording.
@@ -174,8 +174,10 @@ class Recording(Generic[T]):
                     if torch.Tag.dynamic_output_shape in op.tags and not _indexes_by_integers(op, args):
                         guards.append(call)
         self.num_guards = len(guards)
+        results = set(_storages(self.result))
         if reuses_memory:
-            _use_memory_again(kernels, recorder.calls, made - constant - lent - set(_storages(self.result)))
+            kernels = _written_in_rows(kernels, results)
+            _use_memory_again(kernels, [*recorder.calls, *kernels], made - constant - lent - results)
         compared = set(map(id, guards))
         self._kernels = kernels
         again = [_again(call, id(call) in compared) for call in kernels]
@@ -280,6 +282,40 @@ def _use_memory_again(kernels: Sequence[_Call], calls: Sequence[_Call], movable:
             free.append(next(iter(tensors[place].values())).untyped_storage())
 
 
+def _written_in_rows(kernels: list[_Call], needed: set[int]) -> list[_Call]:
+    """Without copies that only transpose a product: it is written where they would put it.
+
+    Backward passes of chains in a batch give each weight's gradient transposed.
+
+    Args:
+        kernels: what is run again, in order.
+        needed: storages that are read afterwards.
+    """
+    users: dict[int, list[int]] = {}
+    for k, (_, args, kwargs, out) in enumerate(kernels):
+        for place in set(_storages((args, kwargs, out))):
+            users.setdefault(place, []).append(k)
+    found: list[_Call | None] = list(kernels)
+    for k, (op, args, _, copy) in enumerate(kernels):
+        if op is not _aten.clone.default or not copy.is_contiguous() or args[0].ndim not in (2, 3):
+            continue
+        place = args[0].untyped_storage().data_ptr()
+        maker, made = users[place][0], kernels[users[place][0]][-1]
+        if users[place] != [maker, k] or place in needed or not isinstance(made, Tensor):
+            continue
+        if made.ndim != args[0].ndim or not _lie_alike(made.mT, args[0]):
+            continue
+        product = (*kernels[maker][:3], copy.mT)
+        if small_product(*product) is not None:
+            found[maker], found[k] = product, None
+    return [call for call in found if call is not None]
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors of the same memory are the same view of it."""
+    return (a.shape, a.stride(), a.storage_offset()) == (b.shape, b.stride(), b.storage_offset())
+
+
 def _by_value(times: Mapping[int, int]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for place, k in times.items():
@@ -352,8 +388,10 @@ def _into(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> K
     if schema_of(op).name in _WORKSPACES and all(isinstance(t, Tensor) for t in outputs):
         run = functools.partial(torch.enable_grad()(op), *args, **kwargs)
         return Kernel(_copying(run, out), why_not=f"{schema_of(op).name} while gradients are recorded")
-    if not kwargs and (product := product_by_onednn(op, args, out)) is not None:
-        return Kernel(product, why_not="a matrix product by oneDNN")
+    if (product := small_product(op, args, kwargs, out)) is not None:
+        return Kernel(product.run, product=product)
+    if not kwargs and (large := product_by_onednn(op, args, out)) is not None:
+        return Kernel(large, why_not="a matrix product by oneDNN")
     own = [(a.name, str(a.type)) for a in schema_of(op).arguments]
     if all(isinstance(t, Tensor) for t in outputs) and not _reduces(op, args, kwargs):
         for overload in packet_of(op).overloads():

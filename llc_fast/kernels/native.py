@@ -1,9 +1,9 @@
 """The native interface: checks tensors, lays them out as segments, runs the fused step.
 
-Nothing else in the package touches the address of a tensor's memory. A step over a set of tensors reads each
-gradient where autograd left it, makes its noise in registers and writes each parameter once, in one native call for
-all tensors and chains (see ``csrc/step.h``). Devices without a native backend run :mod:`llc_fast.kernels.reference`,
-with a warning.
+Nothing else in the package, but for ``gradients/matmul.py``, touches the address of a tensor's memory. A step over a
+set of tensors reads each gradient where autograd left it, makes its noise in registers and writes each parameter once,
+in one native call for all tensors and chains (see ``csrc/step.h``). Devices without a native backend run
+:mod:`llc_fast.kernels.reference`, with a warning.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,13 +20,12 @@ from llc_fast.data import (
     batch_length,
     leaves,
     map_tensors,
-    split_batch,
 )
 from llc_fast.kernels.step import NoiseKey
 from llc_fast.objective.objective import Objective, checked_init_loss, widened
+from llc_fast.objective.weightings import PLAIN, ByElements, Losses, Measure, one_by_one, together, weighted
 from llc_fast.support.errors import first_line
 
-Losses = NDArray[np.float64]
 Pairing = Literal["samples", "passes", "draws", "none"]
 """What stands against the loss of a chain's minibatch: the mean of what its samples lose at w*; what the minibatch at
 the same place of every pass loses; what an evaluation of the minibatch at w* finds, at draws; nothing."""
@@ -59,16 +58,24 @@ class ControlVariate:
         deviations: of minibatches that are known by their samples, what each sample adds to b_B, float64 ``[n]``; of
             minibatches that are known by their place in a pass, b_B itself, ``[num_batches]``.
         by_sample: which of these.
+        weights: of samples, ``[n]``, by whose sum b_B is to be divided; None: there are none.
     """
 
-    def __init__(self, deviations: Losses, *, by_sample: bool) -> None:
-        self._deviations, self.by_sample = deviations, by_sample
-        self._tensor: Tensor | None = None
+    def __init__(self, deviations: Losses, *, by_sample: bool, weights: Losses | None = None) -> None:
+        self._deviations, self._weights, self.by_sample = deviations, weights, by_sample
+        self._tensors: list[Tensor] = []
 
     @classmethod
-    def of_samples(cls, losses: Losses, init_loss: float, batch_size: int) -> ControlVariate:
-        """From the loss of every sample at w*, ``[n]``: a gather and a sum."""
-        return cls((losses - init_loss) / batch_size, by_sample=True)
+    def of_samples(
+        cls, losses: Losses, init_loss: float, batch_size: int, weights: Losses | None = None
+    ) -> ControlVariate:
+        """From the loss of every sample at w*, ``[n]``: a gather and a sum.
+
+        Where samples weigh differently, L_B = Σ wᵢℓᵢ / Σ wᵢ, and b_B = Σ wᵢ(ℓᵢ − L(w*)) / Σ wᵢ.
+        """
+        if weights is None:
+            return cls((losses - init_loss) / batch_size, by_sample=True)
+        return cls(weighted(losses - init_loss, weights), by_sample=True, weights=weights)
 
     @classmethod
     def of_passes(cls, losses: Losses, init_loss: float) -> ControlVariate:
@@ -78,6 +85,9 @@ class ControlVariate:
     def __call__(self, indices: NDArray[np.int64]) -> Losses:
         """b_B ``[chain]`` of minibatches given by the indices of their samples, ``[chain, batch_size]``."""
         values: Losses = np.add.reduce(self._deviations.take(indices), axis=1)
+        if self._weights is not None:
+            with np.errstate(invalid="ignore"):  # none of its samples counts: no loss is known, the chain's neither
+                values = values / np.add.reduce(self._weights.take(indices), axis=1)
         return values
 
     def at(self, step: int) -> float:
@@ -86,9 +96,11 @@ class ControlVariate:
 
     def on_device(self, indices: Tensor) -> Tensor:
         """b_B ``[chain]`` by the indices of samples, where these are."""
-        if self._tensor is None or self._tensor.device != indices.device:
-            self._tensor = torch.from_numpy(self._deviations).to(indices.device)
-        return self._tensor.take(indices).sum(1)
+        if not self._tensors or self._tensors[0].device != indices.device:
+            tables = [self._deviations] if self._weights is None else [self._deviations, self._weights]
+            self._tensors = [torch.from_numpy(table).to(indices.device) for table in tables]
+        sums = [table.take(indices).sum(1) for table in self._tensors]
+        return sums[0] if len(sums) == 1 else sums[0] / sums[1]
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class ReferenceLosses:
         pairing: what the chains' losses are paired with.
         unpaired_reason: why there is no control variate; empty if there is.
         losses: at w*, of every sample or of every minibatch of a pass, float64; None where they are not needed.
+        weights: of the samples, where minibatches lose their weighted mean, by tokens or classes; None: the plain one.
         slope: of draws that are evaluated at w*: what a minibatch loses over the mean of what its samples lose by
             themselves, both less their mean; it takes a part of the noise out of L(w*).
         standing: λ̂ of a chain that stands still, by a few minibatches at w*, and its standard error.
@@ -112,6 +125,7 @@ class ReferenceLosses:
     pairing: Pairing
     unpaired_reason: str = ""
     losses: Losses | None = None
+    weights: Losses | None = None
     slope: float = 0.0
     standing: tuple[float, float] = (0.0, 0.0)
 
@@ -133,7 +147,7 @@ class ReferenceLosses:
         if self.pairing == "draws":
             deviations = self.slope * (self.losses - self.losses.mean())
             return ControlVariate.of_samples(deviations, 0.0, batch_size or 1)
-        return ControlVariate.of_samples(self.losses, init_loss, batch_size or 1)
+        return ControlVariate.of_samples(self.losses, init_loss, batch_size or 1, self.weights)
 
 
 def reference_losses(
@@ -142,9 +156,11 @@ def reference_losses(
     """L(w*), and what the chains' losses can be paired with.
 
     L(w*) and the chains' losses are the same average of the same function. Where a minibatch's loss is the mean of what
-    its samples lose, and a pass has every sample, L(w*) is exact. Where every pass has the same minibatches, it is
-    their mean. Otherwise (losses weighted by tokens, over pairs, of batch statistics, random ones, random data) every
-    draw's minibatch is evaluated at w* too, with the same random numbers, and L(w*) drops out of λ̂.
+    its samples lose, and a pass has every sample, L(w*) is exact. Where it is their mean weighted by numbers of tokens,
+    by classes or by weights in the data, what any minibatch loses is known as well; L(w*) is the average over many, and
+    drops out of λ̂. Where every pass has the same minibatches, it is their mean. Otherwise (losses over pairs, of batch
+    statistics, random ones, random data) every draw's minibatch is evaluated at w* too, with the same random numbers,
+    and L(w*) drops out again.
 
     It takes one pass over the data, or a few minibatches.
 
@@ -218,48 +234,76 @@ class _Reference:
         found = self._sample_losses(source)
         if found is None:
             return None
-        are_means, samples = found
+        weighting, samples, weights = found
         if samples is None:
             self._reason = _NOT_THE_MEAN
             return self._of_draws()
-        if not np.isfinite(samples).all():
+        if not np.isfinite(samples if weights is None else weighted(samples, weights)).all():
             self._reason = "the loss of single samples is not finite"
             return None
-        if not are_means:
+        if weighting is None:
             self._reason = _NOT_THE_MEAN
             return self._of_draws(source, samples)
+        size = source.batch_size or 1
         mean = float(samples.mean())
+        if weights is not None:
+            mean = float(weighted(samples, weights).sum() / weights.sum())
+            mean += self._average(source, ControlVariate.of_samples(samples, mean, size, weights))
         error = self._rounding * abs(mean)
-        if self._nbeta * self._spread(samples) < _NEGLIGIBLE:
+        variate = ControlVariate.of_samples(samples, mean, size, weights)
+        spread = self._spread(samples) if weights is None else _spread_of(samples, weights, size)
+        if self._nbeta * spread < _NEGLIGIBLE:
             return ReferenceLosses(mean, error, "none", _SAME_EVERYWHERE)
-        variate = ControlVariate.of_samples(samples, mean, source.batch_size or 1)
         standing = self._standing(
             lambda step, loss: loss - float(variate(self._indices(source, step))[0]) - mean, error
         )
-        return ReferenceLosses(mean, error, "samples", losses=samples, standing=standing)
+        return ReferenceLosses(mean, error, "samples", losses=samples, weights=weights, standing=standing)
 
-    def _sample_losses(self, source: IndexedSource) -> tuple[bool, Losses | None] | None:
-        """Whether minibatches lose what their samples do on average, and what samples lose; None: nobody can say.
+    def _average(self, source: IndexedSource, variate: ControlVariate) -> float:
+        """The mean of b_B over many minibatches."""
+        rows = source.index_buffer(_AVERAGED // 64)
+        keys = (NoiseKey(self._seed, step=step, chain=_NO_CHAIN) for step in range(64))
+        means = [np.nanmean(variate(source.sample_indices(key, rows).cpu().numpy())) for key in keys]
+        return float(np.mean(means))
 
-        They are evaluated together, or else, where there are few enough, one by one. What they lose is then left out
-        if minibatches lose something else.
+    def _sample_losses(self, source: IndexedSource) -> tuple[str | None, Losses | None, Losses | None] | None:
+        """How minibatches' losses are means of samples' (None: they are not), what samples lose, and their weights.
+
+        None altogether: nobody can say. They are evaluated together, or by the elements of the model's outputs, or
+        else, where there are few enough, one by one. What they lose is then left out if minibatches lose something
+        else.
         """
-        objective = self._objective
-        for one_by_one in (False, True):
-            if one_by_one and (source.num_samples or 0) > self._affordable:
-                break
+        measures: list[Measure] = [together, ByElements()]
+        if (source.num_samples or 0) <= self._affordable:
+            measures.append(one_by_one)
+        problems = list[str]()
+        for measure in measures:
             try:
                 # Where torch would go through the samples one by one it warns: not without having been counted.
-                with objective.at_reference(), warnings.catch_warnings():
+                with self._objective.at_reference(), warnings.catch_warnings():
                     warnings.filterwarnings("error", message=".*performance drop")
-                    are_means = self._are_means(source, one_by_one)
-                    if one_by_one and not are_means:
-                        return False, None
-                    losses = [_sample_losses(objective, b, one_by_one) for b, _ in source.full()]
-                    return are_means, np.concatenate(losses)
+                    possible = self._weightings_of_a_few(source, measure)
+                    if measure is one_by_one and not possible:
+                        return None, None, None
+                    samples, known = self._of_all(source, measure, possible)
+                    weighting = self._decided(source, measure, known)
+                    return weighting, samples, known[weighting] if weighting else None
             except Exception as problem:
-                self._reason = f"the loss of single samples can't be had: {first_line(problem)}"
+                problems.append(first_line(problem))
+        self._reason = f"the loss of single samples can't be had: {problems[0]}"
         return None
+
+    def _of_all(self, source: IndexedSource, measure: Measure, possible: set[str]) -> tuple[Losses, dict[str, Losses]]:
+        """What all samples lose, and their weights by those of the names that they all have."""
+        losses, weights = list[Losses](), dict[str, list[Losses]]()
+        for batch, _ in source.full():
+            own, found = measure(self._objective, batch, possible)
+            losses.append(own)
+            for name, values in found.items():
+                weights.setdefault(name, []).append(values)
+        samples = np.concatenate(losses)
+        whole = {name: np.concatenate(parts) for name, parts in weights.items() if len(parts) == len(losses)}
+        return samples, whole
 
     def _indices(self, source: IndexedSource, step: int) -> NDArray[np.int64]:
         key = NoiseKey(self._seed, step=step, chain=_NO_CHAIN)
@@ -334,26 +378,55 @@ class _Reference:
 
     # ---- whether a minibatch's loss is a mean ------------------------------------------------------------------
 
-    def _are_means(self, source: IndexedSource, one_by_one: bool) -> bool:
-        """Whether minibatches lose at w* what their samples lose on average, each among those of other minibatches."""
+    def _weightings_of_a_few(self, source: IndexedSource, measure: Measure) -> set[str]:
+        """How a few minibatches' losses at w* are means of what their samples lose, each beside those of others."""
         exact = self._objective.in_full_precision()
-
-        def gather(indices: Tensor) -> Batch:
-            return map_tensors(widened, source.gather(indices))
-
-        count = _CHECKED_ONE_BY_ONE if one_by_one else _CHECKED_BATCHES
+        count = _CHECKED_ONE_BY_ONE if measure is one_by_one else _CHECKED_BATCHES
         keys = [NoiseKey(self._seed, step=step) for step in range(count)]
         rows = [source.sample_indices(key, source.index_buffer(1))[0] for key in keys]
         mixed = torch.stack(rows, dim=1)  # read again for this: a data set may augment, a model work in place
-        pieces = (gather(indices) for indices in mixed.reshape(len(rows), -1))
-        samples = np.concatenate([_sample_losses(exact, piece, one_by_one) for piece in pieces])
-        for indices, own in zip(rows, samples.reshape(mixed.shape).T, strict=True):
-            with torch.enable_grad():  # as chains do
-                loss = exact.minibatch_loss(exact.reference, gather(indices), exact.fresh_buffers())
-            slack = _SLACK * self._spread(own) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(own).mean())
-            if not abs(float(loss) - own.mean()) <= slack + _NEGLIGIBLE / self._nbeta:
-                return False
-        return True
+        pieces = [measure(exact, _exact_batch(source, part), None) for part in mixed.reshape(len(rows), -1)]
+        losses = np.concatenate([own for own, _ in pieces]).reshape(mixed.shape)
+        names = set.intersection(*(set(found) for _, found in pieces))
+        weights = {name: np.concatenate([found[name] for _, found in pieces]).reshape(mixed.shape) for name in names}
+        for k, indices in enumerate(rows):
+            own = {name: values[:, k] for name, values in weights.items() if name in names}
+            names = self._weightings_of(source, indices, losses[:, k], own)
+        return names
+
+    def _weightings_of(
+        self, source: IndexedSource, indices: Tensor, losses: Losses, weights: Mapping[str, Losses]
+    ) -> set[str]:
+        """Those by which the loss of a minibatch is the mean of what its samples lose."""
+        exact = self._objective.in_full_precision()
+        with torch.enable_grad():  # as chains do
+            loss = exact.minibatch_loss(exact.reference, _exact_batch(source, indices), exact.fresh_buffers())
+        counted = losses[np.isfinite(losses)]
+        slack = _SLACK * self._spread(counted) + 4 * torch.finfo(loss.dtype).eps * float(np.abs(counted).mean())
+        slack += _NEGLIGIBLE / self._nbeta
+        means = {name: weighted(losses, own).sum() / own.sum() for name, own in weights.items() if own.any()}
+        return {name for name, mean in means.items() if abs(float(loss) - mean) <= slack}
+
+    def _decided(self, source: IndexedSource, measure: Measure, weights: Mapping[str, Losses]) -> str | None:
+        """The one weighting by which every minibatch's loss is a mean; None: there is none.
+
+        Those that a few minibatches could not tell apart are, by one that holds the samples in which they differ most.
+        """
+        names = sorted(weights, key=lambda name: (name != PLAIN, len(name), name))
+        shares = {name: values / values.mean() for name, values in weights.items()}
+        size = source.batch_size or 1
+        while size > 1 and names:
+            pairs = ((other, np.abs(shares[names[0]] - shares[other])) for other in names[1:])
+            other, apart = next(((name, d) for name, d in pairs if d.max() > _SLACK), ("", np.empty(0)))
+            if not len(apart):
+                break
+            order = np.argsort(-apart, kind="stable")
+            rows = np.concatenate([order[: -(-size // 2)], order[len(order) - size // 2 :]])
+            exact, indices = self._objective.in_full_precision(), torch.from_numpy(rows)
+            own, _ = measure(exact, _exact_batch(source, indices), {PLAIN})
+            holding = self._weightings_of(source, indices, own, {name: weights[name][rows] for name in names})
+            names = [name for name in names if name in holding and (name != other or names[0] not in holding)]
+        return names[0] if names else None
 
     def _mixes(self) -> bool:
         """Whether two minibatches lose as much when they have exchanged half of their samples: so it is with means."""
@@ -372,12 +445,25 @@ class _Reference:
 
 
 _NOT_THE_MEAN = (
-    "a minibatch's loss is not the mean of what its samples lose by themselves (batch statistics, a loss weighted by "
-    "tokens or over pairs)"
+    "a minibatch's loss is not the mean of what its samples lose by themselves, nor one weighted by their numbers of "
+    "tokens, their classes or weights in the data (batch statistics, a loss over pairs?)"
 )
 _SAME_EVERYWHERE = "the loss at w* is the same on all minibatches, or nearly"
+_AVERAGED = 2**13
+"""Minibatches whose mean is L(w*), where samples weigh differently."""
 _NO_CHAIN = 2**31
 """The chain whose minibatches are looked at before there are chains."""
+
+
+def _exact_batch(source: IndexedSource, indices: Tensor) -> Batch:
+    return map_tensors(widened, source.gather(indices.to(source.index_buffer(1).device)))
+
+
+def _spread_of(losses: Losses, weights: Losses, batch_size: int) -> float:
+    """The standard deviation over minibatches of their weighted mean, to first order."""
+    weights = weights / weights.mean()
+    mean = weighted(losses, weights).mean()
+    return float(weighted(losses - mean, weights).std()) / math.sqrt(batch_size)
 
 
 def _can_exchange(a: Batch, b: Batch) -> bool:
@@ -395,11 +481,3 @@ def _exchanged(a: Batch, b: Batch) -> tuple[Batch, Batch]:
         return map_tensors(lambda t: torch.cat([t[:half], next(others)[half:]]), first)
 
     return joined(a, b), joined(b, a)
-
-
-def _sample_losses(objective: Objective, batch: Batch, one_by_one: bool) -> Losses:
-    pieces = split_batch(batch, objective.microbatch_size)
-    losses = [
-        objective.sample_losses(piece, one_by_one).detach().to("cpu", torch.float64).numpy() for piece, _ in pieces
-    ]
-    return np.concatenate(losses)

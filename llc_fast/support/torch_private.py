@@ -297,6 +297,7 @@ REPLAY_FUNCTIONS = {
     "grad_mode_set_enabled": "aoti_torch_grad_mode_set_enabled",
     "delete_tensor": "aoti_torch_delete_tensor_object",
     "new_tensor": "aoti_torch_new_tensor_handle",
+    "data": "aoti_torch_get_data_ptr",
     "copy_": "aoti_torch_copy_",
     "abi_version": "aoti_torch_abi_version",
     "call_dispatcher": "torch_call_dispatcher",

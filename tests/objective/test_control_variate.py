@@ -199,7 +199,8 @@ def _weighted(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _looks(output: Tensor, target: Tensor) -> Tensor:
-    return mse(output, target) * (2.0 if float(output.detach().sum()) > 1e9 else 1.0)
+    """A loss of the user's own making."""
+    return (output - target).abs().pow(1.5).mean() * (2.0 if float(output.detach().sum()) > 1e9 else 1.0)
 
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
@@ -215,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "batch norm without buffers": (lambda: {"model": _Normalized()}, "batch statistics"),
     "batch norm, losses of samples": (lambda: {"model": _Normalized(), "loss_fn": _by_sample}, "batch statistics"),
-    "weights": (lambda: {"loss_fn": _weighted}, "weighted by tokens"),
+    "weights": (lambda: {"loss_fn": _weighted}, "weighted by their numbers of tokens"),
     "augmentation": (lambda: {"data": _Augmented(), "strategy": "sequential"}, "augmentation"),
     "values looked at": (lambda: {"loss_fn": _looks}, "single samples"),
     "more than samples": (
@@ -256,17 +257,175 @@ def test_the_kind_of_weights_is_no_obstacle_where_they_are_equal() -> None:
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, (N, 4), generator=generator)
-    padded = tokens.clone()
-    padded[::3, 1:] = -1
 
     def model() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(5, 6), nn.Tanh(), nn.Linear(6, 5))
 
-    even = estimate(model=model(), data=(tokens, tokens), loss_fn=over_tokens, **EVERY_STEP)
-    uneven = estimate(model=model(), data=(tokens, padded), loss_fn=over_tokens, **EVERY_STEP)
-    assert even.settings["control_variate"]
-    assert not uneven.settings["control_variate"]
+    result = estimate(model=model(), data=(tokens, tokens), loss_fn=over_tokens, **EVERY_STEP)
+    with torch.no_grad():
+        losses = -model()(tokens).log_softmax(2).gather(2, tokens[..., None])[..., 0].double().numpy()
+    assert result.diagnostics["paired_with"] == "samples"
+    assert result.init_loss == pytest.approx(losses.mean(), rel=1e-6)
+    assert_paired_with(result, losses.mean(axis=1), np.ones(N))
+
+
+# --- means with weights -------------------------------------------------------------------------------------
+
+
+def assert_paired_with(result: LLCResult, losses: NDArray[np.float64], weights: NDArray[np.float64]) -> None:
+    """What is subtracted is Σ wᵢℓᵢ / Σ wᵢ of each minibatch; and nothing is evaluated at w* at draws."""
+    assert result.diagnostics["paired_with"] == "samples" and result.settings["control_variate"]
+    assert "reference_loss" not in result.traces
+    at_reference = np.empty((CHAINS, STEPS))
+    for step in range(STEPS):
+        rows = reference.minibatch_indices(N, BATCH, CHAINS, NoiseKey(SEED, step=step)).numpy()
+        at_reference[:, step] = (weights * losses)[rows].sum(axis=1) / weights[rows].sum(axis=1)
+    found = _raw(result) - result.loss_trace + result.init_loss
+    np.testing.assert_allclose(found[:, :STEPS], at_reference, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(result.llc_mean, result.nbeta * (_raw(result) - at_reference).mean(), atol=1e-4)
+
+
+CLASSES, LENGTH = 5, 6
+
+
+def _of_tokens() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(CLASSES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def _lengths() -> Tensor:
+    """Of sequences: between 2 and all, and one of 0 predicted tokens among them."""
+    return torch.randint(2, LENGTH + 1, (N,), generator=torch.Generator().manual_seed(3))
+
+
+class _OwnLoss(nn.Module):
+    """As language models of Hugging Face: labels of −100 do not count, and each token predicts the next."""
+
+    def __init__(self, reads: bool = False) -> None:
+        super().__init__()
+        self.inner, self.reads = _of_tokens(), reads
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(input_ids)
+        if self.reads and bool((labels == 10**6).any()):  # torch.func refuses it
+            logits = logits + 1
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:]), "logits": logits}
+
+
+def _weighted_problem(kind: str) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.float64]]:
+    """Model, data and loss function; what each sample loses at w*, and its weight."""
+    generator = torch.Generator().manual_seed(0)
+    if kind.startswith("labels"):
+        tokens, counted = (
+            torch.randint(CLASSES, (N, LENGTH), generator=generator),
+            torch.arange(LENGTH) < _lengths()[:, None],
+        )
+        labels = tokens.masked_fill(~counted, -100)
+        model = _OwnLoss(reads=kind == "labels read")
+        entries = -model.inner(tokens)[:, :-1].log_softmax(2).gather(2, tokens[:, 1:, None])[..., 0]
+        weights = counted[:, 1:].double()
+        losses = (entries.double() * weights).sum(1) / weights.sum(1)
+        return (
+            {"model": model, "data": {"input_ids": tokens, "labels": labels}, "loss_fn": None},
+            losses.detach().numpy(),
+            weights.sum(1).numpy(),
+        )
+    if kind == "mask":
+        tokens, counted = (
+            torch.randint(CLASSES, (N, LENGTH), generator=generator),
+            torch.arange(LENGTH) < _lengths()[:, None],
+        )
+        model = _of_tokens()
+        entries = -model(tokens).log_softmax(2).gather(2, tokens[..., None])[..., 0]
+
+        def masked(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            own = nn.functional.cross_entropy(model(batch["x"]).mT, batch["x"], reduction="none")
+            return (own * batch["mask"]).sum() / batch["mask"].sum()
+
+        losses = (entries.double() * counted).sum(1) / counted.sum(1)
+        return (
+            {"model": model, "data": {"x": tokens, "mask": counted.float()}, "loss_fn": masked},
+            losses.detach().numpy(),
+            counted.sum(1).double().numpy(),
+        )
+    model, (x, y) = mlp(), data(N)
+    if kind == "weights":
+        w = torch.rand(N, generator=generator) + 0.1
+
+        def weighted(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+            return ((model(batch[0]) - batch[1]).square().mean(1) * batch[2]).sum() / batch[2].sum()
+
+        return {"model": model, "data": (x, y, w), "loss_fn": weighted}, _losses_at(model, (x, y)), w.double().numpy()
+    assert kind == "classes"
+    of_classes = torch.tensor([0.2, 1.0, 3.0])
+    model, target = nn.Linear(3, 3), torch.randint(3, (N,), generator=generator)
+    losses = nn.functional.cross_entropy(model(x), target, reduction="none").detach().double()
+    given = {"model": model, "data": (x, target), "loss_fn": nn.CrossEntropyLoss(weight=of_classes)}
+    return given, losses.numpy(), of_classes[target].double().numpy()
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "batched"])
+@pytest.mark.parametrize("kind", ["labels", "labels read", "mask", "weights", "classes"])
+def test_means_weighted_by_tokens_classes_or_data_are_paired(kind: str, strategy: str) -> None:
+    """Each draw's loss at w* is known from what its samples lose, without an evaluation there."""
+    if (kind, strategy) == ("labels read", "batched"):
+        pytest.skip("torch.func can't batch it over chains either")
+    given, losses, weights = _weighted_problem(kind)
+    result = estimate(**{**EVERY_STEP, **given, "strategy": strategy})
+    assert_paired_with(result, losses, weights)
+    # The mean over all minibatches; λ̂ does not depend on its error. A ratio has a bias of 1/BATCH of its spread.
+    mean, spread = (weights * losses).sum() / weights.sum(), (weights * (losses - losses.mean())).std() / weights.mean()
+    assert result.init_loss == pytest.approx(mean, abs=0.2 * spread)
+
+
+def test_samples_none_of_whose_tokens_count_weigh_nothing() -> None:
+    given, losses, weights = _weighted_problem("labels")
+    given["data"]["labels"][::7] = -100
+    losses, weights = losses.copy(), weights.copy()
+    weights[::7] = 0
+    result = estimate(**{**EVERY_STEP, **given, "strategy": "sequential"})
+    assert_paired_with(result, losses, weights)
+
+
+def test_few_samples_with_other_weights_are_not_overlooked() -> None:
+    """Of 3,000 sequences five are shorter, and none of these is in the minibatches that are looked at first."""
+    n = 3000
+    tokens = torch.randint(CLASSES, (n, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    first = {
+        int(k) for s in range(8) for k in reference.minibatch_indices(n, BATCH, 1, NoiseKey(SEED, step=s)).flatten()
+    }
+    rare = [k for k in range(n) if k not in first][:5]
+    labels[rare, 2:] = -100
+    result = estimate(
+        model=_OwnLoss(), data={"input_ids": tokens, "labels": labels}, loss_fn=None, **{**EVERY_STEP, "num_draws": 400}
+    )
+    assert result.diagnostics["paired_with"] == "samples"
+    model = _OwnLoss()
+    entries = -model.inner(tokens)[:, :-1].log_softmax(2).gather(2, tokens[:, 1:, None])[..., 0].detach().double()
+    counted = (labels[:, 1:] != -100).double()
+    for step in range(400):
+        rows = reference.minibatch_indices(n, BATCH, CHAINS, NoiseKey(SEED, step=step))
+        if any(int(k) in rare for k in rows.flatten()):
+            expected = (entries * counted)[rows].sum((1, 2)) / counted[rows].sum((1, 2))
+            found = _raw(result)[:, step] - result.loss_trace[:, step] + result.init_loss
+            np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-6)
+            break
+    else:
+        pytest.fail("no rare sequence was drawn")
+
+
+def test_the_weighted_baseline_is_the_same_on_a_device() -> None:
+    generator = np.random.default_rng(0)
+    losses, weights = generator.exponential(size=N), generator.integers(0, 4, size=N).astype(float)
+    losses[weights == 0] = np.nan
+    baseline = ControlVariate.of_samples(losses, 0.7, BATCH, weights)
+    indices = torch.randint(N, (CHAINS, BATCH), generator=torch.Generator().manual_seed(0))
+    rows = indices.numpy()
+    expected = np.nansum((losses * weights)[rows], axis=1) / weights[rows].sum(axis=1) - 0.7
+    np.testing.assert_allclose(baseline(rows), expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(baseline.on_device(indices).numpy(), expected, rtol=0, atol=1e-14)
 
 
 def test_models_that_vmap_does_not_know_are_paired_by_their_outputs() -> None:
@@ -357,7 +516,7 @@ def test_low_precision_hides_neither_means_nor_weights(kind: str) -> None:
     paired = estimate(model=mlp(dtype), **options)
     weighted = estimate(model=mlp(dtype), loss_fn=slightly, **options)
     assert paired.settings["control_variate"] and not weighted.settings["control_variate"]
-    assert "weighted by tokens" in weighted.diagnostics["unpaired_reason"]
+    assert "weighted by their numbers of tokens" in weighted.diagnostics["unpaired_reason"]
     np.testing.assert_allclose(paired.loss_trace[:, 0], paired.init_loss, rtol=2**-6)  # batched, rounded otherwise
 
 

@@ -166,9 +166,9 @@ _starting = threading.Lock()
 
 def _start_server() -> None:
     """Where `python -c`, which looks into the current folder first, finds no llc_fast: in sources none is built."""
-    with _starting, tempfile.TemporaryDirectory() as empty:
+    with _starting:
         here = os.getcwd()
-        os.chdir(empty)
+        os.chdir(Path(__file__).parent)
         try:
             forkserver.ensure_running()
         finally:
