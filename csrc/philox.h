@@ -68,12 +68,12 @@ LLC_HD To bit_cast(From from) {
 }
 
 template <class Words>
-struct Product {
+struct WideProduct {
     Words high, low;
 };
 
 struct ScalarMultiply {
-    LLC_HD Product<uint32_t> operator()(uint32_t word, uint32_t m) const {
+    LLC_HD WideProduct<uint32_t> operator()(uint32_t word, uint32_t m) const {
 #ifdef __CUDA_ARCH__
         return {__umulhi(word, m), word * m};  // one IMAD.WIDE
 #else
@@ -83,7 +83,8 @@ struct ScalarMultiply {
     }
 };
 
-// Philox on one counter, or on as many as `Words` has of each word; multiply(words, m) is the Product of each with m.
+// Philox on one counter, or on as many as `Words` has of each word; multiply(words, m) is the WideProduct of each with
+// m.
 template <class Words, class Multiply>
 LLC_HD void philox(Words& c0, Words& c1, Words& c2, Words& c3, uint64_t seed, Multiply multiply) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

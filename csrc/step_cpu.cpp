@@ -78,7 +78,7 @@ LLC_HD Lanes multiply(Lanes lanes, uint32_t m) {
 #endif
 }
 struct VectorMultiply {
-    LLC_HD Product<Counters> operator()(const Counters& c, uint32_t m) const {
+    LLC_HD WideProduct<Counters> operator()(const Counters& c, uint32_t m) const {
         const Lanes a = multiply(c.a, m), b = multiply(c.b, m);
         return {{a >> 32, b >> 32}, {a, b}};
     }
@@ -96,7 +96,7 @@ LLC_HD Counters make_counters(uint32_t word, Order order) {
     return c + word;
 }
 struct VectorMultiply {
-    LLC_HD Product<Words> operator()(Words words, uint32_t m) const {
+    LLC_HD WideProduct<Words> operator()(Words words, uint32_t m) const {
 #if defined(__aarch64__)
         const uint32x4_t c = reinterpret_cast<uint32x4_t>(words);
         const uint32x4_t low = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(c), m));
