@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 BENCHMARKS := $(wildcard benchmarks/gpu/*.cu benchmarks/speed/*.cpp)
-EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
+EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/kernels/*.cpp)
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*') llc_fast/py.typed
 
 .DEFAULT_GOAL := help

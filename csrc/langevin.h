@@ -88,11 +88,13 @@ LLC_HD T root(T x) {
 #endif
 }
 
-// The box. Comparisons, not min and max: a NaN must stay a NaN, so that somebody notices.
+// The box. A NaN must stay a NaN, so that somebody notices: which these comparisons do, and the one-instruction min and
+// max of x86, which they compile to.
 template <class T>
 LLC_HD T clamp_to_box(T w, T reference, T box) {
     const T low = reference - box, high = reference + box;
-    return w < low ? low : (w > high ? high : w);
+    w = high < w ? high : w;
+    return low > w ? low : w;
 }
 
 // First-order Langevin step in the metric 1/p:  w <- w - (lr/2) p drift + sigma sqrt(lr p) noise, then the box.
@@ -130,7 +132,8 @@ template <class T>
 LLC_HD void move_with_momentum(Coordinate<T>& x, T momentum, T box) {
     const T w = x.w + momentum;
     x.w = clamp_to_box(w, x.reference, box);
-    const bool outside = x.w < w || x.w > w;  // clamped; false for a NaN
+    const T back = x.w - w;  // by the box; a difference, which keeps the compiler from undoing min and max
+    const bool outside = back < T(0) || back > T(0);  // false for a NaN
     x.state[0] = outside ? -momentum : momentum;
 }
 

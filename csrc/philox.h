@@ -67,21 +67,26 @@ LLC_HD To bit_cast(From from) {
     return to;
 }
 
-// The low 32 bits of each lane times m, all 64 bits of the product.
+template <class Words>
+struct WideProduct {
+    Words high, low;
+};
+
 struct ScalarMultiply {
-    LLC_HD uint64_t operator()(uint32_t lane, uint32_t m) const {
+    LLC_HD WideProduct<uint32_t> operator()(uint32_t word, uint32_t m) const {
 #ifdef __CUDA_ARCH__
-        return uint64_t{__umulhi(lane, m)} << 32 | lane * m;  // one IMAD.WIDE; as a 64-bit product one addition more
+        return {__umulhi(word, m), word * m};  // one IMAD.WIDE
 #else
-        return lane * uint64_t{m};
+        const uint64_t product = word * uint64_t{m};
+        return {uint32_t(product >> 32), uint32_t(product)};
 #endif
     }
 };
 
-// Philox on one counter of 32-bit words, or on vectors of 64-bit lanes, of which only the low halves count: the
-// widening product leaves the new word in place, so that no round needs a shuffle or a mask.
-template <class Lanes, class Multiply>
-LLC_HD void philox(Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3, uint64_t seed, Multiply multiply) {
+// Philox on one counter, or on as many as `Words` has of each word; multiply(words, m) is the WideProduct of each with
+// m.
+template <class Words, class Multiply>
+LLC_HD void philox(Words& c0, Words& c1, Words& c2, Words& c3, uint64_t seed, Multiply multiply) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
@@ -90,10 +95,10 @@ LLC_HD void philox(Lanes& c0, Lanes& c1, Lanes& c2, Lanes& c3, uint64_t seed, Mu
 #endif
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const auto p0 = multiply(c0, kPhiloxM0), p1 = multiply(c2, kPhiloxM1);
-        c0 = Lanes(p1 >> 32) ^ c1 ^ k0;
-        c2 = Lanes(p0 >> 32) ^ c3 ^ k1;
-        c1 = Lanes(p1);
-        c3 = Lanes(p0);
+        c0 = p1.high ^ c1 ^ k0;
+        c2 = p0.high ^ c3 ^ k1;
+        c1 = p1.low;
+        c3 = p0.low;
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
     }
@@ -110,40 +115,47 @@ LLC_HD uint32_t counter_word3(const NoiseKey& key, uint64_t counter) {
     return uint32_t((counter >> 32) & 0xFFFFu) | uint32_t((key.step >> 32) & 0xFFu) << 16 | key.stream << 24;
 }
 
-// log(u) for u = (x | 1) / 2^32, that is for the midpoints of 2^31 equal cells: never 0, never 1. Written as
-// k log 2 + log(1 + r) with r computed exactly in integers, so the result has full relative precision at both
-// ends, and so do the largest normals (6.66 sigma) and the smallest.
-LLC_HD void split_uniform(uint32_t x, int32_t& k, uint32_t& power) {
-    // x / 2 in float: the exponent of the nearest power of two, rounding up from sqrt(1/2).
-    const float half = static_cast<float>(static_cast<int32_t>(x >> 1)) + 0.5f;
-    k = static_cast<int32_t>((bit_cast<uint32_t>(half) + (0x3F800000u - 0x3F3504F3u)) >> 23) - 126;
-    power = k >= 32 ? 0u : 1u << k;
+// u = (x | 1) / 2^32, the midpoints of 2^31 equal cells: never 0, never 1. Written as 2^-shift (1 + fraction / 2^32),
+// with the nearest power of two, rounding up from sqrt(1/2). All in integers. For the smallest u, where the shift is
+// 32, the fraction is 1 instead of 0: a vector's variable shifts need no comparison then, and a float's logarithm is
+// the same.
+LLC_HD void split_uniform(uint32_t x, int32_t& shift, int32_t& fraction) {
+    const float half = static_cast<float>(static_cast<int32_t>(x >> 1)) + 0.5f;  // u 2^31
+    // -log2(u), rounded, by one subtraction from the bits; 0x3F3504F3 is sqrt(1/2).
+    constexpr uint32_t kFrom = ((127u + 32u) << 23) - 1 - (0x3F800000u - 0x3F3504F3u);
+    shift = static_cast<int32_t>((kFrom - bit_cast<uint32_t>(half)) >> 23);
+    // Modulo 2^32, that is without the power of two.
+#if defined(__SSE2__) && !defined(__AVX2__) && !defined(__CUDA_ARCH__)
+    // No shifts by different amounts in these vectors. Not 2^31: 2 is the nearest power of two to no odd number.
+    const float power = bit_cast<float>(static_cast<uint32_t>((shift & 31) + 127) << 23);
+    fraction = static_cast<int32_t>((x | 1u) * static_cast<uint32_t>(static_cast<int32_t>(power)));
+#else
+    fraction = static_cast<int32_t>((x | 1u) << (shift & 31));
+#endif
 }
 
-LLC_HD float log_uniform(uint32_t x, float) {
-    x |= 1u;
-    int32_t k;
-    uint32_t power;
-    split_uniform(x, k, power);
-    const float r = static_cast<float>(static_cast<int32_t>(x - power)) * bit_cast<float>(uint32_t(127 - k) << 23);
-    // log(1+r) = r - r^2/2 + r^3 p(r) on [sqrt(1/2)-1, sqrt(2)-1]: minimax, relative error 3.4e-8.
-    float p = 0.08917879722f;
-    p = fused(p, r, -0.1435020306f);
-    p = fused(p, r, 0.1487695865f);
-    p = fused(p, r, -0.1656563432f);
-    p = fused(p, r, 0.1996539830f);
-    p = fused(p, r, -0.2500174694f);
-    p = fused(p, r, 0.3333385806f);
-    const float log1p = fused(p * r, r * r, fused(-0.5f * r, r, r));
-    return fused(static_cast<float>(k - 32), 0.693147180559945f, log1p);
+// -2 log(u) = 2 shift log 2 - 2 log(1 + r), r exact but for its rounding to T: the result has full relative precision
+// at both ends, and so do the largest normals (6.66 sigma) and the smallest.
+LLC_HD float minus_two_log_uniform(uint32_t x, float) {
+    int32_t shift, fraction;
+    split_uniform(x, shift, fraction);
+    const float scaled = static_cast<float>(fraction), r = scaled * 0x1p-32f;
+    // log(1+r) = r - r^2/2 + r^3 p(r) on [sqrt(1/2)-1, sqrt(2)-1]: minimax, relative error 3.4e-8. All times -2.
+    float p = -2 * 0.08917879722f;
+    p = fused(p, r, -2 * -0.1435020306f);
+    p = fused(p, r, -2 * 0.1487695865f);
+    p = fused(p, r, -2 * -0.1656563432f);
+    p = fused(p, r, -2 * 0.1996539830f);
+    p = fused(p, r, -2 * -0.2500174694f);
+    p = fused(p, r, -2 * 0.3333385806f);
+    const float log1p = fused(p * r, r * r, fused(r, r, scaled * -0x1p-31f));
+    return fused(static_cast<float>(shift), 2 * 0.693147180559945f, log1p);
 }
 
-LLC_HD double log_uniform(uint32_t x, double) {
-    x |= 1u;
-    int32_t k;
-    uint32_t power;
-    split_uniform(x, k, power);
-    const double r = static_cast<double>(static_cast<int32_t>(x - power)) * bit_cast<double>(uint64_t(1023 - k) << 52);
+LLC_HD double minus_two_log_uniform(uint32_t x, double) {
+    int32_t shift, fraction;
+    split_uniform(x, shift, fraction);
+    const double r = static_cast<double>(fraction - (shift >> 5)) * 0x1p-32;  // 0 for the smallest u
     // log(1+r) = 2 atanh(s), s = r / (2+r), |s| < 0.172: its Taylor series, first term left out below 2e-17.
     const double s = r / (2.0 + r), z = s * s;
     double p = 1.0 / 21;
@@ -156,7 +168,7 @@ LLC_HD double log_uniform(uint32_t x, double) {
     p = fused(p, z, 1.0 / 7);
     p = fused(p, z, 1.0 / 5);
     p = fused(p, z, 1.0 / 3);
-    return fused(static_cast<double>(k - 32), 0.693147180559945309417, 2.0 * fused(s * z, p, s));
+    return fused(static_cast<double>(shift), 2 * 0.693147180559945309417, -4.0 * fused(s * z, p, s));
 }
 
 // A uniform point on the unit circle: the low 31 bits of x are an angle in [-pi/2, pi/2), the top bit the
@@ -209,11 +221,11 @@ LLC_HD void circle_point(uint32_t x, double& cosine, double& sine) {
 // Two words -> two independent standard normals.
 template <class T>
 LLC_HD void box_muller(uint32_t radius_word, uint32_t angle_word, T& first, T& second) {
-    const T minus_two_log = T(-2) * log_uniform(radius_word, T{});
+    const T square = minus_two_log_uniform(radius_word, T{});
 #ifdef __CUDACC__
-    const T radius = sqrt(minus_two_log);
+    const T radius = sqrt(square);
 #else
-    const T radius = std::sqrt(minus_two_log);
+    const T radius = std::sqrt(square);
 #endif
     T cosine, sine;
     circle_point(angle_word, cosine, sine);

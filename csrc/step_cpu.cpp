@@ -1,6 +1,7 @@
 // The SIMD loop over segments and chains. Compiled once per instruction set, with LLC_ISA naming it.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "step.h"
 
@@ -10,6 +11,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace llc {
@@ -23,55 +26,168 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-using Lanes = uint64_t __attribute__((vector_size(kVectorBytes)));
-constexpr int kLanes = kVectorBytes / 8;
+constexpr int kWords = kVectorBytes / 4;
+using Words = uint32_t __attribute__((vector_size(kVectorBytes)));
+using Floats = float __attribute__((vector_size(kVectorBytes)));
 
-// Compilers do not see that a 64-bit product of masked lanes is the one-instruction widening multiply.
-struct VectorMultiply {
-    LLC_HD Lanes operator()(Lanes lanes, uint32_t m) const {
-#if defined(__AVX512F__)
-        return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(lanes), _mm512_set1_epi64(m)));
-#elif defined(__AVX2__)
-        return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(lanes), _mm256_set1_epi64x(m)));
-#elif defined(__SSE2__)
-        return reinterpret_cast<Lanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(lanes), _mm_set1_epi64x(m)));
+// In each 128 bits of the result: four of the numbers that a (0 … 3) and b (4 … 7) have in these 128 bits.
+template <int... picked, int... i>
+LLC_HD Floats pick(Floats a, Floats b, std::integer_sequence<int, i...>) {
+    constexpr int from[] = {picked...};
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, (i / 4 * 4 + from[i % 4] % 4 + from[i % 4] / 4 * kWords)...);
 #else
-        return (lanes & 0xFFFFFFFFu) * m;
+    using Places = int32_t __attribute__((vector_size(kVectorBytes)));
+    return __builtin_shuffle(a, b, Places{(i / 4 * 4 + from[i % 4] % 4 + from[i % 4] / 4 * kWords)...});
+#endif
+}
+template <int... picked>
+LLC_HD Floats pick(Floats a, Floats b) {
+    return pick<picked...>(a, b, std::make_integer_sequence<int, kWords>{});
+}
+
+// `Counters` has one word of kWords counters for philox().
+#if defined(__SSE2__)
+// In the low halves of 64-bit lanes, whatever is above them: the widening product, which compilers do not find by
+// themselves, leaves its low word in place, so that a round takes a shift for each product, and no mask.
+using Lanes = uint64_t __attribute__((vector_size(kVectorBytes)));
+struct Counters {
+    Lanes a, b;
+    LLC_HD Counters operator^(const Counters& other) const { return {a ^ other.a, b ^ other.b}; }
+    LLC_HD Counters operator^(uint32_t word) const { return {a ^ word, b ^ word}; }
+};
+
+LLC_HD Words words(const Counters& c) {
+    return reinterpret_cast<Words>(pick<0, 2, 4, 6>(reinterpret_cast<Floats>(c.a), reinterpret_cast<Floats>(c.b)));
+}
+// words() will be `word` plus order(0), order(1) …
+template <class Order>
+LLC_HD Counters make_counters(uint32_t word, Order order) {
+    Lanes a{}, b{};
+    for (int i = 0; i < kWords / 2; ++i) a[i] = order(i / 2 * 4 + i % 2), b[i] = order(i / 2 * 4 + i % 2 + 2);
+    return {a + word, b + word};
+}
+
+LLC_HD Lanes multiply(Lanes lanes, uint32_t m) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(lanes), _mm512_set1_epi64(m)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(lanes), _mm256_set1_epi64x(m)));
+#else
+    return reinterpret_cast<Lanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(lanes), _mm_set1_epi64x(m)));
+#endif
+}
+struct VectorMultiply {
+    LLC_HD WideProduct<Counters> operator()(const Counters& c, uint32_t m) const {
+        const Lanes a = multiply(c.a, m), b = multiply(c.b, m);
+        return {{a >> 32, b >> 32}, {a, b}};
+    }
+};
+#else
+using Counters = Words;
+
+LLC_HD Words words(Counters c) {
+    return c;
+}
+template <class Order>
+LLC_HD Counters make_counters(uint32_t word, Order order) {
+    Words c{};
+    for (int i = 0; i < kWords; ++i) c[i] = order(i);
+    return c + word;
+}
+struct VectorMultiply {
+    LLC_HD WideProduct<Words> operator()(Words words, uint32_t m) const {
+#if defined(__aarch64__)
+        const uint32x4_t c = reinterpret_cast<uint32x4_t>(words);
+        const uint32x4_t low = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(c), m));
+        const uint32x4_t high = vreinterpretq_u32_u64(vmull_high_n_u32(c, m));
+        return {reinterpret_cast<Words>(vuzp2q_u32(low, high)), reinterpret_cast<Words>(vuzp1q_u32(low, high))};
+#else
+        using Wide = uint64_t __attribute__((vector_size(2 * kVectorBytes)));
+        const Wide product = __builtin_convertvector(words, Wide) * m;
+        return {__builtin_convertvector(product >> 32, Words), __builtin_convertvector(product, Words)};
 #endif
     }
 };
+#endif
 
 // The loop works on blocks of the flat parameter vector: a block's noise is made in the first-level cache,
 // then used by every segment that reaches into the block. 512 floats are 2 KiB: large enough to amortize the
 // calls, small enough that the arithmetic of one block overlaps with the memory traffic of the next.
 constexpr int64_t kBlock = 512;
 
-// The normals of elements [block * kBlock, (block + 1) * kBlock).
-template <class T>
-void fill_block(T* z, const NoiseKey& key, int64_t block) {
-    constexpr int kCounters = 2 * kLanes;  // per iteration: even counters in one vector, odd ones in another
-    const uint64_t first = uint64_t(block) * (kBlock / 4);
-    const Lanes word1 = Lanes{} + counter_word1(key), word2 = Lanes{} + counter_word2(key);
-    const Lanes word3 = Lanes{} + counter_word3(key, first);  // a block never straddles a multiple of 2^32
-    Lanes lane{};
-    for (int i = 0; i < kLanes; ++i) lane[i] = uint64_t(2 * i);
+// Memory that will be needed when a block's noise is there. It is fetched line by line while that is made: left to
+// themselves, processors begin when the update asks for it, and the memory has nothing to do before.
+struct Upcoming {
+    int64_t bytes = 0;     // of each
+    int count = 0;         // of arrays
+    const char* first[6];  // w, two states, gradient, w*, preconditioner
 
-    for (int64_t start = 0; start < kBlock / 4; start += kCounters) {
-        Lanes even[4] = {lane + (first + start), word1, word2, word3};
-        Lanes odd[4] = {lane + (first + start + 1), word1, word2, word3};
-        philox(even[0], even[1], even[2], even[3], key.seed, VectorMultiply{});
-        philox(odd[0], odd[1], odd[2], odd[3], key.seed, VectorMultiply{});
-
-        alignas(64) uint32_t words[4][kCounters];
-        for (int j = 0; j < 4; ++j) {
-            const Lanes merged = (even[j] & 0xFFFFFFFFu) | (odd[j] << 32);  // little-endian: counters in order
-            std::memcpy(words[j], &merged, sizeof(merged));
+    void add(const void* base, int64_t offset) { first[count++] = static_cast<const char*>(base) + offset; }
+    LLC_HD void fetch(int64_t begin, int64_t end) const {
+        for (int64_t at = begin; at < std::min(end, bytes); at += 64) {
+            for (int k = 0; k < count; ++k) __builtin_prefetch(first[k] + at);
         }
-        T* out = z + 4 * start;
+    }
+};
+
+// Four numbers side by side, x[0][i] … x[3][i], for i = 0, 4, 8, …, 1, 5, 9, … in this order.
+LLC_HD void store_transposed(const float (&x)[4][kWords], float* out) {
+    const Floats &x0 = reinterpret_cast<const Floats&>(x[0]), &x1 = reinterpret_cast<const Floats&>(x[1]);
+    const Floats &x2 = reinterpret_cast<const Floats&>(x[2]), &x3 = reinterpret_cast<const Floats&>(x[3]);
+    const Floats a = pick<0, 4, 1, 5>(x0, x1), b = pick<0, 4, 1, 5>(x2, x3);
+    const Floats c = pick<2, 6, 3, 7>(x0, x1), d = pick<2, 6, 3, 7>(x2, x3);
+    Floats* const rows = reinterpret_cast<Floats*>(out);
+    rows[0] = pick<0, 1, 4, 5>(a, b), rows[1] = pick<2, 3, 6, 7>(a, b);
+    rows[2] = pick<0, 1, 4, 5>(c, d), rows[3] = pick<2, 3, 6, 7>(c, d);
+}
+
+// As much of a block as is made at a time, two vectors of each word: in larger chunks more lines would be fetched at
+// once than processors keep track of.
+constexpr int64_t kChunk = 8 * kWords;
+
+// The normals of elements [block * kBlock, (block + 1) * kBlock). In two loops: processors do not look ahead as far as
+// the chain of dependent instructions in one loop is long.
+template <class T>
+void fill_block(T* z, const NoiseKey& key, int64_t block, const Upcoming& upcoming) {
+    constexpr int64_t kCounters = kChunk / 4;
+    // Counters lie in vectors in the order that store_transposed wants, if it is used.
+    constexpr bool kTransposed = sizeof(T) == sizeof(float);
+    const auto order = [](int i) { return uint32_t(kTransposed ? i % 4 * (kWords / 4) + i / 4 : i); };
+    const auto all = [](uint32_t word) { return make_counters(word, [](int) { return 0u; }); };
+    const Counters word1 = all(counter_word1(key)), word2 = all(counter_word2(key));
+    // A block never straddles a multiple of 2^32.
+    const Counters word3 = all(counter_word3(key, uint64_t(block) * (kBlock / 4)));
+
+    alignas(64) uint32_t random[4][kCounters];
+    for (int64_t begin = 0; begin < kBlock; begin += kChunk) {
+        upcoming.fetch(begin * sizeof(T), (begin + kChunk) * sizeof(T));
+        const uint32_t first = uint32_t((block * kBlock + begin) / 4);
+        for (int k = 0; k < kCounters; k += kWords) {
+            Counters c0 = make_counters(first + k, order), c1 = word1, c2 = word2, c3 = word3;
+            philox(c0, c1, c2, c3, key.seed, VectorMultiply{});
+            reinterpret_cast<Words&>(random[0][k]) = words(c0);
+            reinterpret_cast<Words&>(random[1][k]) = words(c1);
+            reinterpret_cast<Words&>(random[2][k]) = words(c2);
+            reinterpret_cast<Words&>(random[3][k]) = words(c3);
+        }
+        for (int k = 0; k < kCounters; k += kWords) {
+            T* const out = z + begin + 4 * k;
+            if constexpr (kTransposed) {
+                alignas(64) float x[4][kWords];
 #pragma omp simd
-        for (int i = 0; i < kCounters; ++i) {
-            box_muller(words[0][i], words[1][i], out[4 * i], out[4 * i + 1]);
-            box_muller(words[2][i], words[3][i], out[4 * i + 2], out[4 * i + 3]);
+                for (int i = 0; i < kWords; ++i) {
+                    box_muller(random[0][k + i], random[1][k + i], x[0][i], x[1][i]);
+                    box_muller(random[2][k + i], random[3][k + i], x[2][i], x[3][i]);
+                }
+                store_transposed(x, out);
+            } else {
+#pragma omp simd
+                for (int i = 0; i < kWords; ++i) {
+                    box_muller(random[0][k + i], random[1][k + i], out[4 * i], out[4 * i + 1]);
+                    box_muller(random[2][k + i], random[3][k + i], out[4 * i + 2], out[4 * i + 3]);
+                }
+            }
         }
     }
 }
@@ -213,6 +329,24 @@ void update_segment(const Rule& rule, const Step& step, const Segment& segment, 
     }
 }
 
+// What the update will read of a segment's part inside `block`, but for its mask.
+template <class Rule, class T>
+Upcoming upcoming(const Step& step, const Segment& segment, int64_t chain, int64_t block) {
+    const int64_t begin = std::max(segment.offset, block * kBlock);
+    const int64_t n = std::min(segment.offset + segment.length, (block + 1) * kBlock) - begin;
+    const int64_t local = begin - segment.offset, row = chain * segment.stride + local;
+    // Of numbers with half the bits it is twice as much as needed: the next block's.
+    const int64_t full = sizeof(T), low = sizeof(uint16_t);
+    Upcoming reads;
+    reads.bytes = n * full;
+    reads.add(segment.w, row * full);
+    for (int k = 0; k < Rule::kStates; ++k) reads.add(segment.state[k], row * full);
+    reads.add(segment.grad, (chain * segment.grad_stride + local) * (step.low == Low::none ? full : low));
+    reads.add(segment.reference, (chain * segment.reference_stride + local) * (step.low_reference ? low : full));
+    if (Rule::kPreconditioned && segment.preconditioner) reads.add(segment.preconditioner, local * full);
+    return reads;
+}
+
 // Blocks [first, last) of all chains. Chains are innermost: their common w* is then read from memory once.
 // Adds to the sums in kSums of `totals`, [chain][kNumSums].
 template <SumSet kSums, class Rule, class T>
@@ -234,7 +368,7 @@ void run_blocks(const Step& step, int64_t first, int64_t last, double* totals) {
         for (int64_t chain = 0; chain < step.num_chains; ++chain) {
             NoiseKey key = step.key;
             key.chain += uint32_t(chain);
-            if (noisy) fill_block(staging.noise, key, block);
+            if (noisy) fill_block(staging.noise, key, block, upcoming<Rule, T>(step, *segment, chain, block));
             double* const of_chain = kSums ? totals + chain * kNumSums : nullptr;
             for (auto s = segment; s != stop && s->offset < (block + 1) * kBlock; ++s) {
                 update_segment<kSums>(rule, step, *s, chain, block, staging, of_chain);
@@ -307,7 +441,7 @@ void write_normals(const Normals& request) {
     alignas(64) T z[kBlock];
     const int64_t end = request.begin + request.length;
     for (int64_t block = request.begin / kBlock; block * kBlock < end; ++block) {
-        fill_block(z, request.key, block);
+        fill_block(z, request.key, block, Upcoming{});
         const int64_t from = std::max(request.begin, block * kBlock), to = std::min(end, (block + 1) * kBlock);
         std::memcpy(static_cast<T*>(request.out) + (from - request.begin), z + (from - block * kBlock),
                     sizeof(T) * (to - from));
@@ -327,7 +461,7 @@ void normals(const Normals& request) {
 template <class Index>
 void permute(const Permutation& order, Index* x, int64_t count) {
     const Permutation own = order;  // whose keys no store to x can change
-#pragma GCC ivdep
+    LLC_INDEPENDENT
     for (int64_t k = 0; k < count; ++k) x[k] = own.once(x[k]);
 }
 

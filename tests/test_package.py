@@ -26,6 +26,7 @@ OF_NO_MODULE = {
     "families/test_given.py": "what people bring along: other packages' modules, data and layers",
     "fuzz/test_fuzz_estimates.py": "whole estimates of random models, losses and data",
     "fuzz/test_fuzz_optimizers.py": "of optim: any sequence of calls",
+    "kernels/test_arm64.py": "the native module's kernels, for another processor",
     "kernels/test_sanitizers.py": "a build of the native module",
     "test_imports.py": "which module may import which",
     "test_length.py": "how long chains run when nobody gives their length",
