@@ -104,7 +104,7 @@ class GaussNewton:
     def _check_modules(self) -> None:
         """Leave out weights that are used in other ways, too: their gradient is not that of inputs and outputs."""
         objective = self._objective
-        with self._kept():
+        with self._objective.generators.kept(), torch.enable_grad():
             for _, seen, grads, _ in self._passes(objective.reference, objective.fresh_buffers(), 0, 0):
                 for name, grad in zip(self._names, grads, strict=True):
                     if name not in self._modules:
@@ -135,11 +135,6 @@ class GaussNewton:
                 total = part if total is None else total + part
         return total
 
-    @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
-        with self._objective.generators.kept(), torch.enable_grad():
-            yield
-
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], count: int, chain: int
     ) -> list[Factors]:
@@ -154,7 +149,7 @@ class GaussNewton:
         rows: dict[str, Tensor] = {}
         columns: dict[str, Tensor] = {}
         shapes = {name: p.shape for name, p in self._objective.reference.items()}
-        with self._kept():
+        with self._objective.generators.kept(), torch.enable_grad():
             copies = {name: b.clone() for name, b in buffers.items()}
             for share, seen, grads, scale in self._passes(params, copies, count, chain):
                 for name, grad in zip(self._names, grads, strict=True):

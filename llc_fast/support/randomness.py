@@ -8,6 +8,7 @@ import functools
 import json
 import random
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -40,6 +41,7 @@ class Generators:
         self._cuda = device if device.type == "cuda" else None
         self.held: list[_Held] = list(_generators_in(holders))
         """Generators of their own that the objects hold."""
+        self._open: list[_Kept] = []
 
     def states(self) -> State:
         """The present states; to take and restore them takes about 10 µs, and 100 more if NumPy's generator is used."""
@@ -139,15 +141,26 @@ _KNOWN = 4
 
 
 class _Kept:
-    """Puts states back. A generator function would do so once more when Ctrl-C stopped it as it began: at any time."""
+    """Puts states back, unless what is around it has done so already.
+
+    A generator function that Ctrl-C stopped as it began ends when somebody collects garbage: what it keeps inside would
+    come back after the run.
+    """
 
     def __init__(self, generators: Generators) -> None:
-        self._generators = generators
+        self._generators, self._open = generators, generators._open
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> None:
         self._before = self._generators.states()
+        self._open.append(self)
 
     def __exit__(self, *_: object) -> None:
+        if self not in self._open:
+            return
+        place = self._open.index(self)
+        inside = self._open[place + 1 :] if place else []  # the first one is around all threads
+        self._open[place:] = [kept for kept in inside if kept._thread != self._thread]
         self._generators.restore(self._before)
 
 

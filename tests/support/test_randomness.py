@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -148,3 +151,48 @@ def test_states_that_were_written_down_are_restored() -> None:
     generators.restore(before)
     assert draw_everywhere() == first
     generators.restore(before)
+
+
+def test_what_is_kept_inside_ends_with_what_is_around_it() -> None:
+    """A generator function that was left suspended inside of a run ends after it: nothing is put back then."""
+    generators = Generators(torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        with generators.kept():
+            yield
+
+    before = generators.states()
+    with generators.kept():
+        generators.seed(1)
+        left, ended = inside(), inside()
+        left.__enter__()
+        generators.seed(2)
+        with ended:
+            generators.seed(3)
+        seeded = generators.states()
+    assert not same_states(seeded, before)
+    del left  # GeneratorExit
+    assert same_states(generators.states(), before)
+
+
+def test_threads_keep_their_own() -> None:
+    """One that ends does not end another one's."""
+    generators = Generators(torch.device("cpu"))
+    with generators.kept():
+        entered, done = threading.Event(), threading.Event()
+
+        def work() -> None:
+            with generators.kept():
+                entered.set()
+                done.wait(10)
+
+        with generators.kept():
+            thread = threading.Thread(target=work)
+            thread.start()
+            assert entered.wait(10)
+            outside = generators.states()
+        generators.seed(5)
+        done.set()
+        thread.join()
+        assert same_states(generators.states(), outside)
