@@ -4,8 +4,9 @@
         [--json benchmarks/results/families_cpu.json] [--docs docs/families.md]
 
 The models are those of `tests/shared/families.py`, each as small as it can be. A model whose packages are missing is
-left out. Where only some are named, the others stay in the JSON file as they were. `--docs` writes the table of a JSON
-file that is there into the page, between two markers, and measures nothing.
+left out. Where only some are named, the others stay in the JSON file as they were, and so does *works* with
+--no-defaults. `--docs` writes the table of a JSON file that is there into the page, between two markers, and measures
+nothing.
 
 *Ours* is the difference of a long and a short `estimate_llc` with the step size given (4 chains, as many burn-in steps
 as draws), divided by the difference of their gradients: what an estimate costs once is left out, what draws and checks
@@ -213,8 +214,15 @@ def main() -> None:
         print(f"\nThe slowest against the plain loop: {worst['family']}, {worst['ours / plain']:.2f}")
     work = {"chains": CHAINS, "lr": LR, "nbeta": NBETA, "localization": LOCALIZATION, "batch_size": options.batch_size}
     measured_now = {row["family"]: row for row in table}
-    if len(options.families) < len(FAMILIES) and options.json.exists():  # the others stay as they were measured
+    older = {}
+    if options.json.exists():  # what is not measured now stays as it was
         older = {row["family"]: row for row in json.loads(options.json.read_text())["rows"]}
+    if not options.defaults:
+        kept = ("works", "draws", "llc", "llc_stderr", "warnings")
+        for name, row in measured_now.items():
+            if row["works"] == "yes":
+                row |= {column: older[name][column] for column in kept if column in older.get(name, {})}
+    if len(options.families) < len(FAMILIES):
         measured_now = {name: (older | measured_now)[name] for name in FAMILIES if name in older | measured_now}
     write_json(options.json, {"work": work, "rows": list(measured_now.values())})
 
