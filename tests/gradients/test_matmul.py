@@ -209,14 +209,14 @@ def _digest() -> str:
 
 @needs_products
 @pytest.mark.skipif("sanitized" in _native.info(), reason="a new process would start without the sanitizers")
-def test_instruction_sets_do_not_change_bits() -> None:
+def test_instruction_sets_do_not_change_bits(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_matmul as t; print(t._digest())"
     )
     for name in ("avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"LLC_FAST_ISA": name}, capture_output=True, text=True
-        )
+        environment = os.environ | {"LLC_FAST_ISA": name}
+        command = [sys.executable, "-c", code]  # which looks into the current folder first: no sources there
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         if run.returncode and "lacks these instructions" in run.stderr:
             continue
         assert run.stdout.split()[-1:] == [_digest()], run.stderr
