@@ -411,7 +411,8 @@ class _Pilot:
                 chosen = dataclasses.replace(chosen, pilot_steps=spent)
                 excess, late = chosen.nbeta * (loss - chosen.init_loss), slice(steps // 2, None)
                 # Its metric is learned for longer in the run than here, so that nothing is read from a trend.
-                share = float(bias[late].mean() / max(float(excess[late].mean()), 1e-12))
+                with np.errstate(invalid="ignore"):  # of a chain that diverged
+                    share = float(bias[late].mean() / max(float(excess[late].mean()), 1e-12))
                 is_finite = np.isfinite([*excess, *bias]).all()
                 wanted = 2 * sampler.target_bias_share / max(share, 1e-12) if is_finite else 0.0
                 slower = min(1.0, max(1 / 8, wanted))
