@@ -32,7 +32,7 @@ from llc_fast.objective.per_sample import PER, Per, ProbeLoss, SampleLosses, sam
 from llc_fast.objective.prefix import PrefixCache
 from llc_fast.result import LLCResult, Warning
 from llc_fast.samples import OURS, SKETCH, Probe, Samples, attributes, layout, save_result
-from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS, Settings, with_old_keywords
+from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS, Settings, carried_over, with_old_keywords
 from llc_fast.stats.projection import CountSketch
 from llc_fast.store import COMPLETED, SampleStore, Variable, read_attributes
 from llc_fast.support.arguments import check_integer
@@ -164,10 +164,13 @@ def run_samples(
     place = None if store is None else Path(os.fsdecode(store)).absolute()
     known = {name: value for name, value in settings.items() if name in ARGUMENTS}
     old = {name: value for name, value in settings.items() if name not in ARGUMENTS}
+    earlier = old.pop("settings", None)
     execution = settings.get("execution")
     with telling_early_failures(getattr(execution, "distributed", old.get("distributed"))):
         if place is not None:
             known["checkpoint"] = _checkpoint_of(place)
+        if earlier is not None:
+            known = carried_over(known, earlier, decides=is_loader(data))
         asked, loss = with_old_keywords(known, old, "sample"), named_loss(loss_fn)
         asked = _with_length(asked)
         surroundings = Surroundings(asked, model, data, loss)

@@ -231,6 +231,16 @@ def test_the_same_call_opens_what_is_done(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.losses("a").values, first.losses("a").values)
 
 
+def test_settings_of_an_earlier_estimate() -> None:
+    """The same chains as with these settings given one by one, and no pilots."""
+    x, y = samples()
+    length: dict[str, Any] = {"num_draws": 40, "num_burnin": 20, "progress": False}
+    earlier = llc_fast.estimate_llc(mlp(), (x, y), F.mse_loss, sampler="sghmc", lr=2e-4, nbeta=9.0, **length)
+    found = llc_fast.sample(mlp(), (x, y), F.mse_loss, settings=earlier.settings, **length).llc()
+    np.testing.assert_array_equal(found.loss_trace, earlier.loss_trace)
+    assert (found.settings["sampler"], found.nbeta) == ("sghmc", 9.0)
+
+
 @pytest.mark.parametrize("strategy", ["sequential", "batched", None])
 def test_interrupted_and_resumed(tmp_path: Path, strategy: str | None) -> None:
     """Ctrl-C: what there is opens and says that it is partial; the same call goes on, to the same bytes."""
