@@ -391,14 +391,13 @@ class _Reference:
         weights = {name: np.concatenate([found[name] for _, found in pieces]).reshape(mixed.shape) for name in names}
         for k, indices in enumerate(rows):
             own = {name: values[:, k] for name, values in weights.items() if name in names}
-            names = self._weightings_of(source, indices, losses[:, k], own)
+            names = self._weightings_of(exact, source, indices, losses[:, k], own)
         return names
 
     def _weightings_of(
-        self, source: IndexedSource, indices: Tensor, losses: Losses, weights: Mapping[str, Losses]
+        self, exact: Objective, source: IndexedSource, indices: Tensor, losses: Losses, weights: Mapping[str, Losses]
     ) -> set[str]:
         """Those by which the loss of a minibatch is the mean of what its samples lose."""
-        exact = self._objective.in_full_precision()
         with torch.enable_grad():  # as chains do
             loss = exact.minibatch_loss(exact.reference, _exact_batch(source, indices), exact.fresh_buffers())
         counted = losses[np.isfinite(losses)]
@@ -415,6 +414,7 @@ class _Reference:
         names = sorted(weights, key=lambda name: (name != PLAIN, len(name), name))
         shares = {name: values / values.mean() for name, values in weights.items()}
         size = source.batch_size or 1
+        exact: Objective | None = None  # in low precision it is a copy of the model, which few need
         while size > 1 and names:
             pairs = ((other, np.abs(shares[names[0]] - shares[other])) for other in names[1:])
             other, apart = next(((name, d) for name, d in pairs if d.max() > _SLACK), ("", np.empty(0)))
@@ -422,9 +422,9 @@ class _Reference:
                 break
             order = np.argsort(-apart, kind="stable")
             rows = np.concatenate([order[: -(-size // 2)], order[len(order) - size // 2 :]])
-            exact, indices = self._objective.in_full_precision(), torch.from_numpy(rows)
+            exact, indices = exact or self._objective.in_full_precision(), torch.from_numpy(rows)
             own, _ = measure(exact, _exact_batch(source, indices), {PLAIN})
-            holding = self._weightings_of(source, indices, own, {name: weights[name][rows] for name in names})
+            holding = self._weightings_of(exact, source, indices, own, {name: weights[name][rows] for name in names})
             names = [name for name in names if name in holding and (name != other or names[0] not in holding)]
         return names[0] if names else None
 

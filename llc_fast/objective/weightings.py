@@ -48,12 +48,12 @@ class ByElements:
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[Objective, SampleLosses]] = {}
+        self._found: SampleLosses | None = None  # of one objective: another precision is a copy of the model
 
     def __call__(self, objective: Objective, batch: Batch, names: Set[str] | None) -> tuple[Losses, dict[str, Losses]]:
-        if id(objective) not in self._found:
-            self._found[id(objective)] = objective, _elements_for(objective, batch)
-        _, sample_losses = self._found[id(objective)]
+        if self._found is None or self._found.objective is not objective:
+            self._found = _elements_for(objective, batch)
+        sample_losses = self._found
         pieces = split_batch(batch, objective.microbatch_size)
         parts = [sample_losses(objective.reference, piece, objective.fresh_buffers()) for piece, _ in pieces]
         elements = torch.cat([_in_rows(part) for part in parts])
@@ -104,7 +104,7 @@ def weightings(batch: Batch, loss_fn: object) -> dict[str, Losses]:
     of_classes = getattr(loss_fn, "weight", None)
 
     def add(name: str, weights: Tensor) -> None:
-        values = weights.detach().to("cpu", torch.float64).numpy()
+        values = _array(weights)
         if np.isfinite(values).all() and (values >= 0).all():
             found[name] = values
 
