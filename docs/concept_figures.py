@@ -99,11 +99,11 @@ def nbeta() -> Figure:
     figure, axes = new_figure(2, width=5.6, height=4)
 
     def wavy(w: torch.Tensor) -> torch.Tensor:
-        return w[0] ** 2 + 0.02 * (1 - torch.cos(12 * w[0]))
+        return w[0] ** 2 + 0.06 * (1 - torch.cos(15 * w[0]))
 
     w = np.linspace(-1.1, 1.1, 800)
-    axes[0].plot(w, w**2 + 0.02 * (1 - np.cos(12 * w)), color="k", lw=1.5)
-    for nbeta, (color, _) in zip((5.0, 50.0, 500.0), CLASSES, strict=False):
+    axes[0].plot(w, w**2 + 0.06 * (1 - np.cos(15 * w)), color="k", lw=1.5)
+    for nbeta, (color, _) in zip((5.0, 25.0, 500.0), CLASSES, strict=False):
         found = estimate(
             wavy, (0.0,), nbeta=nbeta, localization=0.1, sampler="hmc", num_draws=1000, num_burnin=200,
             observables={"w": lambda draw: draw.params["w"][0]},
@@ -111,11 +111,11 @@ def nbeta() -> Figure:
         draws = found.observables["w"].ravel()
         height = found.llc_mean / nbeta
         axes[0].hist(
-            draws, bins=60, range=(-1.1, 1.1), weights=np.full(len(draws), 6 / len(draws)), histtype="stepfilled",
+            draws, bins=60, range=(-1.1, 1.1), weights=np.full(len(draws), 4 / len(draws)), histtype="stepfilled",
             color=color, alpha=0.35, label=f"nβ = {nbeta:g}: λ̂ = {found.llc_mean:.2f}, mean L {height:.2g}",
         )  # fmt: skip
         print(nbeta, found.llc_mean, found.llc_stderr)
-    axes[0].set(title="L(w) (line) and where draws are (areas)", xlabel="w", ylim=(0, 1.2))
+    axes[0].set(title="L(w) (line) and where draws are (areas)", xlabel="w", ylim=(0, 1.7))
     axes[0].legend(loc="upper center", fontsize=9)
     gamma, nbetas = 1.0, np.logspace(-1, 6, 8)
     scales = torch.tensor(CURVATURES, dtype=torch.float64)
@@ -148,7 +148,9 @@ def gamma() -> Figure:
     """λ̂ and the distance of draws over γ, for the README's network."""
     model, data = network()
     gammas = [4, 16, 65.46, 500, 4000, 32000]
-    results = [llc_fast.estimate_llc(model, data, F.mse_loss, localization=g, progress=False) for g in gammas]
+    results = [
+        llc_fast.estimate_llc(model, data, F.mse_loss, sampler="sgld", localization=g, progress=False) for g in gammas
+    ]
     figure, axes = new_figure(2, width=5.2, height=3.8)
     warned = [r.warnings for r in results]
     for g, r in zip(gammas, results, strict=True):
@@ -234,7 +236,7 @@ def trust() -> Figure:
             model, data, F.mse_loss, lr=2.8e-3, num_draws=1000, num_burnin=300, **options
         ),
         "training ended too early": llc_fast.estimate_llc(
-            *network(60), F.mse_loss, num_draws=1000, num_burnin=300, **options
+            *network(20), F.mse_loss, num_draws=1000, num_burnin=300, **options
         ),
     }
     figure, axes = new_figure(4, width=3.7, height=3.6)
