@@ -245,8 +245,12 @@ def trust() -> Figure:
         d = result.diagnostics
         print(name, result)
         plot_traces(panel, result)
-        panel.set_title(f"{name}\nλ̂ = {result.llc_mean:.3g} ± {result.llc_stderr:.1g}, R̂ = {d['r_hat']:.2f}", fontsize=10)
-        panel.text(0.98, 0.03, codes, transform=panel.transAxes, ha="right", color=VERMILLION if result.warnings else GREEN)
+        panel.set_title(
+            f"{name}\nλ̂ = {result.llc_mean:.3g} ± {result.llc_stderr:.1g}, R̂ = {d['r_hat']:.2f}", fontsize=10
+        )
+        panel.text(
+            0.98, 0.03, codes, transform=panel.transAxes, ha="right", color=VERMILLION if result.warnings else GREEN
+        )
     return figure
 
 
