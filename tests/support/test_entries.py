@@ -36,12 +36,15 @@ def _strings(node: ast.AST | None, scope: ast.AST) -> set[str]:
 
 
 def _issued(path: Path) -> Iterator[tuple[str, set[str]]]:
-    """Of each call in a file that makes a warning, where it is and its codes; none of codes that are passed on."""
+    """Of each call in a file that makes a warning, where it is and its codes: none of a variable that is not known.
+
+    Whoever repeats a warning passes on its ``code``.
+    """
     tree = ast.parse(path.read_text())
     for scope in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         for call in ast.walk(scope):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-                if call.func.id == "Warning" and len(call.args) == 2:
+                if call.func.id == "Warning" and len(call.args) == 2 and not isinstance(call.args[1], ast.Attribute):
                     yield f"{path.name}:{call.lineno}", _strings(call.args[1], scope)
                 if call.func.id == "_check":
                     yield f"{path.name}:{call.lineno}", _strings(call.args[0], scope)
@@ -57,9 +60,9 @@ def test_the_walk_sees_codes() -> None:
 
 
 def test_codes_that_are_passed_on_are_few() -> None:
-    """Results repeat those of checks, and sweeps, scans and susceptibilities those of results."""
+    """Sweeps, scans and susceptibilities gather the warnings of results by their codes."""
     unseen = {where.partition(":")[0] for path in PACKAGE.rglob("*.py") for where, codes in _issued(path) if not codes}
-    assert unseen <= {"checks.py", "sweep.py", "grid.py", "susceptibility.py"}
+    assert unseen <= {"sweep.py", "grid.py", "susceptibility.py"}
 
 
 def test_each_code_has_an_entry_and_each_entry_a_code() -> None:
