@@ -64,7 +64,8 @@ def lambda_() -> Figure:
         "w₁² w₂²": (lambda w: w[0] ** 2 * w[1] ** 2, 0.5, 2),
         "w₁² w₂⁴": (lambda w: w[0] ** 2 * w[1] ** 4, 0.25, 1),
     }
-    figure, axes = new_figure(5, width=3.3, height=3.6)
+    figure, axes = new_figure(3, 2, width=3.5, height=3.2)
+    axes.pop().remove()
     side = np.linspace(-1, 1, 2001)
     grid, epsilons = np.meshgrid(side, side), np.logspace(-4, -0.7, 30)
     nbetas = np.logspace(1, 5, 5)
@@ -239,7 +240,7 @@ def trust() -> Figure:
             *network(20), F.mse_loss, num_draws=1000, num_burnin=300, **options
         ),
     }
-    figure, axes = new_figure(4, width=3.7, height=3.6)
+    figure, axes = new_figure(2, 2, width=5.2, height=3.2)
     for panel, (name, result) in zip(axes, runs.items(), strict=True):
         codes = ", ".join(w.code for w in result.warnings) or "no warning"
         d = result.diagnostics
