@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -432,17 +432,23 @@ class LLCResult:
         text = "".join(f"<div>{line}</div>" for line in (f"<b>{first}</b>", *others))
         return f"<div>{text}{f'<ul>{warnings}</ul>' if warnings else ''}{picture}</div>"
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Loss traces of the chains beside their running λ̂; written to `path` if given.
+    def plot(self, path: str | os.PathLike[str] | None = None, *, panels: Sequence[str] | None = None) -> Figure:
+        """Pictures of the chains, whose λ̂ is to be believed if they agree; written to `path` if given.
+
+        Args:
+            path: of a file; its ending says the format.
+            panels: which, in which order: ``"trace"`` (loss along the chains), ``"running"`` (λ̂ over the logarithm of
+                the length), ``"forest"`` (λ̂ of each chain), ``"density"`` (losses of the draws), ``"autocorr"``,
+                ``"rank"`` (:func:`llc_fast.plots.plot_rank`); None: all.
 
         Raises:
             ModuleNotFoundError: Matplotlib is not installed (``pip install "llc_fast[plot]"``).
-            ValueError: Matplotlib does not know the ending of `path`.
+            ValueError: `panels` has another name, or Matplotlib does not know the ending of `path`.
             OSError: it can't be written, as :meth:`save`.
         """
         from llc_fast.plots import plot_result, write_figure
 
-        figure = plot_result(self)
+        figure = plot_result(self, panels)
         if path is not None:
             write_figure(figure, path)
         return figure
