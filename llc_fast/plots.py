@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 from llc_fast.schedule import Schedule
 from llc_fast.stats.convergence import autocorrelation, autocorrelation_time, ess_bulk, r_hat
 from llc_fast.stats.errors import standard_error
+from llc_fast.stats.limits import MAX_R_HAT
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
@@ -187,6 +188,14 @@ def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) ->
     axes.set(xlabel="step", ylabel=f"{unit}, window means", xlim=(0, max(result.loss_trace.shape[1], 1)))
     if known is None and window.limits is not None:
         axes.set_ylim(window.limits)
+        if window.limits[1] > 1e12:  # all chains diverged
+            from matplotlib.ticker import FixedLocator
+
+            decades = np.arange(0, math.log10(window.limits[1]))
+            axes.set_yscale("symlog", linthresh=1.0)
+            axes.yaxis.set_major_locator(FixedLocator([0.0, *10.0 ** decades[:: max(1, len(decades) // 6)]]))
+            axes.yaxis.set_minor_locator(FixedLocator([]))
+            axes.set_ylim(bottom=min(-1.0, 2 * min(float(np.nanmin(y)) for _, y in lines if np.isfinite(y).any())))
     if not any(np.isfinite(y).any() for _, y in lines):
         _say(axes, "no steps")
 
@@ -274,6 +283,8 @@ def plot_forest(axes: Axes, result: LLCResult) -> None:
         _say(axes, "no draws")
         return
     usual = np.median(half[known, 1][np.isfinite(half[known, 1])]) if np.isfinite(half[known, 1]).any() else 0.0
+    # Intervals that say nothing, of very short chains, would leave no room for the rest.
+    usual = min(usual, 1.5 * max(float(np.ptp(estimates[known])), high - low if math.isfinite(high - low) else 0.0))
     window = _Window([estimates[known] - 1.2 * usual, estimates[known] + 1.2 * usual, np.array([low, high])])
     size = float(np.clip(60 / rows, 2.0, 5.0))
     for chain in np.flatnonzero(known):
@@ -323,7 +334,7 @@ def plot_density(axes: Axes, result: LLCResult) -> None:
     low, high = np.quantile(together, [0.001, 0.999])  # single spikes would leave no room for the rest
     margin = 0.15 * (high - low) or 0.15 * np.ptp(together)
     left, right = low - margin, high + margin
-    is_inside = 0 > left - 0.75 * (right - left) and 0 < right + 0.75 * (right - left)
+    is_inside = left - 0.75 * (right - left) < 0 < right + 0.75 * (right - left)
     x = np.linspace(left, right, 200)
     look = _look(len(rows))
     for chain, row in drawn.items():
@@ -385,8 +396,9 @@ def plot_rank(axes: Axes, result: LLCResult) -> None:
 
     With F_c(u) the share of a chain's draws whose rank among all draws is below a share u of them, the lines are
     F_c(u) − u (Säilynoja, Bürkner & Vehtari 2022), 0 where chains agree: above it a chain has more small losses than
-    others. All lines together stay in the band in 95 % of runs that have converged, by Kolmogorov's distribution for as
-    many independent draws as a chain's autocorrelation leaves. Of one chain the halves are compared.
+    others. The band has two standard deviations of the greatest difference between chains whose R̂ is `MAX_R_HAT`: means
+    of normal distributions that differ by s standard deviations have R̂² = 1 + s², and |F_c(u) − u| ≤ s/√(2π). Of one
+    chain the halves are compared.
     """
     result, _ = _in_unit(result)
     draws, chains = result.kept_draws, result.kept_chains
@@ -399,11 +411,7 @@ def plot_rank(axes: Axes, result: LLCResult) -> None:
         draws = np.stack([draws[0, :half], draws[0, -half:]])
     x = np.linspace(0, 1, 201)
     look = _look(len(result.loss_trace))
-    time = autocorrelation_time(draws)
-    independent = draws.shape[1] / max(time, 1.0) if math.isfinite(time) else math.nan
-    band = math.sqrt(-0.5 * math.log(0.025 / len(draws)) * (1 - 1 / len(draws)) / independent)
-    if math.isfinite(band):
-        axes.axhspan(-band, band, color="0.5", alpha=0.25, lw=0, label="equal, 95 %")
+    axes.axhspan(-_RANK_BAND, _RANK_BAND, color="0.5", alpha=0.25, lw=0, label=f"R̂ below {MAX_R_HAT:g}")
     axes.axhline(0, color="0.4", lw=0.8)
     shares = rank_shares(draws, x) - x
     for k, row in enumerate(shares):
@@ -413,10 +421,13 @@ def plot_rank(axes: Axes, result: LLCResult) -> None:
     if math.isfinite(found):
         axes.plot([], [], " ", label=f"R̂ = {found:.3f}")
     axes.legend(loc="upper right", fontsize=8)
-    most = 1.3 * max(float(np.abs(shares).max()), band if math.isfinite(band) else 0.0, 1e-3)
-    most = min(most, 1.0)
+    most = min(1.0, 1.4 * max(float(np.abs(shares).max()), _RANK_BAND))
     axes.set(xlabel="rank among all draws / their number", ylabel="share of a chain − fair share")
     axes.set(xlim=(0, 1), ylim=(-most, most))
+
+
+_RANK_BAND = 2 * math.sqrt((MAX_R_HAT**2 - 1) / (2 * math.pi))
+"""See :func:`plot_rank`."""
 
 
 def rank_shares(draws: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -606,7 +617,10 @@ def plot_result(result: LLCResult, panels: Sequence[str] | None = None) -> Figur
         spare.remove()
     for place, name in zip(axes, names, strict=False):
         PANELS[name].draw(place, result)
-        place.set_title(PANELS[name].title)
+        place.set_title(PANELS[name].title, fontsize=11)
+        for axis in (place.xaxis, place.yaxis):
+            axis.label.set_fontsize(9)
+        place.tick_params(labelsize=8)
     figure.suptitle("\n".join(_headline(result, 43 * columns)))
     _name_chains(figure, result, 8 if columns > 2 else 3 * columns - 1)
     return figure
