@@ -193,7 +193,7 @@ def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) ->
 
             decades = np.arange(0, math.log10(window.limits[1]))
             axes.set_yscale("symlog", linthresh=1.0)
-            axes.yaxis.set_major_locator(FixedLocator([0.0, *10.0 ** decades[:: max(1, len(decades) // 6)]]))
+            axes.yaxis.set_major_locator(FixedLocator([0.0, *10.0 ** decades[3 :: max(1, len(decades) // 6)]]))
             axes.yaxis.set_minor_locator(FixedLocator([]))
             axes.set_ylim(bottom=min(-1.0, 2 * min(float(np.nanmin(y)) for _, y in lines if np.isfinite(y).any())))
     if not any(np.isfinite(y).any() for _, y in lines):
@@ -570,7 +570,7 @@ PANELS: Mapping[str, Panel] = {
         "estimate of each chain",
         plot_forest,
         "λ̂ of each chain with its 50 % (thick) and 95 % interval, and below of all of them, whose interval is the gray "
-        "band. Intervals of chains should overlap.",
+        "band. Intervals of chains should overlap. Each chain has the same color in all pictures.",
     ),
     "density": Panel(
         "losses of the draws",
@@ -632,6 +632,14 @@ def plot_panel(result: LLCResult, name: str) -> Figure:
     figure, (axes,) = new_figure(1, width=5.2, height=3.4)
     PANELS[name].draw(axes, result)
     return figure
+
+
+def panel_svg(result: LLCResult, name: str) -> bytes:
+    """:func:`plot_panel` as an SVG document, the same bytes for the same result."""
+    figure, file = plot_panel(result, name), io.BytesIO()
+    with require("matplotlib", "plot").rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def named_panels(panels: Sequence[str] | None) -> list[str]:

@@ -455,6 +455,25 @@ class LLCResult:
             write_figure(figure, path)
         return figure
 
+    def report(self, path: str | os.PathLike[str], *, title: str = "") -> None:
+        """Write all there is to say of the estimate to one HTML page, which needs no network and no other file.
+
+        It has λ̂ and what it means, warnings with their explanations, all pictures, diagnostics with their limits,
+        settings as a call in Python, and versions. A crash leaves the old file or the new one.
+
+        Args:
+            path: of the page, such as ``"llc.html"``.
+            title: of the page, such as the model's name.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed (``pip install "llc_fast[plot]"``).
+            OSError: it can't be written, as :meth:`save`.
+        """
+        from llc_fast.report import write_report
+
+        head = self._head()
+        write_report(self, path, head=head if any(self.systematic_error) else head[1:], title=title)
+
     # ---- for other programs ------------------------------------------------------------------------------------
 
     def to_xarray(self) -> xarray.Dataset:
