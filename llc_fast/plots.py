@@ -150,7 +150,9 @@ def label_hollow(axes: Axes, marker: str = "o") -> None:
 
 def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Means over consecutive windows, and where they lie."""
-    count = max(1, len(trace) // width)
+    count = len(trace) // width
+    if not count:
+        return np.zeros(0), np.zeros(0)
     means = trace[: count * width].reshape(count, -1).mean(axis=1)
     return (np.arange(count) + 0.5) * (len(trace[: count * width]) / count), means
 
@@ -173,8 +175,7 @@ def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) ->
     """
     result, unit = _in_unit(result)
     width = max(1, result.loss_trace.shape[1] // 200)
-    with np.errstate(all="ignore"):
-        lines = [_smooth(row, width) for row in result.excess_trace]
+    lines = [_smooth(row, width) for row in result.excess_trace]
     window = _Window([y for _, y in _of_kept(result, lines)], edge=0.05)
     look = _look(len(lines))
     for chain, (x, y) in enumerate(lines):
@@ -206,15 +207,14 @@ def plot_running(axes: Axes, result: LLCResult) -> None:
     The last interval is that of the result, with `systematic_error`; those before are of sampling alone.
     """
     result, _ = _in_unit(result)
-    count = max(result.schedule.num_draws, 1)
-    ends = np.unique(np.geomspace(1, count, 120).round().astype(int))
-    with np.errstate(all="ignore"):
-        means = (np.cumsum(result.llc_trace, axis=1) / np.arange(1, result.schedule.num_draws + 1))[:, ends - 1]
     marked, middle, half = running_estimate(result)
     low, high = result.interval()
     if not len(marked) or not np.isfinite(middle[-1]):
         _say(axes, "no draws")
         return
+    count = result.schedule.num_draws
+    ends = np.unique(np.geomspace(1, count, 120).round().astype(int))
+    means = (np.cumsum(result.llc_trace, axis=1) / np.arange(1, count + 1))[:, ends - 1]
     late = means[result.kept_chains][:, ends >= min(20, marked[-1])]
     window = _Window([late, np.array([low, high])])
     look = _look(len(means))
@@ -258,11 +258,10 @@ def running_estimate(result: LLCResult, points: int = 30) -> tuple[Any, Any, Any
     lengths = np.unique(np.geomspace(1, draws.shape[1], points).round().astype(int))
     of_reference = result.nbeta * float(result.diagnostics.get("init_loss_stderr") or 0.0)
     half = []
-    with np.errstate(all="ignore"):
-        for length in lengths:
-            error = standard_error(draws[:, :length])
-            half.append(error.quantile(0.95) * math.hypot(error.value, of_reference))
-        means = np.array([draws[:, :length].mean() for length in lengths])
+    for length in lengths:
+        error = standard_error(draws[:, :length])
+        half.append(error.quantile(0.95) * math.hypot(error.value, of_reference))
+    means = np.array([draws[:, :length].mean() for length in lengths])
     return lengths, means, np.array(half)
 
 
@@ -274,8 +273,7 @@ def plot_forest(axes: Axes, result: LLCResult) -> None:
     result, _ = _in_unit(result)
     rows, kept = len(result.loss_trace), set(result.kept_chains)
     diverged, estimates = result.diverged_chains, result.llc_per_chain
-    with np.errstate(all="ignore"):
-        errors = [standard_error(row[np.isfinite(row)][None]) for row in result.llc_trace]
+    errors = [standard_error(row[np.isfinite(row)][None]) for row in result.llc_trace]
     half = np.array([[error.quantile(prob) * error.value for prob in (0.5, 0.95)] for error in errors])
     low, high = result.interval()
     known = np.isfinite(estimates)
@@ -458,8 +456,7 @@ def _of_kept(result: LLCResult, rows: Sequence[Any]) -> list[Any]:
 
 def _varies(row: np.ndarray[Any, Any]) -> bool:
     """Whether there are two different draws, as far apart as floats can tell."""
-    with np.errstate(all="ignore"):
-        return len(row) > 1 and bool(np.ptp(row) > 1e-13 * np.abs(row).max()) and bool(np.isfinite(row.var()))
+    return len(row) > 1 and bool(np.ptp(row) > 1e-13 * np.abs(row).max() and 1e-290 < row.var() < math.inf)
 
 
 def _look(chains: int) -> dict[str, Any]:
@@ -594,7 +591,7 @@ PANELS: Mapping[str, Panel] = {
 """The pictures of a result by name; the names are those of ArviZ's functions where it has one (``plot_trace``, …)."""
 
 NAMED_CHAINS = 24
-"""How many chains a legend names at most."""
+"""How many chains the legend of a whole figure names at most."""
 
 
 def plot_result(result: LLCResult, panels: Sequence[str] | None = None) -> Figure:
@@ -616,12 +613,13 @@ def plot_result(result: LLCResult, panels: Sequence[str] | None = None) -> Figur
     for spare in axes[len(names) :]:
         spare.remove()
     for place, name in zip(axes, names, strict=False):
-        PANELS[name].draw(place, result)
+        _draw(place, result, name)
         place.set_title(PANELS[name].title, fontsize=11)
         for axis in (place.xaxis, place.yaxis):
             axis.label.set_fontsize(9)
         place.tick_params(labelsize=8)
-    figure.suptitle("\n".join(_headline(result, 43 * columns)))
+    with np.errstate(all="ignore"):
+        figure.suptitle("\n".join(_headline(result, 43 * columns)))
     _name_chains(figure, result, 8 if columns > 2 else 3 * columns - 1)
     return figure
 
@@ -630,8 +628,14 @@ def plot_panel(result: LLCResult, name: str) -> Figure:
     """One panel alone, without a title or a legend of chains."""
     (name,) = named_panels([name])
     figure, (axes,) = new_figure(1, width=5.2, height=3.4)
-    PANELS[name].draw(axes, result)
+    _draw(axes, result, name)
     return figure
+
+
+def _draw(axes: Axes, result: LLCResult, name: str) -> None:
+    """A panel; losses of chains that diverge may be too large to be squared, which is no news."""
+    with np.errstate(all="ignore"):
+        PANELS[name].draw(axes, result)
 
 
 def panel_svg(result: LLCResult, name: str) -> bytes:
@@ -660,7 +664,7 @@ def _name_chains(figure: Figure, result: LLCResult, columns: int) -> None:
     """A legend below the panels."""
     from matplotlib.lines import Line2D
 
-    chains = range(min(len(result.loss_trace), NAMED_CHAINS))
+    chains = range(min(len(result.loss_trace), NAMED_CHAINS, 3 * columns))
     if not chains:
         return
     more = len(result.loss_trace) - len(chains)

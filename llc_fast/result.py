@@ -471,8 +471,9 @@ class LLCResult:
         """
         from llc_fast.report import write_report
 
-        head = self._head()
-        write_report(self, path, head=head if any(self.systematic_error) else head[1:], title=title)
+        with np.errstate(all="ignore"):  # losses of chains that diverge may be too large to be squared
+            head = self._head()
+            write_report(self, path, head=head if any(self.systematic_error) else head[1:], title=title)
 
     # ---- for other programs ------------------------------------------------------------------------------------
 
