@@ -215,7 +215,7 @@ def plot_running(axes: Axes, result: LLCResult) -> None:
     count = result.schedule.num_draws
     ends = np.unique(np.geomspace(1, count, 120).round().astype(int))
     means = (np.cumsum(result.llc_trace, axis=1) / np.arange(1, count + 1))[:, ends - 1]
-    late = means[result.kept_chains][:, ends >= min(20, marked[-1])]
+    late = means[result.kept_chains][:, ends >= (20 if marked[-1] >= 100 else 1)]
     window = _Window([late, np.array([low, high])])
     look = _look(len(means))
     for chain, row in enumerate(means):
@@ -311,6 +311,7 @@ def plot_forest(axes: Axes, result: LLCResult) -> None:
         axes.legend(loc="best", fontsize=8)
     step = max(1, -(-rows // 16))
     axes.set_yticks([*range(0, rows - step // 2, step), rows], [*map(str, range(0, rows - step // 2, step)), "all"])
+    axes.locator_params(axis="x", nbins=6)
     axes.set(xlabel=f"{_name(result)} of each chain", ylabel="chain", ylim=(rows + 0.7, -0.7))
     axes.tick_params(axis="y", labelsize=8)
     if window.limits is not None:

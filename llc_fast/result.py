@@ -600,7 +600,8 @@ class LLCResult:
         """
         require("zarr", "samples")
         tree = self.to_datatree()
-        with replacing_folder(path, _is_store) as folder:
+        with replacing_folder(path, _is_store) as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consolidated metadata")  # Zarr does not specify it yet, xarray reads it
             tree.to_zarr(folder, mode="w")
 
     def save(self, path: str | os.PathLike[str]) -> None:
