@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import math
 import os
@@ -106,6 +107,8 @@ def _estimate(result: LLCResult, head: Sequence[str]) -> str:
         number, beside = "λ̂ = 0", "by definition, since nβ = 0"
     elif not math.isfinite(result.llc_mean):
         number, beside = "no estimate", "the warnings below say why"
+    elif not math.isfinite(result.llc_stderr):
+        number, beside = f"λ̂ = {result.llc_mean:.4g}", "its error is not known"
     else:
         number = f"λ̂ = {result.llc_mean:.4g} ± {result.llc_stderr:.2g}"
         beside = f"standard error; 95 % interval {low:.4g} to {high:.4g}"
@@ -152,13 +155,17 @@ def _warnings(result: LLCResult) -> str:
 
 def _explanations() -> dict[str, str]:
     """Markdown by the code of a warning."""
-    return {}
+    try:
+        found: dict[str, str] = importlib.import_module("llc_fast.support.entries").entries()
+    except ModuleNotFoundError:
+        return {}
+    return found
 
 
 def _pictures(result: LLCResult) -> str:
     low, high = result.interval()
-    said = f"λ̂ = {result.llc_mean:.4g}, 95 % interval {low:.4g} to {high:.4g}"
-    said = said if math.isfinite(result.llc_mean) else "no estimate"
+    said = f"λ̂ = {result.llc_mean:.4g}" if math.isfinite(result.llc_mean) else "no estimate"
+    said += f", 95 % interval {low:.4g} to {high:.4g}" if math.isfinite(high - low) else ""
     figures = []
     for name, panel in PANELS.items():
         picture = base64.b64encode(panel_svg(result, name)).decode()
