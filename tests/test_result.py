@@ -648,6 +648,7 @@ def test_to_arviz(tmp_path: Path) -> None:
     if arviz.__version__.startswith("0."):
         assert set(found.groups()) == {"posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"}
         assert set(_result(np.ones((2, 8))).to_arviz().groups()) == {"posterior", "sample_stats"}
+    pytest.importorskip("h5py")
     pytest.importorskip("h5netcdf")
     found.to_netcdf(tmp_path / "found.nc")
     again = arviz.from_netcdf(tmp_path / "found.nc")
