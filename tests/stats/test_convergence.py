@@ -31,7 +31,9 @@ def test_convergence_equals_arviz(kind: str, phi: float) -> None:
         }[kind](x)
         with np.errstate(all="ignore"):  # ArviZ divides by the variance of constant chains
             assert convergence.ess_bulk(x) == pytest.approx(float(arviz.ess(x)), rel=1e-8, nan_ok=True)
-            assert convergence.ess_tail(x) == pytest.approx(float(arviz.ess(x, method="tail", prob=(0.05, 0.95))), rel=1e-8, nan_ok=True)
+            assert convergence.ess_tail(x) == pytest.approx(
+                float(arviz.ess(x, method="tail", prob=(0.05, 0.95))), rel=1e-8, nan_ok=True
+            )
             if chains > 1:  # ArviZ gives none for one chain; its two halves do
                 assert convergence.r_hat(x) == pytest.approx(float(arviz.rhat(x)), rel=1e-8, nan_ok=True)
 
