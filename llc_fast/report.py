@@ -475,8 +475,8 @@ section>p{max-width:52rem}
 .warnings{list-style:none;padding:0}
 .warnings>li{border-left:4px solid var(--warn);background:var(--card);padding:.5rem .9rem;margin:.6rem 0}
 .warnings p{margin:.2rem 0}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(30rem,100%),1fr));gap:1rem}
-figure{margin:0;padding:.75rem;background:var(--card);border:1px solid var(--line);border-radius:6px;break-inside:avoid}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(27rem,100%),1fr));gap:1rem}
+figure{margin:0;max-width:42rem;padding:.75rem;background:var(--card);border:1px solid var(--line);border-radius:6px;break-inside:avoid}
 figure img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}
 figcaption{font-size:.88rem;color:var(--soft);margin-top:.5rem}
 .wide{overflow-x:auto}
@@ -493,5 +493,6 @@ code{font:.88em/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 summary{cursor:pointer;color:var(--link);margin:.3rem 0}
 @media print{:root{--ink:#000;--soft:#333;--page:#fff;--card:#fff;--line:#bbb;--link:#000;--warn:#7a2d00;--fine:#004d38}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2{break-after:avoid}
-.pictures{grid-template-columns:1fr 1fr}pre{white-space:pre-wrap}tr{break-inside:avoid}}
+.pictures{grid-template-columns:1fr 1fr}pre{white-space:pre-wrap}tr{break-inside:avoid}
+.warnings details::details-content{content-visibility:visible;display:block}}
 """
