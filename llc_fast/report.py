@@ -476,7 +476,8 @@ section>p{max-width:52rem}
 .warnings>li{border-left:4px solid var(--warn);background:var(--card);padding:.5rem .9rem;margin:.6rem 0}
 .warnings p{margin:.2rem 0}
 .pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(27rem,100%),1fr));gap:1rem}
-figure{margin:0;max-width:42rem;padding:.75rem;background:var(--card);border:1px solid var(--line);border-radius:6px;break-inside:avoid}
+figure{margin:0;max-width:42rem;padding:.75rem;
+background:var(--card);border:1px solid var(--line);border-radius:6px;break-inside:avoid}
 figure img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}
 figcaption{font-size:.88rem;color:var(--soft);margin-top:.5rem}
 .wide{overflow-x:auto}
