@@ -179,8 +179,8 @@ def deliver(
     save: Path | None,
     json_path: Path | None,
     plot_path: Path | None,
-    report_path: Path | None,
-    title: str,
+    report_path: Path | None = None,
+    title: str = "",
 ) -> None:
     """Print an estimate, and write it where it was asked for; `title` is that of a report.
 
