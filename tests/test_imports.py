@@ -13,7 +13,7 @@ import llc_fast
 PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
-    ("samplers", "batches", "loaders", "data", "traces", "weights", "store"),
+    ("samplers", "batches", "loaders", "data", "traces", "weights", "checkpoint_files", "store"),
     ("objective", "result", "plots", "influence", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),

@@ -732,8 +732,9 @@ def test_files_that_hold_none_are_refused_before_any_work(
     _UNREADABLE[kind](tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.*wrong.pt'.*state_dict\(\)"):
         _sweep([*_states(), tmp_path / "wrong.pt"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.* is a folder that has no model.safetensors"):
-        _sweep([*_states(), tmp_path])
+        _sweep([*_states(), tmp_path / "empty"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError, match=r"checkpoints\[3\]=.* is no file"):
         _sweep([*_states(), tmp_path / "pipe"])
