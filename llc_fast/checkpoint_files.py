@@ -87,10 +87,19 @@ def found(given: Sequence[str]) -> list[tuple[int, Path]]:
     """
     if len(given) == 1 and (folder := expanded(given[0])).is_dir() and not has_weights(folder):
         return checkpoints_in(folder)
+    return by_step(listed(given), "checkpoints" if len(given) > 1 else f"checkpoints={given[0]!r}")
+
+
+def listed(given: Sequence[str]) -> list[Path]:
+    """Paths, and what patterns match, as they were given.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing, or something is not there.
+    """
     paths = [path for text in given for path in (matching(text) if is_pattern(text) else [expanded(text)])]
     if absent := [path for path in paths if not os.path.lexists(path)]:
         raise FileNotFoundError(f"checkpoints: {str(absent[0])!r}{_and_more(absent)} does not exist")
-    return by_step(dict.fromkeys(paths), "checkpoints" if len(given) > 1 else f"checkpoints={given[0]!r}")
+    return list(dict.fromkeys(paths))
 
 
 def expanded(text: str | os.PathLike[str]) -> Path:

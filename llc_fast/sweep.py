@@ -29,6 +29,7 @@ from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult, Warning
 from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS
+from llc_fast.support.errors import add_note
 from llc_fast.support.optional import require
 from llc_fast.support.warned import issue, shown_otherwise
 from llc_fast.weights import WeightReader, place_of
@@ -195,7 +196,7 @@ def sweep_checkpoints(
                     except ValueError as error:
                         raise ValueError(f"{at}: {error}") from error
                     except Exception as error:  # the user's own code, or torch's: raised as it is
-                        _note(error, f"This was at {at}.")
+                        add_note(error, f"This was at {at}.")
                         raise
                 if result.is_partial:
                     is_stopped = True
@@ -214,7 +215,7 @@ def sweep_checkpoints(
         if results:
             error.finished = _dataset(results, names, dim, True)  # type: ignore[attr-defined]
             kept_too = "" if kept is None else f" They are kept in {str(kept)!r} too: the same call goes on from there."
-            _note(
+            add_note(
                 error,
                 f"The {len(results)} estimates before it are in the attribute `finished` of this error.{kept_too}",
             )
@@ -222,12 +223,6 @@ def sweep_checkpoints(
     found = _dataset(results, names, dim, is_stopped)
     issue(_in_all(results, names, dim), stacklevel=2)
     return found
-
-
-def _note(error: Exception, text: str) -> None:
-    """Add a line to what Python prints of an error; before Python 3.11 it has none."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
 
 
 @contextlib.contextmanager
