@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import itertools
+import math
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -745,6 +746,6 @@ def plot_sweep(found: xarray.Dataset) -> Figure:
     for axes in (above, below):
         if not is_number:
             axes.set_xticks(x, [str(name) for name in names], rotation=30, ha="right", fontsize=8)
-        elif len(x) > 2 and x.min() >= 0 and x.max() > 100 * (smallest := x[x > 0].min()):  # steps that grow by factors
-            axes.set_xscale("symlog", linthresh=float(smallest))
+        elif len(x) > 2 and x.min() >= 0 and x.max() > 100 * min(x[x > 0], default=math.inf):  # growing by factors
+            axes.set_xscale("symlog", linthresh=float(x[x > 0].min()))
     return figure

@@ -19,7 +19,7 @@ LEVELS = (
     ("chains",),
     ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
     ("estimate",),
-    ("sweep", "grid", "sampling", "susceptibility"),
+    ("sweep", "grid", "sampling", "susceptibility", "compat"),
     ("reproduce",),
     ("cli",),
 )
