@@ -5,9 +5,9 @@
     samples = devinterp2.sample(model, dataset, {}, lr=1e-3, n_beta=30.0, localization=300.0)
     samples = devinterp2.sample(…, sampling_method=llc_fast.SGHMC, sampling_method_kwargs={"momentum_decay": 0.1})
 
-``sample``, ``llc``, ``susceptibilities`` and ``bif`` call devinterp's function of that name, and each step is one pass of
-our fused kernel. All else is devinterp's: batches, losses, observables, the store on disk. Calls of its own functions
-are as ever, even in another thread meanwhile, and nothing of it is changed when the call is over.
+``sample``, ``llc``, ``susceptibilities`` and ``bif`` call devinterp's function of that name, where each step is one
+pass of our fused kernel. All else is devinterp's: batches, losses, observables, the store on disk. Calls of its own
+functions are as ever, even in another thread meanwhile, and nothing of it is changed when the call is over.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ for name, (options, changed) in cases.items():
     one = losses(theirs(model, data, {}, **more | options))
     other = losses(ours(model, data, {}, **more | options | changed))
     assert one.shape == other.shape and np.isfinite(one).all()
-    found[name] = [float(np.abs(one - other).max()), float(np.abs(one[:, 0] - one[:, 4]).max())]  # another minibatch after as many steps as there are
+    found[name] = [float(np.abs(one - other).max()), float(np.abs(one[:, 0] - one[:, 4]).max())]
 print(json.dumps(found))
 """
     found = _inside(script, tmp_path)
