@@ -143,6 +143,11 @@ torch.manual_seed(0)
 model = Bigrams()
 ids = torch.randint(12, (64, 9))
 ids[:, 1::2] = (ids[:, 0::2][:, :4] * 5 + 1) % 12
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+for _ in range(200):  # near a minimum, where λ̂ is large beside its error
+    optimizer.zero_grad()
+    loss_fn(model, ids).mean().backward()
+    optimizer.step()
 data = Dataset.from_dict({"input_ids": ids.numpy()}).with_format("torch")
 before = dict(devinterp.slt.config.SAMPLING_METHODS)
 common = dict(n_beta=100.0, localization=40.0, batch_size=16, num_init_loss_batches=4, loss_fn=loss_fn, device="cpu")
