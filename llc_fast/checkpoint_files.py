@@ -30,6 +30,7 @@ _FILES = (
 )
 """The weights in a folder of Hugging Face, the first that is there."""
 _ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 _BESIDE = re.compile(
     r"(optim|optimizers?|(lr_)?schedulers?|(grad_)?scaler|rng|random_states?|train(ing_args|er_state|_state)|sampler|"
     r"dataloader|custom_checkpoint)(?![a-z])|train\.pt$|.*_optim_states\.pt$",
@@ -65,12 +66,19 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
         ValueError: there is none, or two of one step.
     """
     said = f"checkpoints={str(folder)!r}"
+    if found := _steps_in(folder):
+        return _in_order(found, said)
+    a_model = ": it is one model, so put it in a list" if has_weights(folder) else ": pass a list of files"
+    raise ValueError(f"{said} is a folder without names like checkpoint-500 or step_500.pt in it{a_model}")
+
+
+def _steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """What is in a folder and says a step, or, if nothing does, an epoch; in alphabetical order."""
     candidates = [path for path in sorted(folder.iterdir()) if path.is_dir() or _may_be_weights(path)]
     for word in _WORDS:
         if found := [(int(steps[-1]), path) for path in candidates if (steps := word.findall(path.name))]:
-            return _in_order(found, said)
-    a_model = ": it is one model, so put it in a list" if has_weights(folder) else ": pass a list of files"
-    raise ValueError(f"{said} is a folder without names like checkpoint-500 or step_500.pt in it{a_model}")
+            return found
+    return []
 
 
 def found(given: Sequence[str]) -> list[tuple[int, Path]]:
@@ -85,8 +93,11 @@ def found(given: Sequence[str]) -> list[tuple[int, Path]]:
         FileNotFoundError: a pattern matches nothing, or something is not there.
         ValueError: as :func:`checkpoints_in` and :func:`by_step`.
     """
-    if len(given) == 1 and (folder := expanded(given[0])).is_dir() and not has_weights(folder):
-        return checkpoints_in(folder)
+    if len(given) == 1 and (folder := expanded(given[0])).is_dir():
+        # A trainer's folder may have a last model beside its checkpoints, and a checkpoint DeepSpeed's global_step500.
+        is_one = has_weights(folder) and (_WORDS[0].search(folder.name) or not _steps_in(folder))
+        if not is_one:
+            return checkpoints_in(folder)
     return by_step(listed(given), "checkpoints" if len(given) > 1 else f"checkpoints={given[0]!r}")
 
 
@@ -178,7 +189,7 @@ def by_step(paths: Iterable[Path], said: str) -> list[tuple[int, Path]]:
 
 
 def _may_be_weights(path: Path) -> bool:
-    return path.name.endswith((*_ENDINGS, ".safetensors.index.json", ".bin.index.json"))
+    return path.name.endswith(_ENDINGS + _INDEX_ENDINGS)
 
 
 def _step_of(path: Path, word: re.Pattern[str]) -> int | None:
@@ -256,6 +267,9 @@ def _main_part(folder: Path) -> Path | None:
     if (folder / _INDEX).is_file():
         return folder
     inside = sorted(folder.iterdir())
+    indexes = [p for p in inside if p.name.endswith(_INDEX_ENDINGS)]  # of models with other names, as of diffusers
+    if len(indexes) == 1:
+        return indexes[0]
     # FSDP of Hugging Face and Accelerate (pytorch_model_fsdp_0), OLMo (model_and_optim), DeepSpeed (global_step500).
     parts = [p for p in inside if (p / _INDEX).is_file() and not p.name.lower().startswith("optim")]
     parts += [p / _DEEPSPEED for p in inside if (p / _DEEPSPEED).is_file()]

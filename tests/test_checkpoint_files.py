@@ -85,6 +85,17 @@ def test_a_pattern_is_what_the_shell_makes_of_it(tmp_path: Path, monkeypatch: py
     ]
 
 
+def test_one_folder(tmp_path: Path) -> None:
+    """A trainer's, with the last model beside the checkpoints; a checkpoint, also with DeepSpeed's folder in it."""
+    _touch(tmp_path, "model.safetensors", "checkpoint-5/pytorch_model.bin", "checkpoint-5/global_step5/x.pt")
+    _touch(tmp_path, "checkpoint-40/pytorch_model.bin", "final/model.safetensors", "single/step_7.pt")
+    checkpoints = [(5, tmp_path / "checkpoint-5"), (40, tmp_path / "checkpoint-40")]
+    assert found([str(tmp_path)]) == checkpoints
+    assert found([str(tmp_path / "checkpoint-5")]) == checkpoints[:1]
+    assert found([str(tmp_path / "final")]) == [(0, tmp_path / "final")]
+    assert found([str(tmp_path / "single")]) == [(7, tmp_path / "single" / "step_7.pt")]
+
+
 def test_names_with_letters_of_patterns(tmp_path: Path) -> None:
     """A file that is there is meant itself."""
     [path] = _touch(tmp_path, "step_5[best].pt")
@@ -510,6 +521,17 @@ def test_deepspeed(tmp_path: Path) -> None:
     _touch(folder, "zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt")
     for place in (folder, tmp_path):
         _refuses(place, r"divided among ranks: join them .*zero_to_fp32.py")
+
+
+def test_shards_with_other_names(tmp_path: Path) -> None:
+    """As diffusers and others call them."""
+    hub = pytest.importorskip("huggingface_hub")
+    model = mlp(seed=1)
+    hub.save_torch_state_dict(
+        model.state_dict(), tmp_path, filename_pattern="my_model{suffix}.safetensors", max_shard_size=40
+    )
+    assert (tmp_path / "my_model.safetensors.index.json").exists()
+    _assert_is(tmp_path, model, mlp(seed=2))
 
 
 def test_one_file_in_a_folder(tmp_path: Path) -> None:

@@ -956,3 +956,28 @@ def test_a_file_that_breaks_on_the_way(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^checkpoints\[1\]=.*1.pt' can't be read") as caught:
         _sweep(tmp_path / f"{k}.pt" for k in range(2))
     assert list(caught.value.finished.checkpoint) == [0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("labels", "scale"), [([0, 10, 5000], "symlog"), ([5, 6, 8], "linear"), (["a", "b", "c"], "linear")]
+)
+def test_a_picture_of_a_sweep(labels: list[Any], scale: str) -> None:
+    """Points where the numbers are, with their intervals; hollow ones for warnings; the loss below."""
+    pytest.importorskip("matplotlib")
+    from llc_fast.plots import plot_sweep
+
+    found = _sweep(labels=labels, dim="training_step")
+    found["warning_codes"][:] = ["", "ess", ""]
+    above, below = plot_sweep(found).axes
+    x = labels if scale == "symlog" or labels[0] == 5 else range(3)
+    line, filled, hollow = (above.lines[0], *(c.lines[0] for c in above.containers))
+    np.testing.assert_array_equal(line.get_xydata(), np.column_stack([list(x), found.llc_mean]))
+    assert list(filled.get_ydata()) == list(found.llc_mean.values[[0, 2]]) and filled.get_mfc() != "white"
+    assert list(hollow.get_ydata()) == [found.llc_mean.values[1]] and hollow.get_mfc() == "white"
+    [bars] = above.containers[1].lines[2]
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [found.llc_low[1], found.llc_high[1]])
+    np.testing.assert_array_equal(below.lines[0].get_ydata(), found.init_loss)
+    assert above.get_xscale() == below.get_xscale() == scale
+    assert below.get_xlabel() == "training step"
+    if labels[0] == "a":
+        assert [text.get_text() for text in below.get_xticklabels()] == labels
