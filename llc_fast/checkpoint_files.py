@@ -261,6 +261,8 @@ def _main_part(folder: Path) -> Path | None:
 
     None if there is none, or more than one, so that nothing is guessed.
     """
+    if not folder.is_dir():
+        return None
     for name in (*_FILES, _DEEPSPEED):
         if (folder / name).is_file():
             return folder / name

@@ -130,7 +130,7 @@ def sweep_checkpoints(
             it in more than one way, or are not as many as labels, or that share the memory of what is sampled
             (``model.state_dict()`` does not copy). All of them are looked at before the first estimate, but those of
             an iterator. An error names its checkpoint, ``checkpoints[3]``.
-        FileNotFoundError: a checkpoint's file.
+        FileNotFoundError: a checkpoint's file, a part of it, or a pattern matches nothing.
         KeyboardInterrupt: Ctrl-C before there was anything to return.
         ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``), or safetensors.
     """
