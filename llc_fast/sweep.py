@@ -203,7 +203,7 @@ def sweep_checkpoints(
         if not results:
             raise
         is_stopped = True
-    found = _dataset(results, names, dim, is_stopped)
+    found = dataset_of(results, names, dim, is_stopped)
     issue(_in_all(results, names, dim), stacklevel=2)
     return found
 
@@ -229,10 +229,10 @@ def _in_all(results: Sequence[LLCResult], names: Sequence[Any], dim: str) -> lis
         which = ", ".join(str(name) for name, _ in found[:10]) + ", …" * (len(found) > 10)
         said = f"{len(found)} of {len(results)} estimates have the warning {code!r} ({dim} {which})."
         sentences.append(Warning(f"{said} The first says: {found[0][1]}", code))
-    return sentences + _of_scale(results)
+    return sentences + scale_warnings(results)
 
 
-def _of_scale(results: Sequence[LLCResult]) -> list[Warning]:
+def scale_warnings(results: Sequence[LLCResult]) -> list[Warning]:
     """A sentence, if λ̂ is at another scale at each checkpoint, and that alone makes a difference."""
     gammas = [result.settings["localization"] for result in results if result.settings["localization"] > 0]
     if len(gammas) < 2:
@@ -251,7 +251,9 @@ def _of_scale(results: Sequence[LLCResult]) -> list[Warning]:
     ]
 
 
-def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: bool) -> xarray.Dataset:
+def dataset_of(results: list[LLCResult], names: list[Any], dim: str, is_partial: bool) -> xarray.Dataset:
+    """The results of a training run over `dim`, as :func:`sweep_checkpoints` returns them."""
+
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 
