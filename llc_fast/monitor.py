@@ -47,6 +47,7 @@ _OURS = {
     "checkpoint": "give folder=, which keeps the results",
     "warm_start": "chains start at w*",
     "keep_ends": "chains start at w*",
+    "device": "the model is evaluated where it is trained",
     "settings": "each estimate chooses its step size anew; pass lr=, nbeta= or localization= to fix one",
 }
 """Arguments of an estimate that a monitor has no use for, and what to do."""

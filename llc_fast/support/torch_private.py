@@ -158,6 +158,21 @@ def has_own_backward(loss: Tensor) -> bool:
     return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in graph_of(loss))
 
 
+def is_held(parameter: Tensor) -> bool:
+    """Whether torch itself refers to a leaf: a graph that is alive, or DistributedDataParallel."""
+    return parameter._use_count() > 1  # type: ignore[attr-defined,no-any-return]
+
+
+def swap_contents(a: Tensor, b: Tensor) -> None:
+    """Exchange what two tensors are, with all that autograd knows of them, but for the objects of Python's.
+
+    ``torch.utils.swap_tensors`` does this too, and poisons the place where gradients go.
+    """
+    hooks = a._post_accumulate_grad_hooks, b._post_accumulate_grad_hooks  # which the objects keep beside the content
+    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
+    b._post_accumulate_grad_hooks, a._post_accumulate_grad_hooks = hooks
+
+
 def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
     """What runs as soon as the gradient of a leaf has been accumulated; None if nothing ever did."""
     return tensor._post_accumulate_grad_hooks
