@@ -159,14 +159,19 @@ def has_own_backward(loss: Tensor) -> bool:
 
 
 def is_held(parameter: Tensor) -> bool:
-    """Whether torch itself refers to a leaf: a graph that is alive, or DistributedDataParallel."""
-    return parameter._use_count() > 1  # type: ignore[attr-defined,no-any-return]
+    """Whether DistributedDataParallel may hold a parameter: in a group of processes, something of torch's does.
+
+    Elsewhere that is a graph which is alive. It may be freed at any time, when :func:`swap_contents` is not safe.
+    """
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return in_group and parameter._use_count() > 1  # type: ignore[attr-defined,no-any-return]
 
 
 def swap_contents(a: Tensor, b: Tensor) -> None:
     """Exchange what two tensors are, with all that autograd knows of them, but for the objects of Python's.
 
-    ``torch.utils.swap_tensors`` does this too, and poisons the place where gradients go.
+    ``torch.utils.swap_tensors`` does this too, and poisons the place where gradients go. What holds `a` must hold it
+    until they are exchanged back: torch counts whether anything but Python's object does, in that object.
     """
     hooks = a._post_accumulate_grad_hooks, b._post_accumulate_grad_hooks  # which the objects keep beside the content
     torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
