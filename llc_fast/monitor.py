@@ -271,8 +271,8 @@ class LLCMonitor:
             if share > _NOTICEABLE_SHARE and self._spent > _NOTICEABLE_SECONDS and not self._is_noticed:
                 self._is_noticed = True
                 announce(
-                    f"estimates have taken {share:.0%} of the time since training began. max_gradients="
-                    f"{DEFAULT_MAX_GRADIENTS // 2} makes them shorter"
+                    f"estimates have taken {share:.0%} of the time since training began. max_gradients= or num_draws= "
+                    "makes them shorter, every= makes them fewer"
                 )
         new = [warning for warning in result.warnings if warning.code not in self._said]
         new = [Warning(f"Step {step}: {warning}", warning.code) for warning in new]

@@ -701,3 +701,36 @@ def test_it_can_be_sent_to_other_processes(tmp_path: Path) -> None:
     assert list(sent.results) == list(monitor.results)
     copied = copy.deepcopy(sent)
     assert copied.results.keys() == sent.results.keys()
+
+
+# ---- docs/monitor.md ---------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "monitor.md"
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL) if PAGE.exists() else []
+SMALLER = {
+    "every=100": "every=250, num_draws=4",
+    "max_steps=300, save_steps=100": "max_steps=4, save_steps=2",
+    "num_draws=200": "num_draws=4",
+    "max_epochs=3": "max_epochs=1",
+    "localization=60.0)": "localization=60.0, num_draws=4)",
+}
+"""What makes the examples short; the outputs on the page are of the examples as they are."""
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="a source distribution has no docs")
+@pytest.mark.parametrize("k", range(3))
+def test_the_examples_of_the_page(
+    k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers()
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    text = EXAMPLES[k]
+    for long, short in SMALLER.items():
+        text = text.replace(long, short)
+    assert text != EXAMPLES[k]
+    names: dict[str, Any] = {}
+    exec(compile(text, "example", "exec"), names)
+    assert list(names["monitor"].results) == [[250, 500], [2, 4], [20]][k]
+    assert all(result.schedule.num_draws == 4 for result in names["monitor"].results.values())
+    assert capsys.readouterr().out

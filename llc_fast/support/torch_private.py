@@ -164,7 +164,7 @@ def is_held(parameter: Tensor) -> bool:
     Elsewhere that is a graph which is alive. It may be freed at any time, when :func:`swap_contents` is not safe.
     """
     in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return in_group and parameter._use_count() > 1  # type: ignore[attr-defined,no-any-return]
+    return in_group and parameter._use_count() > 1  # type: ignore[attr-defined]
 
 
 def swap_contents(a: Tensor, b: Tensor) -> None:
@@ -174,7 +174,7 @@ def swap_contents(a: Tensor, b: Tensor) -> None:
     until they are exchanged back: torch counts whether anything but Python's object does, in that object.
     """
     hooks = a._post_accumulate_grad_hooks, b._post_accumulate_grad_hooks  # which the objects keep beside the content
-    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
+    torch._C._swap_tensor_impl(a, b)
     b._post_accumulate_grad_hooks, a._post_accumulate_grad_hooks = hooks
 
 
