@@ -308,7 +308,8 @@ class LLCMonitor:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             if self._mode == "eval":
                 stack.enter_context(_in_eval_mode(model))
-            stack.enter_context(_same_buffers(model))
+            if getattr(self._settings.get("execution"), "distributed", None) is not False:
+                stack.enter_context(_same_buffers(model))
             try:
                 yield
             finally:
