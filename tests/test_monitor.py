@@ -409,6 +409,39 @@ def test_processes_share_the_chains(tmp_path: Path) -> None:
     assert "LLC: step 2" in results[0][2] and "LLC: step" not in results[1][2]
 
 
+_TRAINERS = """
+import test_monitor
+from pathlib import Path
+test_monitor.transformers()
+if sys.argv[1] == "transformers":
+    def trained(monitor, name):
+        done = test_monitor.Trained(Path(name), monitor)
+        assert type(done.trainer.model_wrapped).__name__ == "DistributedDataParallel"
+        return done.losses, done.model.state_dict()
+    monitor = test_monitor.token_monitor(on_error="raise")
+else:
+    os.environ["TORCHELASTIC_RUN_ID"] = "1"  # as torchrun does
+    def trained(monitor, name):
+        losses, module, trainer = test_monitor.fitted(Path(name), monitor, devices=2, strategy="ddp")
+        assert trainer.world_size == 2
+        return losses, module.state_dict()
+    monitor = test_monitor.monitor_of(on_error="raise")
+without, watched = trained(None, "without"), trained(monitor, "with")
+assert watched[0] == without[0]
+assert all(torch.equal(watched[1][key], value) for key, value in without[1].items())
+print({step: result.llc_mean for step, result in monitor.results.items()})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["transformers", "lightning"])
+def test_trainers_of_two_processes(trainer: str, tmp_path: Path) -> None:
+    head = f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    results = launch(tmp_path, head + _TRAINERS, 2, trainer)
+    all_well(results)
+    assert results[0][1].splitlines()[-1] == results[1][1].splitlines()[-1] != "{}"
+
+
 # ---- transformers ------------------------------------------------------------------------------------------
 
 
