@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Checkpoints: λ̂ while a transformer learns
 #
-# The loss says how well a model predicts. λ̂ says how complex the solution is by which it does so. This notebook trains a
-# small transformer on text, saves checkpoints on the way, and estimates λ at each of them with one call,
+# The loss says how well a model predicts. λ̂ says how complex the solution is by which it does so. This notebook
+# trains a small transformer on text, saves checkpoints on the way, and estimates λ at each of them with one call,
 # `sweep_checkpoints`. The two curves side by side show what the loss alone does not.
 #
 # The text comes with Python (its language reference), so that nothing is downloaded.
@@ -48,8 +48,9 @@ print(f"{len(text.train)} sequences of {len(text.vocabulary)} characters, {model
 print("such as:", repr(text.decode(text.train[0])))
 
 # %% [markdown]
-# What can be predicted without a network? If characters are drawn by their frequencies, the loss is the entropy of a character.
-# If each depends on the one before it, it is that of a character given this one. These two losses help to read the curve.
+# What can be predicted without a network? If characters are drawn by their frequencies, the loss is the entropy of a
+# character. If each depends on the one before it, it is that of a character given this one. These two losses help to
+# read the curve.
 
 # %%
 pairs = np.zeros((len(text.vocabulary),) * 2)
@@ -62,8 +63,8 @@ print(f"loss by frequencies {frequencies:.2f}, by pairs of neighbours {neighbour
 # %% [markdown]
 # ## Train, and save checkpoints
 #
-# A folder `checkpoint-STEP` with `model.safetensors` for each. Trainers of Hugging Face write the same names; files of
-# `torch.save` and of Lightning are read as well.
+# A folder `checkpoint-STEP` with `model.safetensors` for each. Trainers of Hugging Face write the same names; files
+# of `torch.save` and of Lightning are read as well.
 
 # %%
 SAVED = (0, 20, 60) if SMALL else (0, 30, 100, 200, 400, 800, 1600)
@@ -95,8 +96,8 @@ print(*(f"checkpoint-{step}" for step in SAVED))
 # The folder is all that `sweep_checkpoints` needs: it finds the checkpoints in it and their steps.
 #
 # - `"next-token"` is the loss of a language model, averaged over all tokens.
-# - nβ and γ are given, and the same for all checkpoints. Left out, each checkpoint would have its own γ, and the curve would
-#   mix what was learned with a change of the scale. nβ = 30 and γ = 300 are usual for language models
+# - nβ and γ are given, and the same for all checkpoints. Left out, each checkpoint would have its own γ, and the
+#   curve would mix what was learned with a change of the scale. nβ = 30 and γ = 300 are usual for language models
 #   (`preset="language-model"`): chains stay near w\*, so that it matters little that most checkpoints are no minima.
 # - Chains of a checkpoint start where those of the one before ended.
 
@@ -153,7 +154,10 @@ middle.set(xlabel="training step", ylabel="λ̂ at nβ = 30, γ = 300", title="�
 right.invert_xaxis()
 right.set(xlabel="loss (training goes to the right)", ylabel="λ̂", title="λ̂ for each loss")
 for axes in (left, middle):
-    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xscale("symlog", linthresh=max(steps[1], 10))
+    axes.set_xticks(steps, steps)
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(-3, 1.3 * steps[-1])
 show(figure, "curve")
 
 # %% [markdown]
@@ -167,12 +171,13 @@ for a, b in zip(range(len(steps)), range(1, len(steps)), strict=False):
 # %% [markdown]
 # In the full run:
 #
-# - **The loss falls early, λ̂ rises late.** At step 30 the model has the loss of frequencies, with λ̂ below 2. At step 200 it has that of
-#   pairs, with λ̂ about 8. By then the loss has made two thirds of its way, and λ̂ a fifth. What is learned first is simple.
-# - **What comes later is expensive.** From step 200 on, the loss falls by a further 0.9, less than in the first 30 steps, and λ̂ rises by
-#   about 35. The right picture shows it: the curve becomes steeper and steeper.
-# - **The first point is hollow.** It has warnings: the loss hardly depends on the weights yet, chains hardly move it, and
-#   the interval has 0 in it. That is all that can be said of an untrained network.
+# - **The loss falls early, λ̂ rises late.** At step 30 the model has the loss of frequencies, with λ̂ below 2. At
+#   step 200 it has that of pairs, with λ̂ about 8. By then the loss has made two thirds of its way, and λ̂ a fifth.
+#   What is learned first is simple.
+# - **What comes later is expensive.** From step 200 on, the loss falls by a further 0.9, less than in the first 30
+#   steps, and λ̂ rises by about 35. The right picture shows it: the curve becomes steeper and steeper.
+# - **The first point is hollow.** It has warnings: the loss hardly depends on the weights yet, chains hardly move it,
+#   and the interval has 0 in it. That is all that can be said of an untrained network.
 # - **λ̂ is far below P/2**, half of the number of parameters. At this temperature most directions do not matter.
 #
 # λ̂ of a checkpoint that is no minimum lacks something. A warning (`no-minimum`) says so where it matters.

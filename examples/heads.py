@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Heads: which part of a transformer is how complex?
 #
-# λ̂ of a whole network is one number. If only some weights may move and all others stay at w\*, it is the λ̂ of these weights
-# (*weight-refined* LLC). This notebook trains a transformer of two layers of attention to copy, and estimates λ for each
-# of its eight heads.
+# λ̂ of a whole network is one number. If only some weights may move and all others stay at w\*, it is the λ̂ of these
+# weights (*weight-refined* LLC). This notebook trains a transformer of two layers of attention to copy, and estimates
+# λ for each of its eight heads.
 
 # %%
 import math
@@ -35,9 +35,9 @@ def show(figure, name):
 # %% [markdown]
 # ## The task
 #
-# A sequence repeats a random pattern of 6 to 12 tokens, and 15 % of all tokens are replaced by random ones:
-# `3 7 1 9 4 0 3 7 1 9 4 …`. Who wants to predict the next token must find the earlier place that looks like this one, and
-# copy what came after it. Heads that do so are called *induction heads*.
+# A sequence repeats a random pattern of 6 to 12 tokens, and 15 % of all tokens are replaced by random ones: `3 7 1 9
+# 4 0 3 7 1 9 4 …`. Who wants to predict the next token must find the earlier place that looks like this one, and copy
+# what came after it. Heads that do so are called *induction heads*.
 
 # %%
 VOCABULARY, LENGTH = 16, 28
@@ -143,8 +143,9 @@ results = {
 # %% [markdown]
 # ## What each head does
 #
-# Two other questions, to compare with. How much does the loss rise without the head? And where does it look, on average
-# over the second half: at the token before, or at the one that came after an earlier occurrence of this token?
+# Two other questions, to compare with. How much does the loss rise without the head? And where does it look, on
+# average over the second half: at the token before, or at the one that came after an earlier occurrence of this
+# token?
 
 
 # %%
@@ -204,7 +205,7 @@ for layer in range(2):
         right.annotate(head, (rise[head], value), xytext=(5, 5), textcoords="offset points", fontsize=8)
 left.set(title="λ̂ of each head, ± 2 standard errors", ylabel="λ̂")
 left.legend()
-right.set(xscale="symlog", xlabel="rise of the loss without the head", ylabel="λ̂", title="λ̂ and importance")
+right.set(xlabel="rise of the loss without the head", ylabel="λ̂", title="λ̂ and importance")
 right.set_xscale("symlog", linthresh=0.1)
 show(figure, "heads")
 
@@ -213,17 +214,18 @@ show(figure, "heads")
 #
 # In the full run:
 #
-# - **One head of layer 0 has by far the largest λ̂.** It is the one that looks at the token before. Without it the loss rises by more than
-#   half a nat, many times more than without any other. All heads of layer 1 need what it says.
-# - **All four heads of layer 1 are induction heads.** Most of their attention is on what followed the same token earlier. They do
-#   the same work, so that the loss rises little without one of them, and λ̂ of each is moderate.
+# - **One head of layer 0 has by far the largest λ̂.** It is the one that looks at the token before. Without it the
+#   loss rises three times as much as without any other. The heads of layer 1 need what it says: after which token
+#   each one comes.
+# - **All four heads of layer 1 are induction heads.** Most of their attention is on what followed the same token
+#   earlier. They do the same work, so that the loss rises little without one of them, and λ̂ of each is moderate.
 # - **The head with the smallest λ̂ is the one that does least.** Without it the loss hardly rises.
-# - λ̂ and importance go together, but are not the same: importance is what happens when the head is gone, λ̂ how exactly its
-#   weights are determined by the data at this temperature.
+# - λ̂ and importance go together, but are not the same: importance is what happens when the head is gone, λ̂ how
+#   exactly its weights are determined by the data at this temperature.
 # - **The λ̂ of heads do not add up** to that of the network: each is measured with all others held fixed.
 #
-# Each estimate has its error bar and its own warnings. Where a warning appears, longer chains (`num_draws`) are the usual
-# remedy; its text says which.
+# Each estimate has its error bar and its own warnings. Where a warning appears, longer chains (`num_draws`) are the
+# usual remedy; its text says which.
 #
-# Parts may be more than heads: `params=["l0 attn", "embed"]`, glob patterns or masks. `docs/components.md` has all names,
-# and `sweep_checkpoints(…, params="l0 h3")` follows a head through training.
+# Parts may be more than heads: `params=["l0 attn", "embed"]`, glob patterns or masks. `docs/components.md` has all
+# names, and `sweep_checkpoints(…, params="l0 h3")` follows a head through training.

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Quickstart: how complex is what a network has learned?
 #
-# A trained network is a point w\* in the space of its weights. The local learning coefficient λ says how fast the volume
-# of weights that are almost as good grows around w\*. A regular model with d parameters has λ = d/2. A neural network has
-# directions in which hardly anything changes, and its λ is smaller: it is as complex as a regular model with 2λ
-# parameters.
+# A trained network is a point w\* in the space of its weights. The local learning coefficient λ says how fast the
+# volume of weights that are almost as good grows around w\*. A regular model with d parameters has λ = d/2. A neural
+# network has directions in which hardly anything changes, and its λ is smaller: it is as complex as a regular model
+# with 2λ parameters.
 #
 # `llc_fast` estimates λ and its error. It runs Markov chains around w\* and measures how much worse the weights are
 # that they visit:
@@ -69,11 +69,12 @@ print(result)
 # %% [markdown]
 # ## Read the result
 #
-# - **First line.** λ̂, its standard error, and the interval that has λ with 95 % probability. About 10.7: near w\* the
-#   network is as complex as a regular model with 21 parameters, though it has 385.
-# - **Second line.** How long the chains were, L(w\*), and how much more the draws lose than w\* does. λ̂ is nβ times that.
-# - **Third line.** Whether to trust it. R̂ near 1: the chains agree. ESS: what the draws are worth as independent ones.
-#   The bias of finite steps was measured, and subtracted.
+# - **First line.** λ̂, its standard error, and the interval that has λ with 95 % probability. About 10.7: near w\*
+#   the network is as complex as a regular model with 21 parameters, though it has 385.
+# - **Second line.** How long the chains were, L(w\*), and how much more the draws lose than w\* does. λ̂ is nβ times
+#   that.
+# - **Third line.** Whether to trust it. R̂ near 1: the chains agree. ESS: what the draws are worth as independent
+#   ones. The bias of finite steps was measured, and subtracted.
 # - **Fourth line.** λ̂ is at the scale of γ. More of that below.
 # - **Last line.** All settings, those that were chosen included. `result.settings` has them.
 #
@@ -86,8 +87,8 @@ print(f"R̂ = {result.diagnostics['r_hat']:.3f}, chains: {[round(value, 1) for v
 print("warnings:", [warning.code for warning in result.warnings])
 
 # %% [markdown]
-# The picture shows nβ·(L − L(w\*)) along each chain. It begins at 0, as chains start at w\*. It rises, and it must be flat
-# before the draws begin, where the gray area ends. All chains should look alike.
+# The picture shows nβ·(L − L(w\*)) along each chain. It begins at 0, as chains start at w\*. It rises, and it must be
+# flat before the draws begin, where the gray area ends. All chains should look alike.
 
 # %%
 show(result.plot(), "result")
@@ -95,8 +96,8 @@ show(result.plot(), "result")
 # %% [markdown]
 # ## A warning, and what to do
 #
-# Let us choose a step size that is too large. Steps of finite size add to the loss, and λ̂ comes out too high. With
-# a step size of your own nothing is subtracted, unless you ask for it with `bias_correction=True`.
+# Let us choose a step size that is too large. Steps of finite size add to the loss, and λ̂ comes out too high. With a
+# step size of your own nothing is subtracted, unless you ask for it with `bias_correction=True`.
 
 # %%
 coarse = llc_fast.estimate_llc(model, (x, y), F.mse_loss, lr=1e-3)
@@ -105,8 +106,8 @@ for warning in coarse.warnings:
     print(f"[{warning.code}] {warning}")
 
 # %% [markdown]
-# The small standard error does not help: it knows nothing of the bias. The warning does. It has a code (`step-size`), says
-# what is wrong in numbers, and which argument to change. We do what it says:
+# The small standard error does not help: it knows nothing of the bias. The warning does. It has a code (`step-size`),
+# says what is wrong in numbers, and which argument to change. We do what it says:
 
 # %%
 mended = llc_fast.estimate_llc(model, (x, y), F.mse_loss, lr=2.1e-4)
@@ -114,17 +115,17 @@ print(f"λ̂ = {mended.llc_mean:.2f} ± {mended.llc_stderr:.2f}, bias {mended.di
 print("warnings:", [warning.code for warning in mended.warnings])
 
 # %% [markdown]
-# This agrees with the first estimate, but for the few percent of bias that remain. `LLCWarning` is also issued as a Python
-# warning, so that a script can turn it into an error.
+# This agrees with the first estimate, but for the few percent of bias that remain. `LLCWarning` is also issued as a
+# Python warning, so that a script can turn it into an error.
 #
 # ## A known answer
 #
-# Is λ̂ right? For deep linear networks, y = W₂W₁x, the exact λ is known (Aoyagi 2024), and `llc_fast.theory` has it. Take 6
-# inputs, 4 hidden units and 6 outputs: 48 parameters. Any invertible 4×4 matrix A may be put between the layers,
-# W₂A⁻¹·AW₁, and nothing changes. These are 16 directions, and 32 that matter: λ = 32/2 = 16.
+# Is λ̂ right? For deep linear networks, y = W₂W₁x, the exact λ is known (Aoyagi 2024), and `llc_fast.theory` has it.
+# Take 6 inputs, 4 hidden units and 6 outputs: 48 parameters. Any invertible 4×4 matrix A may be put between the
+# layers, W₂A⁻¹·AW₁, and nothing changes. These are 16 directions, and 32 that matter: λ = 32/2 = 16.
 #
-# The targets are the network's own outputs, so that w\* is a minimum with L(w\*) = 0. γ = 1, as the exact λ is about all
-# weights that are equally good, not only those close by.
+# The targets are the network's own outputs, so that w\* is a minimum with L(w\*) = 0. γ = 1, as the exact λ is about
+# all weights that are equally good, not only those close by.
 
 # %%
 torch.manual_seed(0)
@@ -142,15 +143,16 @@ for widths in [(6, 4, 6), (8, 5, 8), (12, 8, 12)]:
     )
 
 # %% [markdown]
-# `llc-fast demo` does this for nine networks, and `docs/reproduce.md` for hundreds of them, with up to 10⁸ parameters.
+# `llc-fast demo` does this for nine networks, and `docs/reproduce.md` for hundreds of them, with up to 10⁸
+# parameters.
 #
 # ## The scale: nβ and γ
 #
 # Chains sample the density exp(−nβ·L(w) − γ/2·‖w − w\*‖²). So λ̂ depends on two numbers.
 #
 # - **nβ**, the inverse temperature, says which differences of the loss count. The default is n / log n.
-# - **γ**, the localization, says how far from w\* the chains may go. By default each weight may move by half of the root mean
-#   square weight.
+# - **γ**, the localization, says how far from w\* the chains may go. By default each weight may move by half of the
+#   root mean square weight.
 #
 # A direction of curvature h counts as ½·nβh/(nβh + γ). Steep directions count as a half, those with h far below γ/nβ
 # hardly at all. `scan` estimates a whole grid.
@@ -171,7 +173,8 @@ show(grid.plot(), "scale")
 
 # %% [markdown]
 # λ̂ grows with nβ and falls with γ, and there is no plateau: this is usual for trained networks. On a diagonal of the
-# picture, where γ/nβ is the same, λ̂ hardly changes. That ratio is the curvature below which a direction no longer counts.
+# picture, where γ/nβ is the same, λ̂ hardly changes. That ratio is the curvature below which a direction no longer
+# counts.
 #
 # So a λ̂ is a number *at a scale*. **Compare λ̂ only at equal nβ and γ**, say which they were, and give both to
 # `estimate_llc` where you compare models: `nbeta=…, localization=…`.
