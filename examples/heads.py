@@ -201,12 +201,12 @@ for layer in range(2):
     error = [2 * results[head].llc_stderr for head in own]
     left.bar(own, llc, yerr=error, capsize=4, color=f"C{layer}", alpha=0.75, label=f"layer {layer}")
     right.errorbar([rise[head] for head in own], llc, error, fmt="o", color=f"C{layer}", capsize=3)
-    for head, value in zip(own, llc, strict=True):
-        right.annotate(head, (rise[head], value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    for number, (head, value) in enumerate(zip(own, llc, strict=True)):
+        place, side = ((-6, 5), "right") if number % 2 else ((6, 5), "left")
+        right.annotate(head, (rise[head], value), place, textcoords="offset points", ha=side, fontsize=8)
 left.set(title="λ̂ of each head, ± 2 standard errors", ylabel="λ̂")
 left.legend()
 right.set(xlabel="rise of the loss without the head", ylabel="λ̂", title="λ̂ and importance")
-right.set_xscale("symlog", linthresh=0.1)
 show(figure, "heads")
 
 # %% [markdown]

@@ -143,8 +143,8 @@ for widths in [(6, 4, 6), (8, 5, 8), (12, 8, 12)]:
     )
 
 # %% [markdown]
-# `llc-fast demo` does this for nine networks, and `docs/reproduce.md` for hundreds of them, with up to 10⁸
-# parameters.
+# In the full run each interval has the exact λ in it. `llc-fast demo` does this for nine networks, and `llc-fast
+# reproduce dln-scaling` for many more, up to a million parameters.
 #
 # ## The scale: nβ and γ
 #

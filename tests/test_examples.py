@@ -1,4 +1,4 @@
-"""The notebooks of examples/: equal to their scripts, with the outputs of a full run, and executed on small settings."""
+"""The notebooks of examples/: equal to their scripts, with outputs of a full run, and executed on small settings."""
 
 from __future__ import annotations
 
