@@ -202,7 +202,8 @@ for layer in range(2):
     left.bar(own, llc, yerr=error, capsize=4, color=f"C{layer}", alpha=0.75, label=f"layer {layer}")
     right.errorbar([rise[head] for head in own], llc, error, fmt="o", color=f"C{layer}", capsize=3)
     for number, (head, value) in enumerate(zip(own, llc, strict=True)):
-        place, side = ((-6, 5), "right") if number % 2 else ((6, 5), "left")
+        place = (-5, 5) if layer == 0 else (5, 5 if number % 2 else -10)
+        side = "right" if layer == 0 else "left"
         right.annotate(head, (rise[head], value), place, textcoords="offset points", ha=side, fontsize=8)
 left.set(title="λ̂ of each head, ± 2 standard errors", ylabel="λ̂")
 left.legend()
