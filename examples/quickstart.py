@@ -87,8 +87,11 @@ print(f"R̂ = {result.diagnostics['r_hat']:.3f}, chains: {[round(value, 1) for v
 print("warnings:", [warning.code for warning in result.warnings])
 
 # %% [markdown]
-# The picture shows nβ·(L − L(w\*)) along each chain. It begins at 0, as chains start at w\*. It rises, and it must be
-# flat before the draws begin, where the gray area ends. All chains should look alike.
+# The picture has the chains from six sides. Look at the first panel first: nβ·(L − L(w\*)) along each chain. Chains
+# start at w\*, where it is 0. It rises, and must be flat before the draws begin, where the gray area ends. The
+# running estimate has settled, and the λ̂ of single chains agree within their intervals. Below are how much the draws
+# lose, how fast the chains forget where they were, and whether all chains have the same draws. `docs/results.md`
+# explains each panel.
 
 # %%
 show(result.plot(), "result")
