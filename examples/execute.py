@@ -72,7 +72,7 @@ def execute(script: Path, folder: Path, *, timeout: float = 1200) -> Any:
         if cell.cell_type == "code":
             cell.outputs = _kept(cell.outputs)
     nbformat.validate(notebook)
-    return notebook
+    return with_new_text(script, notebook)  # without what the kernel said of itself
 
 
 def _kept(outputs: list[Any]) -> list[Any]:
