@@ -230,10 +230,8 @@ show(samples.pca().plot(), "pca")
 
 # %%
 components = [f"l{layer} {part}" for layer in range(model.layers) for part in ("attn", "mlp")]
-short = {"num_chains": 2, "num_draws": 40 if SMALL else 80, "num_burnin": 20 if SMALL else 40, "num_steps_bw_draws": 1}
-mean_of = train[torch.randperm(len(train), generator=generator)[:128]]  # what the mean loss is taken over
-probes = {"chosen": chosen, "data": mean_of}
-answers = llc_fast.susceptibilities(model, train, "next-token", probes, components, control=False, **chains | short)
+short = chains | {"num_draws": 40 if SMALL else 100, "num_burnin": 20 if SMALL else 50, "num_steps_bw_draws": 1}
+answers = llc_fast.susceptibilities(model, train, "next-token", {"chosen": chosen}, components, control=False, **short)
 print(answers.summary())
 show(answers.plot(probe="chosen", what="z"), "susceptibilities")
 
