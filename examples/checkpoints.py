@@ -93,7 +93,8 @@ print(*(f"checkpoint-{step}" for step in SAVED))
 # %% [markdown]
 # ## The sweep
 #
-# The folder is all that `sweep_checkpoints` needs: it finds the checkpoints in it and their steps.
+# The folder is all that `sweep_checkpoints` needs: it finds the checkpoints in it and their steps. A pattern does as
+# well, `"run/checkpoint-*"`, and so do a list of state dicts or files and a generator.
 #
 # - `"next-token"` is the loss of a language model, averaged over all tokens.
 # - nβ and γ are given, and the same for all checkpoints. Left out, each checkpoint would have its own γ, and the
