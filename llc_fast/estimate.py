@@ -1246,7 +1246,7 @@ def may_begin_again(prepared: Prepared, chosen: Chosen, sampled: Sampled) -> boo
     """Whether most chains diverged, with a step size that was chosen for them and can be smaller."""
     if prepared.settings.lr is not None or sampled.interrupted or chosen.restarts >= MAX_RESTARTS:
         return False
-    losses = sampled.traces.loss[:, : sampled.until]
+    losses = _corrected(sampled.traces, chosen, slice(sampled.until))  # as the report has them
     diverged = ~np.isfinite(losses).all(axis=1)
     return bool(2 * diverged.sum() > len(losses)) and prepared.settings.template.kind != "metropolis"
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from llc_fast.checks import Facts, examine
 from llc_fast.result import LLCResult
 from llc_fast.schedule import Schedule
 from llc_fast.settings import DEFAULT_MOST, FIRST_LOOK, Settings
+from llc_fast.traces import Traces
 
 
 def by_need(**options: Any) -> LLCResult:
@@ -277,3 +279,22 @@ def test_chains_that_diverge_begin_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert_same(estimate(lr=None, checkpoint=tmp_path / "run.npz", **options), found)
     given = estimate(lr=10 / stiffest, **options)
     assert given.diagnostics["restarts"] == 0 and math.isnan(given.llc_mean)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_chains_whose_bias_is_not_finite_have_diverged(corrected: bool) -> None:
+    """Where the bias is subtracted: the losses are as they were, and λ̂ has none of these chains."""
+    losses, bias = np.ones((4, 6)), np.ones((4, 6))
+    bias[1:, 4] = np.nan
+    traces = Traces(first_chain=0, step=6, steps={"loss": losses, "bias": bias})
+    prepared = SimpleNamespace(settings=SimpleNamespace(lr=None, template=SimpleNamespace(kind="langevin")))
+    chosen = SimpleNamespace(restarts=0, bias_correction=corrected, nbeta=1.0)
+
+    def may(until: int) -> bool:
+        sampled: Any = SimpleNamespace(traces=traces, until=until, interrupted=False)
+        return estimate_module.may_begin_again(prepared, chosen, sampled)
+
+    assert may(6) is corrected
+    assert not may(4)  # not yet
+    bias[1, 4] = 1.0
+    assert not may(6)  # half of the chains are enough for an estimate
