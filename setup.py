@@ -46,6 +46,8 @@ NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DNDEBUG", "--threads=2"),
     *("--fmad=false", "-Xptxas=-v"),
 ]
+# PyTorch brings the OpenMP library. A machine may have no other, and a second one would start a second pool of threads.
+TORCHS_OPENMP = "-Wl,-rpath,$ORIGIN/../torch/lib"
 PORTABLE_ARCHS = ["80", "90"]
 RELEASE_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
@@ -299,7 +301,7 @@ class NinjaBuild(build_ext):
             "builddir": [str(folder)],
             "cxx": cxx,
             "cxxflags": [*CXX_FLAGS, macro("LLC_NO_OPENMP") if no_openmp else "-fopenmp", *sanitizers, *cxxflags],
-            "ldflags": ["-bundle", "-undefined", "dynamic_lookup"] if on_mac else ["-shared"],
+            "ldflags": ["-bundle", "-undefined", "dynamic_lookup"] if on_mac else ["-shared", TORCHS_OPENMP],
         }
         if not (on_mac or sanitizers):
             variables["ldflags"].append("-Wl,-s")  # no symbols, which a sanitizer's report needs

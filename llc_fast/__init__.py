@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llc_fast.susceptibility import SusceptibilityResult, susceptibilities
     from llc_fast.sweep import sweep_checkpoints
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "SGHMC",
     "SGLD",

@@ -31,6 +31,7 @@ OF_NO_MODULE = {
     "test_imports.py": "which module may import which",
     "test_length.py": "how long chains run when nobody gives their length",
     "test_package.py": "the package as a whole",
+    "test_release.py": "version, wheels, workflows and templates",
     "test_prior.py": "nbeta=0, in settings, calibration, estimate, result and checks",
     "kernels/test_native_minibatch.py": "of native and reference: the samples of a minibatch",
     "kernels/test_noise.py": "of native and reference: the normals",
