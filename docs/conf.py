@@ -28,7 +28,7 @@ else:
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = {name.lower(): url for name, url in PROJECT.get("urls", {}).items()}.get("repository", "").rstrip("/")
+REPOSITORY = {name.lower(): url for name, url in PROJECT.get("urls", {}).items()}.get("source", "").rstrip("/")
 """Where source files are linked to, from pyproject.toml; without it, they are named and not linked."""
 
 # ---- what Sphinx reads -----------------------------------------------------------------------------------------
@@ -111,6 +111,13 @@ def _rewrite_source(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += _commands()
     if docname == "decisions/README":
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n[0-9]*\n```\n"
+    if docname == "index":
+        source[0] = re.sub(r"^.*\*$", _if_any, source[0], flags=re.MULTILINE)
+
+
+def _if_any(pattern: re.Match[str]) -> str:
+    """A pattern in the navigation, or nothing where no page fits it: Sphinx would warn."""
+    return pattern[0] if any(HERE.glob(f"{pattern[0]}.*")) else ""
 
 
 def _rewrite_included(app: Sphinx, path: Path, docname: str, source: list[str]) -> None:
