@@ -9,16 +9,26 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy.typing
 import typer
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-import llc_fast
-from llc_fast.cli.app import make_app
+_T = TypeVar("_T")
+
+
+class NDArray(Generic[_T]):
+    """In the place of NumPy's, so that signatures have ``NDArray[float64]``, not what that is short for."""
+
+
+numpy.typing.NDArray = NDArray
+
+import llc_fast  # noqa: E402
+from llc_fast.cli.app import make_app  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,8 +62,6 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "attrs_inline", "colon_fence"]
 # As on GitHub: pages link to each other's headings by them.
 myst_heading_anchors = 4
-# Quotes, but not dashes: --json is an option.
-smartquotes_action = "qe"
 exclude_patterns = ["**.ipynb_checkpoints"]
 
 # `name` in a docstring: a link if it is something public, else code. See _unresolved.
@@ -153,7 +161,9 @@ def _commands() -> str:
 
     command = typer.main.get_command(make_app())
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="llc-fast", indent=1)
-    return re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # they follow, each with a heading
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # they follow, each with a heading
+    parts = text.split("`")  # every other one is code; the rest would get dashes for the hyphens of options
+    return "`".join(part if k % 2 else re.sub(r"--[\w-]+", r"`\g<0>`", part) for k, part in enumerate(parts))
 
 
 def _unresolved(app: Sphinx, env: BuildEnvironment, node: Any, contnode: nodes.TextElement) -> nodes.Node | None:
@@ -206,6 +216,19 @@ def _not_a_type(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
         lines[:0] = ["..", ""]  # an empty comment
 
 
+def _types_beside_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Put the type of an attribute behind its name, and give each of several names a line, where napoleon does not."""
+    text = "\n".join(lines)
+    text = re.sub(r"^(\.\. attribute:: .+\n)((?:(?:   .*)?\n)*?)(   :type: .+)$", r"\1\3\n\2", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^(\.\. attribute:: )(.+, .+)$",
+        lambda found: found[1] + found[2].replace(", ", "\n" + " " * len(found[1])),
+        text,
+        flags=re.MULTILINE,
+    )
+    lines[:] = text.split("\n")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", _copy_examples)
@@ -214,3 +237,4 @@ def setup(app: Sphinx) -> None:
     app.connect("missing-reference", _unresolved)
     app.connect("autodoc-skip-member", _is_skipped)
     app.connect("autodoc-process-docstring", _not_a_type, priority=400)  # before napoleon's, which has 500
+    app.connect("autodoc-process-docstring", _types_beside_names, priority=600)
