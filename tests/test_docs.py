@@ -64,6 +64,17 @@ def test_commands_exist(page: Path) -> None:
     assert set(re.findall(r"llc-fast\s+reproduce\s+([a-z-]+)", text)) <= {*EXPERIMENTS, "all"}
 
 
+@pytest.mark.parametrize("name", ["performance", "reproduce", "families"])
+def test_measured_tables_have_a_date_and_versions(name: str) -> None:
+    """In the line below: "*2026-11-28: llc_fast 0.1.0, torch 2.13.0 (CPU), …*". In families.md a script writes it."""
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    if name == "families":
+        text = text.partition("<!-- table: ")[2].partition("<!-- end of the table -->")[0]
+    tables = re.findall(r"(?:^\|.*\n)+\n(.*)", text, re.MULTILINE)
+    assert tables
+    assert [line for line in tables if not re.match(r"\*20\d\d-\d\d-\d\d", line)] == []
+
+
 # ---- the reference -----------------------------------------------------------------------------------------------
 
 
