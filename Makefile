@@ -66,7 +66,7 @@ format: $(VENV)/.installed-tools ## Rewrite the sources in this style
 	$(BIN)/clang-format -i $(NATIVE) $(BENCHMARKS) $(EMULATION)
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/examples *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -113,44 +113,55 @@ def _copy_examples(app: Sphinx) -> None:
 
 
 def _rewrite_source(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Links to files outside ``docs/``; the options of commands; where the decisions are in the navigation."""
-    source[0] = _with_links(source[0], os.path.dirname(docname))
+    """Links; the options of commands; where the decisions are in the navigation."""
+    folder = "" if docname.startswith("examples/") else "docs"  # where the original is
+    source[0] = _with_links(source[0], os.path.dirname(os.path.join(folder, docname)))
     if docname == "api/command_line":
         source[0] += _commands()
     if docname == "decisions/README":
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n[0-9]*\n```\n"
     if docname == "index":
-        source[0] = re.sub(r"^.*\*$", _if_any, source[0], flags=re.MULTILINE)
+        source[0] = _navigation(source[0])
 
 
-def _if_any(pattern: re.Match[str]) -> str:
-    """A pattern in the navigation, or nothing where no page fits it: Sphinx would warn."""
-    return pattern[0] if any(HERE.glob(f"{pattern[0]}.*")) else ""
+def _navigation(text: str) -> str:
+    """The front page without patterns in its toctrees that no page is left for: Sphinx would warn of them."""
+    seen: set[Path] = set()
+
+    def pattern(found: re.Match[str]) -> str:
+        pages = {*HERE.glob(f"{found[0]}.*")} - seen
+        seen.update(pages)
+        return found[0] if pages else ""
+
+    return re.sub(r"^[\w/]+\*$", pattern, text, flags=re.MULTILINE)
 
 
 def _rewrite_included(app: Sphinx, path: Path, docname: str, source: list[str]) -> None:
-    folder = os.path.relpath(Path(app.srcdir, path).parent, app.srcdir)
-    source[0] = _with_links(source[0], folder)
+    source[0] = _with_links(source[0], os.path.relpath(Path(app.srcdir, path).parent, ROOT))
 
 
 def _with_links(text: str, folder: str) -> str:
-    """Markdown whose links to other places of the repository lead to the site, to the repository's, or nowhere.
+    """Markdown whose links from file to file lead to pages of the site, and else to the repository on the web.
 
     Args:
         text: Markdown.
-        folder: where it is, as seen from ``docs/``.
+        folder: where it is in the repository.
     """
 
     def link(found: re.Match[str]) -> str:
-        label, target, anchor = found.groups()
-        path = os.path.normpath(os.path.join("docs", folder, target))
-        if path.startswith("docs/"):
-            return found[0]
-        if path in ("CONTRIBUTING.md", "CHANGELOG.md"):
-            return f"[{label}](/{path.lower()}{anchor or ''})"
+        label, target, anchor = found[1], found[2], found[3] or ""
+        path = os.path.normpath(os.path.join(folder, target))
         if not (ROOT / path).exists():
             return found[0]  # Sphinx will say so
-        return f"[{label}]({REPOSITORY}/blob/main/{path})" if REPOSITORY else label
+        if path in ("CONTRIBUTING.md", "CHANGELOG.md"):
+            path = f"docs/{path.lower()}"
+        if path.startswith("examples/") and path.endswith(".ipynb"):
+            path = f"docs/{path}"
+        if not path.startswith("docs/") or path.endswith((".py", ".json")):
+            return f"[{label}]({REPOSITORY}/blob/main/{path})" if REPOSITORY else label
+        if re.fullmatch(r"`?[\w./-]+\.(md|ipynb)`?", label):
+            label = ""  # a file's name: MyST puts the title of the page or the section there
+        return f"[{label}]({path.removeprefix('docs')}{anchor})"
 
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)", link, text)
 
@@ -229,12 +240,19 @@ def _types_beside_names(app: Sphinx, what: str, name: str, obj: Any, options: An
     lines[:] = text.split("\n")
 
 
+def _without_source(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """No buttons that lead to the copy of a notebook, which the repository does not have."""
+    if pagename.startswith("examples/"):
+        context["theme_source_repository"] = ""
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", _copy_examples)
     app.connect("source-read", _rewrite_source)
     app.connect("include-read", _rewrite_included)
     app.connect("missing-reference", _unresolved)
+    app.connect("html-page-context", _without_source)
     app.connect("autodoc-skip-member", _is_skipped)
     app.connect("autodoc-process-docstring", _not_a_type, priority=400)  # before napoleon's, which has 500
     app.connect("autodoc-process-docstring", _types_beside_names, priority=600)
