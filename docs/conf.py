@@ -44,7 +44,7 @@ REPOSITORY = {name.lower(): url for name, url in PROJECT.get("urls", {}).items()
 # ---- what Sphinx reads -----------------------------------------------------------------------------------------
 
 project = "llc_fast"
-author = "The llc_fast authors"
+author = "the llc_fast developers"
 project_copyright = author
 version = release = llc_fast.__version__
 html_title = f"llc_fast {release}"

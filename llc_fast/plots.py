@@ -650,7 +650,7 @@ def top_sentences_html(
     names: Sequence[str] | None = None,
     title: str = "",
 ) -> str:
-    """The sentences with the largest mean |value| of their tokens, as HTML with a color behind each token.
+    """The sentences with the largest mean ``|value|`` of their tokens, as HTML with a color behind each token.
 
     Red is positive, blue negative; tokens that are not significant are gray. Pointing at one shows its value.
 
