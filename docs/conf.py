@@ -129,7 +129,7 @@ def _navigation(text: str) -> str:
     seen: set[Path] = set()
 
     def pattern(found: re.Match[str]) -> str:
-        pages = {*HERE.glob(f"{found[0]}.*")} - seen
+        pages = {page for page in HERE.glob(f"{found[0]}.*") if page.suffix in (".md", ".ipynb")} - seen
         seen.update(pages)
         return found[0] if pages else ""
 
