@@ -59,6 +59,32 @@ from llc_fast.result import Warning as Warning
 from llc_fast.stats import convergence
 from llc_fast.stats.errors import standard_error
 from llc_fast.stats.growth import growth
+from llc_fast.stats.limits import (
+    ACCEPTABLE_BIAS,
+    BURNIN_EFFECT,
+    MAX_BIAS,
+    MAX_DESCENT,
+    MAX_GRADIENT_ERROR,
+    MAX_INIT_LOSS_SENSITIVITY,
+    MAX_OFF_TARGET,
+    MAX_R_HAT,
+    MAX_RELATIVE_ERROR,
+    MAX_SPIKES,
+    MAX_SPREAD,
+    MAX_SUBTRACTED_BIAS,
+    MIN_ACCEPTANCE,
+    MIN_ESS,
+    MIN_METROPOLIS_ACCEPTANCE,
+    MIN_RELAXATIONS,
+    MIN_SLOW_TIMES,
+    REGULAR_SLACK,
+    TARGET_BIAS,
+    TREND_ERRORS,
+    TREND_SIZE,
+    UNRESOLVED_ERRORS,
+    UNRESOLVED_SIZE,
+    VALUE_ERRORS,
+)
 from llc_fast.stats.response import UNKNOWN, Response, response_if_settled, response_of_path
 from llc_fast.stats.step_checks import step_check_statistics
 from llc_fast.stats.traces import burnin_needed, chain_spread, fall, slow_part, spike_share, trend
@@ -69,8 +95,6 @@ COARSEST = 0.02
 fifty steps, and the covariance of their draws will do."""
 MAX_SLOPE_ERROR = 0.25
 """Standard error of dλ̂/dlog γ, as a share of λ̂, above which it is not told."""
-MIN_ESS = 100
-"""Effective draws over all chains below which the standard error itself is a guess (Vehtari et al. 2021: 400)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -457,8 +481,6 @@ def _standing_still(case: _Case) -> str | None:
     )
 
 
-MAX_DESCENT = 0.1
-"""Of λ̂: twice as much may be missing from it."""
 _ROUND_DOWN = 2
 """Digits of an nβ that is recommended."""
 
@@ -500,11 +522,6 @@ def _ways_out(case: _Case, llc: float) -> str:
             unit = 10.0 ** (math.floor(math.log10(most)) - _ROUND_DOWN + 1)
             found.append(f"nbeta={math.floor(most / unit) * unit:.3g}, at which w* is one")
     return "; ".join(found) + "; or train the model to convergence"
-
-
-MAX_GRADIENT_ERROR = 0.5
-"""Of the change of the loss along a step, what gradients at both ends may leave unexplained: anharmonic wells and kinks
-leave up to a fifth at the largest step sizes, a gradient of another place or of a part of the loss leaves all of it."""
 
 
 @_check("gradient", min_draws=0)
@@ -564,9 +581,6 @@ def _checkpoint(case: _Case) -> str | None:
 
 # ---- Metropolis-adjusted samplers --------------------------------------------------------------------------
 
-MIN_METROPOLIS_ACCEPTANCE, MAX_OFF_TARGET = 0.2, 0.15
-"""Mean acceptance of each chain, and its distance from the one that step sizes were adapted to."""
-
 
 @_check("acceptance", min_draws=0)
 def _acceptance(case: _Case) -> str | None:
@@ -593,17 +607,6 @@ def _adaptation(case: _Case) -> str | None:
 
 
 # ---- step size ---------------------------------------------------------------------------------------------
-
-MAX_SUBTRACTED_BIAS = 0.5
-"""Share of bias in nβ·(L − L(w*)) up to which it can be subtracted: pilot chains aim at a tenth, and on deep linear
-networks with a known λ half of it has left no visible error (docs/calibration.md)."""
-MAX_BIAS, TARGET_BIAS = 0.10, 0.05
-"""The same where it is not subtracted. The default step size leaves 5 % if all directions are equally stiff, the worst
-case, and the gradient noise of minibatches comes on top."""
-MIN_ACCEPTANCE, ACCEPTABLE_BIAS = 0.9, 0.07
-"""The mean MALA acceptance that Furman & Lau (2024, arXiv 2402.03698) ask for. At a given bias of each direction,
-acceptance goes to 0 as their number grows (0.8 for a thousand directions and the default step size), so it is no
-reason for a warning where the bias of λ̂ is known to be small."""
 
 
 @_check("bias", min_draws=1)
@@ -638,24 +641,6 @@ def _step_size(case: _Case) -> str | None:
 
 
 # ---- length and convergence --------------------------------------------------------------------------------
-
-MIN_RELAXATIONS = 10
-"""Relaxation times of the stiff directions among the draws of one chain. The loss forgets twice as fast as w, so that
-four chains then hold about MIN_ESS independent values of it, which the noise of minibatches may hide from the ESS."""
-MAX_R_HAT = 1.05
-"""1.01 is asked of posteriors that are published (Vehtari et al. 2021). With the 400 effective draws that they ask for,
-chance gives 1.03 to four chains once in a thousand runs; with 200, 1.05 once in a hundred."""
-MAX_SPREAD = 0.05
-"""Standard deviation of λ̂ between chains, relative to it, up to which disagreement is of no consequence."""
-MIN_SLOW_TIMES = 5
-"""Autocorrelation times of the slow part of λ̂ that a chain spans at least, if that part is more than `MAX_SPREAD` of λ̂.
-Chains start at w*, where λ̂ is 0: those that span three were still 15 to 35 % too low (``llc-fast reproduce
-sensitivity``), those that mix span nine or more."""
-TREND_ERRORS, TREND_SIZE = 4.0, 0.05
-"""A trend counts from four of its standard errors on (batch means of slow chains are still a little correlated, so that
-four of them are as good as three), if λ̂ changes by more than 5 % over the run: its mean is then off by half of that."""
-BURNIN_EFFECT = 0.02
-"""Change of λ̂, relative, by burn-in left among the draws; and more than twice its own error."""
 
 
 @_check("short", min_draws=1)
@@ -722,11 +707,6 @@ def _trend(case: _Case) -> str | None:
     )
 
 
-UNRESOLVED_ERRORS, UNRESOLVED_SIZE = 4.0, 0.05
-"""Growth per doubling of the length counts from four of its standard errors on, if λ̂ may lack more than 5 %. What the
-curvature at w* says it lacks counts from 5 % on, too."""
-
-
 @_check("unresolved", unless=("short", "trend"))
 def _unresolved(case: _Case) -> str | None:
     missing, rate, error = case["unresolved"], case["growth"], case["growth_stderr"]
@@ -766,9 +746,6 @@ def _burnin(case: _Case) -> str | None:
 
 # ---- chains ------------------------------------------------------------------------------------------------
 
-MAX_SPIKES = 0.01
-"""Share of λ̂ that comes from spikes."""
-
 
 @_check("left")
 def _left(case: _Case) -> str | None:
@@ -805,14 +782,6 @@ def _spikes(case: _Case) -> str | None:
 
 
 # ---- λ̂ -----------------------------------------------------------------------------------------------------
-
-MAX_INIT_LOSS_SENSITIVITY = 0.1
-"""Change of λ̂, relative, by one standard error of L(w*)."""
-VALUE_ERRORS, REGULAR_SLACK = 3.0, 1.1
-"""λ̂ is negative, or above the bound λ ≤ P/2, by more than this many standard errors; a step size within its limits
-may add 10 % to the bound."""
-MAX_RELATIVE_ERROR = 0.25
-"""Standard error over λ̂ above which not even the first digit is known."""
 
 
 @_check("init-loss")

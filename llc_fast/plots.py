@@ -6,9 +6,11 @@ import base64
 import functools
 import io
 import itertools
+import math
 import os
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
     from llc_fast.result import LLCResult
 from llc_fast.schedule import Schedule
+from llc_fast.stats.convergence import autocorrelation, autocorrelation_time, ess_bulk, r_hat
+from llc_fast.stats.errors import standard_error
+from llc_fast.stats.limits import MAX_R_HAT
 from llc_fast.support.files import atomic_write
 from llc_fast.support.optional import require
 
@@ -145,7 +150,9 @@ def label_hollow(axes: Axes, marker: str = "o") -> None:
 
 def _smooth(trace: np.ndarray[Any, Any], width: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Means over consecutive windows, and where they lie."""
-    count = max(1, len(trace) // width)
+    count = len(trace) // width
+    if not count:
+        return np.zeros(0), np.zeros(0)
     means = trace[: count * width].reshape(count, -1).mean(axis=1)
     return (np.arange(count) + 0.5) * (len(trace[: count * width]) / count), means
 
@@ -155,63 +162,195 @@ def _dots(count: int) -> dict[str, Any]:
     return {"marker": "o", "ms": 4} if count == 1 else {}
 
 
-def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
-    """nβ·(L − L(w*)) along every chain: it rises from zero, and should be flat before the draws begin."""
-    width = max(1, result.loss_trace.shape[1] // 200)
-    for chain, row in enumerate(result.excess_trace):
-        x, y = _smooth(row, width)
-        axes.plot(x, y, lw=0.9, alpha=0.8, **chain_style(chain), **_dots(len(x)))
-    if result.schedule.num_burnin:
-        axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)
-        axes.text(0.02, 0.97, "burn-in", transform=axes.transAxes, va="top", color="0.5")
-    if known is not None:
-        axes.axhline(known, color="k", ls="--", lw=1, label=f"known λ = {known:g}")
-        axes.legend(loc="lower right")
-    axes.set(xlabel="step", ylabel="nβ (L − L(w*)), window means", xlim=(0, result.loss_trace.shape[1]))
-
-
 def _say(axes: Axes, words: str) -> None:
     """Instead of lines."""
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.5")
     axes.set(xticks=[], yticks=[])
 
 
+def plot_traces(axes: Axes, result: LLCResult, *, known: float | None = None) -> None:
+    """nβ·(L − L(w*)) along every chain: it rises from zero, and should be flat before the draws begin.
+
+    Chains that diverged leave the picture; the others say what it shows.
+    """
+    result, unit = _in_unit(result)
+    width = max(1, result.loss_trace.shape[1] // 200)
+    lines = [_smooth(row, width) for row in result.excess_trace]
+    window = _Window([y for _, y in _of_kept(result, lines)], edge=0.05)
+    look = _look(len(lines))
+    for chain, (x, y) in enumerate(lines):
+        axes.plot(x, window.clipped(y), **look, **chain_style(chain), **_dots(len(x)))
+    if result.schedule.num_burnin:
+        axes.axvspan(0, result.schedule.num_burnin, color="0.93", zorder=0)
+        axes.text(0.02, 0.97, "burn-in", transform=axes.transAxes, va="top", color="0.5")
+    if known is not None:
+        axes.axhline(known, color="k", ls="--", lw=1, label=f"known λ = {known:g}")
+        axes.legend(loc="lower right")
+    axes.set(xlabel="step", ylabel=f"{unit}, window means", xlim=(0, max(result.loss_trace.shape[1], 1)))
+    if known is None and window.limits is not None:
+        axes.set_ylim(window.limits)
+        if window.limits[1] > 1e12:  # all chains diverged
+            from matplotlib.ticker import FixedLocator
+
+            decades = np.arange(0, math.log10(window.limits[1]))
+            axes.set_yscale("symlog", linthresh=1.0)
+            axes.yaxis.set_major_locator(FixedLocator([0.0, *10.0 ** decades[3 :: max(1, len(decades) // 6)]]))
+            axes.yaxis.set_minor_locator(FixedLocator([]))
+            axes.set_ylim(bottom=min(-1.0, 2 * min(float(np.nanmin(y)) for _, y in lines if np.isfinite(y).any())))
+    if not any(np.isfinite(y).any() for _, y in lines):
+        _say(axes, "no steps")
+
+
 def plot_running(axes: Axes, result: LLCResult) -> None:
-    """The running λ̂ of every chain, and the final one with its interval."""
-    draws = np.arange(1, result.schedule.num_draws + 1)
-    for chain, row in enumerate(result.llc_trace):
-        axes.plot(draws, np.cumsum(row) / draws, lw=0.9, alpha=0.8, **chain_style(chain), **_dots(len(draws)))
+    """The running λ̂ of every chain, and of all of them with its interval, over the logarithm of the length.
+
+    The last interval is that of the result, with `systematic_error`; those before are of sampling alone.
+    """
+    result, _ = _in_unit(result)
+    marked, middle, half = running_estimate(result)
     low, high = result.interval()
-    if np.isfinite([low, high]).all():
-        axes.axhspan(low, high, color="0.5", alpha=0.15, label="95 % interval")
-    if np.isfinite(result.llc_mean):
-        axes.axhline(result.llc_mean, color="k", lw=1, label=f"λ̂ = {result.llc_mean:.4g}")
-        axes.legend(loc="best")
-    axes.set(xlabel="draws so far", ylabel="λ̂ of each chain", xlim=(min(len(draws), 2) - 1, max(len(draws), 2)))
-    if not np.isfinite(result.llc_trace).any():
+    if not len(marked) or not np.isfinite(middle[-1]):
         _say(axes, "no draws")
+        return
+    count = result.schedule.num_draws
+    ends = np.unique(np.geomspace(1, count, 120).round().astype(int))
+    means = (np.cumsum(result.llc_trace, axis=1) / np.arange(1, count + 1))[:, ends - 1]
+    late = means[result.kept_chains][:, ends >= (20 if marked[-1] >= 100 else 1)]
+    window = _Window([late, np.array([low, high])])
+    look = _look(len(means))
+    for chain, row in enumerate(means):
+        axes.plot(ends, window.clipped(row), **look, **chain_style(chain), **_dots(len(ends)))
+    axes.plot(marked, window.clipped(middle), color="k", lw=1.6, label=f"{_name(result)} = {result.llc_mean:.4g}")
+    axes.fill_between(
+        marked,
+        window.clipped(middle - half),
+        window.clipped(middle + half),
+        color="0.5",
+        alpha=0.25,
+        lw=0,
+        label="95 % interval",
+    )
+    if np.isfinite([low, high]).all():
+        place, span = window.clipped(middle[-1:]), window.clipped(np.array([low, high]))
+        axes.errorbar(marked[-1:], place, abs(span[:, None] - place), color="k", marker="o", ms=4, capsize=4, zorder=5)
+    axes.legend(loc="best", fontsize=8)
+    axes.set(xscale="log", xlabel="draws of a chain so far", ylabel=_name(result), xlim=(1 / 1.1, max(count, 2) * 1.1))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    if window.limits is not None:
+        axes.set_ylim(window.limits)
+
+
+def running_estimate(result: LLCResult, points: int = 30) -> tuple[Any, Any, Any]:
+    """λ̂ of the first draws of every chain that is kept, at lengths that grow by a factor.
+
+    Args:
+        result: whose draws.
+        points: lengths at most.
+
+    Returns:
+        Lengths (draws of a chain, the last of them all), λ̂, and half its 95 % interval without `systematic_error`, NaN
+        where it is not known.
+    """
+    draws = result.kept_draws
+    if not draws.size:
+        return np.zeros(0, int), np.zeros(0), np.zeros(0)
+    lengths = np.unique(np.geomspace(1, draws.shape[1], points).round().astype(int))
+    of_reference = result.nbeta * float(result.diagnostics.get("init_loss_stderr") or 0.0)
+    half = []
+    for length in lengths:
+        error = standard_error(draws[:, :length])
+        half.append(error.quantile(0.95) * math.hypot(error.value, of_reference))
+    means = np.array([draws[:, :length].mean() for length in lengths])
+    return lengths, means, np.array(half)
+
+
+def plot_forest(axes: Axes, result: LLCResult) -> None:
+    """λ̂ of every chain with its own interval, 50 % thick and 95 % thin, above that of all chains, which is the band.
+
+    Chains that are not part of λ̂ are hollow; those that diverged are crosses.
+    """
+    result, _ = _in_unit(result)
+    rows, kept = len(result.loss_trace), set(result.kept_chains)
+    diverged, estimates = result.diverged_chains, result.llc_per_chain
+    errors = [standard_error(row[np.isfinite(row)][None]) for row in result.llc_trace]
+    half = np.array([[error.quantile(prob) * error.value for prob in (0.5, 0.95)] for error in errors])
+    low, high = result.interval()
+    known = np.isfinite(estimates)
+    if not known.any():
+        _say(axes, "no draws")
+        return
+    usual = np.median(half[known, 1][np.isfinite(half[known, 1])]) if np.isfinite(half[known, 1]).any() else 0.0
+    # Intervals that say nothing, of very short chains, would leave no room for the rest.
+    usual = min(usual, 1.5 * max(float(np.ptp(estimates[known])), high - low if math.isfinite(high - low) else 0.0))
+    window = _Window([estimates[known] - 1.2 * usual, estimates[known] + 1.2 * usual, np.array([low, high])])
+    size = float(np.clip(60 / rows, 2.0, 5.0))
+    for chain in np.flatnonzero(known):
+        color = chain_style(int(chain))["color"]
+        for width, span in zip((0.35 * size, 0.8 * size), half[chain, ::-1], strict=True):
+            ends = window.clipped(np.array([estimates[chain] - span, estimates[chain] + span]))
+            axes.plot(ends, [chain, chain], color=color, lw=width, solid_capstyle="butt")
+        fill = color if int(chain) in kept else "white"
+        axes.plot(window.clipped(estimates[chain : chain + 1]), [chain], "o", ms=size, color=color, mfc=fill, zorder=4)
+    pooled = {"color": "k", "marker": "s", "ms": 4.5, "capsize": 3, "zorder": 5}
+    if np.isfinite(result.llc_mean):
+        place = window.clipped(np.array([result.llc_mean]))
+        span = window.clipped(np.array([low, high]))
+        axes.axvline(place[0], color="k", lw=0.8)
+        if np.isfinite(span).all():
+            axes.axvspan(*span, color="0.5", alpha=0.18, lw=0)
+        axes.errorbar(place, [rows], xerr=abs(span[:, None] - place), **pooled)  # type: ignore[arg-type]
+    for codes, look in ((diverged, "x"), (sorted({*range(rows)} - {*diverged} - {*np.flatnonzero(known)}), "|")):
+        text = "diverged" if look == "x" else "no draws"
+        transform = axes.get_yaxis_transform()
+        if codes:
+            axes.plot([0.03] * len(codes), codes, look, color="0.35", ms=5, transform=transform, label=text)
+    if diverged or not kept.issuperset(np.flatnonzero(known).tolist()):
+        if not kept.issuperset(np.flatnonzero(known).tolist()):
+            axes.plot([], [], "o", color="0.35", mfc="white", ms=4, label="not part of λ̂")
+        axes.legend(loc="best", fontsize=8)
+    step = max(1, -(-rows // 16))
+    axes.set_yticks([*range(0, rows - step // 2, step), rows], [*map(str, range(0, rows - step // 2, step)), "all"])
+    axes.locator_params(axis="x", nbins=6)
+    axes.set(xlabel=f"{_name(result)} of each chain", ylabel="chain", ylim=(rows + 0.7, -0.7))
+    axes.tick_params(axis="y", labelsize=8)
+    if window.limits is not None:
+        axes.set_xlim(window.limits)
 
 
 def plot_density(axes: Axes, result: LLCResult) -> None:
-    """The density of every chain's draws of nβ·(L − L(w*)): chains that have converged have the same one.
+    """The density of nβ·(L − L(w*)) over the draws, of every chain and of all of them; w* is at 0, λ̂ is the mean.
 
-    A chain without two different draws has none.
+    Chains that have converged have the same one. A chain without two different draws has none.
     """
+    result, unit = _in_unit(result)
     rows = [row[np.isfinite(row)] for row in result.llc_trace]
-    drawn = [row for row in rows if len(row) > 1 and np.ptp(row) > 0]
+    drawn = {chain: rows[chain] for chain in _kept_or_all(result) if _varies(rows[chain])}
     if not drawn:
         _say(axes, "no two draws to compare")
         return
-    together = np.concatenate(drawn)
+    together = np.concatenate(list(drawn.values()))
     low, high = np.quantile(together, [0.001, 0.999])  # single spikes would leave no room for the rest
     margin = 0.15 * (high - low) or 0.15 * np.ptp(together)
-    x = np.linspace(low - margin, high + margin, 200)
-    for chain, row in enumerate(rows):
-        if len(row) > 1 and np.ptp(row) > 0:
-            axes.plot(x, _density(row, x), lw=0.9, alpha=0.8, **chain_style(chain))
+    left, right = low - margin, high + margin
+    is_inside = left - 0.75 * (right - left) < 0 < right + 0.75 * (right - left)
+    x = np.linspace(left, right, 200)
+    look = _look(len(rows))
+    for chain, row in drawn.items():
+        axes.plot(x, _density(row, x), **look, **chain_style(chain))
+    axes.plot(x, _density(together, x), color="k", lw=1.6, label="all chains")
     if np.isfinite(result.llc_mean):
-        axes.axvline(result.llc_mean, color="k", lw=1)
-    axes.set(xlabel="nβ (L − L(w*)) of a draw", ylabel="density", xlim=(x[0], x[-1]), yticks=[])
+        axes.axvline(result.llc_mean, color="k", lw=1, label=f"mean = {result.llc_mean:.4g}")
+    reference: dict[str, Any] = {"color": OKABE_ITO["vermillion"], "ls": "--", "lw": 1.2}
+    name = f"w*: L = {result.init_loss:.4g}"
+    if is_inside:
+        axes.axvline(0, **reference, label=name)
+        extra = 0.03 * (right - left)
+        left, right = min(left, -extra), max(right, extra)
+    else:
+        axes.plot([], [], **reference, label=f"{name}, far to the {'left' if left > 0 else 'right'}")
+    axes.legend(loc="best", fontsize=8)
+    axes.set(xlabel=f"{unit} of a draw", ylabel="density", xlim=(left, right), yticks=[])
     axes.set_ylim(bottom=0)
 
 
@@ -224,6 +363,130 @@ def _density(values: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarra
     kernels = np.exp(-0.5 * ((x[:, None] - values) / width) ** 2)
     found: np.ndarray[Any, Any] = kernels.mean(axis=1) / (width * np.sqrt(2 * np.pi))
     return found
+
+
+def plot_autocorrelation(axes: Axes, result: LLCResult) -> None:
+    """The autocorrelation of the draws' loss, of every chain and their mean; noise stays within ±1.96/√draws."""
+    result, _ = _in_unit(result)
+    draws, chains = result.kept_draws, result.kept_chains
+    moving = [k for k, row in enumerate(draws) if _varies(row)]
+    if not moving or draws.shape[1] < 4:
+        _say(axes, "too few draws to compare")
+        return
+    time = autocorrelation_time(draws[moving])
+    lags = min(draws.shape[1] - 1, max(20, min(100, math.ceil(8 * time)), math.ceil(3 * time)))
+    rho, x = autocorrelation(draws[moving])[:, : lags + 1], np.arange(lags + 1)
+    band = 1.96 / math.sqrt(draws.shape[1])
+    axes.axhspan(-band, band, color="0.5", alpha=0.25, lw=0, label="noise, 95 %")
+    axes.axhline(0, color="0.4", lw=0.8)
+    look = _look(len(result.loss_trace))
+    for k, row in zip(moving, rho, strict=True):
+        axes.plot(x, row, **look, **chain_style(chains[k]))
+    ess = result.diagnostics.get("ess_bulk") or ess_bulk(draws)
+    label = f"mean; ESS = {ess:.0f} of {draws.size}" if math.isfinite(ess) else "mean"
+    axes.plot(x, rho.mean(axis=0), color="k", lw=1.6, label=label)
+    axes.legend(loc="upper right", fontsize=8)
+    low = min(-1.5 * band, float(rho.min()) - 0.05)
+    axes.set(xlabel="lag in draws", ylabel="autocorrelation of the loss", xlim=(0, lags), ylim=(max(low, -1.05), 1.05))
+
+
+def plot_rank(axes: Axes, result: LLCResult) -> None:
+    """For every chain, how its share of the smallest draws of all chains differs from its fair share.
+
+    With F_c(u) the share of a chain's draws whose rank among all draws is below a share u of them, the lines are
+    F_c(u) − u (Säilynoja, Bürkner & Vehtari 2022), 0 where chains agree: above it a chain has more small losses than
+    others. The band has two standard deviations of the greatest difference between chains whose R̂ is `MAX_R_HAT`: means
+    of normal distributions that differ by s standard deviations have R̂² = 1 + s², and |F_c(u) − u| ≤ s/√(2π). Of one
+    chain the halves are compared.
+    """
+    result, _ = _in_unit(result)
+    draws, chains = result.kept_draws, result.kept_chains
+    if draws.shape[1] < 8 or not any(map(_varies, draws)):
+        _say(axes, "too few draws to compare")
+        return
+    one = len(draws) == 1
+    if one:
+        half = draws.shape[1] // 2
+        draws = np.stack([draws[0, :half], draws[0, -half:]])
+    x = np.linspace(0, 1, 201)
+    look = _look(len(result.loss_trace))
+    axes.axhspan(-_RANK_BAND, _RANK_BAND, color="0.5", alpha=0.25, lw=0, label=f"R̂ below {MAX_R_HAT:g}")
+    axes.axhline(0, color="0.4", lw=0.8)
+    shares = rank_shares(draws, x) - x
+    for k, row in enumerate(shares):
+        name = f"{('first', 'second')[k]} half" if one else None
+        axes.plot(x, row, **look, **chain_style(k if one else chains[k]), label=name)
+    found = result.diagnostics.get("r_hat") or r_hat(result.kept_draws)
+    if math.isfinite(found):
+        axes.plot([], [], " ", label=f"R̂ = {found:.3f}")
+    axes.legend(loc="upper right", fontsize=8)
+    most = min(1.0, 1.4 * max(float(np.abs(shares).max()), _RANK_BAND))
+    axes.set(xlabel="rank among all draws / their number", ylabel="share of a chain − fair share")
+    axes.set(xlim=(0, 1), ylim=(-most, most))
+
+
+_RANK_BAND = 2 * math.sqrt((MAX_R_HAT**2 - 1) / (2 * math.pi))
+"""See :func:`plot_rank`."""
+
+
+def rank_shares(draws: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The share of each chain's draws ``[chain, draw]`` whose rank among all is at most ``x`` times their number."""
+    _, place, counts = np.unique(draws, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[place.reshape(draws.shape)] / draws.size
+    return np.stack([np.searchsorted(np.sort(row), x, side="right") / draws.shape[1] for row in ranks])
+
+
+def _in_unit(result: LLCResult) -> tuple[LLCResult, str]:
+    """What is shown, and its name: nβ·(L − L(w*)), or where that is 0, since nβ is, L − L(w*)."""
+    return (result, "nβ (L − L(w*))") if result.nbeta else (replace(result, nbeta=1.0), "L − L(w*)")
+
+
+def _name(result: LLCResult) -> str:
+    """Of the mean over draws, of a result as :func:`_in_unit` gives it."""
+    return "λ̂" if result.settings.get("nbeta") != 0 else "mean of L − L(w*)"
+
+
+def _kept_or_all(result: LLCResult) -> list[int]:
+    """Chains that count; all, if there is none."""
+    return result.kept_chains or list(range(len(result.loss_trace)))
+
+
+def _of_kept(result: LLCResult, rows: Sequence[Any]) -> list[Any]:
+    return [rows[chain] for chain in _kept_or_all(result)]
+
+
+def _varies(row: np.ndarray[Any, Any]) -> bool:
+    """Whether there are two different draws, as far apart as floats can tell."""
+    return len(row) > 1 and bool(np.ptp(row) > 1e-13 * np.abs(row).max() and 1e-290 < row.var() < math.inf)
+
+
+def _look(chains: int) -> dict[str, Any]:
+    """Of the lines of so many chains."""
+    return {"lw": 0.9 if chains <= 8 else 0.6, "alpha": 0.8 if chains <= 8 else 0.55}
+
+
+class _Window:
+    """What an axis shows of numbers: all that are finite, with a margin; numbers far outside are moved nearer.
+
+    Matplotlib can't place what is many orders of magnitude outside of a picture.
+    """
+
+    limits: tuple[float, float] | None = None
+
+    def __init__(self, values: Sequence[np.ndarray[Any, Any]], edge: float = 0.08) -> None:
+        together = np.concatenate([np.ravel(v) for v in values]) if values else np.zeros(0)
+        together = together[np.abs(together) < 1e100]  # not NaN either
+        if together.size:
+            low, high = float(together.min()), float(together.max())
+            margin = max(edge * (high - low), 1e-3 * abs(high), 1e-100)
+            self.limits = low - margin, high + margin
+
+    def clipped(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if self.limits is None:
+            return np.full(np.shape(values), np.nan)
+        low, high = self.limits
+        found: np.ndarray[Any, Any] = np.clip(values, low - 20 * (high - low), high + 20 * (high - low))
+        return found
 
 
 def plot_against_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
@@ -273,42 +536,158 @@ def plot_against_known(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 # ---- whole figures -----------------------------------------------------------------------------------------
 
 
-NAMED_CHAINS = 24
-"""How many chains a legend names at most."""
+@dataclass(frozen=True)
+class Panel:
+    """A picture of one thing about a result.
 
-
-def plot_result(result: LLCResult) -> Figure:
-    """Loss traces, the running λ̂ of each chain with the final interval, and the densities of their draws.
-
-    Above them are λ̂, R̂, the effective sample size and the codes of the warnings; below, which line is which chain.
+    Attributes:
+        title: above it.
+        draw: puts it onto axes.
+        reading: what to look for, in a sentence or two.
     """
-    figure, (left, middle, right) = new_figure(3, width=4.6)
-    plot_traces(left, result)
-    plot_running(middle, result)
-    plot_density(right, result)
-    left.set_title("loss along the chains")
-    middle.set_title("running estimate")
-    right.set_title("draws of each chain")
-    figure.suptitle("\n".join(_headline(result)))
-    chains = range(min(len(result.loss_trace), NAMED_CHAINS))
-    lines = [left.lines[chain] for chain in chains]
-    more = len(result.loss_trace) - len(lines)
-    names = [f"chain {chain}{_fate(result, chain)}" for chain in chains]
-    names[-1] += f" (and {more} more)" if more else ""
-    figure.legend(lines, names, loc="outside lower center", ncols=min(8, len(names)), fontsize=9)
+
+    title: str
+    draw: Callable[[Axes, LLCResult], None]
+    reading: str
+
+
+PANELS: Mapping[str, Panel] = {
+    "trace": Panel(
+        "loss along the chains",
+        plot_traces,
+        "Each line is a chain, which starts at w* where this is 0. After burn-in (gray) lines should be flat, and lie "
+        "on top of each other.",
+    ),
+    "running": Panel(
+        "running estimate",
+        plot_running,
+        "λ̂ from the first draws alone, of each chain and (black) of all, with its 95 % interval. It should have "
+        "settled: where it still climbs at the right end, λ̂ is too low.",
+    ),
+    "forest": Panel(
+        "estimate of each chain",
+        plot_forest,
+        "λ̂ of each chain with its 50 % (thick) and 95 % interval, and below of all of them, whose interval is the gray "
+        "band. Intervals of chains should overlap. Each chain has the same color in all pictures.",
+    ),
+    "density": Panel(
+        "losses of the draws",
+        plot_density,
+        "How the loss is distributed over draws, of each chain and (black) of all. Its mean is λ̂; the dashed line is "
+        "w*. Chains should have the same distribution, to the right of w*.",
+    ),
+    "autocorr": Panel(
+        "autocorrelation",
+        plot_autocorrelation,
+        "How much a draw resembles the one that many draws earlier. It should fall into the gray band early; the "
+        "longer that takes, the fewer independent draws there are (ESS).",
+    ),
+    "rank": Panel(
+        "ranks of the draws",
+        plot_rank,
+        "Whether a chain has more of the small losses (line above 0) or of the large ones than others. Lines should "
+        "stay in the gray band; R̂ sums it up.",
+    ),
+}
+"""The pictures of a result by name; the names are those of ArviZ's functions where it has one (``plot_trace``, …)."""
+
+NAMED_CHAINS = 24
+"""How many chains the legend of a whole figure names at most."""
+
+
+def plot_result(result: LLCResult, panels: Sequence[str] | None = None) -> Figure:
+    """Panels of a result under one title: λ̂, R̂, the effective sample size and the codes of the warnings.
+
+    Below, which line is which chain.
+
+    Args:
+        result: of an estimate.
+        panels: names from `PANELS`, in their order; None: all.
+
+    Raises:
+        ValueError: `panels` is empty, or has another name.
+    """
+    names = named_panels(panels)
+    columns = {2: 2, 4: 2}.get(len(names), min(len(names), 3))
+    rows = -(-len(names) // columns)
+    figure, axes = new_figure(columns, rows, width=4.3, height=3.4)
+    for spare in axes[len(names) :]:
+        spare.remove()
+    for place, name in zip(axes, names, strict=False):
+        _draw(place, result, name)
+        place.set_title(PANELS[name].title, fontsize=11)
+        for axis in (place.xaxis, place.yaxis):
+            axis.label.set_fontsize(9)
+        place.tick_params(labelsize=8)
+    with np.errstate(all="ignore"):
+        figure.suptitle("\n".join(_headline(result, 43 * columns)))
+    _name_chains(figure, result, 8 if columns > 2 else 3 * columns - 1)
     return figure
 
 
-def _headline(result: LLCResult) -> list[str]:
+def plot_panel(result: LLCResult, name: str) -> Figure:
+    """One panel alone, without a title or a legend of chains."""
+    (name,) = named_panels([name])
+    figure, (axes,) = new_figure(1, width=5.2, height=3.4)
+    _draw(axes, result, name)
+    return figure
+
+
+def _draw(axes: Axes, result: LLCResult, name: str) -> None:
+    """A panel; losses of chains that diverge may be too large to be squared, which is no news."""
+    with np.errstate(all="ignore"):
+        PANELS[name].draw(axes, result)
+
+
+def panel_svg(result: LLCResult, name: str) -> bytes:
+    """:func:`plot_panel` as an SVG document, the same bytes for the same result."""
+    figure, file = plot_panel(result, name), io.BytesIO()
+    with require("matplotlib", "plot").rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def named_panels(panels: Sequence[str] | None) -> list[str]:
+    """The names of panels, checked; of all, if none are given.
+
+    Raises:
+        ValueError: there is none, or one has another name.
+    """
+    names = list(PANELS) if panels is None else [panels] if isinstance(panels, str) else list(panels)
+    if unknown := [name for name in names if name not in PANELS]:
+        raise ValueError(f"panels has {unknown[0]!r}: use some of {', '.join(map(repr, PANELS))}")
+    if not names:
+        raise ValueError(f"panels is empty: use some of {', '.join(map(repr, PANELS))}, or None for all")
+    return names
+
+
+def _name_chains(figure: Figure, result: LLCResult, columns: int) -> None:
+    """A legend below the panels."""
+    from matplotlib.lines import Line2D
+
+    chains = range(min(len(result.loss_trace), NAMED_CHAINS, 3 * columns))
+    if not chains:
+        return
+    more = len(result.loss_trace) - len(chains)
+    names = [f"chain {chain}{_fate(result, chain)}" for chain in chains]
+    names[-1] += f" (and {more} more)" if more else ""
+    lines = [Line2D([], [], lw=1.6, **chain_style(chain)) for chain in chains]
+    figure.legend(lines, names, loc="outside lower center", ncols=min(columns, len(names)), fontsize=9)
+
+
+def _headline(result: LLCResult, width: int = 130) -> list[str]:
     low, high = result.interval()
     first = [f"λ̂ = {result.llc_mean:.4g}" if np.isfinite(result.llc_mean) else "no estimate"]
-    if np.isfinite(result.llc_stderr):
+    if not result.nbeta:
+        first = ["λ̂ = 0 by definition, as nβ = 0"]
+    elif np.isfinite(result.llc_stderr):
         first[0] += f" ± {result.llc_stderr:.2g} (95 % interval {low:.4g} to {high:.4g})"
     for name, text in (("r_hat", "R̂ = {:.3f}"), ("ess_bulk", "ESS = {:.0f}")):
         if (value := result.diagnostics.get(name)) is not None:
             first.append(text.format(value))
     codes = "warnings: " + ", ".join(w.code for w in result.warnings)
-    return [", ".join(first), *textwrap.wrap(codes, 130, break_on_hyphens=False)[: len(result.warnings)]]
+    lines = textwrap.wrap(", ".join(first), width, break_on_hyphens=False)
+    return [*lines, *textwrap.wrap(codes, width, break_on_hyphens=False)[: len(result.warnings)]]
 
 
 def _fate(result: LLCResult, chain: int) -> str:

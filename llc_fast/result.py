@@ -7,8 +7,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -21,12 +22,13 @@ from llc_fast.schedule import Schedule
 from llc_fast.stats.errors import StandardError, standard_error
 from llc_fast.stats.sensitivity import Sensitivity
 from llc_fast.support.arrays import read_arrays, write_arrays
-from llc_fast.support.files import atomic_write
+from llc_fast.support.files import atomic_write, replacing_folder
 from llc_fast.support.optional import require
 
 _FORMAT = 5
 _READABLE = (4, 5)
 """4 has the names of arrays as they are, which did not come back for all names."""
+_LIBRARY = "llc_fast"
 _SAMPLE_STATS = {"acceptance": "acceptance_rate", "lr": "step_size"}
 """Traces that ArviZ has a name for."""
 
@@ -457,20 +459,46 @@ class LLCResult:
         text = "".join(f"<div>{line}</div>" for line in (f"<b>{first}</b>", *others))
         return f"<div>{text}{f'<ul>{warnings}</ul>' if warnings else ''}{picture}</div>"
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Loss traces of the chains beside their running λ̂; written to `path` if given.
+    def plot(self, path: str | os.PathLike[str] | None = None, *, panels: Sequence[str] | None = None) -> Figure:
+        """Pictures of the chains, whose λ̂ is to be believed if they agree; written to `path` if given.
+
+        Args:
+            path: of a file; its ending says the format.
+            panels: which, in which order: ``"trace"`` (loss along the chains), ``"running"`` (λ̂ over the logarithm of
+                the length), ``"forest"`` (λ̂ of each chain), ``"density"`` (losses of the draws), ``"autocorr"``,
+                ``"rank"`` (:func:`llc_fast.plots.plot_rank`); None: all.
 
         Raises:
             ModuleNotFoundError: Matplotlib is not installed (``pip install "llc_fast[plot]"``).
-            ValueError: Matplotlib does not know the ending of `path`.
+            ValueError: `panels` has another name, or Matplotlib does not know the ending of `path`.
             OSError: it can't be written, as :meth:`save`.
         """
         from llc_fast.plots import plot_result, write_figure
 
-        figure = plot_result(self)
+        figure = plot_result(self, panels)
         if path is not None:
             write_figure(figure, path)
         return figure
+
+    def report(self, path: str | os.PathLike[str], *, title: str = "") -> None:
+        """Write all there is to say of the estimate to one HTML page, which needs no network and no other file.
+
+        It has λ̂ and what it means, warnings with their explanations, all pictures, diagnostics with their limits,
+        settings as a call in Python, and versions. A crash leaves the old file or the new one.
+
+        Args:
+            path: of the page, such as ``"llc.html"``.
+            title: of the page, such as the model's name.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is not installed (``pip install "llc_fast[plot]"``).
+            OSError: it can't be written, as :meth:`save`.
+        """
+        from llc_fast.report import write_report
+
+        with np.errstate(all="ignore"):  # losses of chains that diverge may be too large to be squared
+            head = self._head()
+            write_report(self, path, head=head if any(self.systematic_error) else head[1:], title=title)
 
     # ---- for other programs ------------------------------------------------------------------------------------
 
@@ -503,46 +531,103 @@ class LLCResult:
         return xarray.Dataset(
             variables,
             coords=coords,
-            attrs={
-                "llc_mean": self.llc_mean,
-                "llc_stderr": self.llc_stderr,
-                "init_loss": self.init_loss,
-                "nbeta": self.nbeta,
-                "settings": json.dumps(self.settings),
-                "diagnostics": json.dumps(self.diagnostics),
-                "warnings": json.dumps(self.warnings),
-                "warning_codes": json.dumps([w.code for w in self.warnings]),
-            },
+            attrs=self._attributes(),
         )
 
-    def to_arviz(self) -> Any:
-        """The draws that λ̂ is computed from, as ArviZ inference data.
+    def _attributes(self) -> dict[str, Any]:
+        """What is no array, for xarray: numbers and JSON."""
+        return {
+            "inference_library": _LIBRARY,
+            "llc_mean": self.llc_mean,
+            "llc_stderr": self.llc_stderr,
+            "init_loss": self.init_loss,
+            "nbeta": self.nbeta,
+            "settings": json.dumps(self.settings),
+            "diagnostics": json.dumps(self.diagnostics),
+            "warnings": json.dumps(self.warnings),
+            "warning_codes": json.dumps([w.code for w in self.warnings]),
+        }
+
+    def to_datatree(self) -> xarray.DataTree:
+        """The draws that λ̂ is computed from, in the groups of ArviZ's schema, as an ``xarray.DataTree``.
 
         Group ``posterior`` has ``llc``, nβ·(L − L(w*)), whose mean is λ̂, and the observables; ``sample_stats`` has the
         loss and the other traces at these draws (those of Metropolis-adjusted samplers as ``acceptance_rate`` and
         ``step_size``); ``warmup_posterior`` and ``warmup_sample_stats`` have every step of burn-in. The dimensions are
-        ``chain``, by its number in this result, and ``draw``.
+        ``chain``, by its number in this result, and ``draw``. The attributes of the tree are those of
+        :meth:`to_xarray`: λ̂, settings, diagnostics and warnings.
+
+        Raises:
+            ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``).
+            ImportError: it is older than 2024.10, the first with a DataTree.
+        """
+        module = require("xarray", "xarray")
+        if not hasattr(module, "DataTree"):
+            raise ImportError(f'xarray {module.__version__} has no DataTree: pip install "xarray>=2024.10"')
+        tree: xarray.DataTree = module.DataTree.from_dict({f"/{k}": group for k, group in self._groups().items()})
+        tree.attrs = self._attributes()
+        return tree
+
+    def to_arviz(self) -> Any:
+        """The draws that λ̂ is computed from, for ArviZ: the groups of :meth:`to_datatree`.
+
+        Returns:
+            An ``xarray.DataTree`` with ArviZ 1 or later, ``arviz.InferenceData`` with an earlier one.
 
         Raises:
             ModuleNotFoundError: ArviZ is not installed (``pip install "llc_fast[xarray]"``).
         """
-        from_dict = require("arviz", "xarray").from_dict
+        arviz = require("arviz", "xarray")
+        if int(arviz.__version__.partition(".")[0]) >= 1:  # its InferenceData is a DataTree
+            return self.to_datatree()
+        return arviz.InferenceData(**self._groups(), save_warmup=True)
+
+    def _groups(self) -> dict[str, xarray.Dataset]:
+        """Data sets by the names of ArviZ's groups."""
+        import xarray
+
         chains, count = self._kept
         traces = {"loss": self.loss_trace} | {_SAMPLE_STATS.get(k, k): values for k, values in self.traces.items()}
-        burnin = {name: values[chains, : self.schedule.num_burnin] for name, values in traces.items()}
         observables = {name: values[chains, :count] for name, values in self.observables.items()}
-        warmup = {
-            "warmup_posterior": {"llc": self.excess_trace[chains, : self.schedule.num_burnin]},
-            "warmup_sample_stats": burnin,
-            "save_warmup": True,
+        burnin = slice(0, self.schedule.num_burnin)
+        arrays = {
+            "posterior": {"llc": self.kept_draws, **_renamed(observables, ("llc", "chain", "draw"))},
+            "sample_stats": {name: values[chains, self.schedule.draws][:, :count] for name, values in traces.items()},
+            "warmup_posterior": {"llc": self.excess_trace[chains, burnin]},
+            "warmup_sample_stats": {name: values[chains, burnin] for name, values in traces.items()},
         }
-        return from_dict(
-            posterior={"llc": self.kept_draws, **_renamed(observables, ("llc", "chain", "draw"))},
-            sample_stats={name: values[chains, self.schedule.draws][:, :count] for name, values in traces.items()},
-            coords={"chain": chains},
-            posterior_attrs={"inference_library": "llc_fast", "init_loss": self.init_loss, "nbeta": self.nbeta},
-            **(warmup if self.schedule.num_burnin else {}),
-        )
+        attributes = {"inference_library": _LIBRARY, "init_loss": self.init_loss, "nbeta": self.nbeta}
+        groups = {}
+        for group, values in arrays.items():
+            if group.startswith("warmup") and not self.schedule.num_burnin:
+                continue
+            length = self.schedule.num_burnin if group.startswith("warmup") else count
+            groups[group] = xarray.Dataset(
+                {
+                    name: (("chain", "draw", *(f"{name}_dim_{k}" for k in range(array.ndim - 2))), array)
+                    for name, array in values.items()
+                },
+                coords={"chain": chains, "draw": np.arange(length)},
+                attrs={**attributes, "sample_dims": ["chain", "draw"]},
+            )
+        return groups
+
+    def to_zarr(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_datatree` to a Zarr store, a folder: for ``xarray.open_datatree(path, engine="zarr")``.
+
+        ``xarray.open_zarr(path, group="posterior")`` reads one group. A store of this method's that is there already is
+        replaced once the new one is whole; anything else is left as it is. :meth:`load` needs a file of :meth:`save`.
+
+        Raises:
+            ModuleNotFoundError: xarray or zarr is not installed (``pip install "llc_fast[samples]"``).
+            FileExistsError: something else is at `path`.
+            OSError: it can't be written.
+        """
+        require("zarr", "samples")
+        tree = self.to_datatree()
+        with replacing_folder(path, _is_store) as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consolidated metadata")  # Zarr does not specify it yet, xarray reads it
+            tree.to_zarr(folder, mode="w")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file (NumPy's npz); a crash leaves the old file or the new one, never a torn one.
@@ -600,3 +685,12 @@ class LLCResult:
 def _renamed(values: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
     """The same values, under names that are not taken."""
     return {f"observable_{name}" if name in taken else name: value for name, value in values.items()}
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether :meth:`LLCResult.to_zarr` wrote it, or it is empty."""
+    try:
+        attributes = json.loads((folder / "zarr.json").read_text())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return not any(folder.iterdir())
+    return attributes.get("inference_library") == _LIBRARY and "warning_codes" in attributes

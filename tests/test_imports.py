@@ -14,7 +14,7 @@ PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
     ("samplers", "batches", "loaders", "data", "traces", "weights", "store"),
-    ("objective", "result", "plots", "influence", "optim", "problems", "language", "behavioral"),
+    ("objective", "result", "plots", "report", "influence", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
     ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
+from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,21 +17,30 @@ from scipy.stats import gaussian_kde
 from llc_fast.plots import (
     CLASSES,
     OKABE_ITO,
+    PANELS,
     chain_style,
     errorbar_by_warning,
     label_hollow,
     new_figure,
+    panel_svg,
     plot_against_known,
+    plot_autocorrelation,
     plot_density,
+    plot_forest,
     plot_influence,
     plot_pca,
+    plot_rank,
     plot_result,
+    plot_running,
     plot_susceptibilities,
     plot_traces,
+    rank_shares,
+    running_estimate,
     top_sentences_html,
 )
 from llc_fast.result import Diagnostics, LLCResult, Warning
 from llc_fast.schedule import Schedule
+from llc_fast.stats.errors import standard_error
 
 pytest.importorskip("matplotlib")
 
@@ -112,6 +123,14 @@ def _diverged(chains: tuple[int, ...]) -> LLCResult:
     return result
 
 
+def _noise(chains: int, draws: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(1).standard_normal((chains, draws))
+
+
+def _of(loss: np.ndarray[Any, Any], schedule: Schedule | None = None, nbeta: float = 1.0, **fields: Any) -> LLCResult:
+    return LLCResult(loss, 0.0, nbeta, schedule or Schedule(loss.shape[1], 0), **fields)
+
+
 _RESULTS = {
     "one chain": lambda: _result(1),
     "two chains": lambda: _result(2),
@@ -123,10 +142,29 @@ _RESULTS = {
     "all diverged": lambda: _diverged((0, 1, 2, 3)),
     "one draw": lambda: _result(draws=1, burnin=0, diagnostics=Diagnostics(r_hat=None, ess_bulk=None)),
     "draws that are all the same": lambda: LLCResult(np.full((2, 9), 0.5), 0.0, 1.0, Schedule(9, 0)),
+    "no draws": lambda: _of(_noise(4, 100), Schedule(0, 100)),
+    "no steps": lambda: _of(np.zeros((4, 0))),
+    "nbeta 0": lambda: _of(_noise(4, 100), nbeta=0.0, settings={"nbeta": 0.0}),
+    "too large to be squared": lambda: _of(1e300 * (10 + _noise(4, 100))),
+    "too large to be multiplied": lambda: _of(1e307 * (10 + _noise(4, 100)), nbeta=100.0),
+    "too small to be squared": lambda: _of(1e-310 * (10 + _noise(4, 100))),
+    "one that explodes": lambda: _of(np.where(np.arange(100) == 50, 1e280, 1.0) * _noise(4, 100)),
+    "far from w*": lambda: _of(1e6 + _noise(4, 100)),
+    "negative": lambda: _of(_noise(4, 100) - 10),
+    "exponential growth": lambda: _of(np.exp(np.minimum(2.5 * np.arange(300), 700)) * np.ones((2, 1))),
 }
 
 
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Warnings, NumPy's and Matplotlib's, are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 @pytest.mark.parametrize("kind", _RESULTS)
+@pytest.mark.usefixtures("strict")
 def test_nothing_overlaps(kind: str) -> None:
     """Title, panels with their labels, and legend lie beside each other and inside the figure."""
     figure = plot_result(_RESULTS[kind]())
@@ -134,12 +172,38 @@ def test_nothing_overlaps(kind: str) -> None:
     assert figure._suptitle is not None
     parts = [*figure.axes, figure._suptitle, *figure.legends]
     boxes = [part.get_tightbbox() if part in figure.axes else part.get_window_extent() for part in parts]
-    assert len(boxes) == 5
+    assert len(boxes) == len(PANELS) + 2
     for one, other in itertools.combinations(boxes, 2):
         assert not one.padded(-2).overlaps(other.padded(-2))  # pixels
     for box in boxes:
         assert box.x0 >= -1 and box.y0 >= -1
         assert box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+
+
+@pytest.mark.parametrize("kind", ["sixteen chains", "two diverged", "no draws", "exponential growth", "nbeta 0"])
+@pytest.mark.parametrize("name", PANELS)
+@pytest.mark.usefixtures("strict")
+def test_panels_alone(kind: str, name: str) -> None:
+    """Each can be drawn by itself, as a document that is the same every time."""
+    result = _RESULTS[kind]()
+    (axes,) = plot_result(result, [name]).axes
+    assert axes.get_title() == PANELS[name].title
+    document = panel_svg(result, name)
+    assert document == panel_svg(result, name) and ElementTree.fromstring(document).tag.endswith("svg")
+
+
+def test_panels_that_are_chosen() -> None:
+    """In the order that was asked for; others are errors before anything is drawn."""
+    result = _result(8)
+    for names in (["rank", "trace"], list(PANELS)[:4], list(PANELS)[::-1][:5], ("forest",)):
+        found = plot_result(result, names).axes
+        assert [axes.get_title() for axes in found] == [PANELS[name].title for name in names]
+    assert len(plot_result(result, "trace").axes) == 1
+    assert list(PANELS) == ["trace", "running", "forest", "density", "autocorr", "rank"]
+    with pytest.raises(ValueError, match="panels has 'traces': use some of 'trace', 'running'"):
+        plot_result(result, ["trace", "traces"])
+    with pytest.raises(ValueError, match="panels is empty"):
+        plot_result(result, [])
 
 
 def test_what_the_title_says() -> None:
@@ -171,9 +235,11 @@ def test_the_legend_names_the_chains() -> None:
     assert len(texts) == 24 and texts[-1].get_text() == "chain 23 (and 26 more)"
     styles = {(line.get_color(), line.get_linestyle()) for line in handles}
     assert len(styles) == 24
-    for panel in figure.axes[:2]:
+    for panel in (figure.axes[0], figure.axes[1], figure.axes[3]):
         for handle, line in zip(handles, panel.lines, strict=False):
             assert (handle.get_color(), handle.get_linestyle()) == (line.get_color(), line.get_linestyle())
+    for panels, named in ((["trace"], 6), (["trace", "rank"], 15)):
+        assert len(plot_result(_result(50), panels).legends[0].get_texts()) == named
     assert chain_style(0) != chain_style(6)
 
 
@@ -183,14 +249,143 @@ def test_densities() -> None:
     result.loss_trace[2] += 0.1
     _, (axes,) = new_figure(1)
     plot_density(axes, result)
-    for line, draws in zip(axes.lines, result.llc_trace, strict=False):
+    for line, draws in zip(axes.lines, [*result.llc_trace, result.llc_trace.ravel()], strict=False):
         x, y = (np.asarray(values, dtype=float) for values in line.get_data())
         expected = gaussian_kde(draws)(x)
         assert abs(y - expected).max() < 0.1 * expected.max()
         assert np.trapezoid(y, x) == pytest.approx(1, abs=0.03)
     peaks = [line.get_xdata()[np.argmax(line.get_ydata())] for line in axes.lines[:3]]  # type: ignore[call-overload,index]
     np.testing.assert_allclose(peaks, [10, 10, 20], atol=0.8)
-    assert set(axes.lines[3].get_xdata()) == {result.llc_mean}
+    mean, reference = axes.lines[4:]
+    assert set(mean.get_xdata()) == {result.llc_mean} and set(reference.get_xdata()) == {0}
+    assert reference.get_label() == "w*: L = 0"
+
+
+def test_where_w_star_is_among_the_losses() -> None:
+    """Its line is in the picture unless the draws are so far from it that nothing else could be seen."""
+    for shift, is_there in ((0.0, True), (5.0, True), (-5.0, True), (1000.0, False), (-1000.0, False)):
+        _, (axes,) = new_figure(1)
+        plot_density(axes, _of(shift + _noise(4, 500)))
+        left, right = axes.get_xlim()
+        assert bool(left < 0 < right) is is_there
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert ("w*: L = 0" in names) is is_there
+        assert (f"w*: L = 0, far to the {'left' if shift > 0 else 'right'}" in names) is not is_there
+
+
+def test_running_estimate() -> None:
+    """λ̂ of the first draws at lengths that grow by a factor, with Student's interval; the last is the result's."""
+    result = _result(5, draws=700, diagnostics=Diagnostics(init_loss_stderr=1e-3))
+    lengths, middle, half = running_estimate(result)
+    assert lengths[0] == 1 and lengths[-1] == 700 and (np.diff(lengths) > 0).all() and len(lengths) <= 30
+    for k, length in enumerate(lengths):
+        draws = 100 * result.loss_trace[:, 100 : 100 + length]
+        assert middle[k] == pytest.approx(draws.mean())
+        error = standard_error(draws)
+        assert half[k] == pytest.approx(error.quantile(0.95) * np.hypot(error.value, 100 * 1e-3))
+    low, high = result.interval()
+    assert (middle[-1] - half[-1], middle[-1] + half[-1]) == pytest.approx((low, high))
+    assert [len(values) for values in running_estimate(_diverged((0, 1, 2, 3)))] == [0, 0, 0]
+
+
+def test_running_panel() -> None:
+    """Lines are means of the draws so far, to each chain's λ̂; the error bar at the end is the result's interval."""
+    result = _result(4, diagnostics=Diagnostics(unresolved=0.7))
+    _, (axes,) = new_figure(1)
+    plot_running(axes, result)
+    for chain, line in enumerate(axes.lines[:4]):
+        for length, value in line.get_xydata():  # type: ignore[attr-defined]
+            assert value == pytest.approx(result.llc_trace[chain, : int(length)].mean())
+        assert line.get_ydata()[-1] == pytest.approx(result.llc_per_chain[chain])  # type: ignore[index]
+    assert axes.lines[4].get_ydata()[-1] == pytest.approx(result.llc_mean)  # type: ignore[index]
+    (bars,) = axes.containers[0][2]
+    np.testing.assert_allclose(bars.get_segments()[0], [[200, y] for y in result.interval()])
+    assert result.interval()[1] - result.llc_mean > 0.7 and axes.get_xscale() == "log"
+    assert axes.get_ylim()[0] < result.interval()[0] < result.interval()[1] < axes.get_ylim()[1]
+
+
+def test_forest() -> None:
+    """A chain's λ̂ with its 50 % and 95 % interval, at its number; below the estimate of all with its own."""
+    result = _result(4)
+    result.loss_trace[2, 150:] = np.nan
+    _, (axes,) = new_figure(1)
+    plot_forest(axes, result)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0", "1", "2", "3", "all"]
+    assert axes.yaxis_inverted()
+    for place, chain in enumerate((0, 1, 3)):
+        wide, narrow, point = axes.lines[3 * place : 3 * place + 3]
+        draws = 100 * result.loss_trace[chain : chain + 1, 100:]
+        error = standard_error(draws)
+        for line, prob in ((wide, 0.95), (narrow, 0.5)):
+            half = error.quantile(prob) * error.value
+            np.testing.assert_allclose(line.get_xdata(), [draws.mean() - half, draws.mean() + half])
+            assert set(line.get_ydata()) == {chain}
+        np.testing.assert_allclose(point.get_xydata(), [[draws.mean(), chain]])
+        assert point.get_markerfacecolor() == point.get_color() == chain_style(chain)["color"]
+    (bars,) = axes.containers[0][2]
+    np.testing.assert_allclose(bars.get_segments()[0], [[x, 4] for x in result.interval()])
+    (cross,) = [line for line in axes.lines if line.get_label() == "diverged"]
+    assert list(cross.get_ydata()) == [2]
+
+
+def test_forest_of_an_interrupted_run() -> None:
+    """A chain with fewer draws is hollow, one without any has none."""
+    _, (axes,) = new_figure(1)
+    plot_forest(axes, _partial())
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["no draws", "not part of λ̂"]
+    assert [line.get_markerfacecolor() for line in axes.lines[2:9:3]] == [*list(OKABE_ITO.values())[:2], "white"]
+
+
+def test_autocorrelation() -> None:
+    """Of each chain by its definition, their mean, and the band that white noise keeps in."""
+    rng, draws = np.random.default_rng(2), np.zeros((3, 500))
+    for step in range(1, 500):
+        draws[:, step] = 0.7 * draws[:, step - 1] + rng.standard_normal(3)
+    result = _of(draws, diagnostics=Diagnostics(ess_bulk=123.4))
+    _, (axes,) = new_figure(1)
+    plot_autocorrelation(axes, result)
+    _, *lines, mean = axes.lines
+    expected = []
+    for row, line in zip(draws, lines, strict=True):
+        away = row - row.mean()
+        expected.append([(away[: 500 - int(k)] * away[int(k) :]).sum() / (away**2).sum() for k in line.get_xdata()])
+        np.testing.assert_allclose(line.get_ydata(), expected[-1], atol=1e-12)
+    np.testing.assert_allclose(mean.get_ydata(), np.mean(expected, axis=0), atol=1e-12)
+    assert mean.get_label() == "mean; ESS = 123 of 1500"
+    corners = axes.patches[0].get_extents().transformed(axes.transData.inverted())
+    assert (corners.y0, corners.y1) == pytest.approx((-1.96 / 500**0.5, 1.96 / 500**0.5))
+    assert 20 <= axes.get_xlim()[1] <= 100
+    still = _of(np.vstack([draws, np.ones((1, 500))]))  # a chain that does not move has no line
+    _, (axes,) = new_figure(1)
+    plot_autocorrelation(axes, still)
+    assert len(axes.lines) == 1 + 3 + 1
+
+
+def test_ranks() -> None:
+    """Shares of a chain's draws below a rank, by counting; apart chains leave the band, equal ones stay in it."""
+    x = np.array([0.0, 0.1, 0.5, 0.9, 1.0])
+    draws = np.random.default_rng(3).integers(0, 6, (3, 40)).astype(float)  # with ties
+    found = rank_shares(draws, x)
+    ranks = np.array([[[(draws < d).sum() + ((draws == d).sum() + 1) / 2 for d in row]] for row in draws])[:, 0] / 120
+    np.testing.assert_allclose(found, [[(row <= u).mean() for u in x] for row in ranks])
+    for shift, is_inside in ((0.0, True), (1.0, False)):
+        _, (axes,) = new_figure(1)
+        plot_rank(axes, _of(_noise(4, 400) + shift * np.array([[0], [0], [0], [1]])))
+        corners = axes.patches[0].get_extents().transformed(axes.transData.inverted())
+        lines = [np.abs(np.asarray(line.get_ydata(), float)).max() for line in axes.lines[1:5]]
+        assert bool(max(lines) < corners.y1) is is_inside
+    # Two normal distributions s apart, at R̂ = 1.05: the band is twice s/√(2π).
+    assert corners.y1 == pytest.approx(2 * (1.05**2 - 1) ** 0.5 / (2 * np.pi) ** 0.5)
+
+
+def test_ranks_of_one_chain() -> None:
+    """Its halves are compared."""
+    _, (axes,) = new_figure(1)
+    plot_rank(axes, _of(np.linspace(0, 1, 100)[None]))
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[1:3] == ["first half", "second half"]
+    assert max(axes.lines[1].get_ydata()) == pytest.approx(0.5, abs=0.02)  # type: ignore[type-var]
 
 
 def test_a_spike_does_not_hide_the_densities() -> None:
@@ -349,5 +544,5 @@ def test_figures_show_themselves() -> None:
     figure = plot_result(_result())
     assert figure._repr_png_().startswith(b"\x89PNG\r\n\x1a\n")  # type: ignore[attr-defined]
     assert pyplot.get_fignums() == before
-    assert len(pickle.loads(pickle.dumps(figure)).axes) == 3
+    assert len(pickle.loads(pickle.dumps(figure)).axes) == len(PANELS)
     assert len(copy.deepcopy(new_figure(2)[0]).axes) == 2

@@ -8,9 +8,12 @@ import dataclasses
 import html
 import json
 import math
+import os
 import pickle
 import re
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import llc_fast
 from llc_fast.result import Diagnostics, LLCResult, Warning
 from llc_fast.schedule import Schedule
+from llc_fast.stats.convergence import ess_bulk, r_hat
 
 
 def _result(draws: Any, **fields: Any) -> LLCResult:
@@ -282,7 +287,7 @@ def test_a_picture_is_written_like_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "there").chmod(0o600)
     (tmp_path / "link.png").symlink_to("there")
     for name in ("a", "b.PNG", "c.svg", "d.pdf", "link.png"):
-        _rich().plot(tmp_path / name)
+        _rich().plot(tmp_path / name, panels="trace")
     with pytest.raises(ValueError, match="xyz"):
         _rich().plot(tmp_path / "e.xyz")
     assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.PNG", "c.svg", "d.pdf", "link.png", "there"}
@@ -504,24 +509,29 @@ def test_html_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("diverged", [0, 1, 3])
 def test_plot(tmp_path: Path, diverged: int) -> None:
-    """A figure with three panels, as a PNG file if a path is given, with chains that diverged too."""
+    """A figure with six panels, as a PNG file if a path is given, with chains that diverged too; or some of them."""
     pytest.importorskip("matplotlib")
-    figure = _rich(diverged=diverged).plot(tmp_path / "plot.png")
+    result = _rich(diverged=diverged)
+    figure = result.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert len(figure.axes) == 3
-    assert len(_rich(diverged=diverged).plot().axes) == 3
+    assert len(figure.axes) == len(result.plot().axes) == 6
+    assert [axes.get_title() for axes in result.plot(panels=["rank", "trace"]).axes] == [
+        "ranks of the draws",
+        "loss along the chains",
+    ]
+    with pytest.raises(ValueError, match="panels has 'ranks'"):
+        result.plot(tmp_path / "other.png", panels=["ranks"])
     assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
 
 
 def test_plot_shows_the_estimate() -> None:
-    """The running means end at each chain's λ̂; a level line is at the estimate, which the legend names."""
+    """The running means end at each chain's λ̂, the black one at the estimate, which the legend names."""
     pytest.importorskip("matplotlib")
     result = _rich()
-    _, middle, _ = result.plot().axes
-    ends = [line.get_ydata()[-1] for line in middle.lines[:3]]
-    np.testing.assert_allclose(ends, result.llc_per_chain)
-    assert set(middle.lines[3].get_ydata()) == {result.llc_mean}
-    assert any(f"{result.llc_mean:.4g}" in t.get_text() for t in middle.get_legend().get_texts())
+    running = result.plot().axes[1]
+    ends = [line.get_ydata()[-1] for line in running.lines[:4]]
+    np.testing.assert_allclose(ends, [*result.llc_per_chain, result.llc_mean])
+    assert any(f"{result.llc_mean:.4g}" in t.get_text() for t in running.get_legend().get_texts())
 
 
 def test_plot_of_a_single_draw(tmp_path: Path) -> None:
@@ -569,7 +579,7 @@ def test_to_xarray() -> None:
 @pytest.mark.parametrize("name", ["loss", "bias", "llc", "chain", "draw_step"])
 def test_observables_with_names_that_are_taken(name: str) -> None:
     """Neither the trace nor the observable is dropped."""
-    pytest.importorskip("arviz")
+    _arviz()
     result = dataclasses.replace(_rich(), observables={name: np.ones((3, 40))})
     data = result.to_xarray()
     assert (data[f"observable_{name}"].values == 1).all() and data[f"observable_{name}"].dims == ("chain", "draw")
@@ -579,30 +589,96 @@ def test_observables_with_names_that_are_taken(name: str) -> None:
     assert (posterior[f"observable_{name}" if name in ("llc", "chain") else name].values == 1).all()
 
 
-def test_to_arviz() -> None:
-    """Draws, observables, sample statistics and burn-in of the chains that did not diverge, under their own numbers."""
-    pytest.importorskip("arviz")
-    result = _rich(chains=4, diverged=1)
-    found = result.to_arviz()
-    assert set(found.groups()) == {"posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"}
+def _check_groups(found: Any, result: LLCResult, chains: list[int]) -> None:
+    """Draws, observables, sample statistics and burn-in of these chains, under their own numbers."""
     posterior, draws = found.posterior, result.schedule.draws
-    assert posterior["llc"].dims == ("chain", "draw") and posterior["chain"].values.tolist() == [1, 2, 3]
-    np.testing.assert_array_equal(posterior["llc"].values, result.llc_trace[1:])
-    np.testing.assert_array_equal(posterior["weights"].values, result.observables["weights"][1:])
-    assert posterior.attrs["nbeta"] == result.nbeta
+    assert posterior["llc"].dims == ("chain", "draw") and posterior["chain"].values.tolist() == chains
+    np.testing.assert_array_equal(posterior["draw"].values, np.arange(40))
+    np.testing.assert_array_equal(posterior["llc"].values, result.llc_trace[chains])
+    np.testing.assert_array_equal(posterior["weights"].values, result.observables["weights"][chains])
+    assert posterior["weights"].dims == ("chain", "draw", "weights_dim_0", "weights_dim_1")
+    assert posterior.attrs["nbeta"] == result.nbeta and posterior.attrs["init_loss"] == result.init_loss
+    assert posterior.attrs["inference_library"] == "llc_fast"
     names = {"loss": result.loss_trace, "bias": result.traces["bias"]}
     names |= {"acceptance_rate": result.traces["acceptance"], "step_size": result.traces["lr"]}
-    assert set(found.sample_stats) == set(names) == set(found.warmup_sample_stats)
+    assert set(found.sample_stats.data_vars) == set(names) == set(found.warmup_sample_stats.data_vars)
     for name, values in names.items():
-        np.testing.assert_array_equal(found.sample_stats[name].values, values[1:, draws])
-        np.testing.assert_array_equal(found.warmup_sample_stats[name].values, values[1:, :10])
-    np.testing.assert_allclose(found.warmup_posterior["llc"].values, 144.3 * (result.loss_trace[1:, :10] - 0.25))
-    assert set(_result(np.ones((2, 8))).to_arviz().groups()) == {"posterior", "sample_stats"}
+        np.testing.assert_array_equal(found.sample_stats[name].values, values[chains, draws])
+        np.testing.assert_array_equal(found.warmup_sample_stats[name].values, values[chains, :10])
+    np.testing.assert_allclose(found.warmup_posterior["llc"].values, 144.3 * (result.loss_trace[chains, :10] - 0.25))
+
+
+def test_to_datatree() -> None:
+    """The groups of ArviZ's schema, and everything that is no array as attributes; ArviZ is not needed."""
+    xarray = pytest.importorskip("xarray", minversion="2024.10")
+    result = _rich(chains=4, diverged=1)
+    found = result.to_datatree()
+    assert isinstance(found, xarray.DataTree)
+    assert set(found.children) == {"posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"}
+    _check_groups(found, result, [1, 2, 3])
+    assert found.attrs["llc_mean"] == result.llc_mean and json.loads(found.attrs["settings"]) == result.settings
+    assert json.loads(found.attrs["warning_codes"]) == ["ess", "step-size"]
+    assert set(_result(np.ones((2, 8))).to_datatree().children) == {"posterior", "sample_stats"}
+    empty = _rich(diverged=3).to_datatree()
+    assert empty.posterior["llc"].shape[0] == 0
+
+
+def test_an_old_xarray_has_no_datatree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says which has."""
+    xarray = pytest.importorskip("xarray", minversion="2024.10")
+    monkeypatch.delattr(xarray, "DataTree")
+    monkeypatch.setattr(xarray, "__version__", "2023.1")
+    with pytest.raises(ImportError, match=r'xarray 2023.1 has no DataTree: pip install "xarray>=2024.10"'):
+        _rich().to_datatree()
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an earlier one says that a later one is other
+        return pytest.importorskip("arviz")
+
+
+def test_to_arviz(tmp_path: Path) -> None:
+    """What the ArviZ that is installed knows: InferenceData before 1, a DataTree since; it survives a file."""
+    arviz = _arviz()
+    result = _rich(chains=4, diverged=1)
+    found = result.to_arviz()
+    assert isinstance(found, arviz.InferenceData)
+    _check_groups(found, result, [1, 2, 3])
+    if arviz.__version__.startswith("0."):
+        assert set(found.groups()) == {"posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"}
+        assert set(_result(np.ones((2, 8))).to_arviz().groups()) == {"posterior", "sample_stats"}
+    pytest.importorskip("h5py")
+    pytest.importorskip("h5netcdf")
+    found.to_netcdf(tmp_path / "found.nc")
+    again = arviz.from_netcdf(tmp_path / "found.nc")
+    np.testing.assert_array_equal(again.posterior["llc"].values, result.kept_draws)
+
+
+def test_arviz_finds_the_same_statistics() -> None:
+    """Its R̂ and effective sample size are ours; summaries and pictures work."""
+    arviz = _arviz()
+    draws = np.random.default_rng(0).standard_normal((4, 200)).cumsum(axis=1) / 9 + np.arange(4)[:, None]
+    found = _result(draws).to_arviz()
+    assert float(arviz.rhat(found)["llc"].values) == pytest.approx(r_hat(draws), rel=1e-8)
+    assert float(arviz.ess(found)["llc"].values) == pytest.approx(ess_bulk(draws), rel=1e-8)
+    assert float(arviz.summary(found, round_to=8)["mean"]["llc"]) == pytest.approx(draws.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plot_trace_dist", "plot_trace", "plot_forest", "plot_autocorr", "plot_rank"])
+def test_pictures_of_arviz_1(name: str) -> None:
+    """They take the tree as it is."""
+    arviz = _arviz()
+    if arviz.__version__.startswith("0."):
+        pytest.skip("of ArviZ 1")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    getattr(arviz, name)(_rich(chains=4).to_arviz(), var_names=["llc"], backend="matplotlib")
+    pyplot.close("all")
 
 
 def test_to_arviz_of_an_interrupted_run() -> None:
     """As many draws as there are, and none that is not."""
-    pytest.importorskip("arviz")
+    _arviz()
     loss = np.full((3, 8), np.nan)
     loss[0, :6], loss[1, :5] = 1.0, 2.0
     found = _result(loss, steps_done=[6, 5, 0]).to_arviz()
@@ -610,13 +686,122 @@ def test_to_arviz_of_an_interrupted_run() -> None:
     assert found.sample_stats["loss"].shape == (2, 5)
 
 
-@pytest.mark.parametrize(("module", "export"), [("xarray", "to_xarray"), ("arviz", "to_arviz")])
-def test_exports_without_their_packages(module: str, export: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# --- Zarr ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: _rich(diverged=1), lambda: _rich(diverged=3), lambda: _result([[2.0]])])
+def test_to_zarr(tmp_path: Path, make: Any) -> None:
+    """Xarray reads back what to_datatree gives, as a tree and by group; a store of an earlier call is replaced."""
+    xarray = pytest.importorskip("xarray", minversion="2024.10")
+    pytest.importorskip("zarr", minversion="3")
+    result, path = make(), tmp_path / "llc.zarr"
+    _rich(chains=5).to_zarr(path)
+    result.to_zarr(path)
+    found = xarray.open_datatree(path, engine="zarr")
+    xarray.testing.assert_identical(found.load(), result.to_datatree())
+    posterior = xarray.open_zarr(path, group="posterior")
+    np.testing.assert_array_equal(posterior["llc"].values, result.kept_draws)
+    assert [p.name for p in tmp_path.iterdir()] == ["llc.zarr"]
+
+
+def test_to_zarr_replaces_nothing_else(tmp_path: Path) -> None:
+    """Neither files, nor folders, nor stores of others; an error leaves no part behind."""
+    pytest.importorskip("xarray", minversion="2024.10")
+    zarr = pytest.importorskip("zarr", minversion="3")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    zarr.open_group(tmp_path / "store", mode="w", attributes={"inference_library": "another"})
+    for name in ("file", "folder", "store"):
+        with pytest.raises(FileExistsError, match="Something else is there, which is not replaced"):
+            _rich().to_zarr(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="The folder does not exist"):
+        _rich().to_zarr(tmp_path / "nowhere" / "store")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "store"]
+    assert (tmp_path / "folder" / "file").read_text() == "mine" == (tmp_path / "file").read_text()
+    assert zarr.open_group(tmp_path / "store").attrs["inference_library"] == "another"
+    (tmp_path / "empty").mkdir()
+    _rich().to_zarr(tmp_path / "empty")
+
+
+def test_to_zarr_that_fails_leaves_the_old_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    xarray = pytest.importorskip("xarray", minversion="2024.10")
+    pytest.importorskip("zarr", minversion="3")
+    result, path = _rich(), tmp_path / "llc.zarr"
+    result.to_zarr(path)
+
+    def fail(self: Any, folder: Path, **_: Any) -> None:
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(xarray.DataTree, "to_zarr", fail)
+    with pytest.raises(OSError, match="No space left"):
+        _rich(chains=9).to_zarr(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["llc.zarr"]
+    found = xarray.open_datatree(path, engine="zarr")
+    xarray.testing.assert_identical(found.load(), result.to_datatree())
+
+
+def test_results_are_read_without_torch(tmp_path: Path) -> None:
+    """On a computer that has none: numbers, pictures, reports, exports."""
+    result = _rich()
+    result.save(tmp_path / "result.npz")
+    script = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from llc_fast import LLCResult
+result = LLCResult.load("result.npz")
+print(result.llc_mean)
+result.summary(), repr(result), result._repr_html_()
+for module, export in (("xarray", "to_xarray"), ("xarray", "to_datatree"), ("arviz", "to_arviz")):
+    try:
+        __import__(module)
+    except ImportError:
+        continue
+    getattr(result, export)()
+try:
+    import matplotlib
+except ImportError:
+    sys.exit()
+result.plot("result.png")
+result.report("result.html")
+"""
+    beside = Path(llc_fast.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(beside), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == result.llc_mean
+
+
+@pytest.mark.parametrize(
+    ("module", "export", "extra"),
+    [
+        ("xarray", "to_xarray", "xarray"),
+        ("xarray", "to_datatree", "xarray"),
+        ("arviz", "to_arviz", "xarray"),
+        ("zarr", "to_zarr", "samples"),
+        ("matplotlib.figure", "report", "plot"),
+    ],
+)
+def test_exports_without_their_packages(
+    module: str, export: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without the optional package an export is a ModuleNotFoundError; everything else works."""
     monkeypatch.setitem(sys.modules, module, None)
     result = _rich()
-    with pytest.raises(ModuleNotFoundError, match=module):
-        getattr(result, export)()
+    arguments = [tmp_path / "file"] if export in ("to_zarr", "report") else []
+    package = module.partition(".")[0]
+    with pytest.raises(ModuleNotFoundError, match=rf"{package} is not installed: pip install \"llc_fast\[{extra}\]\""):
+        getattr(result, export)(*arguments)
+    assert not list(tmp_path.iterdir())
     assert math.isfinite(result.llc_mean)
 
 

@@ -47,8 +47,8 @@ from rivals import FOLDER, RIVALS, importing
 from torch import Tensor
 
 import llc_fast
-from llc_fast.cli.info import collect_info
 from llc_fast.samplers import SGLDSampler
+from llc_fast.support.environment import collect_info
 
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "nbeta": 1000.0, "localization": 1.0}
 COPY, FLOOR, OURS = "tensor copy", "llc_fast SGLD, no noise", "llc_fast SGLD"

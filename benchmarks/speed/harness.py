@@ -105,7 +105,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 def write_json(path: Path | None, tables: dict[str, Any]) -> None:
     """The tables with a description of the machine they were measured on."""
     if path is not None:
-        from llc_fast.cli.info import collect_info
+        from llc_fast.support.environment import collect_info
 
         path.parent.mkdir(parents=True, exist_ok=True)
         info = collect_info() | {"date": time.strftime("%Y-%m-%d")}

@@ -34,6 +34,7 @@ from llc_fast.cli.options import (
     PlotPath,
     Progress,
     Refine,
+    ReportPath,
     SamplerOptions,
     Seed,
     StepSize,
@@ -98,6 +99,7 @@ def estimate(
     ] = None,
     json_path: JsonPath = None,
     plot_path: PlotPath = None,
+    report_path: ReportPath = None,
     progress: Progress = True,
 ) -> None:
     """Estimate the local learning coefficient of a model of your own.
@@ -108,6 +110,7 @@ def estimate(
             return model, (x, y), torch.nn.functional.mse_loss
     """
     paths = {"--checkpoint": checkpoint, "--save": save, "--json": json_path, "--plot": plot_path}
+    paths["--report"] = report_path
     place = Path(problem.rpartition(":")[0])
     check_different({"PROBLEM": place if place.is_file() else None} | paths)
     from llc_fast.estimate import estimate_llc
@@ -142,7 +145,7 @@ def estimate(
         checkpoint=checkpoint,
         progress=progress,
     )
-    deliver(result, save, json_path, plot_path)
+    deliver(result, save, json_path, plot_path, report_path, problem)
 
 
 COMMANDS = (estimate,)

@@ -24,6 +24,7 @@ from llc_fast.cli.options import (
     PlotPath,
     Progress,
     Refine,
+    ReportPath,
     SamplerOptions,
     Seed,
     StepSize,
@@ -106,6 +107,7 @@ def hf(
     ] = None,
     json_path: JsonPath = None,
     plot_path: PlotPath = None,
+    report_path: ReportPath = None,
     progress: Progress = True,
 ) -> None:
     """Estimate the local learning coefficient of a language model of Hugging Face.
@@ -113,11 +115,14 @@ def hf(
     The loss is that of the next token, in eval mode, averaged over all predicted tokens of the data set; or how far the
     predictions are from those of the model itself, of which each revision is a minimum, trained or not.
     """
-    check_different({"--dataset": dataset, "--checkpoint": checkpoint, "--output": output, "--json": json_path})
+    paths = {"--dataset": dataset, "--checkpoint": checkpoint, "--output": output, "--json": json_path}
+    check_different(paths | {"--plot": plot_path, "--report": report_path})
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of: {', '.join(_DTYPES)}", param_hint="--dtype")
     if plot_path is not None and revisions is not None:
         raise typer.BadParameter("pictures are of one revision", param_hint="--plot")
+    if report_path is not None and revisions is not None:
+        raise typer.BadParameter("a report is of one revision", param_hint="--report")
     from llc_fast.settings import Execution
 
     chosen = sampler_of(sampler, sampler_option or [])
@@ -156,7 +161,7 @@ def hf(
     from llc_fast.estimate import estimate_llc
 
     result = estimate_llc(loaded, data, loss, num_draws=draws, checkpoint=checkpoint, **settings)
-    deliver(result, output, json_path, plot_path)
+    deliver(result, output, json_path, plot_path, report_path, model)
 
 
 COMMANDS = (hf,)

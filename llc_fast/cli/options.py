@@ -86,6 +86,18 @@ def picture(param: typer.CallbackParam, path: Path | None) -> Path | None:
     return writable(param, path)
 
 
+def page(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """A path for a page: writable, and ending in .html. A ModuleNotFoundError if matplotlib, for its pictures, is
+    missing."""
+    if path is not None:
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise typer.BadParameter(f"{path} must end in .html")
+        from llc_fast.plots import picture_endings
+
+        picture_endings()
+    return writable(param, path)
+
+
 def check_different(paths: dict[str, Path | None]) -> None:
     """Raise a usage error if two of a command's files, by the names of their options, are one."""
     seen = dict[str, str]()
@@ -133,6 +145,10 @@ JsonPath = Annotated[
 PlotPath = Annotated[
     Path | None, typer.Option("--plot", help="Write a picture to this file.", dir_okay=False, callback=picture)
 ]
+ReportPath = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write a page with all results: HTML.", dir_okay=False, callback=page),
+]
 SamplerOptions = Annotated[
     list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
 ]
@@ -158,8 +174,15 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Progress = Annotated[bool, typer.Option(help="Show progress: a bar on a terminal, a line each 10 % in a log file.")]
 
 
-def deliver(result: LLCResult, save: Path | None, json_path: Path | None, plot_path: Path | None) -> None:
-    """Print an estimate, and write it where it was asked for.
+def deliver(
+    result: LLCResult,
+    save: Path | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+    report_path: Path | None = None,
+    title: str = "",
+) -> None:
+    """Print an estimate, and write it where it was asked for; `title` is that of a report.
 
     Raises:
         typer.Exit: something could not be written, or there is no estimate, with status 1.
@@ -174,6 +197,7 @@ def deliver(result: LLCResult, save: Path | None, json_path: Path | None, plot_p
             ("result", save, result.save),
             ("numbers", json_path, lambda path: write_json(path, numbers_of(result))),
             ("picture", plot_path, draw),
+            ("report", report_path, lambda path: result.report(path, title=title)),
         ]
     )
     if math.isnan(result.llc_mean):

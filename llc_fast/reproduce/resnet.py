@@ -52,7 +52,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llc_fast.checks import MAX_R_HAT
 from llc_fast.plots import label_hollow, new_figure
 from llc_fast.problems.digits import NUM_TRAIN, Digits, load_digits
 from llc_fast.problems.resnet import resnet
@@ -60,6 +59,7 @@ from llc_fast.reproduce import figures
 from llc_fast.reproduce.claims import Claim
 from llc_fast.reproduce.rows import Row, Tables, column, in_words, is_warned
 from llc_fast.reproduce.study import Study
+from llc_fast.stats.limits import MAX_R_HAT
 from llc_fast.support.runtime import threads
 
 if TYPE_CHECKING:

@@ -49,6 +49,15 @@ def split_r_hat(draws: NDArray[np.float64]) -> float:
     return _plain_r_hat(_split(draws)) if _is_valid(draws) else math.nan
 
 
+def autocorrelation(draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    """ρ of draws ``[chain, draw]`` by lag, ``[chain, lag]``: autocovariances (over the length, at every lag) over the
+    variance; NaN for a chain that does not move."""
+    covariance = _autocovariance(draws)
+    with np.errstate(all="ignore"):
+        found: NDArray[np.float64] = covariance / np.where(covariance[:, :1] > 0, covariance[:, :1], math.nan)
+    return found
+
+
 def autocorrelation_time(draws: NDArray[np.float64]) -> float:
     """−1 + 2Σρ of draws ``[chain, draw]``, in draws, from the correlation within chains alone; chains share ρ.
 

@@ -45,8 +45,8 @@ def standard_error(draws: NDArray[np.float64]) -> StandardError:
         within = means.var(axis=1, ddof=1).mean()
         candidates.append(StandardError(math.sqrt(within / (chains * batches)), chains * (batches - 1)))
         error, variance = error_within(draws), float(draws.var(axis=1).mean())
-        if error > 0:
-            effective = chains * variance / error**2
+        effective = chains * variance / error**2 if error > 0 else math.nan
+        if math.isfinite(effective):
             candidates.append(StandardError(error / math.sqrt(chains), max(1, int(effective / 3))))
     if chains >= 2:
         between = draws.mean(axis=1).var(ddof=1)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -110,6 +111,48 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Itera
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """An empty folder to fill; it takes the place of `path` when the block ends without an error.
+
+    A folder can't be replaced in one operation: a process that is killed between two renames leaves the old one, whole,
+    under a hidden name beside `path`.
+
+    Args:
+        path: of the folder.
+        may_replace: whether the folder that is at `path` may be deleted.
+
+    Raises:
+        FileExistsError: what is at `path` is no folder, or must not be replaced.
+        OSError: it can't be written; what was at `path` before is still there.
+    """
+    target = Path(os.path.realpath(os.fsdecode(path)))
+
+    def refuse() -> None:
+        if os.path.lexists(target) and not (target.is_dir() and may_replace(target)):
+            raise FileExistsError(errno.EEXIST, "Something else is there, which is not replaced", str(target))
+
+    refuse()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "The folder does not exist", str(target.parent))
+    partial, old = (target.with_name(partial_name(target)) for _ in range(2))
+    partial.mkdir()
+    try:
+        yield partial
+        refuse()  # something else may have taken the name meanwhile
+        if target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def make_durable(paths: Iterable[Path]) -> None:

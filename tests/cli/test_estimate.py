@@ -43,10 +43,11 @@ def problem_file(tmp_path: Path) -> Path:
 
 
 def test_estimate_of_a_file(tmp_path: Path, problem_file: Path) -> None:
-    """The numbers of `estimate_llc`, on the screen, as JSON, as a result to load and as a picture."""
+    """The numbers of `estimate_llc`, on the screen, as JSON, as a result to load, as a picture and as a page."""
     pytest.importorskip("matplotlib")
-    paths = [str(tmp_path / name) for name in ("out.json", "out.npz", "out.png")]
-    options = ["--json", paths[0], "--save", paths[1], "--plot", paths[2], "--lr", "1e-4", "--localization", "10"]
+    paths = [str(tmp_path / name) for name in ("out.json", "out.npz", "out.png", "out.html")]
+    options = ["--json", paths[0], "--save", paths[1], "--plot", paths[2], "--report", paths[3]]
+    options += ["--lr", "1e-4", "--localization", "10"]
     done = invoke("estimate", f"{problem_file}:problem", *SHORT, *options)
     assert done.exit_code == 0, done.output
     model, data, loss_fn = problem_of(f"{problem_file}:problem")
@@ -67,6 +68,9 @@ def test_estimate_of_a_file(tmp_path: Path, problem_file: Path) -> None:
     assert numbers["llc_mean"] == expected.llc_mean and numbers["warnings"] == expected.warnings
     assert llc_fast.LLCResult.load(paths[1]).llc_mean == expected.llc_mean
     assert Path(paths[2]).read_bytes().startswith(PNG)
+    page = Path(paths[3]).read_text(encoding="utf-8")
+    assert f"<title>{problem_file}:problem</title>" in page and f"λ̂ = {expected.llc_mean:.4g}" in page
+    assert f"report written to {paths[3]}" in done.output
 
 
 def test_estimate_of_some_parameters(tmp_path: Path, problem_file: Path) -> None:
@@ -297,7 +301,7 @@ def test_the_program_itself(tmp_path: Path) -> None:
 
 # ---- output files ------------------------------------------------------------------------------------------
 
-_OPTIONS = ["--json", "--save", "--plot", "--checkpoint"]
+_OPTIONS = ["--json", "--save", "--plot", "--report", "--checkpoint"]
 
 
 @pytest.mark.parametrize("option", _OPTIONS)
@@ -306,7 +310,8 @@ def test_output_files_are_tried_before_the_run(tmp_path: Path, problem_file: Pat
     """What can't be written to is a usage error, before the user's file is even read; nothing is made or lost."""
     pytest.importorskip("matplotlib")
     problem_file.write_text("raise AssertionError('the file was imported')")
-    path = tmp_path / "out.png"
+    ending = "html" if option == "--report" else "png"
+    path = tmp_path / f"out.{ending}"
     if kind == "a folder":
         path.mkdir()
     elif kind == "a pipe":
@@ -314,9 +319,9 @@ def test_output_files_are_tried_before_the_run(tmp_path: Path, problem_file: Pat
     elif kind == "a device":
         path.symlink_to("/dev/null")
     elif kind == "a circle":
-        path.symlink_to("out.png")
+        path.symlink_to(path.name)
     else:
-        path = tmp_path / ("x" * 252 + ".png" if kind == "a long name" else "nowhere/out.png")
+        path = tmp_path / ("x" * 252 + f".{ending}" if kind == "a long name" else f"nowhere/out.{ending}")
     before = sorted(p.name for p in tmp_path.iterdir())
     done = invoke("estimate", f"{problem_file}:problem", option, str(path))
     assert done.exit_code == 2, done.output
@@ -329,13 +334,20 @@ def test_old_files_stay_until_there_are_new_ones(tmp_path: Path, problem_file: P
     """Trying a path does not empty the file that is there."""
     pytest.importorskip("matplotlib")
     problem_file.write_text("def problem(): raise KeyError('weights')")
-    path = tmp_path / "out.png"
+    path = tmp_path / ("out.html" if option == "--report" else "out.png")
     path.write_text("old")
     assert invoke("estimate", f"{problem_file}:problem", option, str(path)).exit_code == 1
     assert path.read_text() == "old" and {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
-        "out.png",
+        path.name,
         problem_file.name,
     }
+
+
+def test_a_report_is_html(tmp_path: Path, problem_file: Path) -> None:
+    """Another ending is a mistake that is said before the run."""
+    pytest.importorskip("matplotlib")
+    done = invoke("estimate", f"{problem_file}:problem", "--report", str(tmp_path / "out.pdf"))
+    assert done.exit_code == 2 and "must end in .html" in printed(done)
 
 
 def test_two_outputs_in_one_file_are_refused(tmp_path: Path, problem_file: Path) -> None:

@@ -179,6 +179,7 @@ def test_options_and_files(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     data = _jsonl(tmp_path / "a.jsonl", ROWS)
     files = ["--output", str(tmp_path / "o.npz"), "--plot", str(tmp_path / "o.png")]
+    files += ["--report", str(tmp_path / "o.html")]
     options = ["--nbeta", "5", "--localization", "7", "--params", "*.attn.*", "--seed", "3", "--dtype", "float64"]
     found = _numbers(folder, tmp_path / "o.json", data, *files, *options)
     expected = _expected(ROWS, gpt2().double().eval(), nbeta=5.0, localization=7.0, params=["*.attn.*"], seed=3)
@@ -186,6 +187,7 @@ def test_options_and_files(folder: Path, tmp_path: Path) -> None:
     loaded = llc_fast.LLCResult.load(tmp_path / "o.npz")
     np.testing.assert_array_equal(loaded.loss_trace, expected.loss_trace)
     assert (tmp_path / "o.png").read_bytes().startswith(PNG)
+    assert f"<title>{folder}</title>" in (tmp_path / "o.html").read_text(encoding="utf-8")
     options = ["--sampler", "RMSprop-SGLD", "--sampler-option", "eps=0.01", "--microbatch-size", "3"]
     found = _numbers(folder, tmp_path / "o.json", data, *options)
     rms = llc_fast.samplers.RMSpropSGLDSampler(eps=0.01)
@@ -243,6 +245,7 @@ def test_revisions_of_a_folder(revisions: str, labels: list[str], folder: Path, 
         (["{folder}", "--dataset", "{data}", "--revisions", "checkpoint-7"], "it has: checkpoint-5, checkpoint-10"),
         (["{folder}", "--dataset", "{data}", "--revisions", ","], "there is none"),
         (["{folder}", "--dataset", "{data}", "--revisions", "10", "--plot", "a.png"], "one revision"),
+        (["{folder}", "--dataset", "{data}", "--revisions", "10", "--report", "a.html"], "one revision"),
         (["{folder}", "--dataset", "{splits}"], "splits train, test: choose one"),
         (["{folder}", "--dataset", "{columns}"], "neither input_ids nor text, but words"),
         (["{folder}", "--dataset", "{short}"], "no sequence of two tokens"),

@@ -31,9 +31,23 @@ def test_convergence_equals_arviz(kind: str, phi: float) -> None:
         }[kind](x)
         with np.errstate(all="ignore"):  # ArviZ divides by the variance of constant chains
             assert convergence.ess_bulk(x) == pytest.approx(float(arviz.ess(x)), rel=1e-8, nan_ok=True)
-            assert convergence.ess_tail(x) == pytest.approx(float(arviz.ess(x, method="tail")), rel=1e-8, nan_ok=True)
+            assert convergence.ess_tail(x) == pytest.approx(
+                float(arviz.ess(x, method="tail", prob=(0.05, 0.95))), rel=1e-8, nan_ok=True
+            )
             if chains > 1:  # ArviZ gives none for one chain; its two halves do
                 assert convergence.r_hat(x) == pytest.approx(float(arviz.rhat(x)), rel=1e-8, nan_ok=True)
+
+
+def test_autocorrelation() -> None:
+    """By its definition, for each chain with its own mean; NaN for one that stands still."""
+    x = ar1(np.random.default_rng(0), 3, 50, 0.7) + np.array([[0], [5], [9]])
+    x[2] = 9.0
+    found = convergence.autocorrelation(x)
+    for row, rho in zip(x[:2], found, strict=False):
+        away = row - row.mean()
+        expected = [(away[: 50 - lag] * away[lag:]).sum() / (away**2).sum() for lag in range(50)]
+        np.testing.assert_allclose(rho, expected, atol=1e-12)
+    assert np.isnan(found[2]).all() and found.shape == (3, 50)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
