@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
+    import xarray
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -1095,3 +1096,34 @@ def top_sentences_html(
     )
     heading = f'<div style="font-weight:bold">{escape(title)}</div>' if title else ""
     return f'<div style="background:white;color:black;padding:8px">{heading}{legend}{"".join(lines)}</div>'
+
+
+def plot_sweep(found: xarray.Dataset) -> Figure:
+    """λ̂ along a sweep with its 95 % intervals, and the loss L(w*) below it, without which λ̂ says little.
+
+    Args:
+        found: what :func:`llc_fast.sweep_checkpoints` returned. Checkpoints with names stand side by side, those with
+            numbers at them.
+    """
+    (dim,) = found["llc_mean"].dims
+    names, mean, low, high, loss = (
+        found[name].values for name in (dim, "llc_mean", "llc_low", "llc_high", "init_loss")
+    )
+    warned = [bool(codes) for codes in found["warning_codes"].values]
+    is_number = np.issubdtype(names.dtype, np.number)
+    x = names.astype(np.float64) if is_number else np.arange(len(names))
+    figure, (above, below) = new_figure(1, 2, width=6.4, height=2.9)
+    above.plot(x, mean, color=OKABE_ITO["sky"], lw=1, zorder=1)
+    errorbar_by_warning(above, x, mean, np.maximum([mean - low, high - mean], 0), warned, label="λ̂, 95 % interval")
+    if any(warned):
+        label_hollow(above)
+    above.legend(fontsize=9)
+    above.set(ylabel="λ̂")
+    below.plot(x, loss, "o-", color=OKABE_ITO["vermillion"], lw=1, ms=4)
+    below.set(xlabel=str(dim).replace("_", " "), ylabel="L(w*)")
+    for axes in (above, below):
+        if not is_number:
+            axes.set_xticks(x, [str(name) for name in names], rotation=30, ha="right", fontsize=8)
+        elif len(x) > 2 and x.min() >= 0 and x.max() > 100 * min(x[x > 0], default=math.inf):  # growing by factors
+            axes.set_xscale("symlog", linthresh=float(x[x > 0].min()))
+    return figure

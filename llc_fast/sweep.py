@@ -20,6 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import xarray
 from llc_fast.behavioral import Behavioral
+from llc_fast.checkpoint_files import by_step, checkpoints_in, expanded, is_pattern, matching
 from llc_fast.data import mix
 from llc_fast.estimate import estimate_llc
 from llc_fast.language import NextToken
@@ -28,9 +29,10 @@ from llc_fast.objective.selection import select
 from llc_fast.progress import make_progress
 from llc_fast.result import LLCResult, Warning
 from llc_fast.settings import DEFAULT_NUM_DRAWS, LIMITS
+from llc_fast.support.errors import add_note
 from llc_fast.support.optional import require
 from llc_fast.support.warned import issue, shown_otherwise
-from llc_fast.weights import WeightReader, checkpoints_in, place_of
+from llc_fast.weights import WeightReader, place_of
 
 WARM_BURNIN = 4
 """A warm start burns in for the fourth part: the slow directions, which take longest, are where they belong."""
@@ -87,17 +89,19 @@ def sweep_checkpoints(
     look for, pass ``warm=False``. The model is as it was whenever a checkpoint is asked for, and at the end.
 
     Ctrl-C ends the sweep after the present step; the checkpoints that were finished are returned, with the attribute
-    ``partial``.
+    ``partial``. An error on the way is raised, and has them as its attribute ``finished``.
 
     Args:
         model: a model that the checkpoints belong to, in the mode to be evaluated in.
-        checkpoints: a list of state dicts, of files of them (of ``torch.save`` or safetensors, checkpoints of Lightning
-            too), or of folders with weights as Hugging Face writes them; or an iterator of these, which is asked for
-            the next one when it is needed; or a folder of files or folders whose names say their step, such as
-            ``checkpoint-500``. :class:`llc_fast.weights.WeightReader` says which names are understood.
+        checkpoints: a list of state dicts, of files and folders with weights (``torch.save``, safetensors, Lightning,
+            Hugging Face, ``torch.distributed.checkpoint``, …); or an iterator of these, which is asked for
+            the next one when it is needed; or a pattern such as ``"runs/checkpoint-*"``, or a folder of files or
+            folders whose names say their step, such as ``checkpoint-500``: they are taken in the order of their steps.
+            :class:`llc_fast.weights.WeightReader` says which formats and names are understood.
         data, loss_fn: as for :func:`llc_fast.estimate_llc`. With ``"behavioral"`` each checkpoint's own outputs are its
             targets.
-        labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …, or a folder's steps.
+        labels: what the checkpoints are called along `dim`, training steps, say; None: 0, 1, 2, …, or the steps that
+            the names in a folder or of a pattern say.
         dim: name of the dimension.
         warm: whether chains start where those of the checkpoint before ended. Saves time if most estimates are sound.
         num_draws: losses of each chain that enter λ̂. None: 2000, or as many as are needed if `target_error`,
@@ -126,7 +130,7 @@ def sweep_checkpoints(
             it in more than one way, or are not as many as labels, or that share the memory of what is sampled
             (``model.state_dict()`` does not copy). All of them are looked at before the first estimate, but those of
             an iterator. An error names its checkpoint, ``checkpoints[3]``.
-        FileNotFoundError: a checkpoint's file.
+        FileNotFoundError: a checkpoint's file, a part of it, or a pattern matches nothing.
         KeyboardInterrupt: Ctrl-C before there was anything to return.
         ModuleNotFoundError: xarray is not installed (``pip install "llc_fast[xarray]"``), or safetensors.
     """
@@ -178,6 +182,7 @@ def sweep_checkpoints(
                     _load_into(model, reader, source, given.said(k))
                     del source  # one of an iterator's at a time
                     start = previous if warm and rejected < MAX_REJECTED else None
+                    at = f"checkpoints[{k}] ({dim} {name})"
                     try:
                         result = estimate(k, start, f"{k:05d}")
                         codes = frozenset(w.code for w in result.warnings)
@@ -189,7 +194,10 @@ def sweep_checkpoints(
                             else:
                                 rejected = 0
                     except ValueError as error:
-                        raise ValueError(f"checkpoints[{k}] ({dim} {name}): {error}") from error
+                        raise ValueError(f"{at}: {error}") from error
+                    except Exception as error:  # the user's own code, or torch's: raised as it is
+                        add_note(error, f"This was at {at}.")
+                        raise
                 if result.is_partial:
                     is_stopped = True
                     break
@@ -203,6 +211,15 @@ def sweep_checkpoints(
         if not results:
             raise
         is_stopped = True
+    except Exception as error:
+        if results:
+            error.finished = _dataset(results, names, dim, True)  # type: ignore[attr-defined]
+            kept_too = "" if kept is None else f" They are kept in {str(kept)!r} too: the same call goes on from there."
+            add_note(
+                error,
+                f"The {len(results)} estimates before it are in the attribute `finished` of this error.{kept_too}",
+            )
+        raise
     found = _dataset(results, names, dim, is_stopped)
     issue(_in_all(results, names, dim), stacklevel=2)
     return found
@@ -360,10 +377,15 @@ def _gathered(checkpoints: Any, labels: Sequence[Any] | None, dim: str, settings
             raise TypeError(f"{name} is not for sweeps: {remedy}")
     if dim in (*_NAMES, *_DIAGNOSTICS):
         raise ValueError(f"dim={dim!r} is the name of something else in the data set: call it otherwise")
-    if isinstance(checkpoints, (str, os.PathLike)) and (path := Path(os.fsdecode(checkpoints))).is_dir():
-        found = checkpoints_in(path)
-        checkpoints = [source for _, source in found]
-        labels = [step for step, _ in found] if labels is None else labels
+    if isinstance(checkpoints, (str, os.PathLike)):
+        found = None
+        if is_pattern(pattern := os.fsdecode(checkpoints)):
+            found = by_step(matching(pattern), f"checkpoints={pattern!r}")
+        elif (path := expanded(checkpoints)).is_dir():
+            found = checkpoints_in(path)
+        if found is not None:
+            checkpoints = [source for _, source in found]
+            labels = [step for step, _ in found] if labels is None else labels
     if isinstance(checkpoints, (Mapping, str, os.PathLike)) or not isinstance(checkpoints, Iterable):
         raise TypeError(
             f"checkpoints must be a list of state dicts or of their files, got a {type(checkpoints).__name__}"
@@ -401,7 +423,7 @@ def _checked(checkpoint: Any, said: str) -> Mapping[str, Any] | Path:
         return checkpoint
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(f"{said} must be a state dict or a file of one, got {type(checkpoint).__name__}")
-    path = Path(os.fsdecode(checkpoint)).absolute()
+    path = expanded(checkpoint).absolute()
     if not (path.is_file() or path.is_dir()):
         what = "is no file" if os.path.lexists(checkpoint) else "does not exist"
         raise FileNotFoundError(f"{said}={os.fspath(checkpoint)!r} {what}")
@@ -424,8 +446,11 @@ def _check_states(model: nn.Module, given: _Given, reader: WeightReader, params:
     """
     sampled, first = list(select(model, params)), dict[tuple[Any, ...], int]()
     for k, source in enumerate(given.sources or ()):
-        state = reader.read(source, _with_path(given.said(k), source))
-        for name in sampled if isinstance(source, Mapping) else ():
+        if not isinstance(source, Mapping):
+            reader.check(source, _with_path(given.said(k), source))
+            continue
+        state = reader.read(source, given.said(k))
+        for name in sampled:
             place = place_of(state.get(name))
             if place is None:
                 continue

@@ -140,8 +140,8 @@ def deep_linear(widths: Iterable[SupportsIndex], rank: SupportsIndex) -> Learnin
     value at the most singular of them, where every W_s has rank r. Elsewhere λ(w*) may be larger: with widths
     (2, 2, 2) and r = 0 the global value is 3/2, but where W_1 is invertible and W_2 = 0 the zero set
     is {W_2 = 0}, and λ(w*) = 4/2. For a w* whose layers, or products of adjacent layers, have rank above r,
-    only λ(w*) ≥ `deep_linear(...)` is known. Experiments such as those of Furman & Lau (arXiv:2402.03698)
-    compare with this global formula.
+    only λ(w*) ≥ `deep_linear(...)` is known. Experiments such as those of Furman & Lau (arXiv:2402.03698,
+    and in 2308.12108v2) compare with this global formula.
 
     Source: M. Aoyagi, Consideration on the learning efficiency of multiple-layered neural networks with
     linear units, Neural Networks 172 (2024) 106132.

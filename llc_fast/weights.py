@@ -1,14 +1,13 @@
 """The weights of a model from what people have: state dicts, files and folders of others, under the model's own names.
 
-A checkpoint is a state dict, a file of one, or a folder in the manner of Hugging Face. :class:`WeightReader` gives its
-values the names that one model has for them, or says what is wrong. What fits in more than one way is refused.
+A checkpoint is a state dict, or a file or folder that :mod:`llc_fast.checkpoint_files` reads. :class:`WeightReader`
+gives its values the names that one model has for them, or says what is wrong. What fits in two ways is refused.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import os
+import dataclasses
 import re
 import sys
 from collections import OrderedDict
@@ -20,14 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llc_fast.support.errors import first_line
-from llc_fast.support.optional import require
+from llc_fast.checkpoint_files import Distributed, read
 
-_FILES = (
-    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-    *("adapter_model.safetensors", "adapter_model.bin"),
-)
-"""The weights in a folder, the first that is there."""
 _TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of names that wrappers add anywhere: torch.compile, FSDP, activation checkpointing."""
 _DEPTH = 3
@@ -36,125 +29,6 @@ _LIGHTNING = "pytorch-lightning_version"
 """A key of every checkpoint of Lightning, whose modules hold other things beside the model."""
 _COUNTER = "num_batches_tracked"
 """The buffer of batch normalization that files of old versions of torch lack."""
-
-
-# ---- folders -----------------------------------------------------------------------------------------------
-
-_STEP = re.compile(r"(?:^|[^a-z])(?:checkpoint|global_step|step)[-_=]?(\d+)(?!\d)", re.IGNORECASE)
-_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a folder has the weights of a model under one of the names that Hugging Face gives them."""
-    return any((folder / name).is_file() for name in _FILES)
-
-
-def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder by their step, in its order.
-
-    These are the folders and files whose names say a step: ``checkpoint-500`` (Hugging Face's Trainer),
-    ``step_500.pt``, ``epoch=1-step=500.ckpt`` (Lightning). What else is in the folder is not looked at.
-
-    Raises:
-        ValueError: there is none, or two of one step.
-    """
-    found = dict[int, Path]()
-    for path in sorted(folder.iterdir()):
-        said = _STEP.findall(path.name)
-        if not said or not (path.is_dir() or path.name.endswith(_ENDINGS)):
-            continue
-        step = int(said[-1])
-        if step in found:
-            raise ValueError(
-                f"checkpoints={str(folder)!r} has two checkpoints of step {step}, {found[step].name!r} and "
-                f"{path.name!r}: pass a list of those that you want"
-            )
-        found[step] = path
-    if not found:
-        a_model = ": it is one model, so put it in a list" if has_weights(folder) else ": pass a list of files"
-        raise ValueError(
-            f"checkpoints={str(folder)!r} is a folder without names like checkpoint-500 or step_500.pt in it{a_model}"
-        )
-    return sorted(found.items())
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path, said: str, weights_only: bool) -> Any:
-    """What a file or a folder holds. Values stay in the file until they are used, where its format allows it.
-
-    Raises:
-        FileNotFoundError: it is not there, or a part of it.
-        ValueError: it can't be read.
-        ModuleNotFoundError: safetensors is not installed.
-    """
-    if path.is_dir():
-        name = next((name for name in _FILES if (path / name).is_file()), None)
-        if name is None:
-            more = ": pass that folder itself, not a list" if _has_steps(path) else ""
-            raise ValueError(f"{said} is a folder that has no {_FILES[0]}, {_FILES[2]} or an index of shards{more}")
-        return (
-            _read_shards(path, name, said, weights_only)
-            if name.endswith(".json")
-            else _read(path / name, said, weights_only)
-        )
-    if path.name.endswith(".safetensors"):
-        return _read_safetensors(path, said)
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": weights_only}
-    try:
-        try:
-            return torch.load(path, mmap=True, **options)
-        except RuntimeError:  # a file of torch before 1.6, or none at all
-            return torch.load(path, **options)
-    except Exception as error:  # of whatever kind torch raises for files that are none of its own
-        raise ValueError(_unreadable(said, error, weights_only)) from error
-
-
-def _has_steps(path: Path) -> bool:
-    return any(child.is_dir() and _STEP.search(child.name) for child in path.iterdir())
-
-
-def _unreadable(said: str, error: Exception, weights_only: bool) -> str:
-    text = str(error).strip()
-    if weights_only and (found := re.search(r"GLOBAL (\S+) was not an allowed global", text)):
-        return (
-            f"{said} holds objects of the class {found[1]}, and what makes them from a file may run any code, so they "
-            "are not read. If you trust where the file comes from, pass weights_only=False; or save "
-            "model.state_dict() alone with torch.save"
-        )
-    remedy = "Save model.state_dict() with torch.save"
-    return f"{said} can't be read by torch.load(weights_only={weights_only}): {first_line(error)} {remedy}"
-
-
-def _read_safetensors(path: Path, said: str) -> dict[str, Tensor]:
-    load = require("safetensors.torch", "safetensors").load_file
-    try:
-        found: dict[str, Tensor] = load(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of a class of the package's own
-        raise ValueError(f"{said} is no file of safetensors: {error}") from error
-    return found
-
-
-def _read_shards(folder: Path, index: str, said: str, weights_only: bool) -> dict[str, Any]:
-    try:
-        places = json.loads((folder / index).read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{said} has an index that can't be read, {index!r}: {error!r}") from error
-    found: dict[str, Any] = {}
-    for shard in shards:
-        if os.path.basename(shard) != shard:
-            raise ValueError(f"{said} has an index that names a file elsewhere, {shard!r}: it must be beside {index!r}")
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{said} lacks {shard!r}, which {index!r} names: copy all of the folder")
-        values = _read(folder / shard, said, weights_only)
-        found |= {name: values[name] for name in values if places.get(name) == shard}
-    if absent := [name for name in places if name not in found]:
-        raise ValueError(f"{said} has an index with {absent[0]!r}{_and_more(absent)}, which no shard has")
-    return found
 
 
 # ---- what a model takes ------------------------------------------------------------------------------------
@@ -375,6 +249,19 @@ def _and_more(names: Any) -> str:
 class WeightReader:
     """Reads checkpoints for one model.
 
+    A checkpoint is a state dict, or a file or a folder in one of these formats:
+
+    - ``torch.save``, also of dictionaries around a state dict; Lightning's ``.ckpt``;
+    - safetensors;
+    - folders of Hugging Face: ``model.safetensors`` or ``pytorch_model.bin``, or shards of these with their index
+      (which may also be given itself), or peft's ``adapter_model``; what Accelerate's ``save_state`` and
+      ``save_model`` write;
+    - folders of ``torch.distributed.checkpoint`` from any number of ranks (``.metadata`` and ``__0_0.distcp``), or with
+      one of these in it, such as FSDP's ``pytorch_model_fsdp_0``; they are read in this process alone, without a
+      process group;
+    - DeepSpeed's ``mp_rank_00_model_states.pt``, where it has all weights (no ZeRO stage 3);
+    - folders with one file of weights beside a trainer's other files.
+
     Names may have what wrappers add (torch.compile, DataParallel, DistributedDataParallel, FSDP, activation
     checkpointing), there and in the model. State dicts may be entries of dictionaries, under any key. All names may
     have one prefix that those of the model lack, such as ``model.``, or the other way round; in checkpoints of
@@ -414,18 +301,34 @@ class WeightReader:
             ValueError: it can't be read, is not of this model, or fits in more than one way; says what to do.
             FileNotFoundError: it is not there.
         """
-        raw = source if isinstance(source, Mapping) else _read(source, said, self._weights_only)
-        if not isinstance(raw, (Mapping, nn.Module)):
+        raw, fit = self._chosen(source, said)
+        if isinstance(raw, Distributed) and isinstance(fit, _Fit):
+            fit = dataclasses.replace(fit, state=raw.values(fit.keys, fit.names.values()))
+            values = {name: fit.state[own] for name, own in fit.names.items()}
+            if problem := next((p for name in values if (p := _twins_differ(name, values, self._wanted))), ""):
+                raise ValueError(self._complaint([dataclasses.replace(fit, problem=problem)], said))
+        return self._named(fit) if isinstance(fit, _Fit) else fit
+
+    def check(self, source: Mapping[str, Any] | Path, said: str = "checkpoint") -> None:
+        """Raise what :meth:`read` would, as far as can be seen without reading the values."""
+        raw, fit = self._chosen(source, said)
+        if isinstance(raw, Distributed) and isinstance(fit, _Fit):
+            raw.check_parts(fit.keys, fit.names.values())
+
+    def _chosen(self, source: Mapping[str, Any] | Path, said: str) -> tuple[Any, _Fit | OrderedDict[str, Any]]:
+        """What a checkpoint holds, and the one way in which it fits the model, or else all values by their names."""
+        raw = source if isinstance(source, Mapping) else read(source, said, self._weights_only)
+        if not isinstance(raw, (Mapping, nn.Module, Distributed)):
             raise ValueError(
                 f"{said} is no state dict of this model: it is of type {type(raw).__name__}. Pass a dictionary of "
                 "tensors by name, such as model.state_dict()"
             )
         if (found := self._adapted(raw)) is not None:
-            return found
+            return raw, found
         fits = self._all_fits(raw)
         good = [fit for fit in fits if not fit.problem and (self._entry is None or fit.is_called(self._entry))]
         if not good and isinstance(source, Path) and (converted := _converted(self._model, source)) is not None:
-            return self._named(_fit(converted, (), "", _without_wrappers(converted), self._wanted))
+            return None, _fit(converted, (), "", _without_wrappers(converted), self._wanted)
         if not good:
             raise ValueError(self._complaint(fits, said))
         if len({fit.identity for fit in good}) > 1:
@@ -435,7 +338,7 @@ class WeightReader:
                 f"{said} fits the model in more than one way: {', '.join(others)} and {last}. Say which one is meant, "
                 f"such as entry={example!r}"
             )
-        return self._named(good[0])
+        return raw, good[0]
 
     def _adapted(self, raw: Any) -> OrderedDict[str, Any] | None:
         """All values, if the checkpoint has the adapters of peft and they are all that is trained."""
@@ -450,7 +353,7 @@ class WeightReader:
 
     def _all_fits(self, raw: Any) -> list[_Fit]:
         found: list[_Fit] = []
-        partial = isinstance(raw, Mapping) and _LIGHTNING in raw
+        partial = isinstance(raw, Distributed) or (isinstance(raw, Mapping) and _LIGHTNING in raw)
         for keys, state in _places(raw):
             if keys and 2 * len(state) < self._wanted.least:  # one of the many dictionaries of an optimizer
                 continue
@@ -533,6 +436,9 @@ def _adapter_names(model: nn.Module) -> dict[str, str]:
 
 def _places(raw: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """The dictionaries in what was read, with the keys that lead to them; of modules, their state dicts."""
+    if isinstance(raw, Distributed):
+        yield from raw.groups.items()
+        return
     if isinstance(raw, nn.Module):
         yield keys, raw.state_dict()
         return

@@ -13,13 +13,13 @@ import llc_fast
 PACKAGE = Path(llc_fast.__file__).parent
 LEVELS = (
     ("theory", "schedule", "stats", "support", "kernels"),
-    ("samplers", "batches", "loaders", "data", "traces", "weights", "store"),
+    ("samplers", "batches", "loaders", "data", "traces", "weights", "checkpoint_files", "store"),
     ("objective", "result", "plots", "report", "influence", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
     ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
     ("estimate",),
-    ("sweep", "grid", "sampling", "susceptibility"),
+    ("sweep", "grid", "sampling", "susceptibility", "compat"),
     ("reproduce",),
     ("cli",),
 )

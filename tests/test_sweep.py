@@ -732,8 +732,9 @@ def test_files_that_hold_none_are_refused_before_any_work(
     _UNREADABLE[kind](tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.*wrong.pt'.*state_dict\(\)"):
         _sweep([*_states(), tmp_path / "wrong.pt"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^checkpoints\[3\]=.* is a folder that has no model.safetensors"):
-        _sweep([*_states(), tmp_path])
+        _sweep([*_states(), tmp_path / "empty"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError, match=r"checkpoints\[3\]=.* is no file"):
         _sweep([*_states(), tmp_path / "pipe"])
@@ -865,3 +866,118 @@ def test_a_length_by_need() -> None:
     options: dict[str, Any] = {"num_chains": 3, "batch_size": 10, "lr": 1e-3, "localization": 1.0, "progress": False}
     found = llc_fast.sweep_checkpoints(mlp(), _states(2), data(), mse, target_error=0, max_gradients=600, **options)
     assert list(found.gradients) == [600, 600]
+
+
+# ---- patterns, and errors on the way -----------------------------------------------------------------------
+
+
+def test_a_pattern_is_the_list_of_what_it_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of their steps, which are the labels; as a string and as a path, with ~; λ̂ bit for bit."""
+    for step, state in zip((1000, 500, 60), _states(), strict=True):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        torch.save(state, tmp_path / f"checkpoint-{step}" / "pytorch_model.bin")
+        torch.save({"state": {}}, tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    torch.save({"state": {}}, tmp_path / "optimizer.pt")
+    expected = _sweep(_states()[::-1], labels=[60, 500, 1000])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for pattern in (str(tmp_path / "checkpoint-*"), tmp_path / "*", "~/checkpoint-*", str(tmp_path / "*-*" / "*.bin")):
+        found = _sweep(pattern)
+        assert found.drop_vars("seconds").identical(expected.drop_vars("seconds")), pattern
+    assert list(_sweep(tmp_path / "*", labels=["a", "b", "c"]).checkpoint) == ["a", "b", "c"]
+    named = [f"~/checkpoint-{step}" for step in (60, 500, 1000)]
+    np.testing.assert_array_equal(_sweep(named).llc_mean, expected.llc_mean)
+
+
+def test_patterns_that_match_nothing_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "estimate_llc", None)
+    with pytest.raises(FileNotFoundError, match=r"checkpoints='.*checkpoint-\*' matches no file or folder"):
+        _sweep(str(tmp_path / "checkpoint-*"))
+    for name in ("a.pt", "b.pt"):
+        torch.save(_state(), tmp_path / name)
+    with pytest.raises(ValueError, match=r"say no step.*pass a list in the order that you want"):
+        _sweep(tmp_path / "*.pt")
+
+
+def test_a_folder_of_torch_distributed_checkpoint_is_the_same(tmp_path: Path) -> None:
+    """λ̂ bit for bit, from what `torch.distributed.checkpoint.save` wrote, and from safetensors."""
+    save = pytest.importorskip("torch.distributed.checkpoint").save
+    safetensors = pytest.importorskip("safetensors.torch")
+    expected = _sweep(labels=[1, 2, 3])
+    for step, state in enumerate(_states(), 1):
+        save({"model": state, "step": step}, checkpoint_id=str(tmp_path / f"step-{step}"))
+        safetensors.save_file(state, tmp_path / f"step-{step}.safetensors")
+    for pattern in ("step-?", "*.safetensors"):
+        found = _sweep(tmp_path / pattern)
+        assert found.drop_vars("seconds").identical(expected.drop_vars("seconds"))
+
+
+def test_an_error_on_the_way_keeps_what_is_done(tmp_path: Path) -> None:
+    """It is raised as it is, says where it was, and has the estimates before it; a folder has them too."""
+
+    def fails(output: Tensor, target: Tensor) -> Tensor:
+        if float(model[0].weight.detach().flatten()[0]) == 7.0:
+            raise RuntimeError("the user's own")
+        return mse(output, target)
+
+    model, states = mlp(), _states()
+    states[2]["0.weight"].flatten()[0] = 7.0
+    options = {"lr": 1e-3, "num_chains": 2, "num_draws": 8, "num_burnin": 4, "strategy": "sequential"}
+
+    def sweep(given: Any) -> Any:
+        return llc_fast.sweep_checkpoints(
+            model,
+            given,
+            data(),
+            fails,
+            labels=[5, 6, 7],
+            folder=tmp_path / "kept",
+            progress=False,
+            **arguments(options),
+        )
+
+    with pytest.raises(RuntimeError, match="the user's own") as caught:
+        sweep(states)
+    finished = caught.value.finished  # type: ignore[attr-defined]
+    assert list(finished.checkpoint) == [5, 6] and finished.attrs["partial"] == 1
+    notes = getattr(caught.value, "__notes__", None)  # of Python 3.11 and later
+    if notes is not None:
+        assert notes[-2] == "This was at checkpoints[2] (checkpoint 7)."
+        assert notes[-1].startswith("The 2 estimates before it are in the attribute `finished` of this error. They are")
+    with no_step(), pytest.raises(RuntimeError, match="the user's own"):  # the first two are read
+        sweep(states)
+    states[2]["0.weight"].flatten()[0] = 0.5
+    np.testing.assert_array_equal(sweep(states).llc_mean[:2], finished.llc_mean)
+
+
+def test_a_file_that_breaks_on_the_way(tmp_path: Path) -> None:
+    """Of an iterator, which nobody could look at before."""
+    torch.save(_state(), tmp_path / "0.pt")
+    (tmp_path / "1.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"^checkpoints\[1\]=.*1.pt' can't be read") as caught:
+        _sweep(tmp_path / f"{k}.pt" for k in range(2))
+    assert list(caught.value.finished.checkpoint) == [0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("labels", "scale"), [([0, 10, 5000], "symlog"), ([5, 6, 8], "linear"), (["a", "b", "c"], "linear")]
+)
+def test_a_picture_of_a_sweep(labels: list[Any], scale: str) -> None:
+    """Points where the numbers are, with their intervals; hollow ones for warnings; the loss below."""
+    pytest.importorskip("matplotlib")
+    from llc_fast.plots import plot_sweep
+
+    found = _sweep(labels=labels, dim="training_step")
+    found["warning_codes"][:] = ["", "ess", ""]
+    above, below = plot_sweep(found).axes
+    x = labels if scale == "symlog" or labels[0] == 5 else range(3)
+    line, filled, hollow = (above.lines[0], *(c.lines[0] for c in above.containers))
+    np.testing.assert_array_equal(line.get_xydata(), np.column_stack([list(x), found.llc_mean]))
+    assert list(filled.get_ydata()) == list(found.llc_mean.values[[0, 2]]) and filled.get_mfc() != "white"
+    assert list(hollow.get_ydata()) == [found.llc_mean.values[1]] and hollow.get_mfc() == "white"
+    [bars] = above.containers[1].lines[2]
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [found.llc_low[1], found.llc_high[1]])
+    np.testing.assert_array_equal(below.lines[0].get_ydata(), found.init_loss)
+    assert above.get_xscale() == below.get_xscale() == scale
+    assert below.get_xlabel() == "training step"
+    if labels[0] == "a":
+        assert [text.get_text() for text in below.get_xticklabels()] == labels

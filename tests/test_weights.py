@@ -17,7 +17,8 @@ import torch
 from language_models import gpt2, transformers
 from torch import Tensor, nn
 
-from llc_fast.weights import WeightReader, checkpoints_in, has_weights
+from llc_fast.checkpoint_files import has_weights
+from llc_fast.weights import WeightReader
 
 # ---- models ------------------------------------------------------------------------------------------------
 
@@ -365,29 +366,6 @@ def test_broken_folders(tmp_path: Path) -> None:
         reader.read(tmp_path)
 
 
-def test_checkpoints_in_a_folder(tmp_path: Path) -> None:
-    """By their step, of Trainer's folders, Lightning's files and others; what says no step is left alone."""
-    for name in ("checkpoint-1000", "checkpoint-200", "runs"):
-        (tmp_path / name).mkdir()
-    for name in ("model.safetensors", "trainer_state.json", "step_3.json", "last.ckpt", "epoch=1-step=30.ckpt"):
-        (tmp_path / name).touch()
-    (tmp_path / "net_step000005.pt").touch()
-    found = [(step, path.name) for step, path in checkpoints_in(tmp_path)]
-    expected = {5: "net_step000005.pt", 30: "epoch=1-step=30.ckpt", 200: "checkpoint-200", 1000: "checkpoint-1000"}
-    assert found == list(expected.items())
-    (tmp_path / "epoch=0-step=200.ckpt").touch()
-    with pytest.raises(ValueError, match=r"two checkpoints of step 200, 'checkpoint-200' and 'epoch=0-step=200.ckpt'"):
-        checkpoints_in(tmp_path)
-
-
-def test_folders_without_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"without names like checkpoint-500 .*: pass a list of files"):
-        checkpoints_in(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="it is one model, so put it in a list"):
-        checkpoints_in(tmp_path)
-
-
 # ---- what other packages know better -----------------------------------------------------------------------
 
 
@@ -498,32 +476,3 @@ def test_what_peft_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
     _assert_reads(tmp_path, saved, other)
     _assert_reads(saved.state_dict(), saved, other)
-
-
-def test_what_lightning_writes(tmp_path: Path) -> None:
-    """A checkpoint of its trainer, for the module and for the model in it."""
-    transformers()
-    lightning = pytest.importorskip("lightning")
-
-    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.save_hyperparameters()
-            self.net = nn.Linear(3, width)
-            self.register_buffer("scale", torch.ones(2))
-
-        def training_step(self, batch: Any, _: int) -> Tensor:
-            return self.net(batch[0]).square().mean()  # type: ignore[no-any-return]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters())
-
-    module, quiet = Module(4), {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 3)), 4)
-    saver = lightning.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, callbacks=[saver], **quiet)
-    trainer.fit(module, data)
-    found = checkpoints_in(tmp_path)
-    assert [step for step, _ in found] == [1, 2]
-    _assert_reads(found[-1][1], module.net, nn.Linear(3, 4))
-    _assert_reads(found[-1][1], module, Module(4))

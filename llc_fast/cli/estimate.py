@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,17 +24,27 @@ if TYPE_CHECKING:
 
 from llc_fast.cli.options import (
     Autocast,
+    BatchSize,
     Burnin,
     Chains,
+    Device,
     Draws,
     JsonPath,
+    Localization,
+    LocalizationMetric,
+    Loss,
     MaxGradients,
     MaxSeconds,
+    MicrobatchSize,
+    Nbeta,
     Params,
     PlotPath,
+    Preconditioner,
+    Preset,
     Progress,
     Refine,
     ReportPath,
+    SamplerName,
     SamplerOptions,
     Seed,
     StepSize,
@@ -45,36 +55,22 @@ from llc_fast.cli.options import (
     writable,
 )
 
+Problem = Annotated[
+    str, typer.Argument(help="FILE.py:FUNCTION or module:FUNCTION; the function returns (model, data, loss_fn).")
+]
+
 
 def estimate(
-    problem: Annotated[
-        str, typer.Argument(help="FILE.py:FUNCTION or module:FUNCTION; the function returns (model, data, loss_fn).")
-    ],
-    sampler: Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, mala, …; default: chosen.")] = None,
+    problem: Problem,
+    sampler: SamplerName = None,
     sampler_option: SamplerOptions = None,
     lr: StepSize = None,
-    nbeta: Annotated[float | None, typer.Option(help="nβ; default: n / log n.")] = None,
-    localization: Annotated[float | None, typer.Option(help="γ; default: from the size of the weights.")] = None,
-    preconditioner: Annotated[
-        str | None,
-        typer.Option(help="curvature: a metric estimated at w*, which follows every rescaling; default: none."),
-    ] = None,
-    localization_metric: Annotated[
-        str | None, typer.Option(help="Of γ: euclidean, or sampler, that of the preconditioner; default: by that.")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="language-model: nβ = 30 and γ = 300; paper: plain SGLD, γ = 1, minibatches of 500, 9,000 steps of "
-            "burn-in and 1,000 draws; default: none."
-        ),
-    ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of the problem's: behavioral (-mse, -kl), the model's own output as target; next-token."
-        ),
-    ] = None,
+    nbeta: Nbeta = None,
+    localization: Localization = None,
+    preconditioner: Preconditioner = None,
+    localization_metric: LocalizationMetric = None,
+    preset: Preset = None,
+    loss: Loss = None,
     refine: Refine = False,
     chains: Chains = 4,
     draws: Draws = None,
@@ -82,15 +78,13 @@ def estimate(
     target_error: TargetError = None,
     max_seconds: MaxSeconds = None,
     max_gradients: MaxGradients = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 512, or what the loader gives.")] = None,
+    batch_size: BatchSize = None,
     params: Params = None,
     seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: where the model is.")] = None,
+    device: Device = None,
     strategy: Strategy = None,
     autocast: Autocast = None,
-    microbatch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples that pass the model at a time; default: the batch.")
-    ] = None,
+    microbatch_size: MicrobatchSize = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File to resume from.", dir_okay=False, callback=writable)
     ] = None,
@@ -109,46 +103,56 @@ def estimate(
         def problem():
             return model, (x, y), torch.nn.functional.mse_loss
     """
+    settings = settings_of(locals())
     paths = {"--checkpoint": checkpoint, "--save": save, "--json": json_path, "--plot": plot_path}
-    paths["--report"] = report_path
-    place = Path(problem.rpartition(":")[0])
-    check_different({"PROBLEM": place if place.is_file() else None} | paths)
+    check_different({"PROBLEM": file_of(problem)} | paths | {"--report": report_path})
     from llc_fast.estimate import estimate_llc
-    from llc_fast.settings import Execution
 
-    chosen = sampler_of(sampler, sampler_option or [])
-    execution = Execution(strategy=strategy, autocast=dtype_of(autocast), microbatch_size=microbatch_size)
     model, data, loss_fn = problem_of(problem)
     result = estimate_llc(
-        model,
-        data,
-        loss_fn if loss is None else loss,
-        sampler=chosen,
-        lr=lr,
-        nbeta=nbeta,
-        localization=localization,
-        preconditioner=preconditioner,
-        localization_metric=localization_metric,
-        preset=preset,
-        refine=refine,
-        num_chains=chains,
-        num_draws=draws,
-        num_burnin=burnin,
-        target_error=target_error,
-        max_seconds=max_seconds,
-        max_gradients=max_gradients,
-        batch_size=batch_size,
-        params=params or None,
-        seed=seed,
-        device=device,
-        execution=execution,
-        checkpoint=checkpoint,
-        progress=progress,
+        model, data, loss_fn if loss is None else loss, checkpoint=checkpoint, progress=progress, **settings
     )
     deliver(result, save, json_path, plot_path, report_path, problem)
 
 
 COMMANDS = (estimate,)
+
+
+_SETTINGS = {
+    **{name: name for name in ("lr", "nbeta", "localization", "preconditioner", "localization_metric", "preset")},
+    **{
+        name: name
+        for name in ("refine", "target_error", "max_seconds", "max_gradients", "batch_size", "seed", "device")
+    },
+    **{"chains": "num_chains", "draws": "num_draws", "burnin": "num_burnin"},
+}
+"""Arguments of an estimate by the options that they are as they stand."""
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``estimate_llc`` that a command's options say, by the names of its parameters.
+
+    Raises:
+        typer.BadParameter: a sampler or a type that there is none of.
+    """
+    from llc_fast.settings import Execution
+
+    return {
+        **{name: options[option] for option, name in _SETTINGS.items() if option in options},
+        "sampler": sampler_of(options["sampler"], options["sampler_option"] or []),
+        "params": options["params"] or None,
+        "execution": Execution(
+            strategy=options["strategy"],
+            autocast=dtype_of(options["autocast"]),
+            microbatch_size=options["microbatch_size"],
+        ),
+    }
+
+
+def file_of(problem: str) -> Path | None:
+    """The file of FILE.py:FUNCTION; None if it is a module's."""
+    place = Path(problem.rpartition(":")[0])
+    return place if place.is_file() else None
 
 
 def sampler_of(name: str | None, options: Sequence[str]) -> Sampler | str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llc_fast.cli.estimate import dtype_of, sampler_of
+from llc_fast.cli.estimate import settings_of
 from llc_fast.cli.options import (
     Autocast,
     Burnin,
@@ -33,14 +33,12 @@ from llc_fast.cli.options import (
     check_different,
     deliver,
     writable,
-    write_all,
-    write_json,
 )
+from llc_fast.cli.sweep import deliver_sweep, finished_too
 from llc_fast.support.errors import first_line
 from llc_fast.support.optional import require
 
 if TYPE_CHECKING:
-    import xarray
     from torch import nn
 
 _CONTEXT = 512
@@ -115,18 +113,18 @@ def hf(
     The loss is that of the next token, in eval mode, averaged over all predicted tokens of the data set; or how far the
     predictions are from those of the model itself, of which each revision is a minimum, trained or not.
     """
-    paths = {"--dataset": dataset, "--checkpoint": checkpoint, "--output": output, "--json": json_path}
-    check_different(paths | {"--plot": plot_path, "--report": report_path})
+    paths: dict[str, Path | None] = {
+        "--checkpoint": checkpoint,
+        "--output": output,
+        "--json": json_path,
+        "--plot": plot_path,
+    }
+    check_different(paths | {"--dataset": dataset, "--report": report_path})
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of: {', '.join(_DTYPES)}", param_hint="--dtype")
-    if plot_path is not None and revisions is not None:
-        raise typer.BadParameter("pictures are of one revision", param_hint="--plot")
     if report_path is not None and revisions is not None:
         raise typer.BadParameter("a report is of one revision", param_hint="--report")
-    from llc_fast.settings import Execution
-
-    chosen = sampler_of(sampler, sampler_option or [])
-    execution = Execution(strategy=strategy, autocast=dtype_of(autocast), microbatch_size=microbatch_size)
+    settings = settings_of(locals()) | {"preset": None if preset == "none" else preset, "progress": progress}
     transformers = require("transformers", "hf")
     if not progress:
         transformers.utils.logging.disable_progress_bar()
@@ -134,33 +132,12 @@ def hf(
     loaded = _loaded(model, places[0], dtype)
     length = _context_of(loaded, context)
     data = read_tokens(dataset, lambda: _tokenizer(tokenizer, model, places[0]), length, split, sequences)
-    settings: dict[str, Any] = {
-        "preset": None if preset == "none" else preset,
-        "sampler": chosen,
-        "lr": lr,
-        "nbeta": nbeta,
-        "localization": localization,
-        "num_chains": chains,
-        "num_burnin": burnin,
-        "target_error": target_error,
-        "max_seconds": max_seconds,
-        "max_gradients": max_gradients,
-        "batch_size": batch_size,
-        "params": params or None,
-        "seed": seed,
-        "device": device,
-        "execution": execution,
-        "progress": progress,
-        "refine": refine,
-    }
     if revisions is not None:
-        if draws is not None:
-            settings["num_draws"] = draws
-        _sweep(model, loaded, places, data, loss, settings, dtype, checkpoint, output, json_path)
+        _sweep(model, loaded, places, data, loss, settings, dtype, checkpoint, output, json_path, plot_path)
         return
     from llc_fast.estimate import estimate_llc
 
-    result = estimate_llc(loaded, data, loss, num_draws=draws, checkpoint=checkpoint, **settings)
+    result = estimate_llc(loaded, data, loss, checkpoint=checkpoint, **settings)
     deliver(result, output, json_path, plot_path, report_path, model)
 
 
@@ -259,6 +236,7 @@ def _sweep(
     folder: Path | None,
     output: Path | None,
     json_path: Path | None,
+    plot_path: Path | None,
 ) -> None:
     """Estimate λ at each revision, print a line for each, and write what was asked for."""
     from llc_fast.sweep import sweep_checkpoints
@@ -270,29 +248,9 @@ def _sweep(
             yield {name: t.detach().clone() for name, t in source.state_dict().items()}
 
     names = [_name(place) for place in places]
-    found = sweep_checkpoints(loaded, states(), data, loss, labels=names, dim="revision", folder=folder, **settings)
-    rows = _rows(found)
-    width = max(map(len, [*names, "revision"]))
-    typer.echo(f"{'revision':>{width}} {'λ̂':>10} {'± error':>9} {'L(w*)':>10}  warnings")
-    for row in rows:
-        typer.echo(
-            f"{row['revision']:>{width}} {row['llc_mean']:>9.4g} {row['llc_stderr']:>9.2g} {row['init_loss']:>10.5g}  "
-            f"{row['warning_codes']}"
-        )
-    if found.attrs["partial"]:
-        typer.echo(f"interrupted: {len(rows)} of {len(names)} revisions")
-    write_all(
-        [
-            ("result", output, lambda path: found.to_netcdf(path)),
-            ("numbers", json_path, lambda path: write_json(path, rows)),
-        ]
-    )
-
-
-def _rows(found: xarray.Dataset) -> list[dict[str, Any]]:
-    """What a sweep found, a dictionary for each revision."""
-    table = {name: found[name].values.tolist() for name in ("revision", *found.data_vars)}
-    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    with finished_too(lambda found: deliver_sweep(found, len(names), output, json_path, plot_path)):
+        found = sweep_checkpoints(loaded, states(), data, loss, labels=names, dim="revision", folder=folder, **settings)
+    deliver_sweep(found, len(names), output, json_path, plot_path)
 
 
 # ---- data --------------------------------------------------------------------------------------------------

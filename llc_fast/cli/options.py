@@ -149,10 +149,37 @@ ReportPath = Annotated[
     Path | None,
     typer.Option("--report", help="Write a page with all results: HTML.", dir_okay=False, callback=page),
 ]
+SamplerName = Annotated[str | None, typer.Option(help="sgld, rmsprop-sgld, sghmc, mala, …; default: chosen.")]
 SamplerOptions = Annotated[
     list[str] | None, typer.Option(help="NAME=VALUE of the sampler, such as eps=1e-3; repeatable.")
 ]
 StepSize = Annotated[float | None, typer.Option(help="Step size ε; default: chosen.")]
+Nbeta = Annotated[float | None, typer.Option(help="nβ; default: n / log n.")]
+Localization = Annotated[float | None, typer.Option(help="γ; default: from the size of the weights.")]
+Preconditioner = Annotated[
+    str | None, typer.Option(help="curvature: a metric estimated at w*, which follows every rescaling; default: none.")
+]
+LocalizationMetric = Annotated[
+    str | None, typer.Option(help="Of γ: euclidean, or sampler, that of the preconditioner; default: by that.")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="language-model: nβ = 30 and γ = 300; paper: plain SGLD, γ = 1, minibatches of 500, 9,000 steps of "
+        "burn-in and 1,000 draws; default: none."
+    ),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        help="In place of the problem's: behavioral (-mse, -kl), the model's own output as target; next-token."
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Default: 512, or what the loader gives.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; default: where the model is.")]
+MicrobatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Samples that pass the model at a time; default: the batch.")
+]
 Chains = Annotated[int, typer.Option(min=1)]
 Draws = Annotated[int | None, typer.Option(min=1, help="Draws of a chain; default: as many as λ̂ needs.")]
 TargetError = Annotated[

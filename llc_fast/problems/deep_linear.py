@@ -1,4 +1,7 @@
-"""Deep linear networks with a known learning coefficient, as in Furman & Lau 2024 (arXiv 2402.03698)."""
+"""Deep linear networks with a known learning coefficient, as in Furman & Lau 2024.
+
+Their experiments are in arXiv 2402.03698, and in 2308.12108v2, too.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How far λ̂ is from λ with nothing tuned, beside samplers whose step size was tuned on these very networks.
 
-Random deep linear networks of Furman & Lau 2024 (arXiv 2402.03698), λ by Aoyagi's formula for the rank of the product
-(the global one; where single layers have a higher rank than the product, the local coefficient at w* is larger).
+Random deep linear networks of Furman & Lau 2024 (arXiv 2402.03698, and in 2308.12108v2), λ by Aoyagi's formula for the
+rank of the product (the global one; where single layers have a higher rank than the product, the local coefficient at
+w* is larger).
 ``dln-scaling`` has larger networks and how the error depends on depth; here several methods estimate the same networks:
 
 - "nothing tuned": `estimate_llc` with nothing given but the length, and γ = 1 since λ is the global one. 4 chains ×

@@ -3,8 +3,8 @@
 A deep linear network y = W_L ⋯ W_1·x is the one deep network whose learning coefficient is known in closed form, from
 its widths and the rank of the product (Aoyagi 2024, :func:`llc_fast.theory.deep_linear`). So it shows whether an
 estimator works, and at which size it stops working. Networks are drawn at random as by Furman & Lau 2024 (arXiv
-2402.03698): widths and depth uniform, and every second weight matrix of reduced rank. Their true weights are w*, the
-data are n samples of what they compute, and
+2402.03698, and in 2308.12108v2): widths and depth uniform, and every second weight matrix of reduced rank. Their true
+weights are w*, the data are n samples of what they compute, and
 
     λ̂ = nβ·(mean of L over draws near w* − L(w*)),    nβ = n / log n,
 

@@ -1,7 +1,8 @@
 """Do the error bars hold λ, and does a length by need save gradients? Deep linear networks with nothing set.
 
-Random deep linear networks of Furman & Lau 2024 (arXiv 2402.03698), of seeds that nothing was developed with, and
-networks all of whose layers have the rank of their product (:func:`llc_fast.problems.deep_linear.most_singular`).
+Random deep linear networks of Furman & Lau 2024 (arXiv 2402.03698, and in 2308.12108v2), of seeds that nothing was
+developed with, and networks all of whose layers have the rank of their product
+(:func:`llc_fast.problems.deep_linear.most_singular`).
 Aoyagi's λ is exact for the latter; for the others it is exact where layers happen to have that rank, and else a lower
 bound of the local coefficient. So an interval is right that holds λ, or, where λ is a bound, that reaches up to it.
 

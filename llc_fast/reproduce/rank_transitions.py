@@ -3,7 +3,8 @@
 A deep linear network f_w(x) = W_L ⋯ W_1 x that starts from small weights learns the singular values of a linear
 teacher one by one (Jacot et al. 2021, arXiv 2106.15933). The rank of its product steps up from 0 to the teacher's,
 and the learning coefficient of a product of rank r is known exactly (:func:`llc_fast.theory.deep_linear`). So the
-estimate can be held against the answer all along a training run (Furman & Lau 2024, arXiv 2402.03698).
+estimate can be held against the answer all along a training run (Furman & Lau 2024, arXiv 2402.03698;
+also in 2308.12108v2).
 
 **Which loss.** On the way w* is a saddle of the training loss and no minimum: the chains find lower loss, and λ̂ =
 nβ·(mean of L − L(w*)) is negative, by as much as there is left to learn. What theory has an answer for is the loss

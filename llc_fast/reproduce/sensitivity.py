@@ -22,7 +22,8 @@ therefore compared with λ, which is known for all three networks.
 
 The networks sit exactly at a global minimum of their loss, so that nothing but the sampler moves the chains away:
 
-- a deep linear network at a most singular point, λ by Aoyagi's formula, no noise (Furman & Lau 2024, arXiv 2402.03698);
+- a deep linear network at a most singular point, λ by Aoyagi's formula, no noise (Furman & Lau 2024, arXiv 2402.03698,
+  and in 2308.12108v2);
 - tanh regression with noise, λ = half the rank of its Fisher information;
 - a transformer of one layer of attention, cross entropy with noise, likewise
   (:mod:`llc_fast.problems.exact_minima`).

@@ -32,6 +32,7 @@ def test_help() -> None:
         "reproduce",
         "sample",
         "scan",
+        "sweep",
     ]
 
 

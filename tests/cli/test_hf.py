@@ -215,8 +215,8 @@ def test_behavioral_loss(folder: Path, tmp_path: Path) -> None:
 )
 def test_revisions_of_a_folder(revisions: str, labels: list[str], folder: Path, tmp_path: Path) -> None:
     """Each sub-folder's own weights, in the order asked for or by number; a line, a row and a column for each."""
-    xarray = pytest.importorskip("xarray")
-    files = ["--json", str(tmp_path / "o.json"), "--output", str(tmp_path / "o.nc")]
+    xarray, _ = pytest.importorskip("xarray"), pytest.importorskip("matplotlib")
+    files = ["--json", str(tmp_path / "o.json"), "--output", str(tmp_path / "o.nc"), "--plot", str(tmp_path / "o.png")]
     data = _jsonl(tmp_path / "a.jsonl", ROWS)
     done = invoke("hf", str(folder), "--dataset", str(data), "--revisions", revisions, *files, *SHORT)
     assert done.exit_code == 0, (printed(done), done.exception)
@@ -229,6 +229,7 @@ def test_revisions_of_a_folder(revisions: str, labels: list[str], folder: Path, 
         assert label in printed(done)
     assert rows[0]["llc_mean"] == pytest.approx(_expected(ROWS, gpt2(seeds[labels[0]]).eval()).llc_mean, rel=1e-6)
     assert found["llc_mean"].values.tolist() == [row["llc_mean"] for row in rows]
+    assert (tmp_path / "o.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,6 @@ def test_revisions_of_a_folder(revisions: str, labels: list[str], folder: Path, 
         (["{folder}", "--dataset", "{data}", "--dtype", "int8"], "'int8' is none of"),
         (["{folder}", "--dataset", "{data}", "--revisions", "checkpoint-7"], "it has: checkpoint-5, checkpoint-10"),
         (["{folder}", "--dataset", "{data}", "--revisions", ","], "there is none"),
-        (["{folder}", "--dataset", "{data}", "--revisions", "10", "--plot", "a.png"], "one revision"),
         (["{folder}", "--dataset", "{data}", "--revisions", "10", "--report", "a.html"], "one revision"),
         (["{folder}", "--dataset", "{splits}"], "splits train, test: choose one"),
         (["{folder}", "--dataset", "{columns}"], "neither input_ids nor text, but words"),

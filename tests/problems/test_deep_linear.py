@@ -111,7 +111,7 @@ def test_unknown_size() -> None:
 
 
 def test_classes_are_the_papers() -> None:
-    """The table of Furman & Lau 2024 (arXiv 2402.03698): widths, layers, samples, step sizes, steps."""
+    """The table of Furman & Lau 2024 (arXiv 2402.03698, 2308.12108v2): widths, layers, samples, step sizes, steps."""
     assert {name: dataclasses.astuple(c) for name, c in deep_linear.SIZE_CLASSES.items()} == {
         "1k": ((5, 50), (2, 5), 10**5, 5e-7, 10_000),
         "10k": ((5, 100), (2, 10), 10**5, 5e-7, 10_000),
