@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llc_fast.chains.draw import Draw
     from llc_fast.estimate import calibrate, estimate_llc
     from llc_fast.grid import ScanResult, scan
+    from llc_fast.monitor import LLCMonitor
     from llc_fast.objective.components import components
     from llc_fast.optim import SGHMC, SGLD, SGNHT, AdamSGLD, PreconditionedSGLD, RMSpropSGLD
     from llc_fast.result import LLCResult
@@ -36,6 +37,7 @@ __all__ = [
     "AdamSGLD",
     "Draw",
     "Execution",
+    "LLCMonitor",
     "LLCResult",
     "LLCWarning",
     "PreconditionedSGLD",
@@ -65,6 +67,7 @@ _HOME = {
         "chains.draw": ("Draw",),
         "estimate": ("calibrate", "estimate_llc"),
         "grid": ("ScanResult", "scan"),
+        "monitor": ("LLCMonitor",),
         "objective.components": ("components",),
         "optim": ("SGHMC", "SGLD", "SGNHT", "AdamSGLD", "PreconditionedSGLD", "RMSpropSGLD"),
         "result": ("LLCResult",),

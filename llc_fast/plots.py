@@ -729,6 +729,23 @@ def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None)
     return figure
 
 
+def plot_training(steps: Sequence[int], results: Sequence[LLCResult]) -> Figure:
+    """λ̂ along training with its 95 % interval, and L(w*) below."""
+    figure, (upper, lower) = new_figure(1, 2, width=6.4, height=2.9)
+    means, intervals = np.array([r.llc_mean for r in results]), np.array([r.interval() for r in results])
+    below_and_above = np.abs(intervals.T - means)
+    errorbar_by_warning(upper, steps, means, below_and_above, [r.warnings for r in results], color=OKABE_ITO["blue"])
+    upper.plot(steps, means, lw=0.9, color=OKABE_ITO["blue"], zorder=0)
+    if any(r.warnings for r in results):
+        label_hollow(upper)
+        upper.legend(loc="best")
+    lower.plot(steps, [r.init_loss for r in results], "o-", ms=4, lw=0.9, color=OKABE_ITO["vermillion"])
+    upper.set(ylabel="λ̂, 95 % interval", xlabel="step")
+    lower.set(ylabel="L(w*)", xlabel="step")
+    lower.set_xlim(upper.get_xlim())
+    return figure
+
+
 def plot_scan(
     nbeta: np.ndarray[Any, Any],
     localization: np.ndarray[Any, Any],

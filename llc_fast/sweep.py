@@ -213,14 +213,14 @@ def sweep_checkpoints(
         is_stopped = True
     except Exception as error:
         if results:
-            error.finished = _dataset(results, names, dim, True)  # type: ignore[attr-defined]
+            error.finished = dataset_of(results, names, dim, True)  # type: ignore[attr-defined]
             kept_too = "" if kept is None else f" They are kept in {str(kept)!r} too: the same call goes on from there."
             add_note(
                 error,
                 f"The {len(results)} estimates before it are in the attribute `finished` of this error.{kept_too}",
             )
         raise
-    found = _dataset(results, names, dim, is_stopped)
+    found = dataset_of(results, names, dim, is_stopped)
     issue(_in_all(results, names, dim), stacklevel=2)
     return found
 
@@ -246,10 +246,10 @@ def _in_all(results: Sequence[LLCResult], names: Sequence[Any], dim: str) -> lis
         which = ", ".join(str(name) for name, _ in found[:10]) + ", …" * (len(found) > 10)
         said = f"{len(found)} of {len(results)} estimates have the warning {code!r} ({dim} {which})."
         sentences.append(Warning(f"{said} The first says: {found[0][1]}", code))
-    return sentences + _of_scale(results)
+    return sentences + scale_warnings(results)
 
 
-def _of_scale(results: Sequence[LLCResult]) -> list[Warning]:
+def scale_warnings(results: Sequence[LLCResult]) -> list[Warning]:
     """A sentence, if λ̂ is at another scale at each checkpoint, and that alone makes a difference."""
     gammas = [result.settings["localization"] for result in results if result.settings["localization"] > 0]
     if len(gammas) < 2:
@@ -268,7 +268,9 @@ def _of_scale(results: Sequence[LLCResult]) -> list[Warning]:
     ]
 
 
-def _dataset(results: list[LLCResult], names: list[Any], dim: str, is_partial: bool) -> xarray.Dataset:
+def dataset_of(results: list[LLCResult], names: list[Any], dim: str, is_partial: bool) -> xarray.Dataset:
+    """The results of a training run over `dim`, as :func:`sweep_checkpoints` returns them."""
+
     def column(value: Any) -> tuple[str, list[Any]]:
         return dim, [value(r) for r in results]
 

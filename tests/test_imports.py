@@ -17,9 +17,10 @@ LEVELS = (
     ("objective", "result", "plots", "report", "influence", "optim", "problems", "language", "behavioral"),
     ("gradients",),
     ("chains",),
-    ("calibration", "twins", "cost", "progress", "settings", "checks", "samples"),
+    ("calibration", "twins", "cost", "progress", "settings", "checks", "samples", "logs"),
     ("estimate",),
     ("sweep", "grid", "sampling", "susceptibility", "compat"),
+    ("monitor",),
     ("reproduce",),
     ("cli",),
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llc_fast.kernels.sharding import is_dtensor
 from llc_fast.support.randomness import held_by
-from llc_fast.support.torch_private import accumulation_hooks, version_of
+from llc_fast.support.torch_private import accumulation_hooks, is_held, swap_contents, version_of
 
 _CONTAINERS = (list, dict, set)
 
@@ -38,6 +38,8 @@ class BorrowedModel:
         self.wrote_parameters: set[str] = set()
         self.wrote_buffers: set[str] = set()
         self._own = {name: p.data for name, p in self.parameters.items() if not is_dtensor(p)}
+        self._held = {name for name in self._own if is_held(self.parameters[name])}
+        self._stand_ins: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._own_buffers = {name: b.data for name, b in self.buffers.items()}
         names = {id(b): name for name, b in self.buffers.items()}
         self._places = [
@@ -79,6 +81,29 @@ class BorrowedModel:
         """How often each parameter and buffer has been written to in place, by name."""
         return {name: version_of(t) for tensors in (self.parameters, self.buffers) for name, t in tensors.items()}
 
+    def _lend(self, name: str, value: Tensor) -> None:
+        """Give a parameter the memory of a value.
+
+        Autograd forgets where the gradients of a leaf go when its data change their type. DistributedDataParallel has
+        its hooks there, and would from then on train every process for itself, without a word. So a parameter that
+        somebody holds gets another tensor's content for a while instead, the same one in forward and backward.
+        """
+        p = self.parameters[name]
+        if name not in self._held or _is_alike(p, value):
+            p.data = value
+            return
+        key = (name, value.dtype, value.device)
+        stand_in = self._stand_ins.setdefault(key, torch.empty(0, dtype=value.dtype, device=value.device))
+        stand_in.data = value
+        stand_in.requires_grad_(p.requires_grad)
+        swap_contents(p, stand_in)
+
+    def _take_back(self, name: str) -> None:
+        p, own = self.parameters[name], self._own[name]
+        if name in self._held and not _is_alike(p, own):
+            swap_contents(p, self._stand_ins[name, p.dtype, p.device])
+        p.data = own
+
     def _put_buffers_back(self, buffers: Mapping[str, Tensor]) -> None:
         for module, key, name in self._places:
             b, found = self.buffers[name], module._buffers.get(key)
@@ -96,6 +121,11 @@ class BorrowedModel:
         wrote.add(name)
         if found.shape == value.shape:
             value.detach().copy_(found.detach())
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether autograd sees no difference of kind between two tensors."""
+    return a.dtype == b.dtype and a.device == b.device
 
 
 def plain_attributes(model: nn.Module) -> list[dict[str, Any]]:
@@ -165,10 +195,8 @@ class _Holding:
                 self._hooks.append((found, dict(found)))
                 found.clear()
         torch.clear_autocast_cache()  # of the caller's autocast: it knows a parameter by its identity
-        for name, value in values.items():
-            parameters[name].data = value
-        for name, value in self._fixed.items():
-            parameters[name].data = value
+        for name, value in (*values.items(), *self._fixed.items()):
+            borrowed._lend(name, value)
         for name, value in self._buffers.items():
             borrowed.buffers[name].data = value
 
@@ -180,7 +208,7 @@ class _Holding:
                 p = parameters[name]
                 if p.data_ptr() != value.data_ptr() and p.data_ptr() != own[name].data_ptr():  # forward set .data
                     borrowed._keep(p, value, borrowed.wrote_parameters, name)
-                p.data = own[name]
+                borrowed._take_back(name)
         torch.clear_autocast_cache()
         if self._buffers:
             borrowed._put_buffers_back(self._buffers)

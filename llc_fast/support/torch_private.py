@@ -158,6 +158,26 @@ def has_own_backward(loss: Tensor) -> bool:
     return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in graph_of(loss))
 
 
+def is_held(parameter: Tensor) -> bool:
+    """Whether DistributedDataParallel may hold a parameter: in a group of processes, something of torch's does.
+
+    Elsewhere that is a graph which is alive. It may be freed at any time, when :func:`swap_contents` is not safe.
+    """
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return in_group and parameter._use_count() > 1  # type: ignore[attr-defined]
+
+
+def swap_contents(a: Tensor, b: Tensor) -> None:
+    """Exchange what two tensors are, with all that autograd knows of them, but for the objects of Python's.
+
+    ``torch.utils.swap_tensors`` does this too, and poisons the place where gradients go. What holds `a` must hold it
+    until they are exchanged back: torch counts whether anything but Python's object does, in that object.
+    """
+    hooks = a._post_accumulate_grad_hooks, b._post_accumulate_grad_hooks  # which the objects keep beside the content
+    torch._C._swap_tensor_impl(a, b)
+    b._post_accumulate_grad_hooks, a._post_accumulate_grad_hooks = hooks
+
+
 def accumulation_hooks(tensor: Tensor) -> dict[int, Any] | None:
     """What runs as soon as the gradient of a leaf has been accumulated; None if nothing ever did."""
     return tensor._post_accumulate_grad_hooks

@@ -444,3 +444,36 @@ def _default_handler() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_gradients_go_is_remembered(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DistributedDataParallel has its hooks on the nodes that accumulate gradients: after a run they are still used.
+
+    Evaluations in another precision than the parameters' would have autograd make new ones. The user's own hooks on
+    parameters are there too, and the chains are those of a model that nobody holds.
+    """
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(dtype), torch.randn(20, 3, dtype=dtype)
+    y = torch.randn(20, 1, dtype=dtype)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return mse(output.float(), target.float())
+
+    def estimate() -> llc_fast.LLCResult:
+        return llc_fast.estimate_llc(model, (x, y), loss_fn, num_chains=2, num_draws=20, num_burnin=10, progress=False)
+
+    free, parameters = estimate(), list(model.parameters())
+    monkeypatch.setattr("llc_fast.objective.borrowed.is_held", lambda p: p._use_count() > 1)  # in no group here
+    nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters]  # type: ignore[union-attr]
+    reduced, stepped = list[int](), list[int]()
+    for k, (node, p) in enumerate(zip(nodes, parameters, strict=True)):
+        node.register_hook(lambda *_, k=k: reduced.append(k))
+        p.register_post_accumulate_grad_hook(lambda _, k=k: stepped.append(k))
+    held = estimate()
+    assert stepped == []
+    assert [p.dtype for p in parameters] == [dtype] * 4
+    np.testing.assert_array_equal(held.loss_trace, free.loss_trace)
+    reduced.clear()
+    loss_fn(model(x), y).backward()
+    assert sorted(reduced) == sorted(stepped) == [0, 1, 2, 3]
