@@ -40,7 +40,7 @@ imprecise          the standard error is a large share of λ̂
 =================  =====================================================================================================
 
 A threshold is chosen so that fewer than one in a hundred good runs exceeds it by chance, and that what exceeds it
-matters. The tests hold both.
+matters. The tests hold both. ``docs/warnings.md``, which ``llc-fast explain`` prints, has an entry for each code.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 from llc_fast.schedule import Schedule
 from llc_fast.stats.errors import StandardError, standard_error
 from llc_fast.stats.sensitivity import Sensitivity
+from llc_fast.support import entries
 from llc_fast.support.arrays import read_arrays, write_arrays
 from llc_fast.support.files import atomic_write, replacing_folder
 from llc_fast.support.optional import require
@@ -49,11 +50,17 @@ class Warning(str):
     """A reason not to trust an estimate: a sentence, and a code that stays the same when the sentence changes.
 
     Attributes:
-        code: one of those that :mod:`llc_fast.checks` lists, such as ``"ess"``.
+        code: one of those that :mod:`llc_fast.checks` lists, such as ``"ess"``. ``llc-fast explain ess`` says what it
+            means, how it is found, and what to do.
     """
 
     __slots__ = ("code",)
     code: str
+
+    @property
+    def url(self) -> str:
+        """Where the documentation explains it."""
+        return entries.url(self.code)
 
     def __new__(cls, message: str, code: str) -> Warning:
         self = super().__new__(cls, message)
@@ -348,7 +355,13 @@ class LLCResult:
     def summary(self) -> str:
         """The estimate, what it was made with, and all warnings, in a few lines."""
         settings = (f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in self.settings.items())
-        return "\n  ".join([*self._head(), ", ".join(settings), *(f"WARNING: {w}" for w in self.warnings)])
+        warned = [*(f"WARNING: {w}" for w in self.warnings), *self._explained()]
+        return "\n  ".join([*self._head(), ", ".join(settings), *warned])
+
+    def _explained(self) -> list[str]:
+        """Where warnings are explained."""
+        codes = [w.code for w in self.warnings]
+        return [f"what a warning means: {entries.command(codes)}"] * bool(codes)
 
     def _head(self) -> list[str]:
         """The lines that matter most."""
@@ -449,7 +462,10 @@ class LLCResult:
     def _repr_html_(self) -> str:
         """For notebooks: summary, warnings, and a small picture of the traces if Matplotlib is installed."""
         first, *others = map(html.escape, self._head())
-        warnings = "".join(f"<li><b>{html.escape(w.code)}</b>: {html.escape(w)}</li>" for w in self.warnings)
+        warnings = "".join(
+            f'<li><a href="{html.escape(w.url)}"><b>{html.escape(w.code)}</b></a>: {html.escape(w)}</li>'
+            for w in self.warnings
+        )
         try:
             from llc_fast.plots import small_png_of_traces
 

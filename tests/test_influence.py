@@ -295,7 +295,10 @@ def test_too_few_draws_for_errors() -> None:
         samples.loss_kernel("points", block_length=70)
     assert record[0].filename == kernel[0].filename == __file__
     assert "standard errors are not known: 3 blocks of draws, 8 are needed" in found.summary()
-    assert found.warnings == (str(record[0].message),) and f"  warning: {found.warnings[0]}" in found.summary()
+    (warning,) = found.warnings
+    assert (
+        str(record[0].message) == f"{warning} [llc-fast explain short]" and f"  warning: {warning}" in found.summary()
+    )
 
 
 # ---- devinterp's stores --------------------------------------------------------------------------------------

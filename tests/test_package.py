@@ -21,6 +21,7 @@ OF_NO_MODULE = {
     "test_devinterp.py": "another package with our optimizers in it",
     "test_examples.py": "scripts of examples/",
     "test_docs.py": "README.md and docs/",
+    "test_guides.py": "code in the pages for newcomers",
     "test_optim_faults.py": "of optim and kernels.native: what happens to tensors between steps",
     "families/test_families.py": "the commonest models of the PyTorch world",
     "families/test_given.py": "what people bring along: other packages' modules, data and layers",

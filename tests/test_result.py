@@ -466,6 +466,8 @@ def test_summary() -> None:
     ):
         assert words in text
     assert str(result) == text
+    assert text.endswith(f"what a warning means: llc-fast explain {' '.join(w.code for w in result.warnings)}")
+    assert "explain" not in _result([[2.0]]).summary()
     assert "diverged" not in _rich().summary().split("WARNING")[0]
 
 
@@ -488,7 +490,7 @@ def test_html() -> None:
     """Summary, escaped warnings with their codes, and a picture."""
     pytest.importorskip("matplotlib")
     found = _rich(diverged=1)._repr_html_()
-    assert all(html.escape(w) in found and f"<b>{w.code}</b>" in found for w in _rich().warnings)
+    assert all(html.escape(w) in found and f'<a href="{w.url}"><b>{w.code}</b></a>' in found for w in _rich().warnings)
     assert "P &lt; 5 &amp; λ̂" in found and "λ̂ = " in found
     (picture,) = re.findall(r'src="data:image/png;base64,([^"]*)"', found)
     assert base64.b64decode(picture).startswith(b"\x89PNG\r\n\x1a\n")

@@ -305,7 +305,8 @@ def test_summary_and_picture(tmp_path: Path) -> None:
 def test_warnings_are_issued_once() -> None:
     with pytest.warns(llc_fast.LLCWarning) as issued:
         found = short()
-    assert [str(w.message) for w in issued if w.category is llc_fast.LLCWarning] == [str(w) for w in found.warnings]
+    said = [str(w.message) for w in issued if w.category is llc_fast.LLCWarning]
+    assert said == [f"{w} [llc-fast explain {w.code}]" for w in found.warnings]
     assert all(warning.code for warning in found.warnings)
 
 

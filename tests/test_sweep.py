@@ -804,8 +804,13 @@ def test_warnings_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
         (llc_fast.LLCWarning, "negative"),
     ]
     first, second = (str(w.message) for w in seen)
-    assert first == "3 of 3 estimates have the warning 'ess' (step 0, 10, 20). The first says: Too few."
-    assert second == "1 of 3 estimates have the warning 'negative' (step 10). The first says: No minimum."
+    assert first == (
+        "3 of 3 estimates have the warning 'ess' (step 0, 10, 20). The first says: Too few. [llc-fast explain ess]"
+    )
+    assert second == (
+        "1 of 3 estimates have the warning 'negative' (step 10). The first says: No minimum. "
+        "[llc-fast explain negative]"
+    )
     assert seen[0].filename == __file__
     assert list(found.warning_codes) == ["ess", "ess negative", "ess"]
 

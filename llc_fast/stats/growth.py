@@ -92,10 +92,16 @@ def growth(trace: NDArray[np.float64]) -> Growth:
 
 
 def _lacking(means: NDArray[np.float64], errors: NDArray[np.float64], power: float) -> tuple[float, float]:
-    """A of m_k = λ − A·2^(p·k), k = 0 the last window, and its standard error."""
+    """A of m_k = λ − A·2^(p·k), k = 0 the last window, and its standard error.
+
+    NaN where only one window is known to any precision: a chain that was astronomically far off early in its run.
+    """
     terms = np.stack([np.ones(len(means)), -(2.0 ** (power * np.arange(len(means))))], axis=1)
     weights = 1 / errors**2
-    covariance = np.linalg.inv((terms.T * weights) @ terms)
+    try:
+        covariance = np.linalg.inv((terms.T * weights) @ terms)
+    except np.linalg.LinAlgError:
+        return math.nan, math.nan
     found = covariance @ ((terms.T * weights) @ means)
     excess = float((weights * (means - terms @ found) ** 2).sum()) / (len(means) - 2)
     return float(found[1]), math.sqrt(float(covariance[1, 1]) * max(1.0, excess))

@@ -93,3 +93,12 @@ def test_too_short_or_without_noise() -> None:
     for trace in (np.zeros((4, 100)), np.ones((4, 4000)), np.zeros((0, 4000)), np.full((2, 4000), np.nan)):
         found = growth(trace)
         assert math.isnan(found.missing) and not found.is_significant
+
+
+def test_windows_that_were_astronomically_off() -> None:
+    """One window alone has weight: what it lacks is unknown, and no error."""
+    trace = 25 + np.random.default_rng(0).normal(size=(4, 1250))
+    trace[:, :600] += 1e16 * np.random.default_rng(1).normal(size=(4, 600))
+    found = growth(trace)
+    assert math.isnan(found.likely) and not found.is_significant
+    assert found.means[-1] == pytest.approx(trace[:, 625:].mean())

@@ -20,12 +20,13 @@ def _short(**options: object) -> LLCResult:
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_each_warning_of_a_result_is_issued_once(progress: bool) -> None:
-    """As an LLCWarning with the same words and code, at the line that called, whatever is shown of the progress."""
+    """As an LLCWarning with the same words, the command that explains it, and the code, at the line that called,
+    whatever is shown of the progress."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         result = _short(progress=progress)
     assert len(result.warnings) > 0
-    assert [str(w.message) for w in seen] == result.warnings
+    assert [str(w.message) for w in seen] == [f"{w} [llc-fast explain {w.code}]" for w in result.warnings]
     assert [w.message.code for w in seen] == codes(result)  # type: ignore[union-attr]
     assert all(w.category is llc_fast.LLCWarning for w in seen)
     assert {w.filename.rpartition("/")[2] for w in seen} == {"runs.py"}  # where `estimate` calls estimate_llc
@@ -67,3 +68,4 @@ def test_whoever_shows_them_anyway() -> None:
 def test_a_warning_is_an_exception_like_any_other() -> None:
     warning = pickle.loads(pickle.dumps(LLCWarning("Too short.", "ess")))
     assert (str(warning), warning.code) == ("Too short.", "ess") and LLCWarning("Too short.").code == ""
+    assert warning.url.endswith("/warnings.html#ess")
