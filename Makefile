@@ -9,13 +9,16 @@ EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/kern
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*') llc_fast/py.typed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-all fuzz sanitize docs docs-links lint format clean
+.PHONY: help demo notebooks test test-gpu test-all fuzz sanitize docs docs-links lint format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-all ## Install, then estimate learning coefficients whose true values are known
 	$(BIN)/llc-fast demo
+
+notebooks: $(VENV)/.installed-test ## Install, then run the notebooks of examples/ at full settings and keep their outputs
+	OMP_NUM_THREADS=1 $(BIN)/python examples/execute.py
 
 # Not `python -m pytest`: that imports llc_fast from this folder, where no native module was built.
 test: $(VENV)/.installed-test ## Install, then run all tests but the slow ones
