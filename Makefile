@@ -9,10 +9,10 @@ EMULATION := $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/kern
 SOURCES := setup.py MANIFEST.in $(NATIVE) $(shell find llc_fast -name '*.py*' -not -path '*/__pycache__/*') llc_fast/py.typed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks test test-gpu test-all fuzz sanitize lint format clean
+.PHONY: help demo notebooks test test-gpu test-all fuzz sanitize docs docs-links lint format clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-all ## Install, then estimate learning coefficients whose true values are known
 	$(BIN)/llc-fast demo
@@ -46,6 +46,14 @@ sanitize: $(VENV)/.installed-test ## Test the native module under AddressSanitiz
 # Without sharded models and torch.compile, whose processes and compiler take minutes like this.
 SANITIZE ?= --ignore=tests/kernels/test_sharding.py --ignore=tests/kernels/test_operator.py tests/kernels tests/gradients/test_program.py tests/gradients/test_matmul.py tests/test_optim.py tests/test_optim_faults.py tests/fuzz/test_fuzz_optimizers.py
 
+# Any warning is an error, so that links, headings and names in docstrings lead somewhere. It needs no network.
+docs: $(VENV)/.installed-docs ## Build the documentation site into build/docs
+	$(BIN)/sphinx-build -q -E -W --keep-going -d build/docs-trees docs build/docs
+	@echo "The site is in build/docs: open build/docs/index.html"
+
+docs-links: $(VENV)/.installed-docs ## Try all links of the documentation that lead to other sites
+	$(BIN)/sphinx-build -q -b linkcheck -d build/docs-trees docs build/docs-links
+
 lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -61,7 +69,7 @@ format: $(VENV)/.installed-tools ## Rewrite the sources in this style
 	$(BIN)/clang-format -i $(NATIVE) $(BENCHMARKS) $(EMULATION)
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/examples *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

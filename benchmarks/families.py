@@ -169,8 +169,8 @@ def as_markdown(table: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(page: Path, table: list[dict[str, Any]]) -> None:
-    """Put the table between the markers of a page.
+def write_docs(page: Path, found: dict[str, Any]) -> None:
+    """Put the table of a JSON file between the markers of a page, with its date and versions.
 
     Raises:
         ValueError: the page has none.
@@ -179,7 +179,11 @@ def write_docs(page: Path, table: list[dict[str, Any]]) -> None:
     if begin not in text or end not in text:
         raise ValueError(f"{page} has no place for the table: write {begin!r} and {end!r} on lines of their own")
     before, _, rest = text.partition(begin)
-    page.write_text(f"{before}{begin}\n\n{as_markdown(table)}\n\n{end}{rest.partition(end)[2]}")
+    info = found["info"]
+    where = f"on {', '.join(info['gpus'])}" if info["gpus"] else "not run on a GPU"
+    versions = ", ".join(f"{name} {info[name.lower()]}" for name in ("llc_fast", "torch", "Python"))
+    stamp = f"*{info['date']}: {versions}, {info['threads']} thread; {where}.*"
+    page.write_text(f"{before}{begin}\n\n{as_markdown(found['rows'])}\n\n{stamp}\n\n{end}{rest.partition(end)[2]}")
 
 
 def main() -> None:
@@ -194,7 +198,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path)
     options = parser.parse_args()
     if options.docs is not None:
-        write_docs(options.docs, json.loads(options.json.read_text())["rows"])
+        write_docs(options.docs, json.loads(options.json.read_text()))
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """Reasons not to trust an estimate: a statistic, a threshold, a sentence and a stable code for each.
 
 :func:`examine` computes the statistics (``result.diagnostics``) and warns (``result.warnings``). A check is a function
-with the decorator :func:`_check`; its place in this file is that of its warning in the list. The codes:
+with the decorator ``_check``; its place in this file is that of its warning in the list. The codes:
 
 =================  =====================================================================================================
 training-mode      the model is in training mode, and dropout or batch statistics enter its loss

@@ -29,6 +29,8 @@ from llc_fast.support.randomness import Generators, same_states
 if TYPE_CHECKING:
     from llc_fast.objective.objective import LossFunction, Objective
 
+__all__ = ["NextToken", "TokenLoss", "chunks"]
+
 IGNORED = -100
 """The label of a token that is not predicted, as torch and Hugging Face have it."""
 _COLUMNS = ("input_ids", "attention_mask", "labels")

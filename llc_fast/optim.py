@@ -65,7 +65,7 @@ element), so a run repeats bit for bit for any number of threads and any split i
 
 {sampler}
 
-The optimizer's other arguments:
+Other parameters:
     params: parameters or parameter groups: float32 or float64; or bfloat16 or float16, whose chains are then kept in
         float32 beside the model (and written over whatever else changes the model in between). Groups may override
         every option. DTensors (``fully_shard``, ``distribute_tensor``) in Shard and Replicate placements make the same
@@ -667,8 +667,8 @@ class LangevinOptimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, sampler: type[samplers.Sampler], **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.sampler = sampler
-        parts = {"summary": cls.__doc__, "sampler": inspect.cleandoc(sampler.__doc__ or "")}
-        cls.__doc__ = _DOC.format(**parts)
+        rule = inspect.cleandoc(sampler.__doc__ or "").replace("Attributes:", "Args:")  # here they are arguments
+        cls.__doc__ = _DOC.format(summary=cls.__doc__, sampler=rule)
         shared = list(inspect.signature(LangevinOptimizer.__init__).parameters.values())[1:-1]
         named = {p.name for p in shared}
         own = [

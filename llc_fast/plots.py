@@ -397,8 +397,8 @@ def plot_rank(axes: Axes, result: LLCResult) -> None:
     With F_c(u) the share of a chain's draws whose rank among all draws is below a share u of them, the lines are
     F_c(u) − u (Säilynoja, Bürkner & Vehtari 2022), 0 where chains agree: above it a chain has more small losses than
     others. The band has two standard deviations of the greatest difference between chains whose R̂ is `MAX_R_HAT`: means
-    of normal distributions that differ by s standard deviations have R̂² = 1 + s², and |F_c(u) − u| ≤ s/√(2π). Of one
-    chain the halves are compared.
+    of normal distributions that differ by s standard deviations have R̂² = 1 + s², and ``|F_c(u) − u| ≤ s/√(2π)``. Of
+    one chain the halves are compared.
     """
     result, _ = _in_unit(result)
     draws, chains = result.kept_draws, result.kept_chains
@@ -1047,7 +1047,7 @@ def top_sentences_html(
     names: Sequence[str] | None = None,
     title: str = "",
 ) -> str:
-    """The sentences with the largest mean |value| of their tokens, as HTML with a color behind each token.
+    """The sentences with the largest mean ``|value|`` of their tokens, as HTML with a color behind each token.
 
     Red is positive, blue negative; tokens that are not significant are gray. Pointing at one shows its value.
 

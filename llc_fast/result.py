@@ -107,40 +107,65 @@ class LLCResult:
         settings: everything that was used, chosen values included.
         warnings: reasons not to trust the estimate, each with a remedy and a stable ``code``, see
             :mod:`llc_fast.checks`.
-        diagnostics: further statistics by name, None where one can't be computed. Of the loss trace: ``r_hat``,
-            ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``, ``slow_times`` and ``slow_size`` (of
-            fluctuations that the noise of single draws hides: the length of a chain in their autocorrelation times,
-            their standard deviation in λ̂), ``trend`` ± ``trend_stderr`` (change of λ̂ from the first draw to the last),
-            ``growth`` ± ``growth_stderr`` (of λ̂ with a doubling of the chains, :mod:`llc_fast.stats.growth`),
-            ``growth_means`` and ``growth_stderrs`` (λ̂ of the second half of chains of 1/2^k, …, ¼, ½ and the whole of
-            their length, and its standard errors),
-            ``unresolved`` (what λ̂ lacks at most by that, 0 where it is not significant), ``extrapolation`` ±
-            ``extrapolation_stderr`` (what it likely lacks), ``ended_by`` and ``target_error`` (of a length by need),
-            ``burnin_needed`` (steps), ``burnin_effect`` (on λ̂), ``spike_share``, ``init_loss_stderr``,
-            ``init_loss_sensitivity`` (its share of λ̂). Of the bias trace: ``bias_share`` (the share of step-size and
-            gradient-noise bias in the mean of nβ·(L − L(w*)), before it is subtracted, if it is). Of step checks:
-            ``acceptance`` (of a Metropolis–Hastings test, MALA), ``gradient_noise_share``, ``gradient_error`` (of what
-            the loss rises by along steps), ``relaxations`` (of the stiff directions, among a chain's draws),
-            ``distance`` (‖w − w*‖ of each chain), ``distance_growth``,
-            ``distance_over_reference`` (over ‖w*‖), ``distance_over_prior`` (‖w − w*‖²·γ/P, 1 if nothing but γ held
-            w), ``chains_left``; and ``chains_diverged``; all of them in the metric of the localization. Of γ: ``reach``
-            (prior width of a weight, 1/√γ, over the root mean square weight, in that metric, too),
-            ``localization_slope`` ± ``localization_slope_stderr`` (dλ̂/dlog γ of chains of this length, see
-            :mod:`llc_fast.stats.response`; None where its error is above a quarter of λ̂). Of w*:
-            ``unreached`` (what λ̂ lacks for directions too flat for the length, by the curvature at w*,
-            :mod:`llc_fast.stats.wells`), ``descent`` and ``descent_loss`` (how far
-            nβ·L + γ/2·‖w − w*‖², and with it nβ·L, fall from w* in their quadratic model, at least), ``fall`` (how far
-            nβ·L falls below that of w* along the chains, for certain); with ``refine=`` what
-            :class:`llc_fast.objective.refinement.Refinement` has, as ``refine_fall`` and so on; with
-            ``preconditioner="curvature"`` the ``metric_gradients`` that it took, and ``metric_undetermined`` (elements
-            that have neither curvature nor scale). Their meaning is in ``warnings``.
+        diagnostics: further statistics by name, None where one can't be computed; `warnings` says what they mean.
+
+            Of the loss trace:
+
+            - ``r_hat``, ``ess_bulk``, ``ess_tail`` (Vehtari et al. 2021), ``chain_spread``
+            - ``slow_times``, ``slow_size``: of fluctuations that the noise of single draws hides, the length of a chain
+              in their autocorrelation times, and their standard deviation in λ̂
+            - ``trend`` ± ``trend_stderr``: change of λ̂ from the first draw to the last
+            - ``growth`` ± ``growth_stderr``: of λ̂ with a doubling of the chains, :mod:`llc_fast.stats.growth`
+            - ``growth_means``, ``growth_stderrs``: λ̂ of the second half of chains of 1/2^k, …, ¼, ½ and the whole of
+              their length, and its standard errors
+            - ``unresolved``: what λ̂ lacks at most by that, 0 where it is not significant
+            - ``extrapolation`` ± ``extrapolation_stderr``: what it likely lacks
+            - ``ended_by``, ``target_error``: of a length by need
+            - ``burnin_needed``, in steps, and ``burnin_effect`` on λ̂
+            - ``spike_share``, ``init_loss_stderr``, and ``init_loss_sensitivity``, its share of λ̂
+
+            Of the bias trace:
+
+            - ``bias_share``: of step-size and gradient-noise bias in the mean of nβ·(L − L(w*)), before it is
+              subtracted, if it is
+
+            Of step checks, and of where chains are, in the metric of the localization:
+
+            - ``acceptance``: of a Metropolis–Hastings test, MALA
+            - ``gradient_noise_share``; ``gradient_error``, of what the loss rises by along steps
+            - ``relaxations``: of the stiff directions, among a chain's draws
+            - ``distance``: ‖w − w*‖ of each chain; ``distance_growth``; ``distance_over_reference``, over ‖w*‖
+            - ``distance_over_prior``: ‖w − w*‖²·γ/P, 1 if nothing but γ held w
+            - ``chains_left``, ``chains_diverged``
+
+            Of γ:
+
+            - ``reach``: prior width of a weight, 1/√γ, over the root mean square weight, in that metric, too
+            - ``localization_slope`` ± ``localization_slope_stderr``: dλ̂/dlog γ of chains of this length, see
+              :mod:`llc_fast.stats.response`; None where its error is above a quarter of λ̂
+
+            Of w*:
+
+            - ``unreached``: what λ̂ lacks for directions too flat for the length, by the curvature at w*,
+              :mod:`llc_fast.stats.wells`
+            - ``descent``, ``descent_loss``: how far nβ·L + γ/2·‖w − w*‖², and with it nβ·L, fall from w* in their
+              quadratic model, at least
+            - ``fall``: how far nβ·L falls below that of w* along the chains, for certain
+            - with ``refine=`` what :class:`llc_fast.objective.refinement.Refinement` has, as ``refine_fall`` and so on
+            - with ``preconditioner="curvature"`` the ``metric_gradients`` that it took, and ``metric_undetermined``:
+              elements that have neither curvature nor scale
+
         observables: values of the functions in ``estimate_llc(observables=…)`` by name, float64 ``[chain, draw, …]``.
         steps_done: steps that each chain has done; None: all. Only a partial result has fewer.
-        traces: further quantities of every step by name, float64 ``[chain, step]``: ``"bias"``, see `bias_trace`;
-            ``"squared_distance"``, ‖w − w*‖² where the loss was taken, (w − w*)ᵀA⁻¹(w − w*) where the localization is
-            in the metric; ``"acceptance"`` (probability) and ``"lr"`` of
-            Metropolis-adjusted samplers; ``"reference_loss"``, what the
-            minibatches of draws lose at w*, where a minibatch's loss is not the mean of what its samples lose.
+        traces: further quantities of every step by name, float64 ``[chain, step]``:
+
+            - ``"bias"``, see `bias_trace`
+            - ``"squared_distance"``: ‖w − w*‖² where the loss was taken, (w − w*)ᵀA⁻¹(w − w*) where the localization is
+              in the metric
+            - ``"acceptance"``, a probability, and ``"lr"``, of Metropolis-adjusted samplers
+            - ``"reference_loss"``: what the minibatches of draws lose at w*, where a minibatch's loss is not the mean
+              of what its samples lose
+
         ends: w − w* of every chain after its last step, by parameter, ``[chain, …]``, with ``keep_ends=True``: the
             starting points of ``estimate_llc(warm_start=…)``.
     """

@@ -13,7 +13,7 @@ draws_done                 draws that are whole, int64 ``[chain]``
 sketch                     a count sketch of w − w* at the draws, float32 ``[chain, draw, sketch_dim]``, if asked for
 sampling_loss_micro        the loss of every step, ``[chain, step, batch_sampling, token_pos]``: ours has one sample,
                            and the mean over tokens in the first of them, NaN in the others
-llc_loss_trace, llc_…      the :class:`llc_fast.LLCResult` of the run
+``llc_loss_trace``, …      the :class:`llc_fast.LLCResult` of the run
 =========================  =========================================================================================
 
 A probe whose samples have another length than those of the first has dimensions ``token_pos_{probe}`` and
@@ -497,10 +497,10 @@ class Samples:
     ) -> SampleInfluence:
         """How the losses of samples move together over the posterior's draws, ``[train, query]``, with standard errors.
 
-        influence    d⟨φ_j⟩/dε_i = −β·Cov(ℓ_i, φ_j), where 1 + ε_i is the weight of ℓ_i in the posterior
-                     ∝ exp(−nβ/n·Σ_i (1 + ε_i)·ℓ_i) times the localization; β = nβ/n
-        covariance   Cov(ℓ_i, φ_j), within chains
-        correlation  Cov(ℓ_i, φ_j)/√(Var ℓ_i·Var φ_j), the loss kernel
+        - ``"influence"``: d⟨φ_j⟩/dε_i = −β·Cov(ℓ_i, φ_j), where 1 + ε_i is the weight of ℓ_i in the posterior
+          ∝ exp(−nβ/n·Σ_i (1 + ε_i)·ℓ_i) times the localization; β = nβ/n
+        - ``"covariance"``: Cov(ℓ_i, φ_j), within chains
+        - ``"correlation"``: Cov(ℓ_i, φ_j)/√(Var ℓ_i·Var φ_j), the loss kernel
 
         A negative influence says: with more of sample i, the loss of j falls. See
         :func:`llc_fast.stats.influence.influence` for how errors are made.

@@ -547,7 +547,7 @@ def with_old_keywords(given: dict[str, Any], old: Mapping[str, Any], function: s
 
     Raises:
         TypeError: a keyword that neither is nor was an argument.
-        TypeError, ValueError: as :class:`Settings`.
+        TypeError, ValueError: as :func:`llc_fast.estimate_llc`.
     """
     known = {*_MOVED, "sampler_options", "heat_correction"}
     if unknown := sorted(set(old) - known):

@@ -139,7 +139,7 @@ class SusceptibilityResult:
         return self._probe(probe).control
 
     def against_control(self, q: float = 0.05, probe: str | None = None) -> Control:
-        """χ beside the control: differences, their errors, and which |χ| are larger.
+        """χ beside the control: differences, their errors, and which χ are larger in size.
 
         Raises:
             ValueError: there is no control.

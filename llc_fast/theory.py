@@ -2,7 +2,7 @@
 
 The learning coefficient of a model at a true distribution is the real log canonical threshold (RLCT) λ of
 its loss gap K(w) ≥ 0, with multiplicity m. Both are defined by the volume of parameters almost as good as
-the true one, measured by a prior that is positive on the zero set of K:
+the true one, measured by a prior that is positive on the zero set of K::
 
     V(ε) = prior(K(w) < ε) ~ c · ε^λ · (−log ε)^(m−1)   as ε → 0,
 
@@ -49,7 +49,7 @@ def normal_crossing(exponents: Iterable[SupportsIndex]) -> LearningCoefficient:
     """λ and m at the origin of K(w) = Π_i w_i^(2 k_i), under a prior positive at the origin.
 
     λ = 1 / (2 max_i k_i), and m counts the i that attain the maximum: ζ(z) factorises into
-    ∫ |w_i|^(2 k_i z) dw_i, whose largest pole is z = −1/(2 k_i), a simple one. Note the exponent 2 k_i: K is
+    ``∫ |w_i|^(2 k_i z) dw_i``, whose largest pole is z = −1/(2 k_i), a simple one. Note the exponent 2 k_i: K is
     the square of the monomial Π_i w_i^(k_i). Coordinates with k_i = 0 are free and change nothing.
 
     Source: S. Watanabe, Algebraic Geometry and Statistical Learning Theory, Cambridge 2009.
@@ -119,11 +119,11 @@ def reduced_rank_regression(
 def deep_linear(widths: Iterable[SupportsIndex], rank: SupportsIndex) -> LearningCoefficient:
     """λ and m of y = W_L ⋯ W_1 x + noise, where W_s is H_(s+1) × H_s and the true product has rank r.
 
-    Let Δ_s = H_s − r. There is exactly one ℓ ≥ 1 for which the set M of the ℓ+1 smallest Δ satisfies
+    Let Δ_s = H_s − r. There is exactly one ℓ ≥ 1 for which the set M of the ℓ+1 smallest Δ satisfies ::
 
         max_M Δ < min_(not M) Δ,   Σ_M Δ ≥ ℓ · max_M Δ,   Σ_M Δ < ℓ · min_(not M) Δ.
 
-    With a = Σ_M Δ − (⌈Σ_M Δ / ℓ⌉ − 1) ℓ,
+    With a = Σ_M Δ − (⌈Σ_M Δ / ℓ⌉ − 1) ℓ, ::
 
         λ = [r (H_1 + H_(L+1)) − r²] / 2
             + a (ℓ − a) / (4ℓ) − ℓ (ℓ − 1) / 4 · (Σ_M Δ / ℓ)² + ½ Σ_(i<j in M) Δ_i Δ_j,

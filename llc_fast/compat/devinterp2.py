@@ -1,4 +1,4 @@
-"""Our optimizers inside devinterp 2.0.1: its own functions, with its own arguments and results.
+"""Our optimizers inside devinterp 2.0.1: its own functions, with its own arguments and results::
 
     from llc_fast.compat import devinterp2
 

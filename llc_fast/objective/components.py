@@ -63,7 +63,7 @@ class Component(Mapping[str, "Tensor | None"]):
 
 
 class Components(Mapping[str, Component]):
-    """The components of a model by name; see :func:`components`. Nothing is computed before it is asked for."""
+    """The components of a model by name, see :func:`llc_fast.components`. Each is computed when it is asked for."""
 
     def __init__(self, model: nn.Module, verify: bool, inputs: Any) -> None:
         self._structure = _Structure(model)
@@ -133,8 +133,9 @@ def components(model: nn.Module, *, verify: bool = True, inputs: Any = None) -> 
             positional or a mapping of named arguments.
 
     Returns:
-        A mapping of names to :class:`Component`. To list names allocates nothing; ``[name]`` raises ComponentError (a
-        ValueError and a KeyError) if there is no such component, or if the layout of its tensors is unknown.
+        A mapping of names to :class:`llc_fast.objective.components.Component`. To list names allocates nothing;
+        ``[name]`` raises ComponentError (a ValueError and a KeyError) if there is no such component, or if the layout
+        of its tensors is unknown.
 
     Raises:
         TypeError: `model` is no module.

@@ -18,7 +18,7 @@ from llc_fast.support.arguments import check_decay, check_integer, check_number
 
 @dataclass(frozen=True)
 class MetropolisSampler(Sampler):
-    """What MALA and HMC have in common; see :class:`llc_fast.chains.metropolis.Metropolis` for what they do.
+    """What MALA and HMC have in common; see ``llc_fast.chains.metropolis.Metropolis`` for what they do.
 
     Attributes:
         preconditioner: A, as for preconditioned SGLD; momenta have covariance 1/A.

@@ -50,7 +50,7 @@ def _plain(name: str) -> str:
 
 
 def make_sampler(sampler: str | Sampler, **options: Any) -> Sampler:
-    """The sampler called `sampler`, see :func:`sampler_class`, or the one that is given, with these options.
+    """The sampler of that name, in any spelling (``"RMSprop SGLD"``), or the one that is given, with these options.
 
     Raises:
         ValueError: unknown names and options; the message has the nearest one, and all of them.

@@ -78,8 +78,7 @@ def response_if_settled(
 ) -> Response:
     """−(γ/2)·Cov(f, ‖w − w*‖²) over draws ``[chain, draw]`` of f: dλ̂/dlog γ, if they are from the posterior.
 
-    Returns:
-        Unknown where ‖w − w*‖² still has a trend: the covariance is then that of two trends.
+    It is unknown where ‖w − w*‖² still has a trend: the covariance is then that of two trends.
     """
     moved = trend(squared_distance)
     if not draws.size or abs(moved.value) > max(3 * moved.stderr, 0.5 * float(squared_distance.std())):

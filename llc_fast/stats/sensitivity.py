@@ -25,7 +25,7 @@ class Sensitivity(NamedTuple):
 
     @classmethod
     def from_numbers(cls, found: Mapping[str, Any]) -> Sensitivity:
-        """From what :meth:`_asdict` gave, in which None may stand for NaN."""
+        """From what ``_asdict()`` gave, in which None may stand for NaN."""
         slopes = [math.nan if found[name] is None else float(found[name]) for name in cls._fields[:4]]
         return cls(slopes[0], slopes[1], slopes[2], slopes[3], int(found["gradients"]))
 

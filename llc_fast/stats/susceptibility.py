@@ -45,8 +45,8 @@ class Control:
         difference: χ − χ of the control.
         stderr: of the difference; the runs are independent.
         z: difference/stderr.
-        exceeds: entries with |χ| larger than that of the control: one-sided tests of |χ| − |χ_control|, at false
-            discovery rate q over all entries.
+        exceeds: entries whose χ is larger in size than that of the control: one-sided tests of ``|χ| − |χ_control|``,
+            at false discovery rate q over all entries.
     """
 
     difference: Array
