@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 OF_NO_MODULE = {
     "test_benchmarks.py": "scripts outside of the package",
     "test_devinterp.py": "another package with our optimizers in it",
-    "test_examples.py": "scripts of examples/",
+    "test_examples.py": "notebooks and scripts of examples/",
     "test_docs.py": "README.md and docs/",
     "test_guides.py": "code in the pages for newcomers",
     "test_optim_faults.py": "of optim and kernels.native: what happens to tensors between steps",
