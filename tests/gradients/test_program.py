@@ -201,7 +201,8 @@ NUMBERS: dict[str, Callable[[Tensor], Any]] = {
     "bool": lambda x: x * True,
     "negative int": lambda x: torch.full_like(x.long(), -5) + x.long() * -7,
     "alpha": lambda x: (torch.add(x, x, alpha=0.1), torch.sub(x, x[0], alpha=3)),
-    "beta": lambda x: torch.addmm(x, x @ x.T, x, beta=0.25, alpha=-1.5),
+    # Sums of whole numbers, which are exact in any order: torch's libraries have orders of their own.
+    "beta": lambda x: torch.addmm(x, x.round() @ x.round().T, x.round(), beta=0.25, alpha=-1.5),
     "threshold": lambda x: F.threshold(x, 0.1, 20.0),
     "power": lambda x: (x.abs() ** 0.3, 2.0**x, x**3),
     "without dimensions": lambda x: (x.sum() * 0.1, x.sum().double() + 1, x.long().sum() / 3, x.long().sum() + 1),
