@@ -26,6 +26,7 @@ def test_help() -> None:
         "demo",
         "dln",
         "estimate",
+        "explain",
         "hf",
         "influence",
         "info",
