@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from llc_fast.stats.limits import (
     TREND_SIZE,
     UNRESOLVED_SIZE,
 )
+from llc_fast.support.entries import entries
 from llc_fast.support.environment import installed, runs
 from llc_fast.support.files import atomic_write
 
@@ -145,21 +145,12 @@ def _meaning(result: LLCResult) -> str:
 def _warnings(result: LLCResult) -> str:
     if not result.warnings:
         return "<p>None.</p>"
-    explanations, items = _explanations(), []
+    items = []
     for warning in result.warnings:
-        more = explanations.get(warning.code)
+        more = entries().get(warning.code)
         explained = f"<details><summary>What this means</summary>{markdown_html(more)}</details>" if more else ""
         items.append(f"<li><p><b>{escape(warning.code)}</b>: {escape(warning)}</p>{explained}</li>")
     return f'<ul class="warnings">{"".join(items)}</ul>'
-
-
-def _explanations() -> dict[str, str]:
-    """Markdown by the code of a warning."""
-    try:
-        found: dict[str, str] = importlib.import_module("llc_fast.support.entries").entries()
-    except ModuleNotFoundError:
-        return {}
-    return found
 
 
 def _pictures(result: LLCResult) -> str:

@@ -259,7 +259,7 @@ def test_settings_of_an_estimate_as_a_call(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_pictures")
 def test_explanations_of_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beneath each warning that has one, to be opened."""
-    monkeypatch.setattr("llc_fast.report._explanations", lambda: {"ess": "Too **few**."})
+    monkeypatch.setattr("llc_fast.report.entries", lambda: {"ess": "Too **few**."})
     result = _result(warnings=[Warning("a", "ess"), Warning("b", "unheard-of")])
     page = _Page(report_html(result))
     assert "ess : a What this means Too few . unheard-of : b Pictures" in page.words
