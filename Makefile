@@ -21,8 +21,10 @@ notebooks: $(VENV)/.installed-test ## Install, then run the notebooks of example
 	OMP_NUM_THREADS=1 $(BIN)/python examples/execute.py
 
 # Not `python -m pytest`: that imports llc_fast from this folder, where no native module was built.
-test: $(VENV)/.installed-test ## Install, then run all tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+# One thread each: what needs more sets them itself.
+PROCESSES ?= 2
+test: $(VENV)/.installed-test ## Install, then run all tests but the slow ones, in PROCESSES=2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) -m "not slow"
 
 test-gpu: $(VENV)/.installed-test ## Run the tests of the CUDA path: on a GPU, or by CUDA emulation on the CPU
 	PYTHONPATH=tests $(BIN)/pytest -p cuda_on_cpu -m gpu
