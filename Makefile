@@ -63,6 +63,7 @@ lint: $(VENV)/.installed-tools ## Check style and types
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(BENCHMARKS) $(EMULATION)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/.installed-tools ## Rewrite the sources in this style
