@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llc_fast.support.errors import first_line
+from llc_fast.support.errors import and_more, first_line
 from llc_fast.support.optional import require
 
 _FILES = (
@@ -109,7 +109,7 @@ def listed(given: Sequence[str]) -> list[Path]:
     """
     paths = [path for text in given for path in (matching(text) if is_pattern(text) else [expanded(text)])]
     if absent := [path for path in paths if not os.path.lexists(path)]:
-        raise FileNotFoundError(f"checkpoints: {str(absent[0])!r}{_and_more(absent)} does not exist")
+        raise FileNotFoundError(f"checkpoints: {str(absent[0])!r}{and_more(absent)} does not exist")
     return list(dict.fromkeys(paths))
 
 
@@ -165,7 +165,7 @@ def by_step(paths: Iterable[Path], said: str) -> list[tuple[int, Path]]:
             silent = [p for p, step in steps.items() if step is None and (p.is_file() or has_weights(p))]
             if silent:
                 raise ValueError(
-                    f"{said}: {str(silent[0])!r}{_and_more(silent)} says no step, and others do: leave it out, or pass "
+                    f"{said}: {str(silent[0])!r}{and_more(silent)} says no step, and others do: leave it out, or pass "
                     "a list in the order that you want"
                 )
             return _in_order([(step, path) for path, step in steps.items() if step is not None], said)
@@ -214,10 +214,6 @@ def _in_order(found: Sequence[tuple[int, Path]], said: str) -> list[tuple[int, P
             )
         seen[step] = path
     return sorted(seen.items())
-
-
-def _and_more(names: Sequence[Any]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 # ---- what is in one ----------------------------------------------------------------------------------------
@@ -356,7 +352,7 @@ def _read_shards(index: Path, said: str, weights_only: bool) -> dict[str, Any]:
         values = read(index.parent / shard, f"{said} (its {shard!r})", weights_only)
         found |= {name: values[name] for name in values if places.get(name) == shard}
     if absent := [name for name in places if name not in found]:
-        raise ValueError(f"{said} has an index with {absent[0]!r}{_and_more(absent)}, which no shard has")
+        raise ValueError(f"{said} has an index with {absent[0]!r}{and_more(absent)}, which no shard has")
     return found
 
 

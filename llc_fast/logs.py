@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from llc_fast.support.files import atomic_write, output_path
+from llc_fast.support.files import output_path, write_csv
 
 Metrics = Mapping[str, float | int | str]
 """Numbers by name, such as ``"llc/mean"``; texts too."""
@@ -62,14 +61,7 @@ class CSVLog:
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._rows[step] = {"step": str(step), **{name: str(value) for name, value in metrics.items()}}
-        rows = [self._rows[k] for k in sorted(self._rows)]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        with atomic_write(self._path) as file:
-            file.write(text.getvalue().encode())
+        write_csv(self._path, [self._rows[k] for k in sorted(self._rows)])
 
 
 class TensorBoardLog:

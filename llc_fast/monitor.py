@@ -34,13 +34,12 @@ from llc_fast.support.arguments import check_integer
 from llc_fast.support.optional import require
 from llc_fast.support.warned import issue, shown_otherwise
 from llc_fast.sweep import dataset_of, scale_warnings
+from llc_fast.weights import inner_model
 
 DEFAULT_MAX_GRADIENTS = 4000
 """Of an estimate, where nobody says how long it may be: a tenth of what :func:`llc_fast.estimate_llc` may take."""
 EVENTS = ("save", "evaluate", "epoch")
 """What trainers do that an estimate may follow."""
-_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "DeepSpeedEngine", "_FabricModule")
-"""Classes that hold the model that was given to them: of torch, DeepSpeed, and Lightning Fabric."""
 _NOTICEABLE_SHARE, _NOTICEABLE_SECONDS = 0.5, 60.0
 """Share of the time since training began, and seconds, above which a line says what estimates have taken."""
 _OURS = {
@@ -448,11 +447,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    while type(model).__name__ in _WRAPPERS:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
+    model = inner_model(model)
     fsdp = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     if fsdp or any(is_dtensor(p) or hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(

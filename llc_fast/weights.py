@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from llc_fast.checkpoint_files import Distributed, read
+from llc_fast.support.errors import and_more
 
 _TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts of names that wrappers add anywhere: torch.compile, FSDP, activation checkpointing."""
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "DeepSpeedEngine", "_FabricModule")
+"""Classes that hold the model that was given to them: of torch, DeepSpeed, and Lightning Fabric."""
 _DEPTH = 3
 """How deep a file's dictionaries are looked through."""
 _LIGHTNING = "pytorch-lightning_version"
@@ -196,8 +199,8 @@ def _fit(
     values = {name: state[own] for name, own in names.items()}
     missing = [n for n in wanted.values if n not in values and not wanted.may_lack(n, values)]
     more = [n for n in values if n not in wanted.values and not wanted.may_have(n, values[n])]
-    problems = [f"it has no {missing[0]!r}{_and_more(missing)}"] if missing else []
-    problems += [f"the model has no {more[0]!r}{_and_more(more)}"] if more else []
+    problems = [f"it has no {missing[0]!r}{and_more(missing)}"] if missing else []
+    problems += [f"the model has no {more[0]!r}{and_more(more)}"] if more else []
     shared = [name for name in values if name in wanted.values]
     if not problems:
         problems = [said for name in shared if (said := _difference(name, values[name], wanted.values[name]))][:1]
@@ -237,10 +240,6 @@ def _twins_differ(name: str, values: Mapping[str, Any], wanted: _Wanted) -> str:
 def _are_equal(one: Tensor, other: Tensor) -> bool:
     same = (one == other.to(one.device)) | (one.isnan() & other.to(one.device).isnan())
     return bool(same.all())
-
-
-def _and_more(names: Any) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 # ---- the reader --------------------------------------------------------------------------------------------
@@ -395,9 +394,9 @@ class WeightReader:
         return found
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model in torch.compile's wrapper and DataParallel's."""
-    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model in the wrappers of torch.compile, DataParallel, DDP, DeepSpeed and Lightning Fabric."""
+    while type(model).__name__ in _WRAPPERS:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             break
@@ -408,7 +407,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _converted(model: nn.Module, folder: Path) -> dict[str, Any] | None:
     """The state dict of a folder, by the names that transformers gives them; None if it can't, or not all of them."""
     base = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
-    inner = _unwrapped(model)
+    inner = inner_model(model)
     if base is None or not isinstance(inner, base) or not folder.is_dir():
         return None
     options = {"config": copy.deepcopy(inner.config), "output_loading_info": True, "local_files_only": True}
@@ -425,7 +424,7 @@ def _converted(model: nn.Module, folder: Path) -> dict[str, Any] | None:
 
 def _adapter_names(model: nn.Module) -> dict[str, str]:
     """The names in the model's state dict of its adapters, by those that peft saves them under; none without any."""
-    peft, inner = sys.modules.get("peft"), _unwrapped(model)
+    peft, inner = sys.modules.get("peft"), inner_model(model)
     if peft is None or not isinstance(inner, peft.PeftModel):
         return {}
     places = {place_of(t): name for name, t in model.state_dict().items()}

@@ -118,14 +118,11 @@ def estimate(
 COMMANDS = (estimate,)
 
 
-_SETTINGS = {
-    **{name: name for name in ("lr", "nbeta", "localization", "preconditioner", "localization_metric", "preset")},
-    **{
-        name: name
-        for name in ("refine", "target_error", "max_seconds", "max_gradients", "batch_size", "seed", "device")
-    },
-    **{"chains": "num_chains", "draws": "num_draws", "burnin": "num_burnin"},
-}
+_SAME = (
+    *("lr", "nbeta", "localization", "preconditioner", "localization_metric", "preset", "refine", "target_error"),
+    *("max_seconds", "max_gradients", "batch_size", "seed", "device"),
+)
+_SETTINGS = {name: name for name in _SAME} | {name: f"num_{name}" for name in ("chains", "draws", "burnin")}
 """Arguments of an estimate by the options that they are as they stand."""
 
 

@@ -41,7 +41,7 @@ from llc_fast.cli.options import (
     write_all,
     write_json,
 )
-from llc_fast.support.files import atomic_write
+from llc_fast.support.files import write_csv
 
 if TYPE_CHECKING:
     import xarray
@@ -270,15 +270,7 @@ def write_data_set(found: xarray.Dataset, path: Path) -> None:
     if path.suffix == ".zarr":
         found.to_zarr(path, mode="w-")
     elif path.suffix == ".csv":
-        import csv
-        import io
-
-        rows = [{name: v for name, v in row.items() if not isinstance(v, list)} for row in rows_of(found)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+        rows = rows_of(found)
+        write_csv(path, [{name: v for name, v in row.items() if not isinstance(v, list)} for row in rows])
     else:
         found.to_netcdf(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 
@@ -23,6 +23,11 @@ def add_note(error: BaseException, text: str) -> None:
         error.args = (f"{error.args[0]}\n{text}",)
     else:
         error.args = (*error.args, text)
+
+
+def and_more(names: Sized) -> str:
+    """After the first of several names: how many more there are."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def shortened(value: Any) -> str:
