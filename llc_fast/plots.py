@@ -731,19 +731,9 @@ def plot_known(rows: Sequence[dict[str, Any]], example: LLCResult | None = None)
 
 def plot_training(steps: Sequence[int], results: Sequence[LLCResult]) -> Figure:
     """λ̂ along training with its 95 % interval, and L(w*) below."""
-    figure, (upper, lower) = new_figure(1, 2, width=6.4, height=2.9)
-    means, intervals = np.array([r.llc_mean for r in results]), np.array([r.interval() for r in results])
-    below_and_above = np.abs(intervals.T - means)
-    errorbar_by_warning(upper, steps, means, below_and_above, [r.warnings for r in results], color=OKABE_ITO["blue"])
-    upper.plot(steps, means, lw=0.9, color=OKABE_ITO["blue"], zorder=0)
-    if any(r.warnings for r in results):
-        label_hollow(upper)
-        upper.legend(loc="best")
-    lower.plot(steps, [r.init_loss for r in results], "o-", ms=4, lw=0.9, color=OKABE_ITO["vermillion"])
-    upper.set(ylabel="λ̂, 95 % interval", xlabel="step")
-    lower.set(ylabel="L(w*)", xlabel="step")
-    lower.set_xlim(upper.get_xlim())
-    return figure
+    means, losses = np.array([r.llc_mean for r in results]), np.array([r.init_loss for r in results])
+    intervals = np.array([r.interval() for r in results])
+    return _plot_along(np.array(steps), "step", means, intervals.T, losses, [bool(r.warnings) for r in results])
 
 
 def plot_scan(
@@ -1126,7 +1116,21 @@ def plot_sweep(found: xarray.Dataset) -> Figure:
     names, mean, low, high, loss = (
         found[name].values for name in (dim, "llc_mean", "llc_low", "llc_high", "init_loss")
     )
-    warned = [bool(codes) for codes in found["warning_codes"].values]
+    return _plot_along(
+        names, str(dim), mean, np.array([low, high]), loss, [bool(codes) for codes in found["warning_codes"].values]
+    )
+
+
+def _plot_along(
+    names: np.ndarray[Any, Any],
+    dim: str,
+    mean: np.ndarray[Any, Any],
+    interval: np.ndarray[Any, Any],
+    loss: np.ndarray[Any, Any],
+    warned: Sequence[bool],
+) -> Figure:
+    """λ̂ with its intervals, low and high, and L(w*) below, over names or numbers."""
+    low, high = interval
     is_number = np.issubdtype(names.dtype, np.number)
     x = names.astype(np.float64) if is_number else np.arange(len(names))
     figure, (above, below) = new_figure(1, 2, width=6.4, height=2.9)
@@ -1137,7 +1141,7 @@ def plot_sweep(found: xarray.Dataset) -> Figure:
     above.legend(fontsize=9)
     above.set(ylabel="λ̂")
     below.plot(x, loss, "o-", color=OKABE_ITO["vermillion"], lw=1, ms=4)
-    below.set(xlabel=str(dim).replace("_", " "), ylabel="L(w*)")
+    below.set(xlabel=dim.replace("_", " "), ylabel="L(w*)")
     for axes in (above, below):
         if not is_number:
             axes.set_xticks(x, [str(name) for name in names], rotation=30, ha="right", fontsize=8)
